@@ -1,0 +1,40 @@
+"""Errors that a user can act on. Every message names the field and the remedy."""
+
+from __future__ import annotations
+
+
+class MuxTuneError(Exception):
+    """Base of all errors that the command line prints without a traceback."""
+
+
+class ConfigError(MuxTuneError):
+    """A configured value is wrong: names the field, the value and the remedy."""
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}. {remedy}")
+        self.field = field
+
+
+class DataError(MuxTuneError):
+    """A data file is wrong: names the file, where it has one the line, and the remedy."""
+
+    def __init__(self, path: str, problem: str, remedy: str, line: int | None = None) -> None:
+        where = path if line is None else f"{path}:{line}"
+        super().__init__(f"{where}: {problem}. {remedy}")
+        self.path, self.line = path, line
+
+
+class OutputError(MuxTuneError):
+    """Results cannot be written: names the path and the remedy."""
+
+
+class TaskError(MuxTuneError):
+    """One task cannot go on; the others lose nothing."""
+
+    def __init__(self, task_id: str, problem: str, remedy: str) -> None:
+        super().__init__(f"task '{task_id}': {problem}. {remedy}")
+        self.task_id = task_id
+
+
+class ProfileError(MuxTuneError):
+    """A profile is missing, of another schema version, incomplete or altered."""

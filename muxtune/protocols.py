@@ -1,0 +1,165 @@
+"""The contracts between the scheduler core and what plugs into it.
+
+Two levels of decision (ClusterPolicy, InstancePlanner), one builder of steps
+(``muxtune.planning.step_builder.StepBuilder``), one executor protocol, one cost model protocol.
+Policies and planners are pure: they read the event's time, never a clock, and hold no speed
+constant of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from muxtune.types import (
+    Action,
+    Estimate,
+    Estimates,
+    Event,
+    InstanceSpec,
+    InstanceView,
+    PassCoefficients,
+    PassLoad,
+    Plan,
+    Refusal,
+    ReplicaShape,
+    Sample,
+    ShapeKey,
+    StageLedgers,
+    SubgraphTimes,
+    TaskReadyData,
+    TaskSpec,
+    TaskView,
+)
+
+
+class FleetView(Protocol):
+    """Read-only facade over the engine's indexes, valid during the call."""
+
+    @property
+    def now_ns(self) -> int: ...
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Instances that changed since the policy was last asked."""
+        ...
+
+    @property
+    def queue(self) -> Collection[TaskView]:
+        """Ready, unplaced tasks in order of (arrival, id)."""
+        ...
+
+    @property
+    def instances(self) -> Mapping[str, InstanceView]: ...
+
+    @property
+    def starting(self) -> Mapping[str, InstanceSpec]:
+        """Instances asked for that are not ready yet."""
+        ...
+
+    def least_loaded(self, model: str) -> Iterator[str]:
+        """Ready instances of a model, fewest tasks first, ties by id."""
+        ...
+
+
+class ClusterPolicy(Protocol):
+    """Pure decisions about the fleet: queue, place, grow, drain, migrate."""
+
+    def on_event(self, event: Event, fleet: FleetView) -> list[Action]: ...
+
+
+class InstancePlanner(Protocol):
+    """Pure decision inside one instance: hTasks, chunks, order."""
+
+    def plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
+        """A plan of a later epoch; ``previous`` itself when nothing changes; or a Refusal."""
+        ...
+
+
+@runtime_checkable
+class LengthSource(Protocol):
+    """Lengths of every task's batches; the only thing packing needs to know of data."""
+
+    def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
+        """Sequences of one optimizer step, in the task's own order."""
+        ...
+
+    def num_steps(self, task_id: str) -> int: ...
+
+    def period_steps(self, task_id: str) -> int | None:
+        """``batch(t, s)`` has the same lengths as ``batch(t, s % period)``; None: aperiodic."""
+        ...
+
+    def lengths_key(self, task_id: str) -> str:
+        """Tasks with equal keys have equal batches, so that tables are shared among them."""
+        ...
+
+
+class TaskLibrary(LengthSource, Protocol):
+    """A LengthSource that tasks are added to: real data sets, or drawn lengths."""
+
+    def add(self, task: TaskSpec) -> TaskReadyData:
+        """Read or draw the task's sequences. Raises DataError, ConfigError or TaskError."""
+        ...
+
+    def discard(self, task_id: str) -> None: ...
+
+
+class CostModel(Protocol):
+    """Stateless and batched; values with intervals, extrapolated or not.
+
+    The time of a pass is affine: base(shape) + attention_pairs * a + loss_rows * l + the sum of
+    the closing slots' optimizer times, all of which ``pass_coefficients`` tells. That is what
+    lets a forecast be exact without walking. ``pass_times_s`` agrees with it.
+    """
+
+    def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape) -> PassCoefficients: ...
+
+    def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape) -> Estimates: ...
+
+    def breakdown_s(self, load: PassLoad, replica: ReplicaShape) -> Mapping[str, float]:
+        """The same pass by cause: backbone, attention, adapters, loss, optimizer, overhead..."""
+        ...
+
+    def subgraph_times_s(self, plan: Plan) -> SubgraphTimes: ...
+
+    def transition_s(self, previous: Plan | None, new: Plan) -> Estimate: ...
+
+    def memory_ledger_bytes(self, plan: Plan) -> StageLedgers: ...
+
+
+class CostBook(Protocol):
+    """Which cost model holds for a base model on a device."""
+
+    def __call__(self, model: str, device: str) -> CostModel: ...
+
+
+class Executor(Protocol):
+    """Carries plans out, simulated or real."""
+
+    @property
+    def now_ns(self) -> int: ...
+
+    def start(self, instance: InstanceSpec) -> None:
+        """Later: INSTANCE_READY or INSTANCE_FAILED."""
+        ...
+
+    def stop(self, instance_id: str) -> None: ...
+
+    def prepare(self, task: TaskSpec) -> None:
+        """Later: TASK_READY or TASK_FAILED."""
+        ...
+
+    def apply(self, plan: Plan) -> None:
+        """Non-blocking; takes over at the next round boundary. Tasks of the running plan that
+        are neither in the new plan nor in its drains are dropped at that boundary."""
+        ...
+
+    def cancel(self, task_id: str) -> None:
+        """Stop a task at the next micro-batch boundary; later: TASK_CANCELLED."""
+        ...
+
+    def wait(self, until_ns: int) -> list[Event]:
+        """Run to the next instant with events, but start nothing at ``until_ns``; one whole
+        instant, sorted. Empty: ``until_ns`` was reached."""
+        ...
