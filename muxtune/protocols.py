@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from muxtune.types import (
     Action,
+    AdapterSlot,
     Estimate,
     Estimates,
     Event,
@@ -59,6 +60,20 @@ class FleetView(Protocol):
 
     def least_loaded(self, model: str) -> Iterator[str]:
         """Ready instances of a model, fewest tasks first, ties by id."""
+        ...
+
+    def load(self, instance_id: str) -> int:
+        """Tasks on an instance, without building its view."""
+        ...
+
+    @property
+    def waiting_models(self) -> Collection[str]:
+        """Base models that queued tasks ask for, sorted."""
+        ...
+
+    def waiting(self, model: str, by_priority: bool = False) -> Iterator[TaskView]:
+        """Queued tasks of one base model, lazily, in order of (arrival, id); ``by_priority``:
+        more urgent ones first."""
         ...
 
 
@@ -125,7 +140,21 @@ class CostModel(Protocol):
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate: ...
 
-    def memory_ledger_bytes(self, plan: Plan) -> StageLedgers: ...
+    def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
+        """Seconds to prepare one shape that has not run before; 0 where nothing is captured."""
+        ...
+
+    def memory_ledger_bytes(self, plan: Plan) -> StageLedgers:
+        """Its peak is ``resident_bytes`` of all slots plus the largest ``pass_bytes``."""
+        ...
+
+    def resident_bytes(self, slots: Sequence[AdapterSlot], replica: ReplicaShape) -> int:
+        """Bytes held all the time on the fullest GPU: backbone, adapters, optimizer state."""
+        ...
+
+    def pass_bytes(self, shape: ShapeKey, replica: ReplicaShape) -> int:
+        """Bytes that a pass of this shape needs on top of what is resident, at its peak."""
+        ...
 
 
 class CostBook(Protocol):

@@ -329,7 +329,8 @@ class MicroBatch(NamedTuple):
     """One pass of an hTask.
 
     ``loss_tokens``: target tokens of the task's WHOLE optimizer batch, the loss divisor.
-    ``steps``: the optimizer step that each task's chunks belong to.
+    ``steps``: the optimizer step that each task's chunks belong to. ``packing``: the hTask's
+    rule; under PAD each chunk is a padded row, computed as one causal sequence.
     """
 
     htask: int
@@ -339,6 +340,7 @@ class MicroBatch(NamedTuple):
     loss_tokens: Mapping[str, int]
     closes_step: frozenset[str]
     steps: Mapping[str, int]
+    packing: PackRule = PackRule.CHUNK
 
 
 class PassLoad(NamedTuple):
@@ -447,6 +449,7 @@ class InstanceView(NamedTuple):
     device: str = ""
     replicas: tuple[ReplicaShape, ...] = (ReplicaShape(),)
     draining: frozenset[str] = frozenset()
+    gpu_ids: tuple[str, ...] = ()  # instances that name the same GPU contend for it
 
 
 # -------------------------------------------------------------------------------------- events
@@ -478,7 +481,10 @@ class TaskReadyData(NamedTuple):
 
 
 class FailureData(NamedTuple):
+    """``steps``: optimizer steps done, where the executor can tell."""
+
     message: str
+    steps: int | None = None
 
 
 class ResultData(NamedTuple):

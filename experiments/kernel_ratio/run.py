@@ -1,0 +1,328 @@
+"""Time of the multi-task low-rank linear over the plain frozen linear, forward and backward.
+
+    PYTHONPATH=kernels python3 experiments/kernel_ratio/run.py --out kernel_ratio.json
+    PYTHONPATH=kernels python3 experiments/kernel_ratio/plot.py kernel_ratio.json kernel_ratio.png
+
+Needs one CUDA device. Every method is checked against a float32 reference on the timed inputs
+first; nothing is timed when a check is red. All methods of a case are timed in turn within each
+repeat, so that a ratio compares neighbours in time; the spread is over the repeats. Inputs rotate
+among sets that together exceed the L2 cache.
+
+Shape suffixes: T rows, D input features, O output features, R the sum of the ranks, S tasks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
+
+RANK = 16
+SCALE = 2.0
+SIZES = ((4096, 4096), (4096, 14336))
+TOKENS = (2048, 8192, 16384)
+TASKS = (1, 4, 8, 32)
+MIN_ROTATED_BYTES = 200e6
+TOLERANCE = 1.2e-2
+
+
+class Inputs(NamedTuple):
+    """One of the rotating sets, and the adapters; A [R, D] and B^T [R, O] in bf16 and float32."""
+
+    x_TD: Tensor
+    weight_OD: Tensor
+    dy_TO: Tensor
+
+
+class Case:
+    """One size: its rotating inputs, rows, and adapters in the forms that the methods want."""
+
+    def __init__(self, num_rows: int, width: int, num_out: int, num_tasks: int) -> None:
+        self.shape = (num_rows, width, num_out, num_tasks)
+        generator = torch.Generator(device="cuda").manual_seed(num_rows + num_out + num_tasks)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", generator=generator)
+
+        set_bytes = 2 * (num_rows * (width + num_out) + width * num_out)
+        self.num_sets = max(2, int(MIN_ROTATED_BYTES / set_bytes) + 1)
+        self.sets = [
+            Inputs(
+                normal(num_rows, width).bfloat16().requires_grad_(),
+                (normal(num_out, width) * width**-0.5).bfloat16(),
+                normal(num_rows, num_out).bfloat16(),
+            )
+            for _ in range(self.num_sets)
+        ]
+        rank = RANK * num_tasks
+        self.a_RD = (normal(rank, width) * width**-0.5).requires_grad_()
+        self.b_RO = (normal(rank, num_out) * RANK**-0.5).requires_grad_()
+        self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, "cuda")
+        self.scale_S = torch.full((num_tasks,), SCALE, device="cuda")
+
+
+def even_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
+    edges = [slot * num_rows // num_tasks for slot in range(num_tasks + 1)]
+    return [(slot, edges[slot], edges[slot + 1]) for slot in range(num_tasks)]
+
+
+def ragged_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
+    """Spans off every tile edge, of lengths 1 : 2 : 3 in turn, with filler at the end."""
+    weights = [1 + slot % 3 for slot in range(num_tasks)]
+    unit = (num_rows - 37) // sum(weights)
+    edges = [unit * sum(weights[:slot]) for slot in range(num_tasks + 1)]
+    return [(slot, edges[slot], edges[slot + 1]) for slot in range(num_tasks)]
+
+
+Step = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OD)
+        return x_TD @ weight_OD.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0] @ ctx.saved_tensors[0], None
+
+
+def plain(case: Case) -> Step:
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        y_TO = _FrozenLinear.apply(inputs.x_TD, inputs.weight_OD)
+        return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD,), inputs.dy_TO)
+
+    return step
+
+
+class _Concatenated(torch.autograd.Function):
+    """All tasks' factors side by side and a mask; cuBLAS only, accumulating where it can."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD, weight_OD, a_RD, b_RO, mask_TR) -> Tensor:
+        h_TR = (x_TD @ a_RD.t()).mul_(mask_TR)
+        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_RO, mask_TR, h_TR)
+        return (x_TD @ weight_OD.t()).addmm_(h_TR, b_RO)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        x_TD, weight_OD, a_RD, b_RO, mask_TR, h_TR = ctx.saved_tensors
+        dy_TO = grads[0]
+        dh_TR = (dy_TO @ b_RO.t()).mul_(mask_TR)
+        dx_TD = (dy_TO @ weight_OD).addmm_(dh_TR, a_RD)
+        return dx_TD, None, dh_TR.t() @ x_TD, h_TR.t() @ dy_TO, None
+
+
+def concatenated(case: Case) -> Step:
+    a_RD = case.a_RD.detach().bfloat16().requires_grad_()
+    b_RO = case.b_RO.detach().bfloat16().requires_grad_()
+    slot_T = case.rows.slot_of_row_T.repeat_interleave(1)
+    slot_R = torch.arange(len(case.scale_S), device="cuda").repeat_interleave(RANK)
+    mask_TR = ((slot_T[:, None] == slot_R) * SCALE).bfloat16()
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        y_TO = _Concatenated.apply(inputs.x_TD, inputs.weight_OD, a_RD, b_RO, mask_TR)
+        return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_RO), inputs.dy_TO)
+
+    return step
+
+
+def grouped_mm(case: Case) -> Step:
+    num_tasks = len(case.scale_S)
+    a_SDR = case.a_RD.detach().view(num_tasks, RANK, -1).transpose(1, 2).bfloat16().contiguous()
+    b_SRO = (case.b_RO.detach() * SCALE).view(num_tasks, RANK, -1).bfloat16().contiguous()
+    a_SDR.requires_grad_()
+    b_SRO.requires_grad_()
+    stop_S = torch.tensor([stop for _, _, stop in case.rows.spans], dtype=torch.int32).cuda()
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        h_TR = torch._grouped_mm(inputs.x_TD, a_SDR, offs=stop_S)
+        y_TO = inputs.x_TD @ inputs.weight_OD.t() + torch._grouped_mm(h_TR, b_SRO, offs=stop_S)
+        dx, da, db = torch.autograd.grad(y_TO, (inputs.x_TD, a_SDR, b_SRO), inputs.dy_TO)
+        return y_TO, dx, da.transpose(1, 2).flatten(0, 1), db.flatten(0, 1) * SCALE
+
+    return step
+
+
+def ours(
+    case: Case, dtype: torch.dtype, rows: SlotRows | None = None,
+    dropout: RowDropout | None = None, deterministic: bool = False,
+) -> Step:  # fmt: skip
+    a_RD = case.a_RD.detach().to(dtype).requires_grad_()
+    b_RO = case.b_RO.detach().to(dtype).requires_grad_()
+    ranks, rows = (RANK,) * len(case.scale_S), rows or case.rows
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        y_TO = multi_lora_linear(
+            inputs.x_TD, inputs.weight_OD, None, a_RD, b_RO.t(), ranks, case.scale_S, rows,
+            dropout, 1, deterministic,
+        )  # fmt: skip
+        return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_RO), inputs.dy_TO)
+
+    return step
+
+
+def methods_of(case: Case) -> dict[str, Step]:
+    return {
+        "plain": plain(case),
+        "muxtune_fp32_adapters": ours(case, torch.float32),
+        "muxtune_bf16_adapters": ours(case, torch.bfloat16),
+        "concatenated": concatenated(case),
+        "grouped_mm": grouped_mm(case),
+    }
+
+
+def extras_of(case: Case) -> dict[str, Step]:
+    num_rows, _, _, num_tasks = case.shape
+    ragged = slot_rows(ragged_spans(num_rows, num_tasks), num_rows, num_tasks, "cuda")
+    keys_T = row_keys(0, 0, 0, torch.arange(num_rows)).cuda()
+    dropout = RowDropout(keys_T, torch.full((num_tasks,), 0.05, device="cuda"))
+    return {
+        "muxtune_ragged_rows": ours(case, torch.float32, rows=ragged),
+        "muxtune_dropout": ours(case, torch.float32, dropout=dropout),
+        "muxtune_deterministic": ours(case, torch.float32, deterministic=True),
+    }
+
+
+def reference(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Float32, a task at a time, from bf16-rounded adapters."""
+    x_TD, weight_OD, dy_TO = (t.detach().float() for t in inputs)
+    a_RD, b_RO = (t.detach().bfloat16().float() for t in (case.a_RD, case.b_RO))
+    y_TO, dx_TD = x_TD @ weight_OD.t(), dy_TO @ weight_OD
+    da_RD, db_RO = torch.zeros_like(a_RD), torch.zeros_like(b_RO)
+    for slot, start, stop in case.rows.spans:
+        ranks, rows = slice(slot * RANK, (slot + 1) * RANK), slice(start, stop)
+        h, dh = x_TD[rows] @ a_RD[ranks].t() * SCALE, dy_TO[rows] @ b_RO[ranks].t() * SCALE
+        y_TO[rows] += h @ b_RO[ranks]
+        dx_TD[rows] += dh @ a_RD[ranks]
+        da_RD[ranks], db_RO[ranks] = dh.t() @ x_TD[rows], h.t() @ dy_TO[rows]
+    return y_TO, dx_TD, da_RD, db_RO
+
+
+def check(case: Case, methods: dict[str, Step]) -> dict[str, list[float]]:
+    """Relative errors of (y, dx, dA, dB) a method. Raises SystemExit when one is too large."""
+    wanted = reference(case, case.sets[0])
+    errors = {}
+    for name, step in methods.items():
+        if name == "plain":
+            continue
+        got = step(case.sets[0])
+        errors[name] = [
+            float((g.float() - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)
+        ]
+        if not max(errors[name]) < TOLERANCE:
+            raise SystemExit(f"{name} is wrong at {case.shape}: {errors[name]}; nothing reported")
+    return errors
+
+
+def graphed(case: Case, step: Step, steps: int) -> Callable[[], None]:
+    """A replay of `steps` steps over the rotating sets."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for inputs in case.sets:
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(steps):
+            step(case.sets[i % case.num_sets])
+    return graph.replay
+
+
+def looped(case: Case, step: Step, steps: int) -> Callable[[], None]:
+    def run() -> None:
+        for i in range(steps):
+            step(case.sets[i % case.num_sets])
+
+    run()
+    return run
+
+
+def measure(
+    case: Case, methods: dict[str, Step], use_graph: bool, repeats: int, steps: int
+) -> dict[str, dict[str, float]]:
+    """Microseconds a step and ratio to plain: median, least and greatest over the repeats."""
+    prepare = graphed if use_graph else looped
+    runs = {name: prepare(case, step, steps) for name, step in methods.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            if repeat:
+                times[name].append(start.elapsed_time(stop) * 1e3 / steps)
+    return {name: summary(values, times["plain"]) for name, values in times.items()}
+
+
+def summary(values_us: list[float], plain_us: list[float]) -> dict[str, float]:
+    ratios = [value / base for value, base in zip(values_us, plain_us, strict=True)]
+    return {
+        "step_us": statistics.median(values_us),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def environment() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "date": os.environ.get("MEASURED_ON", time.strftime("%Y-%m-%d")),
+    }
+
+
+def run_case(shape: tuple[int, int, int, int], repeats: int, steps: int) -> list[dict[str, Any]]:
+    case = Case(*shape)
+    methods = methods_of(case)
+    errors = check(case, methods)
+    if shape[3] == 8 and shape[0] == 8192:
+        methods |= extras_of(case)
+    results = []
+    for mode in ("graph", "eager"):
+        measured = measure(case, methods, mode == "graph", repeats, steps)
+        row = dict(zip(("tokens", "in", "out", "tasks"), shape, strict=True))
+        results.append(row | {"mode": mode, "methods": measured, "errors": errors})
+        line = "  ".join(f"{name} {m['ratio']:.3f}" for name, m in measured.items())
+        print(f"{shape} {mode:5s} {measured['plain']['step_us']:8.1f} us  {line}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = []
+    for width, num_out in SIZES:
+        for num_rows in arguments.tokens:
+            for num_tasks in TASKS:
+                shape = (num_rows, width, num_out, num_tasks)
+                results += run_case(shape, arguments.repeats, arguments.steps)
+                torch.cuda.empty_cache()
+    report = {"environment": environment(), "rank": RANK, "results": results}
+    arguments.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The frozen product with the adapter's last factor folded in, as one persistent TMA kernel.
+
+  y  = x W^T + h B_s^T + bias        (WEIGHT_NK: W is [N, K])
+  dx = dy W  + dh A_s                (W is [K, N])
+h holds scale / (1 - rate) already. At the sizes that matter Triton's product is as fast as
+cuBLAS's, and the low-rank product rides in its accumulator: no pass over y or dx is paid for it.
+
+Shape suffixes: T rows of a tile, N output features of a tile, K reduced features, J the 16 rank
+columns of one low-rank step.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import uniform_slot
+
+RANK_STEP = tl.constexpr(16)
+
+
+@triton.jit
+def _load_h(h_ptr, row_T, in_T, column, h_stride, h_stride_split, DTYPE: tl.constexpr,
+            SPLITS: tl.constexpr):  # fmt: skip
+    """h of 16 columns; the sum of the split shrink's float32 parts where there are several."""
+    j_J = column + tl.arange(0, RANK_STEP)
+    at_TJ = h_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :]
+    h_TJ = tl.load(at_TJ, mask=in_T[:, None], other=0.0)
+    if SPLITS > 1:
+        for split in tl.static_range(1, SPLITS):
+            h_TJ += tl.load(at_TJ + split * h_stride_split, mask=in_T[:, None], other=0.0)
+    return h_TJ.to(DTYPE)
+
+
+@triton.jit
+def _load_factor(factor_ptr, offset_ptr, rank_ptr, slot, column, n_N, in_N, total_rank,
+                 stride_row, stride_n, RANK_PAD: tl.constexpr):  # fmt: skip
+    offset, rank = tl.load(offset_ptr + slot), tl.load(rank_ptr + slot)
+    j_J = column % RANK_PAD + tl.arange(0, RANK_STEP)
+    row_J = (column // RANK_PAD) * total_rank + offset + j_J
+    return tl.load(
+        factor_ptr + row_J.to(tl.int64)[:, None] * stride_row + n_N[None, :] * stride_n,
+        mask=(j_J < rank)[:, None] & in_N[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _mixed_low_rank(h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N, in_N,
+                    total_rank, stride_row, stride_n, acc_TN, BLOCK_T: tl.constexpr,
+                    RANK_PAD: tl.constexpr):  # fmt: skip
+    """acc + h F for the rows of slots `slot` and `slot + 1`, in one product over twice the ranks.
+
+    A non-finite F must not reach the tile's other rows through 0 * NaN, so it is zeroed, and h of
+    its own slot's rows is poisoned in its place.
+    """
+    pair_J = tl.arange(0, 2 * RANK_STEP)
+    of_J = slot + pair_J // RANK_STEP
+    j_J = column % RANK_PAD + pair_J % RANK_STEP
+    known_J = of_J <= last
+    rank_J = tl.load(rank_ptr + of_J, mask=known_J, other=0)
+    row_J = (column // RANK_PAD) * total_rank + tl.load(offset_ptr + of_J, mask=known_J, other=0)
+    f_JN = tl.load(
+        factor_ptr + (row_J + j_J).to(tl.int64)[:, None] * stride_row + n_N[None, :] * stride_n,
+        mask=(j_J < rank_J)[:, None] & in_N[None, :], other=0.0,
+    )  # fmt: skip
+    bad_JN = (f_JN != f_JN) | (tl.abs(f_JN) == float("inf"))
+    bad_J = tl.max(bad_JN.to(tl.int32), 1) > 0
+    f_JN = tl.where(bad_JN, 0.0, f_JN)
+    twice_TJ = tl.reshape(tl.permute(tl.join(h_TJ, h_TJ), (0, 2, 1)), (BLOCK_T, 2 * RANK_STEP))
+    twice_TJ = tl.where(bad_J[None, :], float("nan"), twice_TJ)
+    twice_TJ = tl.where(slot_T[:, None] == of_J[None, :], twice_TJ, 0.0)
+    return tl.dot(twice_TJ.to(h_TJ.dtype), f_JN.to(h_TJ.dtype), acc_TN, input_precision="ieee")
+
+
+@triton.jit
+def linear_kernel(
+    x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, slot_of_row_ptr, bounds_ptr,
+    offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride, h_stride_split,
+    factor_stride_row, factor_stride_n,
+    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
+    RANK_PAD: tl.constexpr, H_SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """H_SPLITS > 1: h is float32 parts; their sum is written to h_out by the first column."""
+    dtype = y_desc.dtype
+    tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
+    steps_k = tl.cdiv(num_in, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, NUM_PROGRAMS, flatten=False):
+        group = tile // (GROUP_T * tiles_n)
+        size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+        t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
+        n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
+        # What the low-rank step of a tile of one slot needs is asked for before the product.
+        slot_0, uniform = uniform_slot(slot_of_row_ptr, bounds_ptr, t_0, t_0 + BLOCK_T)
+        row_T = t_0 + tl.arange(0, BLOCK_T)
+        in_T = row_T < num_rows
+        n_N = n_0 + tl.arange(0, BLOCK_N)
+        in_N = n_N < num_out
+        member = 0
+        if NUM_MEMBERS > 1:
+            for other in tl.static_range(1, NUM_MEMBERS):
+                member += (n_0 >= tl.load(edges_ptr + other)).to(tl.int32)
+        column_0 = member * RANK_PAD
+        h_TJ = _load_h(h_ptr, row_T, in_T, column_0, h_stride, h_stride_split, dtype, H_SPLITS)
+        f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, tl.maximum(slot_0, 0), 0, n_N, in_N,
+                            total_rank, factor_stride_row, factor_stride_n, RANK_PAD)  # fmt: skip
+        acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for k in range(steps_k):
+            x_TK = x_desc.load([t_0, k * BLOCK_K])
+            if WEIGHT_NK:
+                w_KN = w_desc.load([n_0, k * BLOCK_K]).T
+            else:
+                w_KN = w_desc.load([k * BLOCK_K, n_0])
+            acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
+        if uniform:
+            acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+            for column in range(RANK_STEP, INNER * RANK_PAD, RANK_STEP):
+                h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
+                               dtype, H_SPLITS)  # fmt: skip
+                f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
+                                    total_rank, factor_stride_row, factor_stride_n,
+                                    RANK_PAD)  # fmt: skip
+                acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+        else:
+            slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+            first = tl.min(tl.where(slot_T < 0, 0x7FFFFFFF, slot_T))
+            last = tl.max(slot_T)
+            for column in range(0, INNER * RANK_PAD, RANK_STEP):
+                if column > 0:
+                    h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
+                                   h_stride_split, dtype, H_SPLITS)  # fmt: skip
+                for slot in range(first, last + 1, 2):
+                    acc_TN = _mixed_low_rank(
+                        h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N,
+                        in_N, total_rank, factor_stride_row, factor_stride_n, acc_TN, BLOCK_T,
+                        RANK_PAD,
+                    )  # fmt: skip
+        if BIAS:
+            acc_TN += tl.load(bias_ptr + n_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
+        if HALVES:
+            pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(pairs)
+            y_desc.store([t_0, n_0], left.to(dtype))
+            y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
+        else:
+            y_desc.store([t_0, n_0], acc_TN.to(dtype))
+        if H_SPLITS > 1:
+            is_first_column = n_0 == 0
+            if NUM_MEMBERS > 1:
+                is_first_column |= n_0 == tl.load(edges_ptr + member)
+            if is_first_column:
+                for column in range(0, INNER * RANK_PAD, RANK_STEP):
+                    h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
+                                   h_stride_split, dtype, H_SPLITS)  # fmt: skip
+                    j_J = column_0 + column + tl.arange(0, RANK_STEP)
+                    tl.store(h_out_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
+                             h_TJ, mask=in_T[:, None])  # fmt: skip

@@ -1,0 +1,86 @@
+"""Kernels made of the tile programs."""
+
+import triton
+import triton.language as tl
+
+from .tiles import dh_db_tile, expand_tile, outer_tile, shrink_tile, sum_parts_tile
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr, factor_ptr, h_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, scale_ptr,
+    row_key_ptr, rate_ptr, module_word, num_rows, width, total_rank, x_stride, factor_stride_row,
+    factor_stride_k, h_stride, h_stride_split,
+    INNER: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    shrink_tile(
+        tl.program_id(0), tl.program_id(1), x_ptr, factor_ptr, h_ptr, slot_of_row_ptr, bounds_ptr,
+        offset_ptr, rank_ptr, scale_ptr, row_key_ptr, rate_ptr, module_word, num_rows,
+        width, total_rank, x_stride, factor_stride_row, factor_stride_k, h_stride, h_stride_split,
+        INNER, RANK_PAD, SPLITS, DROPOUT, BLOCK_T, BLOCK_K, BLOCK_J,
+    )  # fmt: skip
+
+
+@triton.jit
+def expand_kernel(
+    h_ptr, factor_ptr, bias_ptr, out_ptr, slot_of_row_ptr, offset_ptr, rank_ptr, row_key_ptr,
+    rate_ptr, edges_ptr, module_word, num_rows, width, total_rank, h_stride, factor_stride_row,
+    factor_stride_n, out_stride,
+    NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, RANK_PAD: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    expand_tile(
+        tl.program_id(1), tl.program_id(0), tl.program_id(2), h_ptr, factor_ptr, bias_ptr, out_ptr,
+        slot_of_row_ptr, offset_ptr, rank_ptr, row_key_ptr, rate_ptr, edges_ptr, module_word,
+        num_rows, width, total_rank, h_stride, factor_stride_row, factor_stride_n, out_stride,
+        NUM_MEMBERS, INNER, RANK_PAD, BIAS, DROPOUT, ALIGN, BLOCK_T, BLOCK_N, BLOCK_J,
+    )  # fmt: skip
+
+
+@triton.jit
+def outer_kernel(
+    h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr,
+    rate_ptr, module_word, width, total_rank, h_stride, v_stride, out_stride_split,
+    out_stride_row,
+    INNER: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    outer_tile(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), h_ptr, v_ptr, out_ptr,
+        slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr, rate_ptr, module_word,
+        width, total_rank, h_stride, v_stride, out_stride_split, out_stride_row,
+        INNER, RANK_PAD, SPLITS, DROPOUT, BLOCK_T, BLOCK_N, BLOCK_J,
+    )  # fmt: skip
+
+
+@triton.jit
+def dh_db_kernel(
+    dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+    edges_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride, part_stride,
+    db_stride_split, db_stride_row,
+    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dh_db_tile(
+        tl.program_id(0), tl.program_id(1) % NUM_MEMBERS, tl.program_id(1) // NUM_MEMBERS,
+        tl.program_id(2), dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr,
+        offset_ptr, rank_ptr, edges_ptr, width, total_rank, dy_stride, b_stride_rank,
+        b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
+        NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, BLOCK_T, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_parts_kernel(
+    part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows, width, h_stride,
+    part_stride,
+    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, RATED: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sum_parts_tile(
+        tl.program_id(0), part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr,
+        num_rows, width, h_stride, part_stride,
+        NUM_MEMBERS, RANK_PAD, RATED, ALIGN, BLOCK_N, BLOCK_T, BLOCK_P,
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""Launches of the multi-task low-rank linear on CUDA.
+
+Forward: shrink (h = s x A^T), then one product with the expansion in it. Backward: dB = dy^T h
+and the parts of dh = s dy B from one read of dy, their sum, then one product with dh A in it, then
+dA = dh^T x.
+Where that product cannot be used (float32, odd strides, dropout's mask on dx) the expansion is
+written first and cuBLAS adds to it (beta = 1).
+
+Shape suffixes: T rows, D input features, O output features, R pool rank rows of one member,
+J columns of the compact h (members * RANK_PAD), S slots.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dropout import RowDropout
+from ..dropout.reference import mix_word
+from ..rows import slot_offsets
+from .gemm import linear_kernel
+from .kernels import (
+    dh_db_kernel,
+    expand_kernel,
+    outer_kernel,
+    shrink_kernel,
+    sum_parts_kernel,
+)
+from .tuning import INTERPRETED, GemmBlocks, Tuning, gemm_blocks, num_sms
+
+
+class Adapters(NamedTuple):
+    """The static side of a call: ranks of every member, the members' output widths."""
+
+    slot_ranks: tuple[int, ...]
+    out_features: tuple[int, ...]
+    module_key: int = 0
+    deterministic: bool = False
+
+
+class RowTensors(NamedTuple):
+    """The per-micro-batch side of a call, on the device."""
+
+    slot_of_row_T: Tensor
+    slot_bounds_S3: Tensor
+    scale_S: Tensor
+    dropout: RowDropout | None
+
+
+class Layout(NamedTuple):
+    """What follows from `Adapters`; the tensors are made on the first call, before a capture."""
+
+    offset_S: Tensor
+    rank_S: Tensor
+    edges: Tensor
+    total_rank: int
+    rank_pad: int
+    num_members: int
+    j_width: int
+    align: int
+    module_word: int
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(adapters: Adapters, device: torch.device) -> Layout:
+    offsets, edges = slot_offsets(adapters.slot_ranks), slot_offsets(adapters.out_features)
+    tensors = [
+        torch.tensor(values, dtype=torch.int32, device=device)
+        for values in (offsets[:-1], adapters.slot_ranks, edges)
+    ]
+    rank_pad = max(16, triton.next_power_of_2(max(adapters.slot_ranks)))
+    members = len(adapters.out_features)
+    align = next(p for p in (16, 8, 4, 2, 1) if all(edge % p == 0 for edge in edges))
+    word = mix_word(adapters.module_key)
+    word = word - (1 << 32) if word >= 1 << 31 else word
+    return Layout(
+        *tensors, offsets[-1], rank_pad, members, members * rank_pad, align, word
+    )  # fmt: skip
+
+
+def lora_forward(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, a_RD: Tensor, b_OR: Tensor,
+    rows: RowTensors, adapters: Adapters, tuning: Tuning,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_TO, h_TJ); h carries scale / (1 - rate)."""
+    layout = layout_of(adapters, x_TD.device)
+    fused = tuning.fused and fits_fused(x_TD, weight_OD)
+    blocks = gemm_blocks(x_TD.shape[0], adapters.out_features) if fused else None
+    if blocks is None:
+        h_TJ = shrink(x_TD, a_RD, rows, layout, tuning._replace(shrink_splits=1))
+        y_TO = expand(h_TJ, b_OR, bias_O, rows, adapters.out_features, layout, tuning, False)
+        return y_TO.addmm_(x_TD, weight_OD.t()), h_TJ
+    h_parts = shrink(x_TD, a_RD, rows, layout, tuning)
+    return linear(x_TD, weight_OD, bias_O, h_parts, b_OR.t(), rows, layout, blocks, True)
+
+
+def lora_backward(
+    dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor, b_OR: Tensor,
+    rows: RowTensors, adapters: Adapters, tuning: Tuning, needs_dx: bool, needs_factors: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx_TD, dA [M * R, D], dB [O, R])."""
+    layout = layout_of(adapters, x_TD.device)
+    fused = tuning.fused and needs_dx and rows.dropout is None and fits_fused(dy_TO, weight_OD)
+    blocks = gemm_blocks(x_TD.shape[0], (x_TD.shape[1],)) if fused else None
+    dh_TJ, db_OR = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
+    dx_TD = None
+    if blocks is not None:
+        dx_TD, _ = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
+    elif needs_dx:
+        dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_TD.shape[1],), layout, tuning, True)
+        dx_TD.addmm_(dy_TO, weight_OD)
+    da_RD = outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning) if needs_factors else None
+    return dx_TD, da_RD, db_OR if needs_factors else None
+
+
+def fits_fused(x_TK: Tensor, weight_OD: Tensor) -> bool:
+    """Whether the tensor copy engine can read both: 16-bit, 16-byte strides and addresses."""
+    return (
+        (x_TK.element_size() == 2 or INTERPRETED)
+        and weight_OD.stride(1) == 1
+        and all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x_TK, weight_OD))
+    )
+
+
+def linear(
+    x_TK: Tensor, weight_OD: Tensor, bias_O: Tensor | None, h_parts: Tensor, factor_RN: Tensor,
+    rows: RowTensors, layout: Layout, blocks: GemmBlocks, weight_nk: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x W^T or x W, plus h F; the summed h_TJ)."""
+    num_rows, num_in = x_TK.shape
+    num_out = weight_OD.shape[0] if weight_nk else weight_OD.shape[1]
+    out_TN = torch.empty((num_rows, num_out), dtype=x_TK.dtype, device=x_TK.device)
+    splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
+    h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
+    tiles = triton.cdiv(num_rows, blocks.t) * triton.cdiv(num_out, blocks.n)
+    programs = min(num_sms(), tiles)
+    members = layout.num_members
+    linear_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x_TK, [blocks.t, blocks.k]),
+        TensorDescriptor.from_tensor(
+            weight_OD, [blocks.n, blocks.k] if weight_nk else [blocks.k, blocks.n]
+        ),
+        TensorDescriptor.from_tensor(out_TN, [blocks.t, blocks.n // (2 if blocks.halves else 1)]),
+        h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, rows.slot_of_row_T,
+        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges, num_rows, num_out, num_in, layout.total_rank,
+        layout.j_width, h_parts.stride(0), factor_RN.stride(0), factor_RN.stride(1),
+        weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
+        splits, bias_O is not None, blocks.t, blocks.n, blocks.k, 8, blocks.halves, programs,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return out_TN, h_TJ
+
+
+def _new_h(like_TK: Tensor, layout: Layout, splits: int) -> Tensor:
+    shape = (like_TK.shape[0], layout.j_width)
+    if splits == 1:
+        return torch.empty(shape, dtype=like_TK.dtype, device=like_TK.device)
+    return torch.empty((splits, *shape), dtype=torch.float32, device=like_TK.device)
+
+
+def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning: Tuning) -> Tensor:
+    """h_TJ in the dtype of x, or float32 parts [shrink_splits, T, J] to be summed."""
+    num_rows, width = x_TD.shape
+    splits = tuning.shrink_splits
+    h = _new_h(x_TD, layout, splits)
+    key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
+    shrink_kernel[(triton.cdiv(num_rows, tuning.shrink_t), splits)](
+        x_TD, a_RD, h, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
+        rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width, layout.total_rank, x_TD.stride(0),
+        a_RD.stride(0), a_RD.stride(1), layout.j_width, h.stride(0),
+        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.shrink_t,
+        tuning.shrink_k, triton.next_power_of_2(layout.j_width),
+        num_warps=tuning.warps, num_stages=tuning.shrink_stages,
+    )  # fmt: skip
+    return h
+
+
+def expand(
+    h_TJ: Tensor, factor_NR: Tensor, bias_N: Tensor | None, rows: RowTensors,
+    widths: tuple[int, ...], layout: Layout, tuning: Tuning, is_dx: bool,
+) -> Tensor:  # fmt: skip
+    """bias + h F; for dx over all members at once and under dropout's mask."""
+    num_rows, num_out = h_TJ.shape[0], sum(widths)
+    out_TN = torch.empty((num_rows, num_out), dtype=h_TJ.dtype, device=h_TJ.device)
+    members = 1 if is_dx else layout.num_members
+    inner = layout.num_members if is_dx else 1
+    dropout = is_dx and rows.dropout is not None
+    key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
+    blocks_n = triton.cdiv(max(widths), tuning.expand_n)
+    expand_kernel[(blocks_n, triton.cdiv(num_rows, tuning.expand_t), members)](
+        h_TJ, factor_NR, out_TN if bias_N is None else bias_N, out_TN, rows.slot_of_row_T,
+        layout.offset_S, layout.rank_S, key_T, rate_S, layout.edges, layout.module_word, num_rows,
+        num_out, layout.total_rank, layout.j_width, factor_NR.stride(1), factor_NR.stride(0),
+        out_TN.stride(0),
+        members, inner, layout.rank_pad, bias_N is not None, dropout, layout.align,
+        tuning.expand_t, tuning.expand_n, triton.next_power_of_2(inner * layout.rank_pad),
+        num_warps=tuning.warps,
+    )  # fmt: skip
+    return out_TN
+
+
+def dh_db(
+    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
+    layout: Layout, tuning: Tuning,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dh_TJ, dB [O, R]) from one read of dy."""
+    members, splits = layout.num_members, tuning.db_splits
+    num_rows, num_out = dy_TO.shape
+    blocks = triton.cdiv(max(adapters.out_features), tuning.db_n)
+    parts = torch.empty(
+        (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
+    )
+    partials = _partials(b_OR.t(), splits)
+    dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
+        dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
+        layout.offset_S, layout.rank_S, layout.edges, num_out, layout.total_rank, dy_TO.stride(0),
+        b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0), partials.stride(0),
+        partials.stride(1),
+        members, layout.rank_pad, splits, layout.align, tuning.db_t, tuning.db_n,
+        num_warps=tuning.warps, num_stages=tuning.db_stages,
+    )  # fmt: skip
+    dh_TJ = torch.empty_like(h_TJ)
+    rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
+    sum_parts_kernel[(triton.cdiv(num_rows, tuning.sum_t),)](
+        parts, dh_TJ, rows.slot_of_row_T, rows.scale_S, rate_S, layout.edges, num_rows, num_out,
+        layout.j_width, parts.stride(0),
+        members, layout.rank_pad, rows.dropout is not None, layout.align, tuning.db_n,
+        tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), num_warps=2,
+    )  # fmt: skip
+    return dh_TJ, _total(partials, b_OR).t()
+
+
+def outer(
+    dh_TJ: Tensor, x_TD: Tensor, a_RD: Tensor, rows: RowTensors, adapters: Adapters,
+    layout: Layout, tuning: Tuning,
+) -> Tensor:  # fmt: skip
+    """dA [M * R, D]."""
+    width, splits = x_TD.shape[1], tuning.da_splits
+    partials = _partials(a_RD, splits)
+    key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
+    outer_kernel[(triton.cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits)](
+        dh_TJ, x_TD, partials, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
+        layout.rank_S, key_T, rate_S, layout.module_word, width, layout.total_rank,
+        layout.j_width, x_TD.stride(0), partials.stride(0), partials.stride(1),
+        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.da_t,
+        tuning.da_n, triton.next_power_of_2(layout.j_width),
+        num_warps=tuning.warps, num_stages=tuning.da_stages,
+    )  # fmt: skip
+    return _total(partials, a_RD)
+
+
+def _partials(factor_RN: Tensor, splits: int) -> Tensor:
+    dtype = factor_RN.dtype if splits == 1 else torch.float32
+    return torch.empty((splits, *factor_RN.shape), dtype=dtype, device=factor_RN.device)
+
+
+def _total(partials: Tensor, like: Tensor) -> Tensor:
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0).to(like.dtype)

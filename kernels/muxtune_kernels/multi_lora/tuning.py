@@ -1,0 +1,112 @@
+"""Block sizes by shape. Static shapes get the same blocks, hence the same bits, every time.
+
+Chosen from experiments/kernel_ratio/tune.py on one H100.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tuning(NamedTuple):
+    """Of the small kernels. `*_splits` cut a reduction where too few programs would run."""
+
+    shrink_t: int = 64
+    shrink_k: int = 128
+    shrink_splits: int = 1
+    shrink_stages: int = 4
+    expand_t: int = 32
+    expand_n: int = 256
+    db_t: int = 64
+    db_n: int = 128
+    db_splits: int = 1
+    db_stages: int = 4
+    sum_t: int = 4
+    da_t: int = 64
+    da_n: int = 128
+    da_splits: int = 1
+    da_stages: int = 4
+    warps: int = 4
+    fused: bool = True
+
+
+class GemmBlocks(NamedTuple):
+    t: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: bool
+    efficiency: float
+
+
+# Efficiency: relative speed of a full tile; smaller tiles reread more, larger ones fill fewer SMs.
+_GEMM_BLOCKS = (
+    GemmBlocks(128, 256, 64, 8, 3, True, 1.0),
+    GemmBlocks(128, 128, 64, 4, 4, False, 0.87),
+    GemmBlocks(64, 128, 64, 4, 4, False, 0.7),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def num_sms() -> int:
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def gemm_blocks(num_rows: int, widths: tuple[int, ...]) -> GemmBlocks | None:
+    """The blocks that finish first; None where the members' edges fit no block."""
+
+    def cost(blocks: GemmBlocks) -> float:
+        tiles = triton.cdiv(num_rows, blocks.t) * triton.cdiv(sum(widths), blocks.n)
+        return triton.cdiv(tiles, num_sms()) * blocks.t * blocks.n / blocks.efficiency
+
+    fitting = [b for b in _GEMM_BLOCKS if len(widths) == 1 or all(w % b.n == 0 for w in widths)]
+    return min(fitting, key=cost) if fitting else None
+
+
+@functools.lru_cache(maxsize=1024)
+def tuning_of(
+    num_rows: int, width: int, widths: tuple[int, ...], num_slots: int, rank_pad: int,
+    itemsize: int, deterministic: bool,
+) -> Tuning:  # fmt: skip
+    """widths: of the members' outputs. itemsize: of x, in bytes."""
+    j_width = len(widths) * rank_pad
+    shrink_t = 64 if j_width <= 64 else 16
+    shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + j_width * 4) * 3)
+    db_n = 512 if max(widths) > 8192 else 256 if max(widths) > 4096 else 128
+    db_n = min(db_n, max(32, 8192 // rank_pad), triton.next_power_of_2(max(32, *widths)))
+    db_t = _fit(min(64, 16384 // db_n), lambda t: t * (db_n + rank_pad) * itemsize * 3)
+    da_n = 128 if j_width <= 64 else 32
+    da_t = _fit(64, lambda t: t * (da_n + j_width) * itemsize * 3)
+    programs = triton.cdiv(max(widths), db_n) * len(widths) * num_slots
+    return Tuning(
+        shrink_t=shrink_t, shrink_k=shrink_k, db_t=db_t, db_n=db_n, da_t=da_t, da_n=da_n,
+        shrink_splits=_shrink_splits(triton.cdiv(num_rows, shrink_t), width // shrink_k),
+        db_splits=1 if deterministic else _row_splits(programs, num_rows // num_slots),
+        da_splits=1 if deterministic else _row_splits(
+            triton.cdiv(width, da_n) * num_slots, num_rows // num_slots),
+    )  # fmt: skip
+
+
+def _fit(block: int, shared_bytes) -> int:
+    while block > 16 and shared_bytes(block) > 100_000:
+        block //= 2
+    return block
+
+
+def _shrink_splits(tiles: int, steps: int) -> int:
+    splits = 1
+    while splits < 8 and tiles * splits * 2 <= num_sms() and steps // (splits * 2) >= 4:
+        splits *= 2
+    return splits
+
+
+def _row_splits(programs: int, rows_of_slot: int) -> int:
+    """Parts that a slot's rows are cut into. One in deterministic mode: a slot's sum must not
+    depend on how many slots there are."""
+    return max(1, min(8, 2 * num_sms() // programs, rows_of_slot // 256))

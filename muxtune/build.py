@@ -1,0 +1,511 @@
+"""From a configuration to the objects that run: explicit tables of builders, no import by name.
+
+Parts that need torch or simpy are imported when they are built, so that planning needs neither.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from muxtune.config import (
+    ClusterConfig,
+    CommonConfig,
+    CostConfig,
+    ModelConfig,
+    PoissonWorkload,
+    TasksWorkload,
+    TraceWorkload,
+    WorkloadConfig,
+)
+from muxtune.cost.analytic import AnalyticOptions
+from muxtune.cost.book import CostBook
+from muxtune.cost.devices import GENERIC_CPU, DeviceFigures, checked_figures, device_figures
+from muxtune.cost.schema import Profile, load_profile
+from muxtune.cost.shapes import ModelShape, checked_shape, from_hf_config, model_shape
+from muxtune.errors import ConfigError
+from muxtune.fleet import task_view
+from muxtune.protocols import ClusterPolicy, InstancePlanner, TaskLibrary
+from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
+from muxtune.types import InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
+from muxtune.types import TaskReadyData as ReadyData
+from muxtune.workload.mix import DEFAULT_MIX, task_mix
+from muxtune.workload.synthetic import SyntheticLibrary
+from muxtune.workload.tasks import load_tasks, tasks_from_mapping, with_model_targets
+from muxtune.workload.traces import poisson_tasks, read_trace, trace_tasks
+
+if TYPE_CHECKING:
+    from muxtune.runtime.backbone import BackboneStore
+
+GB = 1_000_000_000
+LOCAL, AUTO = "local", "auto"
+SOLO_PLANNER = "exclusive"  # what "alone under HF PEFT" means for offered load and durations
+Tasks = Sequence[TaskSpec] | Any  # a list, or a TaskStream
+
+
+# ------------------------------------------------------------------------------ planner and policy
+
+
+def planner(options: Mapping[str, Any], costs: CostBook) -> InstancePlanner:
+    """Raises ConfigError for an unknown planner, or an option that it does not have."""
+    return _from_registry(PLANNERS, options, {"costs": costs})
+
+
+def cluster_policy(options: Mapping[str, Any]) -> ClusterPolicy:
+    """Raises ConfigError for an unknown policy, or an option that it does not have."""
+    return _from_registry(CLUSTER_POLICIES, options, {})
+
+
+def _from_registry(registry: Registry, options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    rest = {key: value for key, value in options.items() if key != "name"}
+    factory = registry.get(str(options.get("name", "")))
+    return call_checked(factory, registry.field, rest, given)
+
+
+def call_checked(
+    factory: Callable[..., Any], field: str, options: Mapping[str, Any], given: Mapping[str, Any]
+) -> Any:
+    """``factory(**given, **options)``, the options checked by its signature.
+
+    Raises ConfigError: ``field`` and option, what is wrong, and the options that exist.
+    """
+    parameters = inspect.signature(factory).parameters
+    known = [name for name in parameters if name not in given and name != "self"]
+    takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    for name, value in options.items():
+        if name in given or (name not in parameters and not takes_any):
+            remedy = f"Choose among: {', '.join(known) or 'it takes no options'}"
+            raise ConfigError(f"{field}.{name}", "is no option of this " + field, remedy)
+        _check_type(f"{field}.{name}", value, parameters.get(name))
+    return factory(**given, **options)
+
+
+def _check_type(field: str, value: object, parameter: inspect.Parameter | None) -> None:
+    """The type of an option's default tells what it must be."""
+    default = None if parameter is None else parameter.default
+    if default is None or default is inspect.Parameter.empty or value is None:
+        return
+    whole_for_float = isinstance(default, float) and isinstance(value, int)
+    if type(value) is not type(default) and not whole_for_float:
+        problem = f"{value!r} is not of type {type(default).__name__}"
+        raise ConfigError(field, problem, f"The default is {default!r}")
+
+
+# ------------------------------------------------------------------------------------------- costs
+
+
+def cost_book(config: CommonConfig, cost: CostConfig | None = None) -> CostBook:
+    """The book of ``cost`` (default: the planner's). Raises ConfigError or ProfileError."""
+    cost = cost or config.cost
+    return CostBook(
+        models={config.model.name: shape_of(config.model)},
+        devices={device_name(config.cluster, cost): figures_of(config.cluster)},
+        profiles=_profiles(cost),
+        options=_analytic_options(cost),
+    )
+
+
+def simulator_book(config: CommonConfig, simulator_cost: CostConfig, planner_book: CostBook) -> Any:
+    """The planner's own book for ``same``; else a book of its own."""
+    return planner_book if simulator_cost.kind == "same" else cost_book(config, simulator_cost)
+
+
+def _profiles(cost: CostConfig) -> list[Profile]:
+    if cost.kind not in {"analytic", "profile"}:
+        remedy = "Choose analytic or profile"
+        raise ConfigError("cost.kind", f"'{cost.kind}' does not exist", remedy)
+    return [load_profile(cost.path)] if cost.kind == "profile" else []
+
+
+def _analytic_options(cost: CostConfig) -> AnalyticOptions:
+    styles = {"graph": AnalyticOptions, "eager": AnalyticOptions.eager}
+    if cost.style not in styles:
+        remedy = f"Choose one of: {', '.join(styles)}"
+        raise ConfigError("cost.style", f"'{cost.style}' does not exist", remedy)
+    return styles[cost.style]()
+
+
+def shape_of(model: ModelConfig) -> ModelShape:
+    """The model's shape: written out, read from its folder, or built in under its name."""
+    if model.shape:
+        try:
+            return checked_shape(ModelShape(name=model.name, **model.shape))
+        except TypeError as error:
+            fields = ", ".join(ModelShape._fields[1:])
+            raise ConfigError("model.shape", str(error), f"The fields are: {fields}") from None
+    file = Path(model.path) / "config.json"
+    if model.path and file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return from_hf_config(SimpleNamespace(**content), model.name)
+    return model_shape(model.name)
+
+
+def figures_of(cluster: ClusterConfig) -> DeviceFigures:
+    if cluster.device == LOCAL:
+        local = GENERIC_CPU._replace(memory_bytes=physical_memory_bytes())
+        return checked_figures(local._replace(**cluster.figures))
+    return device_figures(cluster.device, cluster.figures)
+
+
+def device_name(cluster: ClusterConfig, cost: CostConfig) -> str:
+    """``local`` is the machine that the profile was measured on, or a CPU."""
+    if cluster.device != LOCAL:
+        return cluster.device
+    return load_profile(cost.path).device_name if cost.kind == "profile" else GENERIC_CPU.name
+
+
+def physical_memory_bytes() -> int:
+    """Memory of this machine, or the limit of its control group if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+# --------------------------------------------------------------------------------------- the fleet
+
+
+def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[InstanceSpec]:
+    """The instances that the run begins with; ids and GPU ids sort as they are numbered.
+
+    ``tasks`` are looked at only for ``instances_per_gpu=auto``. Raises ConfigError for numbers
+    that do not go together.
+    """
+    cluster = config.cluster
+    replica = ReplicaShape(cluster.tp, cluster.pp)
+    _check_cluster(cluster, replica)
+    per_gpu = _instances_per_gpu(config, costs, tasks)
+    limit = gpu_memory_limit_bytes(cluster) // per_gpu
+    device = device_name(cluster, config.cost)
+    groups = range(cluster.num_gpus // replica.num_gpus)
+    width = len(str(len(groups) * per_gpu - 1))
+    return [
+        InstanceSpec(
+            f"instance-{group * per_gpu + side:0{width}d}",
+            config.model.name,
+            device,
+            limit,
+            (replica,),
+            tuple(f"gpu-{group * replica.num_gpus + i:05d}" for i in range(replica.num_gpus)),
+        )
+        for group in groups
+        for side in range(per_gpu)
+    ]
+
+
+def _check_cluster(cluster: ClusterConfig, replica: ReplicaShape) -> None:
+    for name in ("num_gpus", "tp", "pp"):
+        if getattr(cluster, name) < 1:
+            raise ConfigError(f"cluster.{name}", f"is {getattr(cluster, name)}", "Give at least 1")
+    if cluster.num_gpus % replica.num_gpus:
+        raise ConfigError(
+            "cluster.num_gpus",
+            f"{cluster.num_gpus} is no multiple of tp * pp = {replica.num_gpus}",
+            "Change one of them",
+        )
+
+
+def gpu_memory_limit_bytes(cluster: ClusterConfig) -> int:
+    """Raises ConfigError for a limit that is not positive or a share outside of (0, 1]."""
+    if cluster.memory_limit_gb == AUTO:
+        if not 0 < cluster.memory_share <= 1:
+            problem = f"is {cluster.memory_share}"
+            raise ConfigError("cluster.memory_share", problem, "Give a number in (0, 1]")
+        return int(figures_of(cluster).memory_bytes * cluster.memory_share)
+    try:
+        limit = float(cluster.memory_limit_gb)
+    except (TypeError, ValueError):
+        limit = 0.0
+    if not 0 < limit < 1e6:
+        problem = f"'{cluster.memory_limit_gb}' is no amount of memory"
+        raise ConfigError("cluster.memory_limit_gb", problem, "Give gigabytes above 0, or auto")
+    return int(limit * GB)
+
+
+def _instances_per_gpu(config: CommonConfig, costs: CostBook, tasks: Tasks) -> int:
+    number = config.cluster.instances_per_gpu
+    if number == AUTO:
+        return _colocated(config, costs, tasks)
+    if not isinstance(number, int) or number < 1:
+        problem = f"is {number!r}"
+        raise ConfigError("cluster.instances_per_gpu", problem, "Give at least 1, or auto")
+    return number
+
+
+def _colocated(config: CommonConfig, costs: CostBook, tasks: Tasks) -> int:
+    """As many instances a GPU as fit when each runs the most demanding task."""
+    solo = Solo(config, costs)
+    kinds = {_kind_of(task): task for task in tasks}
+    needed = max((solo.peak_bytes(task) for task in kinds.values()), default=0)
+    return max(1, int(gpu_memory_limit_bytes(config.cluster) // needed)) if needed else 1
+
+
+def _kind_of(task: TaskSpec) -> tuple[object, ...]:
+    data = task.data
+    return (
+        *(task.model, task.adapter.method, task.adapter.rank, task.adapter.targets),
+        *(task.batch_size, task.accumulation, data.max_length_tokens, data.histogram, data.path),
+    )
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+class Solo:
+    """A drawn task alone on one instance under HF PEFT: the ``exclusive`` planner, and, where no
+    profile says otherwise, the costs of an eager program."""
+
+    def __init__(self, config: CommonConfig, costs: CostBook) -> None:
+        self._library = SyntheticLibrary(config.seed)
+        self._planner = PLANNERS.get(SOLO_PLANNER)(
+            costs=costs.with_options(AnalyticOptions.eager())
+        )
+        self._site = InstanceView(
+            instance_id="solo",
+            now_ns=0,
+            tasks=(),
+            running_plan=None,
+            memory_limit_bytes=1 << 60,
+            model=config.model.name,
+            device=device_name(config.cluster, config.cost),
+        )
+
+    def tokens_per_s(self, task: TaskSpec) -> float:
+        """Effective tokens a second."""
+        view = task_view(task, self._library.add(task))
+        seconds = self._plan(task).predicted.step_time_s[task.task_id]
+        return view.lengths.mean_tokens * view.sequences_per_step / seconds
+
+    def peak_bytes(self, task: TaskSpec) -> float:
+        return self._plan(task).predicted.peak_memory_bytes.value
+
+    def _plan(self, task: TaskSpec) -> Plan:
+        view = task_view(task, self._library.add(task))
+        site = self._site._replace(tasks=(view,), model=task.model)
+        answer = self._planner.plan(site, None)
+        if not isinstance(answer, Plan):
+            raise ConfigError("workload", answer.reason, answer.remedy)
+        return answer
+
+
+def tasks(config: CommonConfig, costs: CostBook) -> Tasks:
+    """Tasks sorted by arrival: a list, or for traces a stream that makes them lazily.
+
+    Raises ConfigError or DataError that names the field or the file and the remedy.
+    """
+    found = _TASK_BUILDERS[_known_kind(config.workload)](config, costs)
+    return found
+
+
+def _known_kind(workload: WorkloadConfig) -> str:
+    if workload.kind not in _TASK_BUILDERS:
+        remedy = f"Choose one of: {', '.join(_TASK_BUILDERS)}"
+        raise ConfigError("workload.kind", f"'{workload.kind}' does not exist", remedy)
+    return workload.kind
+
+
+def _declared_tasks(config: CommonConfig, costs: CostBook) -> list[TaskSpec]:
+    workload = config.workload
+    assert isinstance(workload, TasksWorkload)
+    if workload.tasks_file:
+        found = load_tasks(workload.tasks_file)
+    elif workload.tasks:
+        content = {"defaults": workload.task_defaults, "tasks": workload.tasks}
+        found = tasks_from_mapping(content, source="workload")
+    else:
+        remedy = "Give workload.tasks_file=FILE, or workload=example, philly or poisson"
+        raise ConfigError("workload.tasks_file", "is empty", remedy)
+    resolved = (_resolver(config, costs)(task) for task in found)
+    return sorted(resolved, key=lambda task: task.arrival_ns)[: workload.limit]
+
+
+def _trace(config: CommonConfig, costs: CostBook) -> Any:
+    workload = config.workload
+    assert isinstance(workload, TraceWorkload)
+    return trace_tasks(
+        read_trace(workload.trace),
+        _mix(workload.mix, config),
+        Solo(config, costs).tokens_per_s,
+        load=workload.load,
+        num_gpus=config.cluster.num_gpus,
+        seed=workload.seed,
+        limit=workload.limit,
+        count_gpus=workload.count_gpus,
+        resolve=_resolver(config, costs),
+    )
+
+
+def _poisson(config: CommonConfig, costs: CostBook) -> Any:
+    workload = config.workload
+    assert isinstance(workload, PoissonWorkload)
+    return poisson_tasks(
+        _mix(workload.mix, config),
+        Solo(config, costs).tokens_per_s,
+        num_tasks=100 if workload.limit is None else workload.limit,
+        load=workload.load,
+        tasks_per_hour=workload.tasks_per_hour,
+        mean_duration_s=workload.mean_duration_s,
+        duration_sigma=workload.duration_sigma,
+        num_gpus=config.cluster.num_gpus,
+        seed=workload.seed,
+        resolve=_resolver(config, costs),
+    )
+
+
+_TASK_BUILDERS: dict[str, Callable[[CommonConfig, CostBook], Tasks]] = {
+    "tasks": _declared_tasks,
+    "trace": _trace,
+    "poisson": _poisson,
+}
+
+
+def _mix(entries: list[Any], config: CommonConfig) -> Any:
+    return task_mix(entries or DEFAULT_MIX, model=config.model.name, where="workload.mix")
+
+
+def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], TaskSpec]:
+    """Gives a task the model of the fleet if it names none, checks and spells out its targets."""
+
+    def resolve(task: TaskSpec) -> TaskSpec:
+        task = task if task.model else task._replace(model=config.model.name)
+        if task.model != config.model.name:
+            raise ConfigError(
+                f"task '{task.task_id}': model",
+                f"'{task.model}' is not what the fleet hosts, which is '{config.model.name}'",
+                "Change it, or choose the fleet's with model=NAME",
+            )
+        return with_model_targets(task, list(costs.shape(task.model).linears))
+
+    return resolve
+
+
+class Library:
+    """A TaskLibrary for both kinds of tasks: drawn lengths and real data."""
+
+    def __init__(self, synthetic: SyntheticLibrary, datasets: Callable[[], TaskLibrary]) -> None:
+        self._synthetic, self._make_datasets = synthetic, datasets
+        self._datasets: TaskLibrary | None = None
+        self._home: dict[str, TaskLibrary] = {}
+
+    @property
+    def datasets(self) -> TaskLibrary:
+        """Made when the first task with real data comes: it needs the model's tokenizer."""
+        if self._datasets is None:
+            self._datasets = self._make_datasets()
+        return self._datasets
+
+    def add(self, task: TaskSpec) -> ReadyData:
+        home = self._synthetic if task.data.histogram else self.datasets
+        ready = home.add(task)
+        self._home[task.task_id] = home
+        return ready
+
+    def discard(self, task_id: str) -> None:
+        home = self._home.pop(task_id, None)
+        if home is not None:
+            home.discard(task_id)
+
+    def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
+        return self._home[task_id].batch(task_id, step)
+
+    def num_steps(self, task_id: str) -> int:
+        return self._home[task_id].num_steps(task_id)
+
+    def period_steps(self, task_id: str) -> int | None:
+        return self._home[task_id].period_steps(task_id)
+
+    def lengths_key(self, task_id: str) -> str:
+        return self._home[task_id].lengths_key(task_id)
+
+
+def library(config: CommonConfig, store: BackboneStore | None = None) -> Library:
+    """``store`` is made when it is needed, for its tokenizer."""
+
+    return Library(
+        SyntheticLibrary(config.seed), lambda: dataset_library(store or backbone_store(config))
+    )
+
+
+def sim_library(config: CommonConfig, found: Tasks) -> TaskLibrary:
+    """What the simulator packs: the plain synthetic library where no task has real data."""
+    return SyntheticLibrary(config.seed) if is_drawn(found) else library(config)
+
+
+def is_drawn(found: Tasks) -> bool:
+    """True when no task has real data; then the plain SyntheticLibrary does."""
+    return not isinstance(found, list) or all(task.data.histogram for task in found)
+
+
+# ---------------------------------------------------------------------------------------- backends
+
+
+def sim_executor(options: Mapping[str, Any], costs: Any, found: TaskLibrary) -> Any:
+    """A ``SimExecutor``. Raises ConfigError for an option that it does not have."""
+    from muxtune.planning.step_builder import StepBuilder
+    from muxtune_sim.executor import SimExecutor
+    from muxtune_sim.options import SimOptions
+
+    rest = _without_name(options, "sim", "backend")
+    return SimExecutor(StepBuilder(), costs, found, call_checked(SimOptions, "backend", rest, {}))
+
+
+def torch_executor(
+    options: Mapping[str, Any],
+    output_dir: Path,
+    store: BackboneStore,
+    datasets: Any,
+    listeners: Sequence[Any] = (),
+    field: str = "backend",
+) -> Any:
+    """A ``TorchExecutor``. Raises ConfigError for an option that it does not have."""
+    from muxtune.planning.step_builder import StepBuilder
+    from muxtune.runtime.executor import TorchExecutor
+    from muxtune.runtime.options import TorchOptions
+
+    rest = _without_name(options, "torch", field)
+    made = call_checked(TorchOptions, field, rest, {"output_dir": output_dir})
+    return TorchExecutor(StepBuilder(), store, datasets, made, listeners)
+
+
+def _without_name(options: Mapping[str, Any], expected: str, field: str) -> dict[str, Any]:
+    if options.get("name") != expected:
+        problem = f"this command runs on '{expected}', not on '{options.get('name')}'"
+        raise ConfigError(field, problem, f"Choose {field}={expected}")
+    return {key: value for key, value in options.items() if key != "name"}
+
+
+def dataset_library(store: BackboneStore) -> Any:
+    from muxtune.workload.datasets import DatasetLibrary
+
+    return DatasetLibrary(store.tokenizer)
+
+
+def backbone_store(config: CommonConfig) -> BackboneStore:
+    """Where the real executor and the tokenizers find the base model. Needs the train extra."""
+    need_torch()
+    from muxtune.runtime import backbone
+
+    model = config.model
+    sources: dict[str, Any] = {}
+    if model.random:
+        sources[model.name] = backbone.random_weights(shape_of(model), model.seed)
+    elif model.path:
+        is_file = Path(model.path).suffix == ".gguf"
+        make = backbone.gguf_file if is_file else backbone.local_folder
+        sources[model.name] = make(model.path)
+    return backbone.BackboneStore(sources)
+
+
+def need_torch() -> None:
+    """Raises ConfigError when what the real executor needs is not installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        remedy = "Install torch, then `pip install muxtune[train]`"
+        raise ConfigError("backend", f"{error.name} is not installed", remedy) from None

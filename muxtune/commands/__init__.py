@@ -1,0 +1,54 @@
+"""One file a command. A command module has ``run(config, folder) -> summary``: it prints its
+result, writes it into the run's folder, and returns one flat row."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from muxtune.errors import MuxTuneError
+from muxtune.report.run_folder import RunFolder, provenance
+from muxtune.report.sweep import FAILED, OK, SUMMARY
+
+CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
+
+
+def run_job(config: Any) -> MuxTuneError | None:
+    """Runs one composed configuration in its own folder.
+
+    Returns an error that the user can act on; in a sweep it also stands in the run's summary, so
+    that the other runs go on and their table tells which one failed.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    overrides = [str(item) for item in hydra.overrides.task]
+    try:
+        with RunFolder(hydra.runtime.output_dir) as folder:
+            return _run_in(folder, config, overrides)
+    except MuxTuneError as error:
+        if hydra.mode == RunMode.MULTIRUN:
+            failed = {"status": FAILED, "error": str(error), "overrides": as_choices(overrides)}
+            RunFolder(hydra.runtime.output_dir).write_json(SUMMARY, failed)
+        return error
+
+
+def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneError | None:
+    """A summary with an ``error`` keeps its results: some tasks ended, some did not."""
+    from omegaconf import OmegaConf
+
+    folder.write_text(CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
+    folder.write_json(RUN_FILE, provenance(config.seed, overrides))
+    typed: Any = OmegaConf.to_object(config)
+    summary = importlib.import_module(f"muxtune.commands.{typed.command}").run(typed, folder)
+    error = summary.get("error")
+    status = {"status": FAILED if error else OK, "command": typed.command}
+    folder.write_json(SUMMARY, status | summary | {"overrides": as_choices(overrides)})
+    return MuxTuneError(error) if error else None
+
+
+def as_choices(overrides: list[str]) -> dict[str, str]:
+    """``["a.b=1", "+c=2"]`` to ``{"a.b": "1", "c": "2"}``."""
+    pairs = (item.lstrip("+~").partition("=") for item in overrides)
+    return {key: value for key, _, value in pairs}

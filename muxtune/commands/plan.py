@@ -1,0 +1,328 @@
+"""``muxtune plan``: what the planner decides for a set of tasks on one instance, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from muxtune import build, codec
+from muxtune.config import PlanConfig
+from muxtune.cost.book import CostBook
+from muxtune.errors import ConfigError, MuxTuneError
+from muxtune.fleet import task_view
+from muxtune.planning.step_builder import StepBuilder, pass_load
+from muxtune.protocols import CostModel, LengthSource, TaskLibrary
+from muxtune.report.recording import PlanSample
+from muxtune.report.run_folder import RunFolder
+from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
+from muxtune.types import (
+    Cursor,
+    InstanceSpec,
+    InstanceView,
+    MicroBatch,
+    Plan,
+    Refusal,
+    StageLedgers,
+    TaskView,
+)
+
+FORMATS = ("table", "json")
+PLAN_FILE = "plan.json"
+SAMPLED_ROUNDS = 16  # of which the breakdown is the mean
+
+
+class Refused(NamedTuple):
+    """A task that the planner did not take beside those before it."""
+
+    task_id: str
+    refusal: Refusal
+
+
+class RoundSample(NamedTuple):
+    """Means over sampled rounds of real batches. ``breakdown_s``: seconds of a round by cause."""
+
+    breakdown_s: dict[str, float]
+    time_s: float
+    effective_tokens: float
+    padded_tokens: float
+    micro_batches: float
+
+
+def run(config: PlanConfig, folder: RunFolder) -> dict[str, Any]:
+    """Prints the plan, writes plan.json; raises MuxTuneError when no task at all is taken."""
+    if config.format not in FORMATS:
+        raise ConfigError("format", f"'{config.format}' does not exist", f"Choose of {FORMATS}")
+    costs = build.cost_book(config)
+    if config.state:
+        return _plan_state(config, costs, folder)
+    tasks = list(build.tasks(config, costs))
+    spec = build.instances(config, costs, tasks)[0]
+    library = build.library(config)
+    views = [task_view(task, library.add(task)) for task in tasks]
+    plan, taken, refused = _plan_all(config, costs, spec, views)
+    for item in refused:
+        library.discard(item.task_id)
+    if plan is None:
+        _print_refused(refused)
+        raise MuxTuneError(f"plan: no task fits: {refused[0].refusal.reason}")
+    return _present(config, costs, folder, spec, plan, taken, refused, library)
+
+
+# -------------------------------------------------------------------------------------- planning
+
+
+def _plan_all(
+    config: PlanConfig, costs: CostBook, spec: InstanceSpec, views: list[TaskView]
+) -> tuple[Plan | None, list[TaskView], list[Refused]]:
+    """All tasks at once; if that is refused, one by one in order, leaving out who is refused."""
+    planner = build.planner(config.planner, costs)
+    answer = planner.plan(view_of(spec, views), None)
+    if isinstance(answer, Plan):
+        return answer, views, []
+    taken: list[TaskView] = []
+    refused: list[Refused] = []
+    plan: Plan | None = None
+    for view in views:
+        answer = planner.plan(view_of(spec, [*taken, view]), None)
+        if isinstance(answer, Plan):
+            plan = answer
+            taken.append(view)
+        else:
+            refused.append(Refused(view.task_id, answer))
+    return plan, taken, refused
+
+
+def view_of(spec: InstanceSpec, views: list[TaskView]) -> InstanceView:
+    """An instance as the engine would show it when these tasks have just been placed."""
+    return InstanceView(
+        instance_id=spec.instance_id,
+        now_ns=0,
+        tasks=tuple(views),
+        running_plan=None,
+        memory_limit_bytes=spec.memory_limit_bytes,
+        model=spec.model,
+        device=spec.device,
+        replicas=spec.replicas,
+        gpu_ids=spec.gpu_ids,
+    )
+
+
+def _plan_state(config: PlanConfig, costs: CostBook, folder: RunFolder) -> dict[str, Any]:
+    """A saved question asked again of a fresh planner; says whether the answer is the same."""
+    sample = read_sample(Path(config.state), config.index)
+    answer = build.planner(config.planner, costs).plan(sample.view, sample.previous)
+    same = codec.dumps(answer) == codec.dumps(sample.plan)
+    folder.write_text(PLAN_FILE, codec.dumps(answer) + "\n")
+    if config.format == "json":
+        print(json.dumps({"same": same, "plan": codec.encode(answer)}, indent=2))
+    else:
+        console = make_console()
+        if isinstance(answer, Plan):
+            console.print(_htask_table(answer))
+        console.print(f"reason: {answer.reason}", soft_wrap=True)
+        verdict = "equals the plan of the run" if same else "DIFFERS from the plan of the run"
+        console.print(f"planned from scratch, it {verdict}")
+    return {"state": config.state, "index": config.index, "same": same}
+
+
+def read_sample(path: Path, index: int) -> PlanSample:
+    """Line ``index`` (from 0) of a plan_samples.jsonl. Raises ConfigError."""
+    remedy = "Give the plan_samples.jsonl of a `muxtune simulate` run"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("state", f"'{path}' cannot be read ({error})", remedy) from None
+    if not 0 <= index < len(lines):
+        problem = f"{index} is not in '{path}'"
+        raise ConfigError("index", problem, f"Give a number from 0 to {len(lines) - 1}")
+    try:
+        return PlanSample.loads(lines[index])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"line {index + 1} of '{path}' is no saved state ({error!r})"
+        raise ConfigError("state", problem, remedy) from None
+
+
+def sample_rounds(
+    plan: Plan, lengths: LengthSource, cost: CostModel, rounds: int = SAMPLED_ROUNDS
+) -> RoundSample:
+    """Packs the plan's first rounds and takes the mean of what they cost."""
+    builder, cursors = StepBuilder(), {task_id: Cursor() for task_id in plan.task_ids}
+    rounds = max(1, min(rounds, *(lengths.num_steps(task_id) for task_id in plan.task_ids)))
+    batches: list[MicroBatch] = []
+    for _ in range(rounds):
+        made, cursors = builder.next_round(plan, cursors, lengths)
+        batches += made
+    breakdown: dict[str, float] = {}
+    replica = plan.replicas[0]
+    for batch in batches:
+        parts = cost.breakdown_s(pass_load(batch, lengths), replica)
+        for name, seconds in parts.items():
+            breakdown[name] = breakdown.get(name, 0.0) + seconds / rounds
+    effective = sum(
+        piece.stop - piece.start
+        for batch in batches
+        for chunk in batch.chunks
+        for piece in chunk.pieces
+    )
+    return RoundSample(
+        breakdown,
+        sum(breakdown.values()),
+        effective / rounds,
+        sum(batch.shape.padded_tokens for batch in batches) / rounds,
+        len(batches) / rounds,
+    )
+
+
+# ------------------------------------------------------------------------------------- presenting
+
+
+def _present(
+    config: PlanConfig,
+    costs: CostBook,
+    folder: RunFolder,
+    spec: InstanceSpec,
+    plan: Plan,
+    taken: list[TaskView],
+    refused: list[Refused],
+    library: TaskLibrary,
+) -> dict[str, Any]:
+    cost = costs(spec.model, spec.device)
+    sample = sample_rounds(plan, library, cost)
+    ledgers = cost.memory_ledger_bytes(plan)
+    content = {
+        "plan": codec.encode(plan),
+        "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
+        "sampled_round": sample._asdict(),
+        "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
+        "memory_limit_bytes": spec.memory_limit_bytes,
+    }
+    folder.write_json(PLAN_FILE, content)
+    if config.format == "json":
+        print(json.dumps(content, indent=2))
+    else:
+        _print_plan(spec, plan, taken, refused, sample, ledgers)
+        make_console().print(f"wrote {folder.path / PLAN_FILE}", soft_wrap=True)
+    predicted = plan.predicted
+    return {
+        "planner": config.planner["name"],
+        "num_tasks": len(taken),
+        "num_refused": len(refused),
+        "num_htasks": len(plan.htasks),
+        "round_time_s": predicted.round_time_s.value,
+        "tasks_step_time_s": predicted.tasks_step_time_s,
+        "effective_tokens_per_s": sample.effective_tokens / predicted.round_time_s.value,
+        "padded_tokens_per_s": sample.padded_tokens / predicted.round_time_s.value,
+        "peak_memory_bytes": ledgers.peak.value,
+    }
+
+
+def _print_plan(
+    spec: InstanceSpec,
+    plan: Plan,
+    taken: list[TaskView],
+    refused: list[Refused],
+    sample: RoundSample,
+    ledgers: StageLedgers,
+) -> None:
+    console = make_console()
+    console.print(_htask_table(plan))
+    console.print(_task_table(plan, taken))
+    console.print(_time_table(plan, sample))
+    console.print(_memory_table(ledgers, spec.memory_limit_bytes))
+    console.print(f"why: {plan.reason or 'the planner gave no reason'}", soft_wrap=True)
+    if plan.predicted.round_time_s.extrapolated:
+        console.print("note: these times are extrapolated beyond what was measured")
+    _print_refused(refused)
+
+
+def _htask_table(plan: Plan) -> Any:
+    counts = {turn.htask: turn.count for turn in plan.round}
+    rows = []
+    for index, htask in enumerate(plan.htasks):
+        count = counts.get(index)
+        rows.append(
+            (
+                ", ".join(f"{task_id} x{n}" for task_id, n in sorted(htask.quota.items())),
+                htask.packing.value,
+                ", ".join(f"{s.num_chunks} x {s.chunk_tokens}" for s in htask.shapes),
+                "until each task's step closes" if count is None else str(count),
+            )
+        )
+    columns = ("hTask: task x chunks a micro-batch", "packing", "chunks x tokens", "turns a round")
+    title = f"Plan of {plan.instance_id}, epoch {plan.epoch}: {len(plan.htasks)} hTask(s)"
+    return make_table(title, columns, rows)
+
+
+def _task_table(plan: Plan, views: list[TaskView]) -> Any:
+    predicted = plan.predicted
+    rows = []
+    for view in sorted(views, key=lambda view: view.task_id):
+        step_s = predicted.step_time_s[view.task_id]
+        alone_s = predicted.solo_step_time_s.get(view.task_id, 0.0)
+        tokens = view.lengths.mean_tokens * view.sequences_per_step
+        rows.append(
+            (
+                view.task_id,
+                f"{view.slot.method} r={view.slot.rank}",
+                view.sequences_per_step,
+                round(tokens),
+                format_seconds(step_s),
+                format_seconds(alone_s),
+                f"{step_s / alone_s:.2f}" if alone_s else None,
+                format_seconds(step_s * view.num_steps),
+            )
+        )
+    columns = ("task", "adapter", "sequences", "tokens", "step", "alone", "slowdown", "all steps")
+    return make_table("Tasks: one optimizer step each (predicted)", columns, rows)
+
+
+def _time_table(plan: Plan, sample: RoundSample) -> Any:
+    round_s = plan.predicted.round_time_s
+    shares = sorted(sample.breakdown_s.items(), key=lambda pair: -pair[1])
+    rows: list[tuple[object, ...]] = [
+        ("one round, predicted", format_seconds(round_s.value), None),
+        (
+            "  90% interval",
+            f"{format_seconds(round_s.low)} .. {format_seconds(round_s.high)}",
+            None,
+        ),
+        ("one round, packed and costed", format_seconds(sample.time_s), "100%"),
+        *(
+            (f"  {name}", format_seconds(seconds), f"{seconds / sample.time_s:.1%}")
+            for name, seconds in shares
+            if seconds > 0
+        ),
+        ("a step of every task", format_seconds(plan.predicted.tasks_step_time_s), None),
+        ("effective tokens a round", round(sample.effective_tokens), None),
+        (
+            "padded tokens a round",
+            round(sample.padded_tokens),
+            f"{sample.effective_tokens / sample.padded_tokens:.1%} effective",
+        ),
+        ("effective tokens/s", sample.effective_tokens / sample.time_s, None),
+        ("padded tokens/s", sample.padded_tokens / sample.time_s, None),
+    ]
+    return make_table("Where the time goes", ("of a round", "value", "share"), rows)
+
+
+def _memory_table(ledgers: StageLedgers, limit_bytes: int) -> Any:
+    rows: list[tuple[object, ...]] = []
+    for ledger in ledgers.ledgers:
+        prefix = f"stage {ledger.stage}: " if len(ledgers.ledgers) > 1 else ""
+        items = sorted(ledger.items.items(), key=lambda pair: -pair[1])
+        rows += [(prefix + name, format_bytes(size)) for name, size in items if size]
+        rows.append((prefix + "total", format_bytes(ledger.total_bytes)))
+    rows.append(("limit of a GPU", format_bytes(limit_bytes)))
+    return make_table("Memory of a GPU (predicted peak)", ("item", "size"), rows)
+
+
+def _print_refused(refused: list[Refused]) -> None:
+    console = make_console()
+    for task_id, refusal in refused:
+        sizes = ""
+        if refusal.needed_bytes:
+            needed, available = refusal.needed_bytes, refusal.available_bytes
+            sizes = f" (needs {format_bytes(needed)}, {format_bytes(available)} available)"
+        text = f"refused: {task_id}: {refusal.reason}{sizes}. {refusal.remedy}"
+        console.print(text, style="yellow", soft_wrap=True)

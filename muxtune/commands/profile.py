@@ -1,0 +1,64 @@
+"""``muxtune profile``: measure the operations of a model on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muxtune import build
+from muxtune.config import ProfileConfig
+from muxtune.report.run_folder import RunFolder
+from muxtune.report.tables import format_seconds, make_console, make_table
+
+
+def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
+    """Writes the profile into the folder and prints what was measured."""
+    build.need_torch()
+    from muxtune.profiling.measure import profile_machine, write_profile
+
+    device = "cpu" if config.cluster.device == build.LOCAL else config.cluster.device
+    profile = profile_machine(build.shape_of(config.model), config.budget_s, device=device)
+    path = write_profile(profile, folder.path / config.file)
+    console = make_console()
+    console.print(make_table(_title(profile), COLUMNS, _rows(profile)))
+    console.print(f"wrote {path}; use it with cost=profile cost.path={path}", soft_wrap=True)
+    return {
+        "model": profile["model"]["name"],
+        "device": profile["device"]["name"],
+        "num_ops": len(profile["ops"]),
+        "num_points": sum(len(op["points"]) for op in profile["ops"].values()),
+        "content_hash": profile["content_hash"],
+        "path": str(path),
+    }
+
+
+COLUMNS = ("operation", "points", "smallest size", "time", "largest size", "time", "spread")
+
+
+def _title(profile: dict[str, Any]) -> str:
+    device = profile["device"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    return f"{profile['model']['name']} on {device.get('processor', device['name'])}{threads}"
+
+
+def _rows(profile: dict[str, Any]) -> list[tuple[object, ...]]:
+    return [_row(name, op["axes"], op["points"]) for name, op in sorted(profile["ops"].items())]
+
+
+def _row(name: str, axes: list[str], points: list[dict[str, Any]]) -> tuple[object, ...]:
+    """``spread``: the middle 90% of the repeats over the median, worst point."""
+    ordered = sorted(points, key=lambda point: [point[axis] for axis in axes])
+    first, last = ordered[0], ordered[-1]
+    spread = max((point["p95_s"] - point["p05_s"]) / point["median_s"] for point in points)
+    return (
+        name,
+        len(points),
+        _size(first, axes),
+        format_seconds(first["median_s"]),
+        _size(last, axes),
+        format_seconds(last["median_s"]),
+        f"{spread:.0%}",
+    )
+
+
+def _size(point: dict[str, Any], axes: list[str]) -> str:
+    return ", ".join(f"{axis} {point[axis]:g}" for axis in axes) or "-"

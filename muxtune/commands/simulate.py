@@ -1,0 +1,192 @@
+"""``muxtune simulate``: a workload on a simulated fleet, to the last task."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from muxtune import build
+from muxtune.config import SimulateConfig
+from muxtune.engine import Engine, RunTotals
+from muxtune.planning.journal import Journal
+from muxtune.report.progress import FleetProgress
+from muxtune.report.recording import CompletionTimes, RecordingPlanner, TaskRows, Troubles
+from muxtune.report.run_folder import RunFolder
+from muxtune.report.tables import format_seconds, make_console, make_table
+from muxtune.types import NS_PER_S, InstanceSpec
+
+NS_PER_HOUR = 3_600 * NS_PER_S
+TASKS_FILE, SAMPLES_FILE, JOURNAL_FILE = "tasks.csv", "plan_samples.jsonl", "journal.jsonl"
+
+
+def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
+    """Writes tasks.csv while it runs, then plan_samples.jsonl; returns the summary."""
+    started_s = time.perf_counter()
+    costs = build.cost_book(config)
+    tasks = build.tasks(config, costs)
+    instances = build.instances(config, costs, tasks)
+    planner = RecordingPlanner(
+        build.planner(config.planner, costs), config.plan_samples, config.seed
+    )
+    executor = build.sim_executor(
+        config.backend,
+        build.simulator_book(config, config.simulator_cost, costs),
+        build.sim_library(config, tasks),
+    )
+    times, troubles = CompletionTimes(), Troubles()
+    observers = (times, troubles)
+    totals = _run_engine(config, folder, planner, executor, tasks, instances, observers)
+    with folder.stream(SAMPLES_FILE) as file:
+        file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
+    summary = {
+        **_choices(config, tasks, instances),
+        **_counts(totals),
+        **times.summary(),
+        **fleet_summary(instances, executor.instance_totals(), totals.end_ns),
+        "num_plans": totals.num_plans,
+        "num_planner_calls": planner.num_calls,
+        "mean_planning_us": planner.mean_us,
+        "wall_time_s": time.perf_counter() - started_s,
+    }
+    _show(config, folder, summary, tasks)
+    # Declared tasks are all wanted; of a trace some may be refused, which is a result.
+    if config.workload.kind == "tasks" or not totals.num_done:
+        summary["error"] = troubles.error()
+    return summary
+
+
+def _run_engine(
+    config: SimulateConfig,
+    folder: RunFolder,
+    planner: RecordingPlanner,
+    executor: Any,
+    tasks: build.Tasks,
+    instances: Sequence[InstanceSpec],
+    observers: Sequence[Any],
+) -> RunTotals:
+    with ExitStack() as stack:
+        rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
+        display = stack.enter_context(FleetProgress(len(tasks)))
+        journal = None
+        if config.journal:
+            # A simulation can be made again; it need not survive a power failure.
+            journal = stack.enter_context(Journal(folder.path / JOURNAL_FILE, fsync=False))
+        policy = build.cluster_policy(config.cluster_policy)
+        told = (rows, display, *observers)
+        return Engine(policy, planner, executor, tasks, instances, journal, told).run()
+
+
+def _choices(
+    config: SimulateConfig, tasks: build.Tasks, instances: Sequence[InstanceSpec]
+) -> dict[str, Any]:
+    """What a row of results has to say of its configuration."""
+    return {
+        "planner": config.planner["name"],
+        "cluster_policy": config.cluster_policy["name"],
+        "model": config.model.name,
+        "device": config.cluster.device,
+        "num_gpus": config.cluster.num_gpus,
+        "num_instances": len(instances),
+        "workload": config.workload.kind,
+        "load": getattr(config.workload, "load", None),
+        "offered_load": _finite(getattr(tasks, "offered_load", None)),
+        "cost": config.cost.kind,
+        "cost_style": config.cost.style,
+        "simulator_cost": config.simulator_cost.kind,
+        "seed": config.seed,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _counts(totals: RunTotals) -> dict[str, Any]:
+    return {
+        "num_tasks": totals.num_tasks,
+        "num_done": totals.num_done,
+        "num_failed": totals.num_failed,
+        "num_refused": totals.num_refused,
+        "num_cancelled": totals.num_cancelled,
+        "makespan_s": totals.end_ns / NS_PER_S,
+        "effective_tokens": totals.effective_tokens,
+    }
+
+
+def fleet_summary(
+    instances: Sequence[InstanceSpec], totals: Sequence[Any], end_ns: int
+) -> dict[str, Any]:
+    """Throughput, use of the GPUs and concurrency over the whole run.
+
+    ``totals`` are ``InstanceTotals`` of the simulated executor. A GPU that several instances
+    share counts once among those held; its busy time is that of its instances, at most the run's.
+    """
+    gpu_ids = {gpu for spec in instances for gpu in spec.gpu_ids}
+    gpus_of = {spec.instance_id: spec.gpu_ids for spec in instances}
+    busy_ns = dict.fromkeys(gpu_ids, 0)
+    for item in totals:
+        for gpu in gpus_of.get(item.instance_id, ()):
+            busy_ns[gpu] = min(end_ns, busy_ns[gpu] + item.busy_ns)
+    effective = sum(item.effective_tokens for item in totals)
+    padded = sum(item.padded_tokens for item in totals)
+    instance_busy_ns = sum(item.busy_ns for item in totals)
+    held_ns = len(gpu_ids) * end_ns
+    return {
+        "effective_tokens_per_s": effective * NS_PER_S / end_ns if end_ns else None,
+        "padded_tokens_per_s": padded * NS_PER_S / end_ns if end_ns else None,
+        "effective_share": effective / padded if padded else None,
+        "utilisation": sum(busy_ns.values()) / held_ns if held_ns else None,
+        "gpu_hours": held_ns / NS_PER_HOUR,
+        "busy_gpu_hours": sum(busy_ns.values()) / NS_PER_HOUR,
+        "concurrent_tasks_per_instance": (
+            sum(item.task_ns for item in totals) / instance_busy_ns if instance_busy_ns else None
+        ),
+    }
+
+
+SHOWN = (
+    ("tasks", "num_tasks", None),
+    ("done", "num_done", None),
+    ("refused", "num_refused", None),
+    ("failed", "num_failed", None),
+    ("offered load", "offered_load", None),
+    ("makespan", "makespan_s", format_seconds),
+    ("mean completion time", "mean_completion_time_s", format_seconds),
+    ("p95 completion time", "p95_completion_time_s", format_seconds),
+    ("p99 completion time", "p99_completion_time_s", format_seconds),
+    ("mean queueing", "mean_queueing_s", format_seconds),
+    ("effective tokens/s", "effective_tokens_per_s", None),
+    ("padded tokens/s", "padded_tokens_per_s", None),
+    ("utilisation", "utilisation", "{:.1%}".format),
+    ("GPU hours held", "gpu_hours", None),
+    ("GPU hours busy", "busy_gpu_hours", None),
+    ("concurrent tasks a busy instance", "concurrent_tasks_per_instance", None),
+    ("plans", "num_plans", None),
+    ("mean planning time", "mean_planning_us", "{:.0f} µs".format),
+    ("simulated in", "wall_time_s", format_seconds),
+)
+
+
+def _show(
+    config: SimulateConfig, folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks
+) -> None:
+    console = make_console()
+    rows = [
+        (label, form(summary[key]) if form and summary[key] is not None else summary[key])
+        for label, key, form in SHOWN
+        if summary[key] is not None
+    ]
+    title = f"{summary['planner']} on {summary['num_gpus']} x {summary['device']}"
+    console.print(make_table(title, ("simulated", "value"), rows))
+    notes = [*getattr(tasks, "notes", ())]
+    if getattr(tasks, "overloaded", False):
+        notes.append(
+            "offered load is 1 or more: the queue grows until arrivals end, so means describe this "
+            "finite run and no steady state"
+        )
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"wrote {folder.path}", soft_wrap=True)

@@ -1,0 +1,185 @@
+"""``muxtune train``: fine-tune real tasks on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from muxtune import build
+from muxtune.config import CommonConfig, TrainConfig
+from muxtune.engine import Engine, RunTotals, TaskOutcome
+from muxtune.errors import ConfigError
+from muxtune.planning.journal import Journal
+from muxtune.report.perfetto import Span, TraceWriter
+from muxtune.report.progress import TaskProgress
+from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
+from muxtune.report.run_folder import RunFolder, provenance
+from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
+from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
+
+TASKS_FILE, TRACE_FILE, JOURNAL_FILE = "tasks.csv", "trace.json", "journal.jsonl"
+
+
+class TorchListener:
+    """What the real executor tells while it works: to the progress display, the trace and sums.
+
+    The methods are those of ``muxtune.runtime.records.StepListener``.
+    """
+
+    def __init__(self, display: TaskProgress | None = None, trace: TraceWriter | None = None):
+        self.display, self.trace = display, trace
+        self.effective_tokens = self.padded_tokens = self.busy_ns = 0
+
+    def on_step(self, record: Any) -> None:
+        if self.display is not None:
+            self.display.on_step(
+                record.task_id, record.step, record.num_steps, record.loss, record.tokens
+            )
+
+    def on_round(self, record: Any) -> None:
+        self.effective_tokens += record.effective_tokens
+        self.padded_tokens += record.padded_tokens
+        self.busy_ns += record.duration_ns
+
+    def on_span(self, record: Any) -> None:
+        if self.trace is not None:
+            self.trace.span(as_span(record))
+
+
+def as_span(record: Any) -> Span:
+    """A ``SpanRecord`` of the runtime on the track of its hTask."""
+    process = record.instance_id or "host"
+    thread = f"hTask {record.htask}" if record.htask >= 0 else "between passes"
+    args = {"tasks": ", ".join(record.task_ids)}
+    return Span(process, thread, record.name, record.start_ns, record.duration_ns, args)
+
+
+class Outcomes:
+    """Observer that keeps every task's outcome and every plan; for runs of a few tasks."""
+
+    def __init__(self) -> None:
+        self.tasks: list[TaskOutcome] = []
+        self.plans: dict[tuple[str, int], Plan] = {}
+
+    def on_plan(self, plan: Plan) -> None:
+        self.plans[plan.instance_id, plan.epoch] = plan
+
+    def on_task_end(self, outcome: TaskOutcome) -> None:
+        self.tasks.append(outcome)
+
+    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
+        pass
+
+
+def run(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json."""
+    build.need_torch()
+    costs = build.cost_book(config)
+    tasks = real_tasks(config, costs)
+    planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
+    store = build.backbone_store(config)
+    outcomes, troubles = Outcomes(), Troubles()
+    with ExitStack() as stack:
+        display = stack.enter_context(TaskProgress())
+        trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))
+        stack.callback(trace.end)
+        rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
+        listener = TorchListener(display, trace)
+        executor = build.torch_executor(
+            config.backend, folder.path, store, build.dataset_library(store), (listener,)
+        )
+        stack.callback(executor.close)
+        journal = stack.enter_context(Journal(folder.path / JOURNAL_FILE, *_origin(config)))
+        engine = Engine(
+            build.cluster_policy(config.cluster_policy),
+            planner,
+            executor,
+            tasks,
+            build.instances(config, costs, tasks),
+            journal,
+            (rows, display, outcomes, troubles),
+        )
+        totals = engine.run()
+    summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
+    _show(folder, summary, outcomes)
+    summary["error"] = troubles.error()
+    return summary
+
+
+def _origin(config: CommonConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the journal says of the run: enough to build the same planner and policy again."""
+    chosen = {"planner": dict(config.planner), "cluster_policy": dict(config.cluster_policy)}
+    return chosen, dict(provenance(config.seed)["packages"])
+
+
+def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:
+    """Raises ConfigError when a task has no text to train on."""
+    tasks = list(build.tasks(config, costs))
+    for task in tasks:
+        if not task.data.path:
+            raise ConfigError(
+                f"task '{task.task_id}': data",
+                "has drawn lengths only, and there is nothing to train on",
+                "Give it a data file, or use `muxtune simulate`",
+            )
+    return tasks
+
+
+def _summary(
+    config: TrainConfig,
+    totals: RunTotals,
+    listener: TorchListener,
+    planner: RecordingPlanner,
+    peak_bytes: int,
+) -> dict[str, Any]:
+    busy_s = listener.busy_ns / NS_PER_S
+    return {
+        "planner": config.planner["name"],
+        "cluster_policy": config.cluster_policy["name"],
+        "model": config.model.name,
+        "num_tasks": totals.num_tasks,
+        "num_done": totals.num_done,
+        "num_failed": totals.num_failed,
+        "num_refused": totals.num_refused,
+        "num_cancelled": totals.num_cancelled,
+        "makespan_s": totals.end_ns / NS_PER_S,
+        "training_s": busy_s,
+        "effective_tokens_per_s": listener.effective_tokens / busy_s if busy_s else None,
+        "padded_tokens_per_s": listener.padded_tokens / busy_s if busy_s else None,
+        "peak_memory_bytes": peak_bytes,
+        "num_plans": totals.num_plans,
+        "mean_planning_us": planner.mean_us,
+        "seed": config.seed,
+    }
+
+
+TASK_COLUMNS = (
+    *("task", "state", "steps", "tokens", "loss", "perplexity before", "after", "adapter"),
+)
+
+
+def task_table(tasks: Sequence[TaskOutcome]) -> Any:
+    rows = [
+        (
+            *(item.task_id, str(item.state), item.steps, item.effective_tokens, item.final_loss),
+            *(item.perplexity_before, item.perplexity_after, item.output_path or None),
+        )
+        for item in sorted(tasks, key=lambda item: item.task_id)
+    ]
+    return make_table("Tasks", TASK_COLUMNS, rows)
+
+
+def _show(folder: RunFolder, summary: dict[str, Any], outcomes: Outcomes) -> None:
+    console = make_console()
+    console.print(task_table(outcomes.tasks))
+    rows = [
+        ("run", format_seconds(summary["makespan_s"])),
+        ("of it training", format_seconds(summary["training_s"])),
+        ("effective tokens/s", summary["effective_tokens_per_s"]),
+        ("padded tokens/s", summary["padded_tokens_per_s"]),
+        ("peak memory", format_bytes(summary["peak_memory_bytes"])),
+        ("plans", summary["num_plans"]),
+    ]
+    console.print(make_table(f"Run under '{summary['planner']}'", ("measured", "value"), rows))
+    console.print(f"wrote {folder.path}", soft_wrap=True)

@@ -1,0 +1,218 @@
+"""Schemas of the configuration, registered with Hydra, and where its YAML files lie.
+
+The schemas catch unknown keys and wrong types before any work starts. They are plain, not frozen
+dataclasses, because Hydra cannot merge into frozen ones. ``planner``, ``cluster_policy`` and
+``backend`` are open mappings: their options are those of the class that is built, which
+``muxtune.build`` checks, so that a plug-in's options need no schema here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import muxtune
+
+MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
+COMMANDS = ("plan", "simulate", "train", "profile", "compare")
+
+
+def conf_dir() -> Path:
+    """The absolute folder of the YAML files: ``muxtune/conf`` in a wheel, else ``conf``."""
+    package = Path(muxtune.__file__).resolve().parent
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+@dataclass
+class ModelConfig:
+    """A base model. ``name`` is what tasks call it and what its shape is looked up by.
+
+    ``path``: a folder in Hugging Face format or a GGUF file; empty: the weights that a package
+    ships under ``name``, or none, which is enough to plan and to simulate. ``shape``: fields of
+    ``muxtune.cost.shapes.ModelShape``, for a model that is not built in. ``random`` makes
+    random weights of the shape, from ``seed``.
+    """
+
+    name: str = MISSING
+    path: str = ""
+    random: bool = False
+    seed: int = 0
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ClusterConfig:
+    """The fleet. ``device``: a name of the device table, or local: this machine.
+
+    ``memory_limit_gb``: of each GPU, in units of 1e9 bytes, or auto: ``memory_share`` of what
+    the device has. ``figures`` replaces single figures of the device.
+    """
+
+    device: str = MISSING
+    num_gpus: int = 1
+    tp: int = 1
+    pp: int = 1
+    instances_per_gpu: Any = 1
+    memory_limit_gb: Any = "auto"
+    memory_share: float = 0.9
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class CostConfig:
+    """Which cost model: analytic, profile (``path``: what `muxtune profile` wrote) or, for the
+    simulator, same (as the planner). ``style`` of the analytic one: graph or eager."""
+
+    kind: str = MISSING
+    path: str = ""
+    style: str = "graph"
+
+
+@dataclass
+class WorkloadConfig:
+    """``limit``: the first tasks only; null: all."""
+
+    kind: str = MISSING
+    limit: int | None = None
+
+
+@dataclass
+class TasksWorkload(WorkloadConfig):
+    """Tasks of a YAML file, or ``tasks`` (and ``task_defaults``) written out as in such a file."""
+
+    kind: str = "tasks"
+    tasks_file: str = ""
+    task_defaults: dict[str, Any] = field(default_factory=dict)
+    tasks: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class TraceWorkload(WorkloadConfig):
+    """Arrivals of a trace: "philly" or a CSV file. ``load``: offered load that arrival times are
+    scaled to; null keeps them. ``mix``: what the trace does not tell; empty: the built-in mix."""
+
+    kind: str = "trace"
+    trace: str = "philly"
+    load: float | None = None
+    seed: int = 0
+    count_gpus: bool = False
+    mix: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class PoissonWorkload(WorkloadConfig):
+    """Poisson arrivals, log-normal durations alone under HF PEFT. Exactly one of ``load`` and
+    ``tasks_per_hour`` is given; ``limit`` is the number of tasks."""
+
+    kind: str = "poisson"
+    limit: int | None = 100
+    load: float | None = None
+    tasks_per_hour: float | None = None
+    mean_duration_s: float = 1800.0
+    duration_sigma: float = 1.0
+    seed: int = 0
+    mix: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class CommonConfig:
+    """What every command has."""
+
+    command: str = MISSING
+    output_dir: str = MISSING
+    seed: int = 0
+    planner: dict[str, Any] = field(default_factory=dict)
+    cluster_policy: dict[str, Any] = field(default_factory=dict)
+    model: ModelConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    workload: WorkloadConfig = MISSING
+    cost: CostConfig = MISSING
+
+
+@dataclass
+class PlanConfig(CommonConfig):
+    """``state``: plan what line ``index`` of a saved plan_samples.jsonl asked, from scratch, and
+    compare; ``format``: table or json."""
+
+    state: str = ""
+    index: int = 0
+    format: str = "table"
+
+
+@dataclass
+class SimulateConfig(CommonConfig):
+    """``simulator_cost`` is the truth of the simulation, ``cost`` what the planner believes."""
+
+    simulator_cost: CostConfig = MISSING
+    backend: dict[str, Any] = field(default_factory=dict)
+    plan_samples: int = 100
+    journal: bool = False
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    backend: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ProfileConfig(CommonConfig):
+    """``budget_s``: seconds to spend on measuring. ``file`` is written into the output folder."""
+
+    budget_s: float = 40.0
+    file: str = "profile.json"
+
+
+@dataclass
+class CompareConfig(SimulateConfig):
+    """``planners``: names to compare on the same tasks; empty: the one of ``planner``.
+    ``steps``: optimizer steps of each task, in place of its own; null keeps them."""
+
+    planners: list[str] = field(default_factory=list)
+    steps: int | None = None
+    torch: dict[str, Any] = field(default_factory=dict)
+
+
+_COMMAND_SCHEMAS: dict[str, type[CommonConfig]] = {
+    "plan": PlanConfig,
+    "simulate": SimulateConfig,
+    "train": TrainConfig,
+    "profile": ProfileConfig,
+    "compare": CompareConfig,
+}
+_GROUP_SCHEMAS: tuple[tuple[str, str, type[Any]], ...] = (
+    ("model", "base_model", ModelConfig),
+    ("cluster", "base_cluster", ClusterConfig),
+    ("cost", "base_cost", CostConfig),
+    ("workload", "base_tasks", TasksWorkload),
+    ("workload", "base_trace", TraceWorkload),
+    ("workload", "base_poisson", PoissonWorkload),
+)
+OPEN_GROUPS = ("planner", "cluster_policy", "backend")
+_ENTRY_POINTS = {"planner": "muxtune.planners", "cluster_policy": "muxtune.cluster_policies"}
+
+
+def register_schemas() -> None:
+    """Put the schemas, and one group option for each planner and cluster policy that another
+    package adds by entry point, into Hydra's store. Repeating it changes nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for command, schema in _COMMAND_SCHEMAS.items():
+        store.store(name=f"base_{command}", node=schema)
+    for group, name, schema in _GROUP_SCHEMAS:
+        store.store(group=group, name=name, node=schema)
+    for group in OPEN_GROUPS:
+        store.store(group=group, name=f"base_{group}", node=_open({"name": MISSING}))
+    for group, entry_group in _ENTRY_POINTS.items():
+        for entry in entry_points(group=entry_group):
+            store.store(group=group, name=entry.name, node=_open({"name": entry.name}))
+
+
+def _open(content: dict[str, Any]) -> Any:
+    """A mapping that takes keys it does not have yet."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(content, flags={"struct": False})

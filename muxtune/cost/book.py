@@ -1,0 +1,69 @@
+"""Which cost model holds for a base model on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
+from muxtune.cost.composition import ComposedCostModel
+from muxtune.cost.devices import DeviceFigures, device_figures
+from muxtune.cost.memory import MemoryOptions
+from muxtune.cost.profiled import ProfiledCostModel
+from muxtune.cost.schema import Profile
+from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
+
+
+class CostBook:
+    """Callable ``book(model, device)``: the profiled model where a profile of that pair is given,
+    else the analytic one. Answers are kept, so that their memos serve every caller.
+
+    ``models`` and ``devices`` add to, or replace, the built-in tables.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelShape] | None = None,
+        devices: Mapping[str, DeviceFigures] | None = None,
+        profiles: Iterable[Profile] = (),
+        options: AnalyticOptions | None = None,
+        memory: MemoryOptions | None = None,
+    ) -> None:
+        self.models, self.devices = dict(models or {}), dict(devices or {})
+        self.options, self.memory = options or AnalyticOptions(), memory
+        self.profiles = tuple(profiles)
+        self._known: dict[tuple[str, str], ComposedCostModel] = {}
+
+    def __call__(self, model: str, device: str) -> ComposedCostModel:
+        """Raises ConfigError for a model or device that is not known."""
+        key = (model, device)
+        if key not in self._known:
+            self._known[key] = self._build(model, device)
+        return self._known[key]
+
+    def shape(self, model: str) -> ModelShape:
+        """The shape of a base model: as given to the book, as profiled, or built in."""
+        if model in self.models:
+            return self.models[model]
+        for profile in self.profiles:
+            if normalise_model_name(profile.model_name) == normalise_model_name(model):
+                return profile.model_shape
+        return model_shape(model)
+
+    def figures(self, device: str) -> DeviceFigures:
+        return self.devices[device] if device in self.devices else device_figures(device)
+
+    def with_options(self, options: AnalyticOptions) -> CostBook:
+        """The same book with other analytic options, for baselines that run eagerly."""
+        return CostBook(self.models, self.devices, self.profiles, options, self.memory)
+
+    def _build(self, model: str, device: str) -> ComposedCostModel:
+        shape = self.shape(model)
+        for profile in self.profiles:
+            if _same(profile, model, device):
+                return ProfiledCostModel(shape, profile, self.memory)
+        return AnalyticCostModel(shape, self.figures(device), self.options, self.memory)
+
+
+def _same(profile: Profile, model: str, device: str) -> bool:
+    same_model = normalise_model_name(profile.model_name) == normalise_model_name(model)
+    return same_model and profile.device_name.lower() == device.lower()

@@ -1,0 +1,447 @@
+"""From times of single operations to the time of a pass: shared by every cost model.
+
+A pass is affine in its load: base(shape) + attention pairs * a + loss rows * l + the optimizer
+steps of the slots that close. Adapters: rows are taken as spread evenly over the slots of the
+shape, because a ShapeKey fixes the slots and not who fills the chunks.
+
+With pp > 1 the time of a pass is the time that it occupies the busiest stage (the steady state of
+a pipeline that stays fed); fill and drain are the planner's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from muxtune.cost import ops
+from muxtune.cost.curves import Time
+from muxtune.cost.memory import MemoryModel, stage_layers
+from muxtune.cost.ops import Op
+from muxtune.cost.shapes import ModelShape
+from muxtune.types import (
+    AdapterSlot,
+    Estimate,
+    Estimates,
+    PassCoefficients,
+    PassLoad,
+    Plan,
+    ReplicaShape,
+    ShapeKey,
+    StageLedgers,
+    Subgraph,
+    SubgraphKind,
+    SubgraphTimes,
+)
+
+_SOLO = ReplicaShape()
+_MEMO_SIZE = 1 << 16
+LAYER_GROUPS = 4
+_Value = TypeVar("_Value")
+
+
+class Rates(NamedTuple):
+    """Seconds of one direction of an operation that is affine in its load.
+
+    Attention (one layer): ``per_call_s`` a sequence, ``per_row_s`` a token row, ``per_unit_s`` a
+    query-key pair. Loss: ``per_call_s`` a pass, ``per_unit_s`` a row with a label.
+    ``max_size``: longest sequence, or most rows, that was measured.
+    """
+
+    per_call_s: float
+    per_row_s: float
+    per_unit_s: float
+    relative_error: float
+    max_size: float
+
+
+class PassParts(NamedTuple):
+    """A pass on one stage by cause and direction; what coefficients and breakdowns are made of."""
+
+    forward_s: Mapping[str, float]
+    backward_s: Mapping[str, float]
+    per_pair_s: tuple[float, float]  # forward, backward
+    per_loss_row_s: tuple[float, float]
+    optimizer_s: tuple[float, ...]
+    half_width_s: float
+    pair_error: float
+    loss_error: float
+    extrapolated: bool
+
+    @property
+    def base_s(self) -> float:
+        return sum(self.forward_s.values()) + sum(self.backward_s.values())
+
+
+class Tally:
+    """Adds up operations by category and direction."""
+
+    def __init__(self) -> None:
+        self.forward_s: dict[str, float] = {}
+        self.backward_s: dict[str, float] = {}
+        self.half_width_s, self.extrapolated, self.kernels = 0.0, False, 0.0
+
+    def add(self, op: Op, time: Time) -> None:
+        self.put(op.category, op.backward, op.count * time[0])
+        self.half_width_s += op.count * time[1]
+        self.extrapolated |= time[2]
+        self.kernels += op.count * op.kernels
+
+    def put(self, category: str, backward: bool, seconds: float) -> None:
+        side = self.backward_s if backward else self.forward_s
+        side[category] = side.get(category, 0.0) + seconds
+
+    def merge(self, other: Tally, times: float) -> None:
+        for category, seconds in other.forward_s.items():
+            self.put(category, False, times * seconds)
+        for category, seconds in other.backward_s.items():
+            self.put(category, True, times * seconds)
+        self.half_width_s += times * other.half_width_s
+        self.extrapolated |= other.extrapolated
+        self.kernels += times * other.kernels
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.forward_s.values()) + sum(self.backward_s.values())
+
+
+def nominal_load(shape: ShapeKey) -> PassLoad:
+    """The load that stands for a shape when lengths are not known: every chunk one full sequence,
+    a loss on every row, and every slot closing its step."""
+    length = shape.chunk_tokens
+    pairs = shape.num_chunks * length * (length + 1) / 2
+    return PassLoad(shape, pairs, float(shape.padded_tokens), tuple(range(len(shape.slots))))
+
+
+class ComposedCostModel(ABC):
+    """A CostModel made of single operations' times. Stateless but for memos."""
+
+    def __init__(self, model: ModelShape, memory: MemoryModel, dtype_bytes: int) -> None:
+        self.model, self.memory, self.dtype_bytes = model, memory, dtype_bytes
+        self._coefficients: dict[tuple[ShapeKey, ReplicaShape], PassCoefficients] = {}
+        self._memo: dict[Hashable, object] = {}
+
+    # ------------------------------------------------------------- what a cost model provides
+
+    @abstractmethod
+    def op_time(self, op: Op) -> Time:
+        """Seconds of ONE execution of ``op``."""
+
+    @abstractmethod
+    def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
+        """One layer's attention, forward and backward."""
+
+    @abstractmethod
+    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
+        """The loss head, forward and backward."""
+
+    @abstractmethod
+    def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
+        """Making one adapter and its optimizer state ready on an instance."""
+
+    @abstractmethod
+    def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
+        """Preparing one shape that has not run before (graph capture, compilation)."""
+
+    def slot_overhead_s(self, slots: tuple[AdapterSlot, ...], layers: int) -> float:
+        """Time of a pass that the presence of slots adds besides their operations."""
+        return 0.0
+
+    def exposed_host_s(self, kernels: float, device_s: float) -> float:
+        """Host time that the device's work does not hide."""
+        return 0.0
+
+    # -------------------------------------------------------------------------- the protocol
+
+    def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape = _SOLO) -> PassCoefficients:
+        """The affine time of a pass. Raises ConfigError for a replica that the model does not
+        divide by or an adapter that it cannot take, ProfileError for an op not measured."""
+        key = (shape, replica)
+        known = self._coefficients.get(key)
+        if known is None:
+            if len(self._coefficients) >= _MEMO_SIZE:
+                self._coefficients.clear()
+            known = self._coefficients[key] = self._coefficients_of(shape, replica)
+        return known
+
+    def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
+        """Seconds of each pass, exactly the affine form of ``pass_coefficients``."""
+        values = np.empty(len(loads))
+        errors, outside = np.empty(len(loads)), np.empty(len(loads), dtype=bool)
+        for index, load in enumerate(loads):
+            coefficients = self.pass_coefficients(load.shape, replica)
+            values[index] = pass_time_s(coefficients, load)
+            errors[index] = coefficients.relative_error
+            outside[index] = coefficients.extrapolated or self._load_outside(load, replica)
+        low = values * np.maximum(1 - errors, 0.0)
+        return Estimates(values, low, values * (1 + errors), outside)
+
+    def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
+        """The same pass by category (``ops.CATEGORIES``); sums to ``pass_times_s``."""
+        parts = self._busiest_stage(load.shape, replica)
+        result: dict[str, float] = dict.fromkeys(ops.CATEGORIES, 0.0)
+        for side in (parts.forward_s, parts.backward_s):
+            for category, seconds in side.items():
+                result[category] += seconds
+        result[ops.ATTENTION] += load.attention_pairs * sum(parts.per_pair_s)
+        result[ops.LOSS] += load.loss_rows * sum(parts.per_loss_row_s)
+        result[ops.OPTIMIZER] += sum(parts.optimizer_s[slot] for slot in load.optimizer_slots)
+        return {category: seconds for category, seconds in result.items() if seconds}
+
+    def subgraph_times_s(self, plan: Plan) -> SubgraphTimes:
+        """Subgraphs of each hTask's largest shape under ``nominal_load``, on the plan's first
+        replica: forward layer groups stage by stage, loss, backward layer groups, optimizer. For
+        one stage they sum to ``pass_times_s`` of that load."""
+        replica = plan.replicas[0]
+        graphs, times, extrapolated = [], [], False
+        for htask in plan.htasks:
+            graph, seconds, outside = self._graph(htask.shapes[-1], replica)
+            graphs.append(graph)
+            times.append(seconds)
+            extrapolated |= outside
+        return SubgraphTimes(tuple(graphs), tuple(times), extrapolated)
+
+    def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
+        """Loading the adapters of tasks that are new to the instance, and preparing shapes that
+        it has not run; 0 when neither changes."""
+        old_tasks = set(previous.task_ids) if previous else set()
+        old_shapes = {s for h in previous.htasks for s in h.shapes} if previous else set()
+        costs = [
+            self.adapter_load_s(htask.shapes[-1].slots[slot])
+            for htask in new.htasks
+            for task_id, slot in htask.slot_of.items()
+            if task_id not in old_tasks
+        ]
+        new_shapes = dict.fromkeys(s for h in new.htasks for s in h.shapes if s not in old_shapes)
+        costs += [self.capture_s(shape, new.replicas[0]) for shape in new_shapes]
+        return Estimate(
+            sum(cost.value for cost in costs),
+            sum(cost.low for cost in costs),
+            sum(cost.high for cost in costs),
+            any(cost.extrapolated for cost in costs),
+        )
+
+    def memory_ledger_bytes(self, plan: Plan) -> StageLedgers:
+        """See ``muxtune.cost.memory``; always flagged as extrapolated: arithmetic, not measured."""
+        return self.memory.ledgers(plan)
+
+    def task_bytes(self, slot: AdapterSlot, replica: ReplicaShape = _SOLO) -> int:
+        """Bytes that one more task of this slot takes on the fullest stage."""
+        return self.memory.task_bytes(slot, replica, 0)
+
+    def pass_bytes(self, shape: ShapeKey, replica: ReplicaShape = _SOLO) -> int:
+        """Bytes of one pass in flight, loss included, on a single stage or on the first and last
+        stage together (an upper bound)."""
+        first = self.memory.pass_bytes(shape, replica, 0) * replica.pp
+        if replica.pp == 1:
+            return first
+        return max(first, self.memory.pass_bytes(shape, replica, replica.pp - 1))
+
+    def resident_bytes(self, slots: Sequence[AdapterSlot], replica: ReplicaShape = _SOLO) -> int:
+        """Bytes held all the time on the fullest stage: backbone, these slots, framework."""
+        return self.memory.resident_bytes(slots, replica)
+
+    def backbone_bytes(self, replica: ReplicaShape = _SOLO) -> int:
+        """Weights of the fullest stage."""
+        return max(self.memory.backbone_bytes(replica, stage) for stage in range(replica.pp))
+
+    # ----------------------------------------------------------------------------- composing
+
+    def _coefficients_of(self, shape: ShapeKey, replica: ReplicaShape) -> PassCoefficients:
+        parts = self._busiest_stage(shape, replica)
+        base, load = parts.base_s, nominal_load(shape)
+        pairs_s = load.attention_pairs * sum(parts.per_pair_s)
+        loss_s = load.loss_rows * sum(parts.per_loss_row_s)
+        half_width = parts.half_width_s + pairs_s * parts.pair_error + loss_s * parts.loss_error
+        return PassCoefficients(
+            base_s=base,
+            per_pair_s=sum(parts.per_pair_s),
+            per_loss_row_s=sum(parts.per_loss_row_s),
+            optimizer_s=parts.optimizer_s,
+            relative_error=half_width / (base + pairs_s + loss_s),
+            extrapolated=parts.extrapolated,
+        )
+
+    def _busiest_stage(self, shape: ShapeKey, replica: ReplicaShape) -> PassParts:
+        key = ("parts", shape, replica)
+        if key not in self._memo:
+            ops.check_replica(self.model, replica)
+            layers = stage_layers(self.model, replica.pp)[0]
+            # An upper bound where layers do not divide: the longest stage and the loss head.
+            self._remember(key, self._stage_parts(shape, replica, layers, True, True))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _stage_parts(
+        self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
+    ) -> PassParts:
+        tally, rows = Tally(), shape.padded_tokens
+        tally.merge(self._block(rows, replica.tp), layers)
+        for slot in shape.slots:
+            tally.merge(self._slot(slot, rows / len(shape.slots), replica.tp), layers)
+        if first or last:
+            tally.merge(self._edges(rows, replica.pp), 1)
+        pair_rates = self._add_attention(tally, shape, layers, replica.tp)
+        loss_rates = self._add_loss(tally, replica.tp) if last else (_NOTHING, _NOTHING)
+        tally.put(ops.OVERHEAD, False, self.slot_overhead_s(shape.slots, layers))
+        tally.put(ops.OVERHEAD, False, self.exposed_host_s(tally.kernels, tally.total_s))
+        share = self._add_recompute(tally, shape)
+        optimizer = tuple(self._optimizer(slot, layers, replica.tp) for slot in shape.slots)
+        forward, backward = (layers * rates.per_unit_s for rates in pair_rates)
+        return PassParts(
+            tally.forward_s, tally.backward_s, (forward, backward + share * forward),
+            (loss_rates[0].per_unit_s, loss_rates[1].per_unit_s),
+            tuple(time.value_s for time in optimizer), tally.half_width_s,
+            max(rates.relative_error for rates in pair_rates),
+            max(rates.relative_error for rates in loss_rates),
+            tally.extrapolated or any(time.extrapolated for time in optimizer),
+        )  # fmt: skip
+
+    def _add_attention(
+        self, tally: Tally, shape: ShapeKey, layers: int, tp: int
+    ) -> tuple[Rates, Rates]:
+        # The number of sequences is not part of a load; one a chunk is the usual case.
+        rates = self.attention_rates(tp)
+        for rate, backward in zip(rates, (False, True), strict=True):
+            fixed = shape.num_chunks * rate.per_call_s + shape.padded_tokens * rate.per_row_s
+            tally.put(ops.ATTENTION, backward, layers * fixed)
+            tally.half_width_s += layers * fixed * rate.relative_error
+            tally.extrapolated |= shape.chunk_tokens > rate.max_size
+        return rates
+
+    def _add_loss(self, tally: Tally, tp: int) -> tuple[Rates, Rates]:
+        rates = self.loss_rates(tp)
+        for rate, backward in zip(rates, (False, True), strict=True):
+            tally.put(ops.LOSS, backward, rate.per_call_s)
+            tally.half_width_s += rate.per_call_s * rate.relative_error
+        return rates
+
+    def _add_recompute(self, tally: Tally, shape: ShapeKey) -> float:
+        share = min(1.0, shape.recompute / self.model.num_layers)
+        if share:
+            again = (ops.BACKBONE, ops.ATTENTION, ops.ELEMENTWISE, ops.ADAPTERS, ops.COMMUNICATION)
+            seconds = sum(tally.forward_s.get(category, 0.0) for category in again)
+            tally.put(ops.RECOMPUTE, True, share * seconds)
+        return share
+
+    def _block(self, rows: int, tp: int) -> Tally:
+        key = ("block", rows, tp)
+        if key not in self._memo:
+            tally = Tally()
+            for op in ops.block_ops(self.model, rows, self.dtype_bytes, tp):
+                tally.add(op, self.op_time(op))
+            self._remember(key, tally)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _edges(self, rows: int, pp: int) -> Tally:
+        key = ("edges", rows, pp)
+        if key not in self._memo:
+            tally = Tally()
+            for op in ops.edge_ops(self.model, rows, self.dtype_bytes, pp):
+                tally.add(op, self.op_time(op))
+            self._remember(key, tally)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _slot(self, slot: AdapterSlot, rows: float, tp: int) -> Tally:
+        key = ("slot", slot, rows, tp)
+        if key not in self._memo:
+            tally = Tally()
+            for op in ops.adapter_ops(self.model, slot, rows, self.dtype_bytes, tp):
+                tally.add(op, self.op_time(op))
+            self._remember(key, tally)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _optimizer(self, slot: AdapterSlot, layers: int, tp: int) -> Time:
+        key = ("optimizer", slot, layers, tp)
+        if key not in self._memo:
+            tally = Tally()
+            for op in ops.optimizer_ops(self.model, slot, layers, tp):
+                tally.add(op, self.op_time(op))
+            total = Time(tally.total_s, tally.half_width_s, tally.extrapolated)
+            self._remember(key, total)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _remember(self, key: Hashable, value: object) -> None:
+        if len(self._memo) >= _MEMO_SIZE:
+            self._memo.clear()
+        self._memo[key] = value
+
+    def _load_outside(self, load: PassLoad, replica: ReplicaShape) -> bool:
+        return load.loss_rows > min(rate.max_size for rate in self.loss_rates(replica.tp))
+
+    # ----------------------------------------------------------------------------- subgraphs
+
+    def _graph(
+        self, shape: ShapeKey, replica: ReplicaShape
+    ) -> tuple[tuple[Subgraph, ...], tuple[float, ...], bool]:
+        builder, load, outside = _GraphBuilder(), nominal_load(shape), False
+        stages = []
+        for stage, layers in enumerate(stage_layers(self.model, replica.pp)):
+            last = stage == replica.pp - 1
+            parts = self._stage_parts(shape, replica, layers, stage == 0, last)
+            stages.append((stage, layers, parts))
+            outside |= parts.extrapolated
+        for stage, layers, parts in stages:
+            builder.layers(stage, layers, parts, load, backward=False)
+        for stage, layers, parts in reversed(stages):
+            builder.layers(stage, layers, parts, load, backward=True)
+        for stage, _, parts in stages:
+            builder.optimizer(stage, parts, load)
+        return tuple(builder.graph), tuple(builder.times_s), outside
+
+
+_NOTHING = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
+
+
+def pass_time_s(coefficients: PassCoefficients, load: PassLoad) -> float:
+    """The affine form: one load's seconds."""
+    seconds = coefficients.base_s + load.attention_pairs * coefficients.per_pair_s
+    seconds += load.loss_rows * coefficients.per_loss_row_s
+    for slot in load.optimizer_slots:
+        seconds += coefficients.optimizer_s[slot]
+    return seconds
+
+
+class _GraphBuilder:
+    """A chain: forward groups, loss, backward groups; then the optimizer."""
+
+    def __init__(self) -> None:
+        self.graph: list[Subgraph] = []
+        self.times_s: list[float] = []
+
+    def _append(
+        self, stage: int, kind: SubgraphKind, backward: bool, label: str, seconds: float
+    ) -> None:
+        index = len(self.graph)
+        before = (index - 1,) if index else ()
+        self.graph.append(Subgraph(index, stage, kind, backward, before, label))
+        self.times_s.append(seconds)
+
+    def layers(
+        self, stage: int, layers: int, parts: PassParts, load: PassLoad, *, backward: bool
+    ) -> None:
+        """Groups of layers, the stage's communication, and (once) the loss, in running order."""
+        side = parts.backward_s if backward else parts.forward_s
+        pairs = load.attention_pairs * parts.per_pair_s[backward]
+        loss = side.get(ops.LOSS, 0.0) + load.loss_rows * parts.per_loss_row_s[backward]
+        exchange = side.get(ops.COMMUNICATION, 0.0)
+        fixed = (ops.LOSS, ops.COMMUNICATION)
+        compute = pairs + sum(s for category, s in side.items() if category not in fixed)
+        if backward and loss:
+            self._append(stage, SubgraphKind.COMPUTE, True, "loss", loss)
+        groups = min(LAYER_GROUPS, layers)
+        order = reversed(range(groups)) if backward else range(groups)
+        for group in order:
+            label = f"layers {group + 1}/{groups}"
+            self._append(stage, SubgraphKind.COMPUTE, backward, label, compute / groups)
+            if exchange:
+                kind = SubgraphKind.COLLECTIVE
+                self._append(stage, kind, backward, "exchange", exchange / groups)
+        if not backward and loss:
+            self._append(stage, SubgraphKind.COMPUTE, False, "loss", loss)
+
+    def optimizer(self, stage: int, parts: PassParts, load: PassLoad) -> None:
+        seconds = sum(parts.optimizer_s[slot] for slot in load.optimizer_slots)
+        if seconds:
+            self._append(stage, SubgraphKind.OPTIMIZER, True, "optimizer", seconds)

@@ -1,0 +1,181 @@
+"""Monotone piecewise-linear tables of measured times, and non-negative affine fits."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from muxtune.errors import ProfileError
+
+
+class Time(NamedTuple):
+    """Seconds, the half-width of the 90% interval, and whether it lies outside of the data."""
+
+    value_s: float
+    half_width_s: float
+    extrapolated: bool
+
+
+class Leaf(NamedTuple):
+    value_s: float
+    half_width_s: float
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to ``values`` in least squares (pool adjacent
+    violators); ``values`` itself when it does not decrease."""
+    blocks: list[list[float]] = []  # mean, size
+    for value in values:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, size = blocks.pop()
+            last = blocks[-1]
+            last[0] = (last[0] * last[1] + mean * size) / (last[1] + size)
+            last[1] += size
+    return [mean for mean, size in blocks for _ in range(int(size))]
+
+
+class Table:
+    """Measured times over a full grid of 0..n axes; multilinear between the points.
+
+    Above the grid the last segment goes on (its slope is never negative, because values are made
+    monotone along every axis); below it the first value holds, since small sizes are all
+    overhead. Both are flagged as extrapolated. Above an axis that others follow, the last line is
+    scaled as a whole by its growth at their largest sizes, so that it stays monotone along them.
+    """
+
+    __slots__ = ("_children", "_growth", "_xs")
+
+    def __init__(self, xs: tuple[float, ...], children: tuple[Table | Leaf, ...]) -> None:
+        self._xs, self._children = xs, children
+        self._growth = 0.0  # relative growth over the last segment
+        if len(xs) > 1 and isinstance(children[-1], Table):
+            self._growth = _largest(children[-1]).value_s / _largest(children[-2]).value_s - 1
+
+    @classmethod
+    def build(cls, name: str, points: Sequence[tuple[tuple[float, ...], Leaf]]) -> Table:
+        """From (sizes, leaf) pairs. Raises ProfileError when the grid has holes or repeats."""
+        grid = [sorted({sizes[axis] for sizes, _ in points}) for axis in range(len(points[0][0]))]
+        by_size = dict(points)
+        expected = int(np.prod([len(axis) for axis in grid], dtype=np.int64)) if grid else 1
+        if len(by_size) != len(points) or len(points) != expected:
+            raise ProfileError(
+                f"profile op '{name}': {len(points)} points do not form a full grid of {expected}."
+                " Measure again with `muxtune profile`"
+            )
+        values = np.array([by_size[index].value_s for index in _product(grid)])
+        values = _monotone(values.reshape([len(axis) for axis in grid]))
+        leaves = {
+            index: Leaf(float(value), _scaled(by_size[index], float(value)))
+            for index, value in zip(_product(grid), values.ravel(), strict=True)
+        }
+        return cls._nest(grid, (), leaves)
+
+    @classmethod
+    def _nest(
+        cls, grid: list[list[float]], prefix: tuple[float, ...], leaves: dict[tuple, Leaf]
+    ) -> Table:
+        if not grid:
+            return cls((), (leaves[prefix],))
+        children = tuple(
+            leaves[(*prefix, x)] if len(grid) == 1 else cls._nest(grid[1:], (*prefix, x), leaves)
+            for x in grid[0]
+        )
+        return cls(tuple(grid[0]), children)
+
+    def at(self, sizes: tuple[float, ...], axis: int = 0) -> Time:
+        """The time at ``sizes``, one number per axis."""
+        if not self._xs:
+            return _of(self._children[0], sizes, axis)
+        x, xs = sizes[axis], self._xs
+        last = len(xs) - 1
+        outside = x < xs[0] or x > xs[last]
+        if x <= xs[0] or last == 0:
+            value, width, flag = _of(self._children[0], sizes, axis + 1)
+            return Time(value, width, flag or outside)
+        upper = min(bisect_right(xs, x), last)
+        share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
+        if share > 1 and isinstance(self._children[last], Table):
+            value, width, _ = _of(self._children[last], sizes, axis + 1)
+            scale = 1 + self._growth * (share - 1)
+            return Time(value * scale, width * scale, True)
+        low = _of(self._children[upper - 1], sizes, axis + 1)
+        high = _of(self._children[upper], sizes, axis + 1)
+        value = low[0] + share * (high[0] - low[0])
+        width = max(low[1] + share * (high[1] - low[1]), 0.0)
+        return Time(value, width, outside or low[2] or high[2])
+
+
+def _largest(child: Table | Leaf) -> Leaf:
+    while isinstance(child, Table):
+        child = child._children[-1]
+    return child
+
+
+def _of(child: Table | Leaf, sizes: tuple[float, ...], axis: int) -> Time:
+    if isinstance(child, Leaf):
+        return Time(child.value_s, child.half_width_s, False)
+    return child.at(sizes, axis)
+
+
+def _scaled(leaf: Leaf, value_s: float) -> float:
+    return leaf.half_width_s * value_s / leaf.value_s
+
+
+def _product(grid: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    rows: list[tuple[float, ...]] = [()]
+    for axis in grid:
+        rows = [(*row, x) for row in rows for x in axis]
+    return rows
+
+
+def _monotone(values: np.ndarray) -> np.ndarray:
+    for axis in range(values.ndim):
+        lines = np.moveaxis(values.copy(), axis, -1)
+        for index in np.ndindex(lines.shape[:-1]):
+            lines[index] = isotonic(lines[index].tolist())
+        values = np.moveaxis(lines, -1, axis)
+    # Pooling one axis may undo another; the running maximum settles it.
+    for axis in range(values.ndim):
+        values = np.maximum.accumulate(values, axis=axis)
+    return values
+
+
+class AffineFit(NamedTuple):
+    """``coefficients`` (all >= 0) of the features, the largest size fitted, and the half-width of
+    the relative error that covers 90% of the points and their measured spread."""
+
+    coefficients: tuple[float, ...]
+    relative_error: float
+    max_size: float
+
+
+def fit_affine(features: np.ndarray, leaves: Sequence[Leaf], max_size: float) -> AffineFit:
+    """Least squares of the RELATIVE error with non-negative coefficients.
+
+    ``features``: points x terms. With at most three terms every subset of active terms is tried,
+    which is exact non-negative least squares.
+    """
+    times = np.array([leaf.value_s for leaf in leaves])
+    scaled = features / times[:, None]
+    best, best_error = None, np.inf
+    terms = range(features.shape[1])
+    for count in range(1, features.shape[1] + 1):
+        for active in combinations(terms, count):
+            solved, *_ = np.linalg.lstsq(scaled[:, active], np.ones(len(times)), rcond=None)
+            error = float(np.sum((scaled[:, active] @ solved - 1.0) ** 2))
+            if (solved >= 0).all() and error < best_error:
+                best, best_error = (active, solved), error
+    if best is None:
+        raise ProfileError("a measured op fits no non-negative time. Run `muxtune profile` again")
+    coefficients = np.zeros(features.shape[1])
+    coefficients[list(best[0])] = best[1]
+    residual = np.quantile(np.abs(scaled @ coefficients - 1.0), 0.9)
+    spread = max(leaf.half_width_s / leaf.value_s for leaf in leaves)
+    return AffineFit(
+        tuple(float(c) for c in coefficients), float(residual + spread), float(max_size)
+    )

@@ -1,0 +1,231 @@
+"""Memory of an instance by item, as pure arithmetic.
+
+What the torch runtime keeps for the backward of one block of a frozen backbone, in numbers per
+token row (D model width, Q queries, K keys, F MLP width, r rank):
+
+- each of the two norms: its input (the residual stream, D) and one scalar;
+- attention: q, k, v as rotated (Q + 2K), its output (Q), one log-sum-exp per head;
+- activation: gated keeps gate, silu(gate) and up (3F), plain keeps its input and output (2F);
+- a linear keeps NO input, because its weight is frozen, UNLESS an adapter sits on it: then its
+  input (once for all linears that read the same tensor: the normed hidden state D for q/k/v and
+  for gate/up, Q for the output projection, F for down) and the adapter's own numbers (r for LoRA);
+- dropout in an adapter adds its mask and the dropped input; not known here, inside the margin.
+
+Recomputed blocks keep their input only (D). On top of it come the gradients that flow through
+one block, and the logits of the rows with a loss, their softmax and their gradient (3 V, fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from muxtune.cost import ops
+from muxtune.cost.shapes import ModelShape
+from muxtune.types import (
+    AdapterSlot,
+    Estimate,
+    MemoryLedger,
+    Plan,
+    ReplicaShape,
+    ShapeKey,
+    StageLedgers,
+)
+
+MIB = 1 << 20
+_SOLO = ReplicaShape()
+
+
+class MemoryOptions(NamedTuple):
+    """``gradient_bytes``: one accumulated gradient of a trained number (8 on the CPU, whose sums
+    are float64); the number itself and its two moments are fp32.
+    ``loss_rows_max``: rows whose logits exist at once; 0: all rows of the pass.
+    ``activation_factor``: what an eager framework keeps over this module's count.
+    ``relative_error``: half-width of the interval; 0.15 is a judgement until it is measured."""
+
+    dtype_bytes: int = 2
+    gradient_bytes: int = 4
+    loss_rows_max: int = 0
+    framework_bytes: int = 1024 * MIB
+    activation_factor: float = 1.0
+    relative_error: float = 0.15
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of one trained number: weight, gradient, two moments."""
+        return 12 + self.gradient_bytes
+
+
+def memory_options(model: ModelShape, kind: str, *, eager: bool = False) -> MemoryOptions:
+    """Defaults by kind of device: the CPU runtime computes in fp32 and its interpreter with torch
+    takes about 400 MiB; a CUDA context with cuBLAS workspaces about 1 GiB.
+
+    ``eager``: HF PEFT's norms and adapters keep fp32 copies; its measured 9.2 MB a row of a
+    Llama-2-7B (51.8 - 33.0 GB over 2,048 rows) are 1.65 times this module's count.
+    """
+    factor = 1.65 if eager else 1.0
+    if kind == "cpu":
+        # Already fp32: no copies to keep.
+        return MemoryOptions(dtype_bytes=4, gradient_bytes=8, framework_bytes=400 * MIB)
+    return MemoryOptions(dtype_bytes=model.weight_bytes, activation_factor=factor)
+
+
+def stage_layers(model: ModelShape, pp: int) -> tuple[int, ...]:
+    """Layers on each stage: even, and the first stages take what is left over (the last stage
+    has the loss head)."""
+    share, extra = divmod(model.num_layers, pp)
+    return tuple(share + (stage < extra) for stage in range(pp))
+
+
+class MemoryModel:
+    """Bytes that plans, tasks and passes take. All answers are per GPU."""
+
+    def __init__(self, model: ModelShape, options: MemoryOptions) -> None:
+        self.model, self.options = model, options
+        self._tasks: dict[tuple[AdapterSlot, int], int] = {}
+        self._passes: dict[tuple[ShapeKey, ReplicaShape, int], tuple[int, int]] = {}
+        self._weights: dict[ReplicaShape, tuple[int, ...]] = {}
+
+    def backbone_bytes(self, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
+        """Weights of one stage's shard: its blocks, embedding first, head last."""
+        if replica not in self._weights:
+            ops.check_replica(self.model, replica)
+            self._weights[replica] = tuple(
+                self._stage_weights(replica, index) for index in range(replica.pp)
+            )
+        return self._weights[replica][stage]
+
+    def _stage_weights(self, replica: ReplicaShape, stage: int) -> int:
+        model = self.model
+        layers = stage_layers(model, replica.pp)[stage]
+        linears = sum(item.num_parameters for item in model.block_linears) / replica.tp
+        count = layers * (linears + 2 * model.norm_parameters)
+        if stage == 0:
+            count += model.embedding_parameters / replica.tp
+        if stage == replica.pp - 1:
+            # A tied head needs its own copy when it lies on another stage than the embedding.
+            separate = model.vocab * model.hidden if replica.pp > 1 else model.head_parameters
+            count += separate / replica.tp + model.norm_parameters
+        return int(count * self.options.dtype_bytes)
+
+    def task_bytes(self, slot: AdapterSlot, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
+        """Adapter weights, gradients and optimizer state of one task on one stage."""
+        key = (slot, replica.tp)
+        if key not in self._tasks:
+            numbers = sum(ops.adapter_tensors(self.model, slot, replica.tp))
+            self._tasks[key] = numbers * self.options.trained_bytes
+        layers = self.model.num_layers
+        if replica.pp > 1:
+            layers = stage_layers(self.model, replica.pp)[stage]
+        return self._tasks[key] * layers
+
+    def resident_bytes(self, slots: Sequence[AdapterSlot], replica: ReplicaShape = _SOLO) -> int:
+        """Backbone, adapters with their optimizer state, and framework on the fullest stage."""
+        return self.options.framework_bytes + max(
+            self.backbone_bytes(replica, stage)
+            + sum(self.task_bytes(slot, replica, stage) for slot in slots)
+            for stage in range(replica.pp)
+        )
+
+    def pass_bytes(self, shape: ShapeKey, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
+        """Activations and loss workspace of one pass in flight on one stage."""
+        activations, loss = self.pass_parts_bytes(shape, replica, stage)
+        return activations + loss
+
+    def pass_parts_bytes(
+        self, shape: ShapeKey, replica: ReplicaShape, stage: int
+    ) -> tuple[int, int]:
+        """(activations, loss workspace) of one pass."""
+        key = (shape, replica, stage)
+        parts = self._passes.get(key)
+        if parts is None:
+            if len(self._passes) > 65536:
+                self._passes.clear()
+            parts = self._passes[key] = self._pass_parts(shape, replica, stage)
+        return parts
+
+    def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
+        model, rows = self.model, shape.padded_tokens
+        layers = stage_layers(model, replica.pp)[stage]
+        recomputed = min(layers, -(-shape.recompute * layers // model.num_layers))
+        kept = self.saved_numbers_per_row(shape.slots, replica.tp)
+        stored = (layers - recomputed) * kept + recomputed * model.hidden
+        # One block's own numbers live on while its gradients are computed.
+        working = 2 * max(model.intermediate // replica.tp, model.hidden) + 2 * model.hidden
+        if recomputed:
+            working += kept
+        numbers = rows * (stored + working + model.hidden) * self.options.activation_factor
+        activations = numbers * self.options.dtype_bytes
+        loss_rows = min(rows, self.options.loss_rows_max or rows)
+        last = stage == replica.pp - 1
+        return int(activations), int(12 * loss_rows * model.vocab / replica.tp) if last else 0
+
+    def saved_numbers_per_row(self, slots: tuple[AdapterSlot, ...], tp: int = 1) -> float:
+        """Numbers per token row that one block keeps for its backward (see the module's text).
+
+        Rows are taken as spread evenly over the slots for the adapters' own numbers; an input is
+        kept whole as soon as one slot's adapter reads it, since views share the storage.
+        """
+        model = self.model
+        queries, keys = model.query_dim / tp, model.kv_dim / tp
+        inner = model.intermediate / tp
+        numbers = 2 * (model.hidden + 1)
+        numbers += 2 * queries + 2 * keys + model.num_heads / tp
+        numbers += (3 if model.gated_mlp else 2) * inner
+        inputs: dict[str, float] = {}
+        for slot in slots:
+            method = ops.adapter_method(slot)
+            for linear in model.target_linears(slot.targets):
+                shard = linear.sharded(tp)
+                inputs[_input_of(linear.name)] = shard.in_features
+                numbers += method.saved_numbers(shard, slot.rank) / len(slots)
+        return numbers + sum(inputs.values())
+
+    def ledgers(self, plan: Plan, *, extrapolated: bool = True) -> StageLedgers:
+        """One ledger per stage of each different replica shape of the plan.
+
+        hTasks of one instance take turns, so the largest pass counts, not their sum; stage s of
+        S has up to S - s micro-batches in flight.
+        """
+        ledgers = tuple(
+            self._ledger(plan, replica, stage)
+            for replica in dict.fromkeys(plan.replicas)
+            for stage in range(replica.pp)
+        )
+        peak = float(max(ledger.total_bytes for ledger in ledgers))
+        margin = peak * self.options.relative_error
+        return StageLedgers(ledgers, Estimate(peak, peak - margin, peak + margin, extrapolated))
+
+    def _ledger(self, plan: Plan, replica: ReplicaShape, stage: int) -> MemoryLedger:
+        weights = self.backbone_bytes(replica, stage)
+        # A pool has room for every slot of the shape, taken or not.
+        trained = sum(
+            self.task_bytes(slot, replica, stage)
+            for htask in plan.htasks
+            for slot in htask.shapes[-1].slots
+        )
+        passes = [
+            self.pass_parts_bytes(shape, replica, stage)
+            for htask in plan.htasks
+            for shape in htask.shapes
+        ]
+        activations, loss = max(passes, key=sum, default=(0, 0))
+        numbers = trained // self.options.trained_bytes
+        items = {
+            "backbone": weights,
+            "adapter_weights": 4 * numbers,
+            "adapter_gradients": self.options.gradient_bytes * numbers,
+            "optimizer_state": 8 * numbers,
+            "activations": activations * (replica.pp - stage),
+            "loss": loss,
+            "framework": self.options.framework_bytes,
+        }
+        return MemoryLedger(stage, items)
+
+
+def _input_of(linear_name: str) -> str:
+    """Linears with the same answer read the same tensor."""
+    leaf = linear_name.rsplit(".", 1)[-1]
+    if leaf in {"q_proj", "k_proj", "v_proj"}:
+        return "attention"
+    return "mlp" if leaf in {"gate_proj", "up_proj"} else leaf

@@ -1,0 +1,154 @@
+"""The profile: measured times of single operations of one model on one device, as JSON.
+
+Version 1::
+
+    {"schema_version": 1,
+     "device": {"name", "kind", "processor", "threads", "memory_bytes", ...},
+     "software": {"python", "torch", ...},
+     "model": {fields of ModelShape},
+     "created": "2026-01-31T12:00:00Z",
+     "ops": {name: {"unit": "s", "axes": [axis, ...],
+                    "points": [{axis: size, ..., "median_s", "p05_s", "p95_s", "repeats"}]}},
+     "content_hash": sha256 of the canonical JSON of all of the above}
+
+A profile holds operations only, never a whole step: the cost model is scored on steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ProfileError
+
+SCHEMA_VERSION = 1
+_REMEDY = "Make it again with `muxtune profile`"
+_SECTIONS = ("device", "software", "model", "ops")
+_TIMES = ("median_s", "p05_s", "p95_s")
+
+
+class Profile(NamedTuple):
+    """A validated profile; the sections are as in the JSON."""
+
+    device: Mapping[str, Any]
+    software: Mapping[str, Any]
+    model: Mapping[str, Any]
+    created: str
+    ops: Mapping[str, Mapping[str, Any]]
+    content_hash: str
+
+    @property
+    def device_name(self) -> str:
+        return str(self.device.get("name", ""))
+
+    @property
+    def model_name(self) -> str:
+        return str(self.model.get("name", ""))
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """Raises ProfileError when the model section is not a shape."""
+        try:
+            return ModelShape(**self.model)
+        except TypeError as error:
+            raise ProfileError(f"profile.model: {error}. {_REMEDY}") from error
+
+
+def content_hash(raw: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON (sorted keys, no spaces) without ``content_hash``."""
+    rest = {key: value for key, value in raw.items() if key != "content_hash"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def parse_profile(raw: Mapping[str, Any], source: str = "profile") -> Profile:
+    """A checked Profile. Raises ProfileError: another version, altered or incomplete content,
+    times that are negative, zero, not finite or out of order."""
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ProfileError(
+            f"{source}: schema_version is {version!r}, this muxtune reads {SCHEMA_VERSION}."
+            f" {_REMEDY}"
+        )
+    for section in _SECTIONS:
+        if not isinstance(raw.get(section), Mapping):
+            raise ProfileError(f"{source}: section '{section}' is missing. {_REMEDY}")
+    if raw.get("content_hash") != _safe_hash(raw, source):
+        raise ProfileError(
+            f"{source}: content_hash does not match the content, so the file was altered or cut."
+            f" {_REMEDY}"
+        )
+    for name, op in raw["ops"].items():
+        _check_op(source, name, op)
+    return Profile(
+        raw["device"], raw["software"], raw["model"], str(raw.get("created", "")), raw["ops"],
+        raw["content_hash"],
+    )  # fmt: skip
+
+
+def _safe_hash(raw: Mapping[str, Any], source: str) -> str:
+    try:
+        return content_hash(raw)
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"{source}: is not plain JSON ({error}). {_REMEDY}") from error
+
+
+def _check_op(source: str, name: str, op: Any) -> None:
+    where = f"{source}: op '{name}'"
+    if not isinstance(op, Mapping) or op.get("unit") != "s":
+        raise ProfileError(f"{where} has no unit 's'. {_REMEDY}")
+    axes, points = op.get("axes"), op.get("points")
+    if not isinstance(axes, list) or not isinstance(points, list) or not points:
+        raise ProfileError(f"{where} has no axes or no points. {_REMEDY}")
+    for index, point in enumerate(points):
+        numbers = [point.get(key) for key in (*axes, *_TIMES)]
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise ProfileError(f"{where} point {index} has a missing or odd number. {_REMEDY}")
+        if point["median_s"] <= 0 or not 0 <= point["p05_s"] <= point["median_s"] <= point["p95_s"]:
+            raise ProfileError(
+                f"{where} point {index} has times that are negative or out of order. {_REMEDY}"
+            )
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads and checks a profile file. Raises ProfileError naming the file and the remedy."""
+    source = str(path)
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProfileError(f"{source}: there is no such file. {_REMEDY}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{source}: cannot be read ({error}). {_REMEDY}") from error
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"{source}: is cut or not JSON ({error}). {_REMEDY}") from error
+    if not isinstance(raw, dict):
+        raise ProfileError(f"{source}: is not a profile. {_REMEDY}")
+    return parse_profile(raw, source)
+
+
+def profile_warnings(
+    profile: Profile,
+    device: Mapping[str, Any] | None = None,
+    software: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """One line for every respect in which the machine in use differs from the profiled one."""
+    lines = []
+    for section, then, now in (
+        ("device", profile.device, device or {}),
+        ("software", profile.software, software or {}),
+    ):
+        for key in sorted(set(then) & set(now) & _COMPARED):
+            if then[key] != now[key]:
+                lines.append(
+                    f"profile of another {section}: {key} was {then[key]!r}, is {now[key]!r};"
+                    " predictions may be off, run `muxtune profile`"
+                )
+    return lines
+
+
+_COMPARED = {"name", "kind", "processor", "threads", "torch", "driver", "cuda", "triton"}

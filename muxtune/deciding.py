@@ -1,0 +1,642 @@
+"""From a batch of events to decisions: pure bookkeeping around the policy and the planner.
+
+``Decider.decide`` changes the fleet's state by the events of one instant, asks the cluster policy
+about each, makes one plan for each touched instance, and returns what is to be journalled and what
+the executor is to be told. It starts nothing and reads no clock, which is why replaying a journal
+through a fresh Decider gives the same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from muxtune.errors import ConfigError
+from muxtune.fleet import Fleet, InstanceRecord, TaskRecord, arrival_order
+from muxtune.planning.journal import JournalBatch
+from muxtune.protocols import ClusterPolicy, FleetView, InstancePlanner
+from muxtune.types import (
+    NS_PER_S,
+    Action,
+    DispatchRule,
+    Drain,
+    Estimate,
+    Event,
+    EventKind,
+    FailureData,
+    InstanceSpec,
+    Place,
+    Plan,
+    Prediction,
+    PressureData,
+    ProgressData,
+    Refusal,
+    Reject,
+    ResultData,
+    StartInstance,
+    StopInstance,
+    TaskReadyData,
+    TaskSpec,
+    TaskState,
+    WakeAt,
+)
+
+NO_ESTIMATE = Estimate(0.0, 0.0, 0.0)
+EMPTY_PREDICTION = Prediction(NO_ESTIMATE, 0.0, 0.0, NO_ESTIMATE, {}, {}, {}, 0.0)
+LEAST_CORRECTION_PERCENT, MOST_CORRECTION_PERCENT = 10, 1000
+
+
+class EngineOptions(NamedTuple):
+    """When measured facts make the engine ask for another plan.
+
+    drift_tolerance: share by which a measured round time must lie beyond the predicted interval.
+    drift_min_rounds: a Progress of fewer rounds is not judged.
+    correction_quantum_percent: corrections are multiples of this, so that memo keys stay few.
+    pressure_margin: share by which a new plan must stay below what caused the pressure.
+    max_refusals: how often a policy may place one task on one instance in vain within a batch.
+    """
+
+    drift_tolerance: float = 0.1
+    drift_min_rounds: int = 2
+    correction_quantum_percent: int = 5
+    pressure_margin: float = 0.02
+    max_refusals: int = 32
+
+
+class TaskOutcome(NamedTuple):
+    """One row a task, told when the task ends. ``first_start_ns`` is None unless the executor
+    tells when plans take over; ``solo_time_s`` is the planner's prediction for all its steps."""
+
+    task_id: str
+    tenant: str
+    model: str
+    state: TaskState
+    arrival_ns: int
+    ready_ns: int | None
+    placed_ns: int | None
+    first_start_ns: int | None
+    ended_ns: int
+    instance_id: str
+    steps: int
+    effective_tokens: int
+    solo_time_s: float | None
+    message: str
+    output_path: str = ""
+    final_loss: float | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+
+class Command(NamedTuple):
+    """One call of the executor: ``verb`` is start, stop, prepare, cancel or apply."""
+
+    verb: str
+    argument: InstanceSpec | TaskSpec | Plan | str
+
+
+class Decision(NamedTuple):
+    """``batch`` is what is journalled. ``raised``: events that the engine itself made (DRIFT,
+    PLACEMENT_REFUSED). ``wakes``: (time, task id) to come back at; no id: a policy's own wake."""
+
+    batch: JournalBatch
+    raised: list[Event]
+    commands: list[Command]
+    outcomes: list[TaskOutcome]
+    wakes: list[tuple[int, str]]
+
+
+class Decider:
+    """Holds the fleet and the two plug-ins; every call of ``decide`` is one batch."""
+
+    def __init__(
+        self, policy: ClusterPolicy, planner: InstancePlanner, options: EngineOptions
+    ) -> None:
+        self.policy, self.planner, self.options = policy, planner, options
+        self.fleet = Fleet()
+        self.num_batches = 0
+        self._clear()
+        self._absorb: dict[EventKind, Callable[[Event], bool]] = {
+            EventKind.INSTANCE_READY: self._on_instance_ready,
+            EventKind.INSTANCE_FAILED: self._on_instance_gone,
+            EventKind.INSTANCE_STOPPED: self._on_instance_gone,
+            EventKind.PLAN_APPLIED: self._on_plan_applied,
+            EventKind.PROGRESS: self._on_progress,
+            EventKind.TASK_DONE: self._on_task_done,
+            EventKind.TASK_FAILED: self._on_task_failed,
+            EventKind.TASK_RELEASED: self._on_task_released,
+            EventKind.TASK_CANCELLED: self._on_task_cancelled,
+            EventKind.MEMORY_PRESSURE: self._on_pressure,
+            EventKind.TASK_READY: self._on_task_ready,
+            EventKind.TASK_ARRIVED: self._on_task_arrived,
+            EventKind.WAKE: self._on_wake,
+        }
+        self._act: dict[type, Callable[..., None]] = {
+            Place: self._place,
+            StartInstance: self._start_instance,
+            StopInstance: self._stop_instance,
+            Drain: self._drain,
+            Reject: self._reject,
+            WakeAt: self._wake_at,
+        }
+
+    # -- one batch
+
+    def begin(self, instances: Iterable[InstanceSpec]) -> Decision:
+        """Batch 0: starts the instances that the run begins with."""
+        actions = [StartInstance(spec) for spec in instances]
+        self._actions.extend(actions)
+        for action in actions:
+            self._start_instance(action)
+        return self._decision(())
+
+    def decide(self, time_ns: int, events: Sequence[Event]) -> Decision:
+        """All decisions on the events of one instant, which come sorted."""
+        self.fleet.now_ns = time_ns
+        relevant = [event for event in events if self._absorb[event.kind](event)]
+        for event in (*relevant, *self._raised):
+            self._ask_policy(event)
+        while self._touched:
+            name = min(self._touched)
+            self._touched.discard(name)
+            record = self.fleet.records.get(name)
+            if record is not None and record.ready:
+                self._plan_instance(record)
+        self._adopt_plans()
+        return self._decision(tuple(events))
+
+    def standing_commands(self) -> list[Command]:
+        """What an executor that lost everything must be told to stand where the journal ends."""
+        fleet = self.fleet
+        commands = [Command("start", record.spec) for record in fleet.records.values()]
+        commands += [Command("prepare", task.spec) for task in fleet.tasks.values()]
+        withdrawn = [task.spec.task_id for task in fleet.tasks.values() if task.cancelling]
+        commands += [Command("cancel", task_id) for task_id in withdrawn]
+        plans = [record.plan for record in fleet.records.values() if record.plan is not None]
+        commands += [Command("apply", plan) for plan in plans]
+        stopping = [name for name, record in fleet.records.items() if record.stopping]
+        return commands + [Command("stop", name) for name in stopping]
+
+    def _clear(self) -> None:
+        self._actions: list[Action] = []
+        self._raised: list[Event] = []
+        self._commands: list[Command] = []
+        self._outcomes: list[TaskOutcome] = []
+        self._wakes: list[tuple[int, str]] = []
+        self._touched: set[str] = set()
+        self._new_plans: dict[str, Plan] = {}
+        self._placed: dict[str, list[TaskRecord]] = {}
+        self._in_vain: dict[tuple[str, str], int] = {}
+
+    def _decision(self, events: tuple[Event, ...]) -> Decision:
+        plans = tuple(plan for _, plan in sorted(self._new_plans.items()))
+        refusals: tuple[Refusal, ...] = ()
+        if self._raised:
+            data = (event.data for event in self._raised)
+            refusals = tuple(item for item in data if isinstance(item, Refusal))
+        batch = JournalBatch(
+            self.num_batches, self.fleet.now_ns, events, tuple(self._actions), plans, refusals
+        )
+        self._commands.extend(Command("apply", plan) for plan in plans)
+        decision = Decision(batch, self._raised, self._commands, self._outcomes, self._wakes)
+        self.num_batches += 1
+        self._clear()
+        return decision
+
+    def _ask_policy(self, event: Event) -> None:
+        view: FleetView = self.fleet
+        actions = self.policy.on_event(event, view)
+        self.fleet.forget_changes()
+        for action in actions:
+            self._actions.append(action)
+            self._act[type(action)](action)
+
+    # -- planning
+
+    def _plan_instance(self, record: InstanceRecord) -> None:
+        """One plan, or the tasks that it cannot hold go back and the policy is told."""
+        name = record.spec.instance_id
+        refused: list[Event] = []
+        while len(record.tasks) > len(record.shed):
+            answer = self.planner.plan(self.fleet.view_of(record), record.plan)
+            if not isinstance(answer, Refusal):
+                self._keep(record, answer)
+                break
+            gave_way, event = self._give_way(record, answer)
+            refused.append(event)
+            if not gave_way:
+                break
+            if stands_as_planned(record):
+                self._new_plans.pop(name, None)
+                break
+        if len(record.tasks) == len(record.shed):
+            self._plan_nothing(record)
+        self._placed.pop(name, None)
+        self._raised.extend(reversed(refused))
+        for event in reversed(refused):
+            self._ask_policy(event)
+
+    def _keep(self, record: InstanceRecord, plan: Plan) -> None:
+        name = record.spec.instance_id
+        if plan is record.plan:
+            self._new_plans.pop(name, None)
+            return
+        check_plan(record, plan)
+        self._new_plans[name] = plan
+
+    def _plan_nothing(self, record: InstanceRecord) -> None:
+        """The engine's own plan for an instance whose last task has left."""
+        name = record.spec.instance_id
+        self._new_plans.pop(name, None)
+        if record.memory_limit_bytes != record.spec.memory_limit_bytes:
+            record.memory_limit_bytes = record.spec.memory_limit_bytes
+            record.view = None
+        if record.plan is not None and record.plan.htasks:
+            self._new_plans[name] = empty_plan(record.spec, record.epoch + 1)
+
+    def _give_way(self, record: InstanceRecord, refusal: Refusal) -> tuple[bool, Event]:
+        """Takes back the last placement of this batch; without one, sheds the youngest task.
+
+        The event names the task that is queued again, or none when nothing was placed.
+        """
+        name, task_id = record.spec.instance_id, ""
+        view = self.fleet.view_of(record)
+        refusal = refusal._replace(task_ids=tuple(task.task_id for task in view.tasks))
+        placed = self._placed.get(name)
+        if placed:
+            task = placed.pop()
+            task_id = task.spec.task_id
+            self._count_in_vain(task_id, name)
+            self.fleet.unplace(task)
+            if task.placed_ns == self.fleet.now_ns:
+                task.placed_ns = None
+            self.fleet.enqueue(task)
+        gave_way = bool(task_id) or self._shed_youngest(record)
+        kind = EventKind.PLACEMENT_REFUSED
+        return gave_way, Event(self.fleet.now_ns, kind, task_id, name, record.epoch, refusal)
+
+    def _shed_youngest(self, record: InstanceRecord) -> bool:
+        """Under pressure: a task leaves at the next round boundary, losing its open step."""
+        candidates = [
+            task.ready_view for name, task in record.tasks.items() if name not in record.shed
+        ]
+        if len(candidates) < 2:
+            return False
+        task_id = max(candidates, key=arrival_order).task_id
+        record.draining.add(task_id)
+        record.shed.add(task_id)
+        self.fleet.touch(record)
+        return True
+
+    def _count_in_vain(self, task_id: str, instance_id: str) -> None:
+        key = (task_id, instance_id)
+        times = self._in_vain[key] = self._in_vain.get(key, 0) + 1
+        if times > self.options.max_refusals:
+            raise ConfigError(
+                "cluster_policy",
+                f"it placed task '{task_id}' on instance '{instance_id}' {times} times in one "
+                "batch although the planner refused each time",
+                "remember a refusal until the instance changes",
+            )
+
+    def _adopt_plans(self) -> None:
+        for name, plan in self._new_plans.items():
+            record = self.fleet.records[name]
+            record.plan, record.plan_corrections = plan, record.corrections
+            record.plan_limit_bytes = record.memory_limit_bytes
+            record.view = None
+
+    # -- events
+
+    def _on_instance_ready(self, event: Event) -> bool:
+        record = self.fleet.records.get(event.instance_id)
+        if record is None or record.ready:
+            return False
+        self.fleet.make_instance_ready(record)
+        return True
+
+    def _on_instance_gone(self, event: Event) -> bool:
+        record = self.fleet.records.get(event.instance_id)
+        if record is None:
+            return False
+        for task in list(record.tasks.values()):
+            self.fleet.unplace(task)
+            self._back_to_queue(task)
+        self.fleet.remove_instance(record)
+        return True
+
+    def _on_plan_applied(self, event: Event) -> bool:
+        record = self.fleet.records.get(event.instance_id)
+        if record is None or event.epoch != record.epoch:
+            return False
+        for task_id in record.unstarted:
+            task = record.tasks[task_id]
+            if task.first_start_ns is None:
+                task.first_start_ns = event.time_ns
+        record.unstarted.clear()
+        return True
+
+    def _on_progress(self, event: Event) -> bool:
+        record, data = self.fleet.records.get(event.instance_id), event.data
+        assert isinstance(data, ProgressData)
+        if record is None:
+            return False
+        for task_id, steps in data.steps_done.items():
+            if task_id in record.tasks:
+                self.fleet.set_steps(record.tasks[task_id], steps)
+        if event.epoch == record.epoch and record.plan is not None:
+            self._check_drift(record, record.plan, data)
+        return True
+
+    def _check_drift(self, record: InstanceRecord, plan: Plan, data: ProgressData) -> None:
+        percent = drifted_percent(plan, data, record.plan_corrections.time_percent, self.options)
+        if percent is None or percent == record.corrections.time_percent:
+            return
+        record.corrections = record.corrections._replace(time_percent=percent)
+        self._touch(record)
+        name, now_ns = record.spec.instance_id, self.fleet.now_ns
+        self._raised.append(Event(now_ns, EventKind.DRIFT, "", name, record.epoch, data))
+
+    def _on_pressure(self, event: Event) -> bool:
+        record, data = self.fleet.records.get(event.instance_id), event.data
+        assert isinstance(data, PressureData)
+        if record is None or record.plan is None or event.epoch != record.epoch:
+            return False
+        limit_bytes = relieved_limit_bytes(record, record.plan, data, self.options.pressure_margin)
+        if limit_bytes < record.memory_limit_bytes:
+            record.memory_limit_bytes = limit_bytes
+            self._touch(record)
+        return True
+
+    def _on_task_arrived(self, event: Event) -> bool:
+        spec = event.data
+        assert isinstance(spec, TaskSpec)
+        self.fleet.add_task(spec)
+        self._commands.append(Command("prepare", spec))
+        if spec.cancel_ns is not None:
+            self._wakes.append((max(spec.cancel_ns, event.time_ns), spec.task_id))
+        return True
+
+    def _on_task_ready(self, event: Event) -> bool:
+        task, data = self.fleet.tasks.get(event.task_id), event.data
+        assert isinstance(data, TaskReadyData)
+        if task is None or task.state is not TaskState.ARRIVED:
+            return False
+        self.fleet.make_ready(task, data)
+        if task.cancelling:
+            self.fleet.queue.remove(event.task_id)
+        return True
+
+    def _on_wake(self, event: Event) -> bool:
+        """A policy's wake; with a task id, the time at which its tenant withdraws the task."""
+        if not event.task_id:
+            return True
+        task = self.fleet.tasks.get(event.task_id)
+        if task is None or task.cancelling:
+            return False
+        task.cancelling = True
+        if event.task_id in self.fleet.queue:
+            self.fleet.queue.remove(event.task_id)
+        self._commands.append(Command("cancel", event.task_id))
+        return True
+
+    def _on_task_done(self, event: Event) -> bool:
+        task, data = self.fleet.tasks.get(event.task_id), event.data
+        assert isinstance(data, ResultData)
+        if task is None:
+            return False
+        self._end(task, TaskState.DONE, data)
+        return True
+
+    def _on_task_failed(self, event: Event) -> bool:
+        task, data = self.fleet.tasks.get(event.task_id), event.data
+        assert isinstance(data, FailureData)
+        if task is None:
+            return False
+        steps = steps_of(task) if data.steps is None else data.steps
+        self._end(task, TaskState.FAILED, ResultData(steps, 0), data.message)
+        return True
+
+    def _on_task_cancelled(self, event: Event) -> bool:
+        task, data = self.fleet.tasks.get(event.task_id), event.data
+        if task is None:
+            return False
+        steps = data if isinstance(data, int) else steps_of(task)
+        self._end(task, TaskState.CANCELLED, ResultData(steps, 0), "withdrawn by its tenant")
+        return True
+
+    def _on_task_released(self, event: Event) -> bool:
+        task, data = self.fleet.tasks.get(event.task_id), event.data
+        if task is None or not event.instance_id or task.instance_id != event.instance_id:
+            return False
+        self._touch(self.fleet.unplace(task))
+        if isinstance(data, int):
+            self.fleet.set_steps(task, data)
+        self._back_to_queue(task)
+        return True
+
+    def _back_to_queue(self, task: TaskRecord) -> None:
+        self.fleet.enqueue(task)
+        if task.cancelling:  # the executor is told again: it may have forgotten with the instance
+            self.fleet.queue.remove(task.spec.task_id)
+            self._commands.append(Command("cancel", task.spec.task_id))
+
+    def _touch(self, record: InstanceRecord) -> None:
+        self.fleet.touch(record)
+        self._touched.add(record.spec.instance_id)
+
+    def _end(
+        self, task: TaskRecord, state: TaskState, result: ResultData, message: str = ""
+    ) -> None:
+        instance_id, solo_s = task.instance_id, None
+        if instance_id:
+            record = self.fleet.unplace(task)
+            solo_s = solo_time_s(record, task)
+            self._touched.add(instance_id)
+        self.fleet.end_task(task)
+        spec = task.spec
+        self._outcomes.append(
+            TaskOutcome(
+                spec.task_id,
+                spec.tenant,
+                spec.model,
+                state,
+                spec.arrival_ns,
+                task.ready_ns,
+                task.placed_ns,
+                task.first_start_ns,
+                self.fleet.now_ns,
+                instance_id,
+                result.steps,
+                result.effective_tokens,
+                solo_s,
+                message,
+                result.output_path,
+                result.final_loss,
+                result.perplexity_before,
+                result.perplexity_after,
+            )
+        )
+
+    # -- actions
+
+    def _place(self, action: Place) -> None:
+        task = self.fleet.tasks.get(action.task_id)
+        record = self.fleet.records.get(action.instance_id)
+        if task is None or action.task_id not in self.fleet.queue:
+            raise broken_action(action, f"task '{action.task_id}' is not queued")
+        if record is None or not record.ready or record.stopping:
+            raise broken_action(action, f"instance '{action.instance_id}' is not ready")
+        if record.spec.model != task.spec.model:
+            raise broken_action(action, f"'{action.instance_id}' serves {record.spec.model}")
+        self.fleet.place(task, record)
+        record.unstarted.add(action.task_id)
+        self._placed.setdefault(action.instance_id, []).append(task)
+        self._touched.add(action.instance_id)
+
+    def _start_instance(self, action: StartInstance) -> None:
+        name = action.spec.instance_id
+        if name in self.fleet.records:
+            raise broken_action(action, f"instance '{name}' exists already")
+        self.fleet.start_instance(action.spec)
+        self._commands.append(Command("start", action.spec))
+
+    def _stop_instance(self, action: StopInstance) -> None:
+        record = self.fleet.records.get(action.instance_id)
+        if record is None or record.tasks or record.stopping:
+            raise broken_action(action, f"'{action.instance_id}' is unknown, stopping or has tasks")
+        self.fleet.close_instance(record)
+        self._commands.append(Command("stop", action.instance_id))
+
+    def _drain(self, action: Drain) -> None:
+        task = self.fleet.tasks.get(action.task_id)
+        if task is None or task.state is not TaskState.PLACED:
+            raise broken_action(action, f"task '{action.task_id}' is not placed")
+        record = self.fleet.records[task.instance_id]
+        record.draining.add(action.task_id)
+        self._touch(record)
+
+    def _reject(self, action: Reject) -> None:
+        task = self.fleet.tasks.get(action.task_id)
+        if task is None or action.task_id not in self.fleet.queue:
+            raise broken_action(action, f"task '{action.task_id}' is not queued")
+        result = ResultData(steps_of(task), 0)
+        self._end(task, TaskState.REFUSED, result, refusal_text(action.refusal))
+
+    def _wake_at(self, action: WakeAt) -> None:
+        if action.time_ns <= self.fleet.now_ns:
+            raise broken_action(action, "the time has passed")
+        self._wakes.append((action.time_ns, ""))
+
+
+# ---------------------------------------------------------------------------------- derivations
+
+
+def check_plan(record: InstanceRecord, plan: Plan) -> None:
+    """Raises ConfigError for a plan that breaks the contract: a plug-in's fault."""
+    if plan.instance_id != record.spec.instance_id or plan.epoch != record.epoch + 1:
+        raise ConfigError(
+            "planner",
+            f"it answered with epoch {plan.epoch} of '{plan.instance_id}' where epoch "
+            f"{record.epoch + 1} of '{record.spec.instance_id}' is due",
+            "return previous itself, or a plan of the next epoch",
+        )
+    planned: set[str] = set()
+    for htask in plan.htasks:
+        planned.update(htask.quota)
+    tasks = record.tasks.keys()
+    if planned == tasks:
+        return
+    if planned - tasks or (tasks - planned) - record.draining:
+        raise ConfigError(
+            "planner",
+            f"its plan for '{record.spec.instance_id}' misses {sorted(tasks - planned)} and has "
+            f"the unknown {sorted(planned - tasks)}",
+            "plan every task of the view, or answer with a Refusal",
+        )
+
+
+def stands_as_planned(record: InstanceRecord) -> bool:
+    """Whether the last plan still answers all that a planner would be asked."""
+    plan = record.plan
+    return (
+        plan is not None
+        and record.corrections == record.plan_corrections
+        and record.memory_limit_bytes == record.plan_limit_bytes
+        and plan.drains == record.draining
+        and set(plan.task_ids) == record.tasks.keys() - record.shed
+    )
+
+
+def empty_plan(spec: InstanceSpec, epoch: int) -> Plan:
+    """Of an instance without tasks."""
+    return Plan(
+        spec.instance_id,
+        epoch,
+        frozenset(),
+        spec.replicas,
+        (),
+        (),
+        DispatchRule.SINGLE,
+        EMPTY_PREDICTION,
+        reason="no task",
+    )
+
+
+def drifted_percent(
+    plan: Plan, data: ProgressData, planned_percent: int, options: EngineOptions
+) -> int | None:
+    """The time correction that Progress teaches, or None while it is as predicted.
+
+    ``planned_percent``: the correction that the plan's prediction already contains.
+    """
+    expected = plan.predicted.round_time_s
+    if data.rounds < max(1, options.drift_min_rounds) or expected.value <= 0:
+        return None
+    measured_s = data.duration_ns / NS_PER_S / data.rounds
+    slack_s = expected.value * options.drift_tolerance
+    if expected.low - slack_s <= measured_s <= expected.high + slack_s:
+        return None
+    quantum = options.correction_quantum_percent
+    percent = quantum * round(planned_percent * measured_s / expected.value / quantum)
+    return min(max(percent, LEAST_CORRECTION_PERCENT), MOST_CORRECTION_PERCENT)
+
+
+def relieved_limit_bytes(
+    record: InstanceRecord, plan: Plan, data: PressureData, margin: float
+) -> int:
+    """A limit that the running plan breaks, in whole percent of the instance's memory.
+
+    A plan predicted at P used U of L bytes, so one predicted at P * L / U should fit.
+    """
+    predicted = plan.predicted.peak_memory_bytes.value or float(data.limit_bytes)
+    share = min(1.0, data.limit_bytes / max(1, data.used_bytes)) * (1.0 - margin)
+    percent = int(100 * predicted * share / record.spec.memory_limit_bytes)
+    return record.spec.memory_limit_bytes * percent // 100
+
+
+def solo_time_s(record: InstanceRecord, task: TaskRecord) -> float | None:
+    if record.plan is None or task.view is None:
+        return None
+    step_s = record.plan.predicted.solo_step_time_s.get(task.spec.task_id)
+    return None if step_s is None else step_s * task.view.num_steps
+
+
+def steps_of(task: TaskRecord) -> int:
+    return 0 if task.view is None else task.view.steps_done
+
+
+def refusal_text(refusal: Refusal) -> str:
+    """For people: why, the bytes, and what to do."""
+    parts = [refusal.reason]
+    if refusal.needed_bytes:
+        needed, available = refusal.needed_bytes, refusal.available_bytes
+        parts.append(f"needs {needed:,} bytes, available are {available:,}")
+    if refusal.remedy:
+        parts.append(refusal.remedy)
+    return "; ".join(parts)
+
+
+def broken_action(action: Action, problem: str) -> ConfigError:
+    return ConfigError(
+        "cluster_policy", f"its action {action!r} is not possible: {problem}", "correct the policy"
+    )

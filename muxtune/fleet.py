@@ -1,0 +1,360 @@
+"""The engine's incremental state: tasks, queue, instances and the indexes over them.
+
+Everything that a policy asks for at each event is kept up to date when something changes, so that
+an event costs the same on 64 instances as on one. Views are rebuilt only after a change.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
+from operator import attrgetter
+
+from muxtune.types import (
+    NO_EPOCH,
+    AdapterSlot,
+    Corrections,
+    InstanceSpec,
+    InstanceView,
+    Plan,
+    TaskReadyData,
+    TaskSpec,
+    TaskState,
+    TaskView,
+)
+
+NOTHING: frozenset[str] = frozenset()
+arrival_order = attrgetter("arrival_ns", "task_id")
+
+
+class TaskRecord:
+    """What the engine knows of one task that has not ended."""
+
+    __slots__ = (
+        "cancelling",
+        "first_start_ns",
+        "instance_id",
+        "placed_ns",
+        "ready_ns",
+        "spec",
+        "state",
+        "view",
+    )
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.spec = spec
+        self.state = TaskState.ARRIVED
+        self.view: TaskView | None = None
+        self.instance_id = ""
+        self.ready_ns: int | None = None
+        self.placed_ns: int | None = None
+        self.first_start_ns: int | None = None
+        self.cancelling = False
+
+    @property
+    def ready_view(self) -> TaskView:
+        """The view of a task that has been prepared."""
+        assert self.view is not None, f"task {self.spec.task_id} is not ready"
+        return self.view
+
+
+class InstanceRecord:
+    """One instance with the tasks on it, its last plan and what its executor taught."""
+
+    __slots__ = (
+        "corrections",
+        "draining",
+        "memory_limit_bytes",
+        "plan",
+        "plan_corrections",
+        "plan_limit_bytes",
+        "ready",
+        "shed",
+        "spec",
+        "stopping",
+        "tasks",
+        "unstarted",
+        "view",
+    )
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        self.spec = spec
+        self.ready = False
+        self.stopping = False
+        self.tasks: dict[str, TaskRecord] = {}
+        self.draining: set[str] = set()
+        self.shed: set[str] = set()  # draining tasks that no plan can hold any longer
+        self.unstarted: set[str] = set()
+        self.plan: Plan | None = None
+        self.corrections = self.plan_corrections = Corrections()
+        self.memory_limit_bytes = self.plan_limit_bytes = spec.memory_limit_bytes
+        self.view: InstanceView | None = None
+
+    @property
+    def epoch(self) -> int:
+        return NO_EPOCH if self.plan is None else self.plan.epoch
+
+    def build_view(self, now_ns: int) -> InstanceView:
+        views = [task.view for task in self.tasks.values() if task.spec.task_id not in self.shed]
+        return InstanceView(
+            self.spec.instance_id,
+            now_ns,
+            tuple(sorted(views, key=arrival_order)),  # type: ignore[arg-type]
+            self.plan,
+            self.memory_limit_bytes,
+            self.corrections,
+            self.spec.model,
+            self.spec.device,
+            self.spec.replicas,
+            frozenset(self.draining) if self.draining else NOTHING,
+            self.spec.gpu_ids,
+        )
+
+
+class TaskQueue(Collection[TaskView]):
+    """Ready, unplaced tasks; one lane for each base model and priority, each in arrival order."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
+        self._where: dict[str, tuple[str, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, task: object) -> bool:
+        return getattr(task, "task_id", task) in self._where
+
+    def __iter__(self) -> Iterator[TaskView]:
+        lanes = chain.from_iterable(lanes.values() for lanes in self._lanes.values())
+        return _merged([lane.values() for lane in lanes])
+
+    def add(self, task: TaskView) -> None:
+        lanes = self._lanes.setdefault(task.model, {})
+        lane = lanes.setdefault(task.priority, OrderedDict())
+        in_order = not lane or arrival_order(lane[next(reversed(lane))]) <= arrival_order(task)
+        lane[task.task_id] = task
+        self._where[task.task_id] = (task.model, task.priority)
+        if not in_order:  # a task that came back; rare, so the lane is sorted anew
+            ordered = sorted(lane.values(), key=arrival_order)
+            lanes[task.priority] = OrderedDict((item.task_id, item) for item in ordered)
+
+    def remove(self, task_id: str) -> None:
+        model, priority = self._where.pop(task_id)
+        lanes = self._lanes[model]
+        del lanes[priority][task_id]
+        if not lanes[priority]:
+            del lanes[priority]
+        if not lanes:
+            del self._lanes[model]
+
+    @property
+    def models(self) -> Collection[str]:
+        return self._lanes.keys() if len(self._lanes) < 2 else sorted(self._lanes)
+
+    def of_model(self, model: str, by_priority: bool) -> Iterator[TaskView]:
+        lanes = self._lanes.get(model, {})
+        if not by_priority:
+            return _merged([lane.values() for lane in lanes.values()])
+        urgent_first = sorted(lanes, reverse=True)
+        return chain.from_iterable(lanes[priority].values() for priority in urgent_first)
+
+
+def _merged(lanes: list[Collection[TaskView]]) -> Iterator[TaskView]:
+    if len(lanes) == 1:
+        return iter(lanes[0])
+    return heapq.merge(*lanes, key=arrival_order)
+
+
+class LoadIndex:
+    """Ready instances of each base model in order of (tasks, id)."""
+
+    def __init__(self) -> None:
+        self._by_model: dict[str, list[tuple[int, str]]] = {}
+
+    def add(self, model: str, load: int, instance_id: str) -> None:
+        insort(self._by_model.setdefault(model, []), (load, instance_id))
+
+    def remove(self, model: str, load: int, instance_id: str) -> None:
+        entries = self._by_model[model]
+        del entries[bisect_left(entries, (load, instance_id))]
+
+    def in_order(self, model: str) -> Iterator[str]:
+        return (instance_id for _, instance_id in self._by_model.get(model, ()))
+
+
+class InstanceViews(Mapping[str, InstanceView]):
+    """Views of the ready instances, built when somebody looks."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def __getitem__(self, instance_id: str) -> InstanceView:
+        record = self._fleet.records[instance_id]
+        if not record.ready:
+            raise KeyError(instance_id)
+        return self._fleet.view_of(record)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, record in self._fleet.records.items() if record.ready)
+
+    def __len__(self) -> int:
+        return sum(record.ready for record in self._fleet.records.values())
+
+
+class Fleet:
+    """State and indexes of a run. Policies see it through ``FleetView``'s read-only part."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.tasks: dict[str, TaskRecord] = {}
+        self.seen: set[str] = set()
+        self.records: dict[str, InstanceRecord] = {}
+        self.starting: dict[str, InstanceSpec] = {}
+        self.queue = TaskQueue()
+        self.instances: Mapping[str, InstanceView] = InstanceViews(self)
+        self._loads = LoadIndex()
+        self._changed: set[str] = set()
+
+    # -- what policies read
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset(self._changed) if self._changed else NOTHING
+
+    @property
+    def waiting_models(self) -> Collection[str]:
+        return self.queue.models
+
+    def waiting(self, model: str, by_priority: bool = False) -> Iterator[TaskView]:
+        return self.queue.of_model(model, by_priority)
+
+    def least_loaded(self, model: str) -> Iterator[str]:
+        return self._loads.in_order(model)
+
+    def load(self, instance_id: str) -> int:
+        return len(self.records[instance_id].tasks)
+
+    # -- what the engine changes
+
+    def view_of(self, record: InstanceRecord) -> InstanceView:
+        if record.view is None:
+            record.view = record.build_view(self.now_ns)
+        return record.view
+
+    def touch(self, record: InstanceRecord) -> None:
+        record.view = None
+        self._changed.add(record.spec.instance_id)
+
+    def forget_changes(self) -> None:
+        if self._changed:
+            self._changed.clear()
+
+    def add_task(self, spec: TaskSpec) -> TaskRecord:
+        record = self.tasks[spec.task_id] = TaskRecord(spec)
+        self.seen.add(spec.task_id)
+        return record
+
+    def make_ready(self, task: TaskRecord, data: TaskReadyData) -> None:
+        task.view = task_view(task.spec, data)
+        task.ready_ns = self.now_ns
+        self.enqueue(task)
+
+    def enqueue(self, task: TaskRecord) -> None:
+        task.state, task.instance_id = TaskState.QUEUED, ""
+        self.queue.add(task.ready_view)
+
+    def place(self, task: TaskRecord, record: InstanceRecord) -> None:
+        self.queue.remove(task.spec.task_id)
+        task.state, task.instance_id = TaskState.PLACED, record.spec.instance_id
+        if task.placed_ns is None:
+            task.placed_ns = self.now_ns
+        self._move(record, task, joins=True)
+
+    def unplace(self, task: TaskRecord) -> InstanceRecord:
+        """Takes a task off its instance; the caller decides what becomes of it."""
+        record = self.records[task.instance_id]
+        self._move(record, task, joins=False)
+        record.draining.discard(task.spec.task_id)
+        record.shed.discard(task.spec.task_id)
+        record.unstarted.discard(task.spec.task_id)
+        return record
+
+    def end_task(self, task: TaskRecord) -> None:
+        if task.spec.task_id in self.queue:
+            self.queue.remove(task.spec.task_id)
+        del self.tasks[task.spec.task_id]
+
+    def set_steps(self, task: TaskRecord, steps: int) -> None:
+        if task.view is None or task.view.steps_done == steps:
+            return
+        task.view = task.view._replace(steps_done=steps)
+        if task.instance_id:
+            self.records[task.instance_id].view = None
+
+    def start_instance(self, spec: InstanceSpec) -> None:
+        self.records[spec.instance_id] = InstanceRecord(spec)
+        self.starting[spec.instance_id] = spec
+
+    def make_instance_ready(self, record: InstanceRecord) -> None:
+        record.ready = True
+        self.starting.pop(record.spec.instance_id, None)
+        self._loads.add(record.spec.model, 0, record.spec.instance_id)
+        self.touch(record)
+
+    def close_instance(self, record: InstanceRecord) -> None:
+        """No task can be placed there any longer."""
+        name = record.spec.instance_id
+        if record.ready and not record.stopping:
+            self._loads.remove(record.spec.model, len(record.tasks), name)
+        record.stopping = True
+        self.touch(record)
+
+    def remove_instance(self, record: InstanceRecord) -> None:
+        self.close_instance(record)
+        self.starting.pop(record.spec.instance_id, None)
+        del self.records[record.spec.instance_id]
+
+    def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
+        name, model, load = record.spec.instance_id, record.spec.model, len(record.tasks)
+        if joins:
+            record.tasks[task.spec.task_id] = task
+        else:
+            del record.tasks[task.spec.task_id]
+        if not record.stopping:
+            self._loads.remove(model, load, name)
+            self._loads.add(model, len(record.tasks), name)
+        self.touch(record)
+
+
+def task_view(spec: TaskSpec, data: TaskReadyData) -> TaskView:
+    """What policies and planners see of a prepared task."""
+    adapter = spec.adapter
+    return TaskView(
+        spec.task_id,
+        spec.tenant,
+        spec.model,
+        AdapterSlot(adapter.method, adapter.rank, adapter.targets),
+        spec.sequences_per_step,
+        spec.data.max_length_tokens,
+        data.lengths,
+        data.num_steps,
+        0,
+        spec.arrival_ns,
+        spec.priority,
+        spec.deadline_ns,
+        spec.max_slowdown,
+    )
+
+
+def duplicate_ids(specs: Iterable[TaskSpec]) -> list[str]:
+    """Task ids that occur twice, in order of their second occurrence."""
+    seen: set[str] = set()
+    twice = []
+    for spec in specs:
+        if spec.task_id in seen:
+            twice.append(spec.task_id)
+        seen.add(spec.task_id)
+    return twice

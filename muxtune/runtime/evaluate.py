@@ -1,0 +1,85 @@
+"""Held-out perplexity of a task, through the same packed path that trains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from muxtune.runtime.backbone import Backbone
+from muxtune.runtime.bank import TaskState
+from muxtune.runtime.batch import PassTensors, Placed, assemble
+from muxtune.runtime.training import score_pass
+from muxtune.workload.encoding import EncodedSequence
+
+ROWS_PER_PASS = 512
+
+
+def perplexity(
+    backbone: Backbone,
+    state: TaskState,
+    sequences: Sequence[EncodedSequence],
+    max_tokens: int,
+    deterministic: bool,
+) -> float | None:
+    """exp of the mean loss over the targets of the first sequences that ``max_tokens`` allow.
+
+    At least one sequence is taken; None when there is none or ``max_tokens`` is 0. The task must
+    have a place in a pool.
+    """
+    chosen = _within(sequences, max_tokens)
+    if not chosen or state.place is None:
+        return None
+    pool, slot = state.place
+    total_nll, total_targets = 0.0, 0
+    for group in _passes(chosen):
+        tensors = _pack(backbone, group, slot, len(pool.slots))
+        nll_S, targets_S = score_pass(backbone, pool, tensors, deterministic)
+        total_nll, total_targets = total_nll + nll_S[slot], total_targets + targets_S[slot]
+    return _exp(total_nll / total_targets) if total_targets else None
+
+
+def _exp(mean_loss: float) -> float:
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def _within(sequences: Sequence[EncodedSequence], max_tokens: int) -> list[EncodedSequence]:
+    chosen, total = [], 0
+    for sequence in sequences if max_tokens > 0 else ():
+        total += len(sequence.tokens)
+        if chosen and total > max_tokens:
+            break
+        chosen.append(sequence)
+    return chosen
+
+
+def _passes(sequences: Sequence[EncodedSequence]) -> Iterator[list[EncodedSequence]]:
+    group: list[EncodedSequence] = []
+    rows = 0
+    for sequence in sequences:
+        if group and rows + len(sequence.tokens) > ROWS_PER_PASS:
+            yield group
+            group, rows = [], 0
+        group.append(sequence)
+        rows += len(sequence.tokens)
+    yield group
+
+
+def _pack(
+    backbone: Backbone, sequences: Sequence[EncodedSequence], slot: int, num_slots: int
+) -> PassTensors:
+    placed, row = [], 0
+    for sequence in sequences:
+        placed.append(Placed(slot, row, 0, sequence))
+        row += len(sequence.tokens)
+    return assemble(
+        placed,
+        [(item.row, len(item.sequence.tokens)) for item in placed],
+        [(slot, 0, row)],
+        torch.ones(num_slots),
+        {},
+        row,
+        backbone.pad_id,
+        backbone.device,
+    )

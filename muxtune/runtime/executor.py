@@ -1,0 +1,359 @@
+"""The real executor: carries plans out in torch, on the calling thread.
+
+Time is monotonic, from the executor's construction on. ``wait`` starts no micro-batch at or after
+``until_ns``; the one under way at that time is finished, so ``wait`` may come back late by one
+micro-batch, with events of the later time. A round stays open over such a return and goes on with
+the next ``wait``. Instances on one device take turns, a round each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from muxtune.errors import ConfigError, MuxTuneError, TaskError
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.backbone import Backbone, BackboneStore
+from muxtune.runtime.bank import TaskState, take_out
+from muxtune.runtime.batch import TextLibrary
+from muxtune.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from muxtune.runtime.evaluate import perplexity
+from muxtune.runtime.instance import RunningInstance
+from muxtune.runtime.memory import MemoryMeter
+from muxtune.runtime.optimizer import SCHEDULES
+from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.peft_io import write_adapter
+from muxtune.runtime.records import MetricsWriter, SpanRecord, StepListener
+from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask
+from muxtune.types import (
+    NO_EPOCH,
+    Cursor,
+    Event,
+    EventKind,
+    FailureData,
+    InstanceSpec,
+    Plan,
+    ResultData,
+    TaskReadyData,
+    TaskSpec,
+)
+
+METRICS_NAME = "metrics.jsonl"
+_LONGEST_SLEEP_S = 3600.0
+_FOREVER_NS = 2**62  # an engine that waits for nothing in particular says at least this
+
+
+class TorchExecutor:
+    """Executor on torch (see ``muxtune.protocols.Executor``).
+
+    ``library`` holds the tasks' text (``DatasetLibrary``). Adapters go to
+    ``options.output_dir/adapters/TASK``, metrics to ``options.output_dir/metrics.jsonl``.
+    Raises OutputError from ``wait`` when results cannot be written.
+    """
+
+    def __init__(
+        self,
+        builder: StepBuilder,
+        backbones: BackboneStore,
+        library: TextLibrary,
+        options: TorchOptions,
+        listeners: Sequence[StepListener] = (),
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.builder, self.backbones, self.library = builder, backbones, library
+        self.options = options
+        self._metrics = MetricsWriter(options.output_dir / METRICS_NAME)
+        self.listeners: Sequence[StepListener] = (self._metrics, *listeners)
+        self.tasks: dict[str, RuntimeTask] = {}
+        self.lengths = GuardedLengths(library, self.tasks)
+        self.memory = MemoryMeter(backbones.device)
+        self._clock_ns, self._start_ns = clock_ns, clock_ns()
+        self._instances: dict[str, RunningInstance] = {}
+        self._jobs: deque[tuple[str, Callable[[], None]]] = deque()  # (task id or "", work)
+        self._events: list[Event] = []
+        self._turn: str = ""  # the instance that ran last
+        self._last_event_ns = 0
+
+    # -- the protocol
+
+    @property
+    def now_ns(self) -> int:
+        return self._clock_ns() - self._start_ns
+
+    def start(self, instance: InstanceSpec) -> None:
+        """The backbone is loaded by ``wait``; later INSTANCE_READY or INSTANCE_FAILED."""
+        self._jobs.append(("", lambda: self._start_instance(instance)))
+
+    def stop(self, instance_id: str) -> None:
+        """At once: its tasks keep what they have done and can be placed elsewhere."""
+        instance = self._instances.pop(instance_id, None)
+        if instance is not None:
+            instance.release_all()
+        self.emit(EventKind.INSTANCE_STOPPED, "", instance_id, NO_EPOCH, None)
+
+    def prepare(self, task: TaskSpec) -> None:
+        """The data is read by ``wait``; later TASK_READY or TASK_FAILED."""
+        self._jobs.append((task.task_id, lambda: self._prepare_task(task)))
+
+    def apply(self, plan: Plan) -> None:
+        """Takes over when the running round ends. Raises ConfigError for an unknown instance."""
+        instance = self._instances.get(plan.instance_id)
+        if instance is None:
+            raise ConfigError(
+                "plan.instance_id", f"'{plan.instance_id}' is not running", "Start it first"
+            )
+        instance.next_plan = plan
+
+    def cancel(self, task_id: str) -> None:
+        """Between micro-batches, so at once. A task that has ended already stays as it is."""
+        waiting = [job for job in self._jobs if job[0] == task_id]
+        for job in waiting:
+            self._jobs.remove(job)
+        task = self.tasks.get(task_id)
+        if task is not None and task.phase is Phase.LIVE:
+            instance_id, epoch = self._where(task_id)
+            self._end(task)
+            self.emit(EventKind.TASK_CANCELLED, task_id, instance_id, epoch, task.steps_done)
+        elif task is None and waiting:
+            self.emit(EventKind.TASK_CANCELLED, task_id, "", NO_EPOCH, 0)
+
+    def wait(self, until_ns: int) -> list[Event]:
+        """See the top of the file. Returns [] early when nothing is left to do until for ever."""
+        while not self._events:
+            if self.now_ns >= until_ns:
+                return []
+            if self._jobs:
+                self._jobs.popleft()[1]()
+                continue
+            instance = self._next_instance()
+            if instance is not None:
+                instance.advance()
+            elif not self._pass_time(until_ns):
+                return []
+        return self._take_events()
+
+    # -- for reports
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        return tuple(self._instances)
+
+    def accounted_peak_bytes(self) -> int:
+        """Measured peak memory, plus a copy of the backbone for every further instance of the
+        same model: on one device they share one copy, as separate processes would not."""
+        extra = 0
+        seen: set[int] = set()
+        for instance in self._instances.values():
+            if id(instance.backbone) in seen:
+                extra += instance.backbone.weight_bytes
+            seen.add(id(instance.backbone))
+        return self.memory.peak_bytes() + extra
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        self._metrics.close()
+
+    # -- jobs
+
+    def _start_instance(self, spec: InstanceSpec) -> None:
+        if spec.instance_id not in self._instances:
+            start_ns = self.now_ns
+            try:
+                _check_replicas(spec)
+                backbone = self.backbones.get(spec.model)
+            except (MuxTuneError, OSError, RuntimeError, ValueError) as error:
+                data = FailureData(str(error))
+                self.emit(EventKind.INSTANCE_FAILED, "", spec.instance_id, NO_EPOCH, data)
+                return
+            instance = self._instances[spec.instance_id] = RunningInstance(spec, backbone, self)
+            instance.span("load", start_ns, self.now_ns, ())
+        self.emit(EventKind.INSTANCE_READY, "", spec.instance_id, NO_EPOCH, None)
+
+    def _prepare_task(self, spec: TaskSpec) -> None:
+        known = self.tasks.get(spec.task_id)
+        if known is None or known.spec != spec:
+            start_ns = self.now_ns
+            try:
+                _check_task(spec, self.backbones.get(spec.model))
+                ready = self.library.add(spec)
+            except Exception as error:
+                message = str(error) if isinstance(error, MuxTuneError) else repr(error)
+                data = FailureData(message)
+                self.emit(EventKind.TASK_FAILED, spec.task_id, "", NO_EPOCH, data)
+                return
+            known = self.tasks[spec.task_id] = RuntimeTask(spec, ready)
+            self._tell_span("prepare", start_ns, spec.task_id)
+        self.emit(EventKind.TASK_READY, spec.task_id, "", NO_EPOCH, known.ready)
+
+    # -- what instances ask for
+
+    def emit(
+        self, kind: EventKind, task_id: str, instance_id: str, epoch: int, data: object
+    ) -> None:
+        """Its time is set when ``wait`` hands the instant's events out."""
+        self._events.append(Event(0, kind, task_id, instance_id, epoch, data))
+
+    def join(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        """A fresh adapter, or the one of a checkpoint. Raises ConfigError or DataError."""
+        state = instance.bank.create(task.spec, task.num_steps)
+        if self.options.resume:
+            self._restore(task, state)
+        task.state, task.last_step_ns = state, self.now_ns
+
+    def settle(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        if task.perplexity_before is None:
+            task.perplexity_before = self._perplexity(task, instance)
+        task.last_step_ns = self.now_ns
+
+    def finish(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        """Score, write the adapter, tell. A task that was finished before is told again."""
+        if task.result is None:
+            assert task.state is not None
+            after = self._perplexity(task, instance)
+            folder = write_adapter(
+                self.options.adapter_folder(task.spec.task_id),
+                task.spec,
+                task.state.parameters(),
+                instance.backbone,
+            )
+            task.result = ResultData(
+                task.steps_done,
+                task.effective_tokens,
+                str(folder),
+                task.final_loss,
+                task.perplexity_before,
+                after,
+            )
+            task.end(Phase.DONE)
+        take = (EventKind.TASK_DONE, task.spec.task_id, instance.spec.instance_id)
+        self.emit(*take, instance.epoch, task.result)
+
+    def fail(self, task: RuntimeTask, instance: RunningInstance, problem: str) -> None:
+        if task.phase is not Phase.LIVE:
+            return
+        self._end(task)
+        remedy = "Its adapter is lost; correct the task and submit it again. Other tasks go on"
+        message = str(TaskError(task.spec.task_id, problem, remedy))
+        place = (instance.spec.instance_id, instance.epoch)
+        self.emit(EventKind.TASK_FAILED, task.spec.task_id, *place, FailureData(message))
+
+    def checkpoint(self, task: RuntimeTask) -> None:
+        """Called at each step boundary of a task."""
+        every = self.options.checkpoint_steps
+        if not every or task.steps_done % every or task.state is None:
+            return
+        start_ns = self.now_ns
+        extra = {
+            "final_loss": task.final_loss,
+            "effective_tokens": task.effective_tokens,
+            "perplexity_before": task.perplexity_before,
+        }
+        folder = self.options.checkpoint_folder(task.spec.task_id)
+        save_checkpoint(folder, task.state, _fingerprint(task), extra)
+        self._tell_span("checkpoint", start_ns, task.spec.task_id)
+
+    def _restore(self, task: RuntimeTask, state: TaskState) -> None:
+        folder = self.options.checkpoint_folder(task.spec.task_id)
+        extra = load_checkpoint(folder, state, _fingerprint(task))
+        if extra is None:
+            return
+        task.cursor = Cursor(state.step, None)
+        task.final_loss = extra["final_loss"]
+        task.effective_tokens = extra["effective_tokens"]
+        task.perplexity_before = extra["perplexity_before"]
+
+    # -- inside
+
+    def _end(self, task: RuntimeTask) -> None:
+        """Failed or cancelled: its slot is free at once, its memory with it."""
+        if task.state is not None:
+            take_out(task.state)
+            task.state.tensors.clear()
+        task.end(Phase.GONE)
+
+    def _perplexity(self, task: RuntimeTask, instance: RunningInstance) -> float | None:
+        if not self.options.evaluate_tokens:
+            return None
+        start_ns = self.now_ns
+        assert task.state is not None
+        value = perplexity(
+            instance.backbone,
+            task.state,
+            self.library.validation(task.spec.task_id),
+            self.options.evaluate_tokens,
+            self.options.deterministic,
+        )
+        instance.span("evaluate", start_ns, self.now_ns, (task.spec.task_id,))
+        return value
+
+    def _where(self, task_id: str) -> tuple[str, int]:
+        for instance_id, instance in self._instances.items():
+            if instance.holds(task_id):
+                return instance_id, instance.epoch
+        return "", NO_EPOCH
+
+    def _next_instance(self) -> RunningInstance | None:
+        """The one in the middle of a round goes on; else the next in turn that has work."""
+        current = self._instances.get(self._turn)
+        if current is not None and current.is_mid_round:
+            return current
+        order = sorted(self._instances, key=lambda name: (name <= self._turn, name))
+        for name in order:
+            if self._instances[name].is_runnable:
+                self._turn = name
+                return self._instances[name]
+        return None
+
+    def _pass_time(self, until_ns: int) -> bool:
+        """Nothing can run before ``until_ns``. False when that is for ever."""
+        if until_ns >= _FOREVER_NS:
+            return False
+        missing_ns = until_ns - self.now_ns
+        if self.options.skip_idle:
+            self._start_ns -= max(missing_ns, 0)
+        elif missing_ns > 0:
+            time.sleep(min(missing_ns / 1e9, _LONGEST_SLEEP_S))
+        return True
+
+    def _take_events(self) -> list[Event]:
+        now_ns = self._last_event_ns = max(self.now_ns, self._last_event_ns)
+        events, self._events = self._events, []
+        return sorted(
+            (event._replace(time_ns=now_ns) for event in events), key=lambda e: e.sort_key
+        )
+
+    def _tell_span(self, name: str, start_ns: int, task_id: str) -> None:
+        record = SpanRecord(name, "", -1, start_ns, self.now_ns - start_ns, (task_id,))
+        for listener in self.listeners:
+            listener.on_span(record)
+
+
+def _check_replicas(spec: InstanceSpec) -> None:
+    if len(spec.replicas) != 1 or spec.replicas[0].num_gpus != 1:
+        raise ConfigError(
+            "cluster.replicas",
+            f"instance '{spec.instance_id}' asks for {spec.replicas}, but this executor runs one "
+            "replica on one device",
+            "Use tp=1 and pp=1",
+        )
+
+
+def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
+    """What only the model can tell. Raises ConfigError."""
+    adapter_method(spec.adapter.method).check(spec.adapter)
+    backbone.matching_sites(spec.adapter.targets)
+    if spec.optimizer.schedule not in SCHEDULES:
+        raise ConfigError(
+            "optimizer.schedule",
+            f"'{spec.optimizer.schedule}' does not exist",
+            f"Choose one of: {', '.join(SCHEDULES)}",
+        )
+
+
+def _fingerprint(task: RuntimeTask) -> str:
+    return fingerprint(task.spec, task.ready.lengths.content_hash)
+
+
+__all__ = ["METRICS_NAME", "TaskReadyData", "TorchExecutor"]

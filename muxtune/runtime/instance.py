@@ -1,0 +1,482 @@
+"""One instance: a backbone, the plan that runs on it, and the rounds of that plan.
+
+``advance`` does one unit of work (at most one micro-batch), so that whoever drives several
+instances on one device can take turns and stop between micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from muxtune.errors import MuxTuneError
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.runtime.backbone import Backbone
+from muxtune.runtime.bank import AdapterBank, SlotPool, grad_dtype_for, take_out
+from muxtune.runtime.batch import (
+    DropoutSeed,
+    PassTensors,
+    Placed,
+    TextLibrary,
+    lay_out,
+    place_task,
+)
+from muxtune.runtime.optimizer import StepOutcome, close_steps
+from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
+from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFailure
+from muxtune.runtime.training import train_pass
+from muxtune.types import (
+    NO_EPOCH,
+    Chunk,
+    Cursor,
+    EventKind,
+    InstanceSpec,
+    MicroBatch,
+    Plan,
+    ProgressData,
+)
+
+FILLER_CHUNK = Chunk("", -1, ())
+
+
+class Host(Protocol):
+    """What an instance needs of the executor."""
+
+    builder: StepBuilder
+    library: TextLibrary
+    lengths: GuardedLengths
+    options: TorchOptions
+    tasks: dict[str, RuntimeTask]
+    listeners: Sequence[StepListener]
+
+    @property
+    def now_ns(self) -> int: ...
+
+    def emit(
+        self, kind: EventKind, task_id: str, instance_id: str, epoch: int, data: object
+    ) -> None: ...
+
+    def join(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        """The task is about to get its first place: make its state."""
+        ...
+
+    def settle(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        """The task has its first place but has not run yet."""
+        ...
+
+    def finish(self, task: RuntimeTask, instance: RunningInstance) -> None: ...
+
+    def fail(self, task: RuntimeTask, instance: RunningInstance, problem: str) -> None: ...
+
+    def checkpoint(self, task: RuntimeTask) -> None: ...
+
+
+@dataclass
+class _Progress:
+    """Since the last PROGRESS event of this epoch."""
+
+    since_ns: int
+    rounds: int = 0
+    duration_ns: int = 0
+    effective_tokens: int = 0
+    padded_tokens: int = 0
+
+
+@dataclass
+class _Round:
+    micro_batches: deque[MicroBatch] = field(default_factory=deque)
+    cursors: Mapping[str, Cursor] = field(default_factory=dict)
+    start_ns: int = 0
+    duration_ns: int = 0
+    num_micro_batches: int = 0
+    effective_tokens: int = 0
+    padded_tokens: int = 0
+
+
+class RunningInstance:
+    """``plan`` is None until the first one takes over; an idle instance waits for another."""
+
+    def __init__(self, spec: InstanceSpec, backbone: Backbone, host: Host) -> None:
+        self.spec, self.backbone, self.host = spec, backbone, host
+        grad_dtype = grad_dtype_for(backbone.device, host.options.deterministic)
+        self.bank = AdapterBank(backbone, grad_dtype)
+        self.plan: Plan | None = None
+        self.next_plan: Plan | None = None
+        self._pools: list[SlotPool] = []
+        self._round: _Round | None = None
+        self._is_idle = True
+        self._reported: set[str] = set()
+        self._progress = _Progress(host.now_ns)
+
+    @property
+    def epoch(self) -> int:
+        return NO_EPOCH if self.plan is None else self.plan.epoch
+
+    @property
+    def is_runnable(self) -> bool:
+        return self._round is not None or self.next_plan is not None or not self._is_idle
+
+    @property
+    def is_mid_round(self) -> bool:
+        return self._round is not None
+
+    def holds(self, task_id: str) -> bool:
+        return self.plan is not None and task_id in self.plan.task_ids
+
+    def advance(self) -> None:
+        """One unit of work: take a plan over, start a round, run a micro-batch, end a round."""
+        if self._round is None:
+            if self.next_plan is not None:
+                self._take_over(self.next_plan)
+            elif not self._is_idle:
+                self._begin_round()
+            return
+        if self._round.micro_batches:
+            self._run(self._round.micro_batches.popleft(), self._round)
+        if not self._round.micro_batches:
+            self._end_round(self._round)
+
+    def release_all(self) -> None:
+        """Give every task storage of its own; the instance stops in the middle of anything."""
+        self._round, self.next_plan, self._is_idle = None, None, True
+        for task_id in () if self.plan is None else self.plan.task_ids:
+            task = self.host.tasks.get(task_id)
+            if task is not None and task.state is not None:
+                take_out(task.state)
+        self.plan, self._pools = None, []
+
+    # -- plans
+
+    def _take_over(self, plan: Plan) -> None:
+        self._tell_progress()
+        self._forget_ended(plan)
+        self.plan, self.next_plan = plan, None
+        self._reported.clear()
+        tasks = {task_id: self._joined(task_id) for task_id in plan.task_ids}
+        self._arrange(plan, {key: task for key, task in tasks.items() if task is not None})
+        self._is_idle = not plan.task_ids
+        self._progress = _Progress(self.host.now_ns)
+        self.host.emit(EventKind.PLAN_APPLIED, "", self.spec.instance_id, plan.epoch, None)
+
+    def _forget_ended(self, new_plan: Plan) -> None:
+        for task_id in set(self.plan.task_ids if self.plan else ()) - set(new_plan.task_ids):
+            if self.host.tasks[task_id].phase is not Phase.LIVE:
+                self.host.library.discard(task_id)
+
+    def _joined(self, task_id: str) -> RuntimeTask | None:
+        """The task with its adapter state, or None for one that has ended."""
+        task = self.host.tasks[task_id]
+        if task.phase is Phase.LIVE and task.state is None:
+            try:
+                self.host.join(task, self)
+            except MuxTuneError as error:
+                self.host.fail(task, self, str(error))
+        return None if task.phase is Phase.GONE else task
+
+    def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
+        states = {key: task.state for key, task in tasks.items() if task.state is not None}
+        is_new = {key for key, state in states.items() if state.place is None and not state.step}
+        self._pools = self.bank.arrange(plan.htasks, states)
+        for task_id in is_new:
+            self.host.settle(tasks[task_id], self)
+
+    # -- rounds
+
+    def _begin_round(self) -> None:
+        assert self.plan is not None
+        cursors = {task_id: self.host.tasks[task_id].cursor for task_id in self.plan.task_ids}
+        start_ns = self.host.now_ns
+        try:
+            micro_batches, after = self.host.builder.next_round(
+                self.plan, cursors, self.host.lengths
+            )
+        except TaskDataFailure as failure:
+            self._fail_data(failure.task_id, failure.error)
+            return
+        self._round = _Round(deque(micro_batches), after, start_ns)
+        self._is_idle = not micro_batches
+        if not micro_batches:
+            self._end_round(self._round)
+
+    def _end_round(self, round_: _Round) -> None:
+        assert self.plan is not None
+        self._round = None
+        for task_id, cursor in round_.cursors.items():
+            task = self.host.tasks[task_id]
+            if task.phase is not Phase.GONE:
+                task.cursor = cursor
+        if round_.num_micro_batches:
+            self._count(round_)
+        for task_id in self.plan.task_ids:
+            self._report_end(self.host.tasks[task_id])
+        interval_ns = self.host.options.progress_interval_s * 1e9
+        if self._is_idle or self.host.now_ns - self._progress.since_ns >= interval_ns:
+            self._tell_progress()
+
+    def _report_end(self, task: RuntimeTask) -> None:
+        """A finished or released task is reported once per plan that holds it."""
+        assert self.plan is not None
+        task_id = task.spec.task_id
+        if task.phase is Phase.GONE or task_id in self._reported:
+            return
+        if task.cursor.step >= task.num_steps:
+            self._reported.add(task_id)
+            self.host.finish(task, self)
+        elif task_id in self.plan.drains and task.cursor.left is None:
+            self._reported.add(task_id)
+            assert task.state is not None
+            take_out(task.state)
+            self._emit(EventKind.TASK_RELEASED, task_id, task.steps_done)
+
+    def _count(self, round_: _Round) -> None:
+        progress = self._progress
+        progress.rounds += 1
+        progress.duration_ns += round_.duration_ns
+        progress.effective_tokens += round_.effective_tokens
+        progress.padded_tokens += round_.padded_tokens
+        record = RoundRecord(
+            round_.start_ns,
+            round_.duration_ns,
+            self.spec.instance_id,
+            self.epoch,
+            round_.num_micro_batches,
+            round_.effective_tokens,
+            round_.padded_tokens,
+        )
+        for listener in self.host.listeners:
+            listener.on_round(record)
+
+    def _tell_progress(self) -> None:
+        progress, self._progress = self._progress, _Progress(self.host.now_ns)
+        if self.plan is None or progress.rounds == 0:
+            return
+        steps = {task_id: self.host.tasks[task_id].steps_done for task_id in self.plan.task_ids}
+        data = ProgressData(
+            progress.rounds,
+            progress.duration_ns,
+            progress.effective_tokens,
+            progress.padded_tokens,
+            steps,
+        )
+        self._emit(EventKind.PROGRESS, "", data)
+
+    # -- micro-batches
+
+    def _run(self, micro_batch: MicroBatch, round_: _Round) -> None:
+        """A micro-batch without what has failed or was cancelled since the round was made."""
+        start_ns = self.host.now_ns
+        pool = self._pools[micro_batch.htask]
+        placed = self._place(micro_batch, pool)
+        micro_batch = self._without_gone(micro_batch)
+        if placed:
+            self._train(micro_batch, pool, placed)
+            tokens = sum(len(item.sequence.tokens) for items in placed.values() for item in items)
+            round_.effective_tokens += tokens
+            round_.padded_tokens += micro_batch.shape.padded_tokens
+            round_.num_micro_batches += 1
+        self._close_steps(micro_batch, pool)
+        round_.duration_ns += self.host.now_ns - start_ns
+
+    def _place(self, micro_batch: MicroBatch, pool: SlotPool) -> dict[str, list[Placed]]:
+        """Each live task's sequences. A task whose data raises fails here, before any work."""
+        placed = {}
+        slot_of = self._slot_of(micro_batch, pool)
+        for task_id in slot_of:
+            try:
+                items = place_task(micro_batch, task_id, self.host.library, slot_of)
+            except Exception as error:
+                self._fail_data(task_id, error)
+                continue
+            if items:
+                placed[task_id] = items
+        return placed
+
+    def _slot_of(self, micro_batch: MicroBatch, pool: SlotPool) -> dict[str, int]:
+        """Slots of the micro-batch's live tasks, in order of appearance."""
+        present = dict.fromkeys([*(c.task_id for c in micro_batch.chunks), *micro_batch.steps])
+        slots = {}
+        for slot, state in enumerate(pool.occupants):
+            if state is not None:
+                slots[state.task.task_id] = slot
+        return {task_id: slots[task_id] for task_id in present if task_id in slots}
+
+    def _without_gone(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Their chunks become filler, so that everybody else's rows stay where they are."""
+        live = {key for key in micro_batch.steps if self.host.tasks[key].phase is Phase.LIVE}
+        if live == set(micro_batch.steps):
+            return micro_batch
+        return micro_batch._replace(
+            chunks=tuple(c if c.task_id in live else FILLER_CHUNK for c in micro_batch.chunks),
+            closes_step=micro_batch.closes_step & live,
+        )
+
+    def _train(
+        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
+    ) -> None:
+        try:
+            losses = self._pass(micro_batch, pool, placed)
+        except Exception as error:
+            self._train_apart(micro_batch, pool, placed, error)
+            return
+        self._take_losses(pool, placed, losses)
+
+    def _train_apart(
+        self,
+        micro_batch: MicroBatch,
+        pool: SlotPool,
+        placed: dict[str, list[Placed]],
+        error: Exception,
+    ) -> None:
+        """A pass has failed without leaving a trace. Whose fault was it? Each task is computed
+        again on its own, and only those that fail alone end."""
+        if len(placed) == 1:
+            self._fail(next(iter(placed)), _describe(error))
+            return
+        for task_id in placed:
+            part = _only(micro_batch, task_id)
+            slot_of = self._slot_of(part, pool)
+            try:
+                own = {task_id: place_task(part, task_id, self.host.library, slot_of)}
+                losses = self._pass(part, pool, own)
+            except Exception as own_error:
+                self._fail(task_id, _describe(own_error))
+                continue
+            self._take_losses(pool, own, losses)
+
+    def _pass(
+        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
+    ) -> list[float]:
+        tensors = self._tensors(micro_batch, pool, placed)
+        with self._phases(micro_batch.htask, tuple(placed)) as mark:
+            return train_pass(self.backbone, pool, tensors, self.host.options.deterministic, mark)
+
+    def _tensors(
+        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
+    ) -> PassTensors:
+        slot_of = self._slot_of(micro_batch, pool)
+        dropouts = {
+            slot_of[task_id]: DropoutSeed(
+                self.host.tasks[task_id].spec.seed,
+                micro_batch.steps[task_id],
+                self.host.tasks[task_id].spec.adapter.dropout,
+            )
+            for task_id in placed
+        }
+        return lay_out(
+            micro_batch,
+            [item for items in placed.values() for item in items],
+            slot_of,
+            dropouts,
+            len(pool.slots),
+            self.backbone.pad_id,
+            self.backbone.device,
+        )
+
+    def _take_losses(
+        self, pool: SlotPool, placed: dict[str, list[Placed]], losses: Sequence[float]
+    ) -> None:
+        for task_id, items in placed.items():
+            task, loss = self.host.tasks[task_id], losses[items[0].slot]
+            if not math.isfinite(loss):
+                self._fail(task_id, f"its loss is {loss} in step {task.steps_done + 1}")
+                continue
+            assert task.state is not None
+            task.state.step_loss += loss
+            task.open_tokens += sum(len(item.sequence.tokens) for item in items)
+
+    # -- optimizer steps
+
+    def _close_steps(self, micro_batch: MicroBatch, pool: SlotPool) -> None:
+        slot_of = self._slot_of(micro_batch, pool)
+        closing = {
+            task_id: slot
+            for task_id, slot in slot_of.items()
+            if task_id in micro_batch.closes_step and self.host.tasks[task_id].phase is Phase.LIVE
+        }
+        if not closing:
+            return
+        with self._phases(micro_batch.htask, tuple(closing)) as mark:
+            mark("optimizer")
+            outcomes = close_steps(pool, list(closing.values()))
+        for task_id, slot in closing.items():
+            if outcomes[slot].finite:
+                self._record_step(task_id, outcomes[slot], micro_batch.loss_tokens[task_id])
+            else:
+                norm, step = outcomes[slot].grad_norm, self.host.tasks[task_id].steps_done + 1
+                self._fail(task_id, f"the norm of its gradient is {norm} in step {step}")
+
+    def _record_step(self, task_id: str, outcome: StepOutcome, target_tokens: int) -> None:
+        task, now_ns = self.host.tasks[task_id], self.host.now_ns
+        state = task.state
+        assert state is not None
+        record = StepRecord(
+            now_ns,
+            self.spec.instance_id,
+            self.epoch,
+            task_id,
+            state.step,
+            task.num_steps,
+            state.step_loss,
+            outcome.grad_norm,
+            outcome.lr,
+            task.open_tokens,
+            target_tokens,
+            now_ns - task.last_step_ns,
+        )
+        task.final_loss, state.step_loss = state.step_loss, 0.0
+        task.effective_tokens += task.open_tokens
+        task.open_tokens, task.last_step_ns = 0, now_ns
+        for listener in self.host.listeners:
+            listener.on_step(record)
+        self.host.checkpoint(task)
+
+    # -- telling
+
+    def _fail_data(self, task_id: str, error: Exception) -> None:
+        self._fail(task_id, f"its data cannot be used ({_describe(error)})")
+
+    def _fail(self, task_id: str, problem: str) -> None:
+        self.host.fail(self.host.tasks[task_id], self, problem)
+
+    def _emit(self, kind: EventKind, task_id: str, data: object) -> None:
+        self.host.emit(kind, task_id, self.spec.instance_id, self.epoch, data)
+
+    @contextmanager
+    def _phases(self, htask: int, task_ids: tuple[str, ...]) -> Iterator[Callable[[str], object]]:
+        """Spans of consecutive phases: each ends where the next one or the block ends."""
+        marks: list[tuple[str, int]] = []
+        try:
+            yield lambda name: marks.append((name, self.host.now_ns))
+        finally:
+            ends = [start_ns for _, start_ns in marks[1:]] + [self.host.now_ns]
+            for (name, start_ns), end_ns in zip(marks, ends, strict=True):
+                self.span(name, start_ns, end_ns, task_ids, htask)
+
+    def span(
+        self, name: str, start_ns: int, end_ns: int, task_ids: Iterable[str], htask: int = -1
+    ) -> None:
+        record = SpanRecord(
+            name, self.spec.instance_id, htask, start_ns, end_ns - start_ns, tuple(task_ids)
+        )
+        for listener in self.host.listeners:
+            listener.on_span(record)
+
+
+def _only(micro_batch: MicroBatch, task_id: str) -> MicroBatch:
+    """One task's chunks, in a shape just as large as they need."""
+    chunks = tuple(chunk for chunk in micro_batch.chunks if chunk.task_id == task_id)
+    return micro_batch._replace(
+        chunks=chunks,
+        shape=micro_batch.shape._replace(num_chunks=len(chunks)),
+        steps={task_id: micro_batch.steps[task_id]},
+    )
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MuxTuneError) else f"{type(error).__name__}: {text}"

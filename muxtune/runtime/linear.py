@@ -1,0 +1,69 @@
+"""The unified PEFT layer: BaseOp + Dispatch + Adapter + Aggregate on one frozen linear.
+
+Every adaptable linear of a backbone is replaced ONCE by a ``MultiTaskLinear``. What it adds to
+the frozen product is decided by the pass that runs: a pool of adapter slots and the rows that
+each slot owns. So tasks join, leave and move without the model being touched.
+
+Shape suffixes: T rows, D input features, O output features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from muxtune.runtime.passes import PassState
+
+
+class LinearSite(NamedTuple):
+    """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines."""
+
+    name: str
+    in_features: int
+    out_features: int
+    key: int
+
+
+class BaseLinear(NamedTuple):
+    """The frozen operator at a site."""
+
+    site: LinearSite
+    weight_OD: Tensor
+    bias_O: Tensor | None
+
+
+def module_key(name: str) -> int:
+    """31 bits of the module name's hash, the ``module_key`` of the dropout masks."""
+    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "big") >> 1
+
+
+class MultiTaskLinear(nn.Module):
+    """A frozen linear that adds each row's own adapter. ``state`` is shared by all of them."""
+
+    def __init__(self, name: str, linear: nn.Linear, state: PassState) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.state = state
+        site = LinearSite(name, linear.in_features, linear.out_features, module_key(name))
+        self.base = BaseLinear(
+            site, self.weight.detach(), None if self.bias is None else self.bias.detach()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., O]; leading dimensions together are the rows of the pass."""
+        current = self.state.current
+        site_pool = None if current is None else current.pool.sites.get(self.base.site.name)
+        if site_pool is None:
+            return functional.linear(x, self.base.weight_OD, self.base.bias_O)
+        assert current is not None
+        x_TD = x.reshape(-1, self.in_features)
+        y_TO = site_pool.method.linear(x_TD, self.base, site_pool, current)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

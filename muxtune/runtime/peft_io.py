@@ -1,0 +1,76 @@
+"""The standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from muxtune.errors import DataError
+from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.backbone import ALL_LINEAR, Backbone
+from muxtune.runtime.bank import adapter_slot
+from muxtune.runtime.folders import whole_folder
+from muxtune.types import TaskSpec
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+AdapterParameters = Mapping[str, Mapping[str, Tensor]]  # site name -> parameter name -> weights
+
+
+def write_adapter(
+    folder: Path, task: TaskSpec, parameters: AdapterParameters, backbone: Backbone
+) -> Path:
+    """A folder that ``PeftModel.from_pretrained`` loads; whole or not at all.
+
+    Raises OutputError when it cannot be written.
+    """
+    method = adapter_method(task.adapter.method)
+    tensors: dict[str, Tensor] = {}
+    for site_name, site_parameters in parameters.items():
+        tensors.update(method.to_peft(site_name, site_parameters))
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_folder(Path(folder)) as partial:
+        _save_tensors(whole, partial / WEIGHTS_NAME)
+        config = json.dumps(_config(task, backbone), indent=2, sort_keys=True)
+        (partial / CONFIG_NAME).write_text(config + "\n", "utf-8")
+    return Path(folder)
+
+
+def read_adapter(folder: Path, task: TaskSpec, backbone: Backbone) -> dict[str, dict[str, Tensor]]:
+    """Site name -> parameter name -> weights in pool form. Raises DataError for a bad folder."""
+    method, slot = adapter_method(task.adapter.method), adapter_slot(task)
+    sites = backbone.matching_sites(task.adapter.targets)
+    try:
+        tensors = load_file(Path(folder) / WEIGHTS_NAME)
+        return {site.name: method.from_peft(slot, site, tensors) for site in sites}
+    except KeyError as missing:
+        remedy = "Name the folder of an adapter with the same targets"
+        raise DataError(str(folder), f"holds no tensor {missing}", remedy) from None
+    except Exception as error:
+        raise DataError(
+            str(folder), f"cannot be read ({error})", "Name an adapter folder"
+        ) from None
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' own errors are no OSErrors; a full disk should look like one."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except Exception as error:
+        raise OSError(None, str(error), str(path)) from error
+
+
+def _config(task: TaskSpec, backbone: Backbone) -> dict[str, object]:
+    spec = task.adapter
+    if spec.targets == ALL_LINEAR:
+        spec = spec._replace(targets=backbone.target_names)
+    return {
+        "base_model_name_or_path": backbone.name,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        **adapter_method(spec.method).peft_config(spec),
+    }

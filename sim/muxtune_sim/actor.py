@@ -1,0 +1,384 @@
+"""One instance in the simulation: which plan runs, how far it is, and when it is heard of next.
+
+An actor sleeps until the end of a round that matters: the first finish or release under its plan,
+or, when somebody wants something of it, the end of the running round. Nothing happens per round or
+per training step: the step builder tells how long many rounds take and where they lead.
+
+Progress is measured in work: nanoseconds of this instance alone on its GPU. Of n busy instances on
+one GPU each does 1/n nanosecond of work in a nanosecond, so a change of n only re-times the wake.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.protocols import CostModel, TaskLibrary
+from muxtune.types import (
+    Cursor,
+    Event,
+    EventKind,
+    FailureData,
+    Forecast,
+    InstanceSpec,
+    Plan,
+    ProgressData,
+)
+from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
+
+
+class World(Protocol):
+    """What an actor needs of the simulation around it."""
+
+    builder: StepBuilder
+    library: TaskLibrary
+    options: SimOptions
+
+    def emit(self, event: Event) -> None: ...
+
+    def wake(self, actor: InstanceActor, delay_ns: int, generation: int) -> None: ...
+
+    def settle_later(self, actor: InstanceActor) -> None: ...
+
+    def busy_changed(self, actor: InstanceActor) -> None: ...
+
+    def tokens_at(self, task_id: str, cursor: Cursor) -> int:
+        """Effective tokens of a task up to a cursor."""
+        ...
+
+    def take_cursor(self, task_id: str, host: InstanceActor) -> Cursor | None:
+        """Where a task stands that no instance holds; None when it has ended."""
+        ...
+
+    def park(self, task_id: str, cursor: Cursor) -> None: ...
+
+    def finish(self, task_id: str, host: InstanceActor) -> None: ...
+
+    def end(self, event: Event) -> None:
+        """A task is done, failed or was cancelled; passes the event on."""
+        ...
+
+    def forget(self, task_id: str) -> None:
+        """A plan that held the task is over."""
+        ...
+
+
+class InstanceActor:
+    """``settle`` is called before time passes; ``reach`` when the awaited boundary is there."""
+
+    def __init__(self, spec: InstanceSpec, cost: CostModel, world: World) -> None:
+        self.spec, self.cost, self.world = spec, cost, world
+        self.plan: Plan | None = None
+        self.cursors: dict[str, Cursor] = {}  # at the start of the segment
+        self.gone: set[str] = set()  # tasks of the plan that contribute no more
+        self.leaving: dict[str, str | None] = {}  # to the failure's message, None for a withdrawal
+        self.share = 1  # busy instances on the most crowded of its GPUs
+        self.is_running = False
+        self.generation = 0
+        self._pending: list[tuple[int, Plan]] = []  # (from when on it is known, plan), by epoch
+        self._forecast = Forecast(0, 0, (), True)
+        self._transition_ns = 0
+        self._target_rounds = self._target_work_ns = 0
+        self._work_ns = self._segment_start_ns = self._last_ns = 0
+        self._round_tokens: int | None = None  # padded tokens of a round, where always the same
+        self._tokens_before: dict[str, int] = {}  # of each task, when it joined
+        self._sums = dict.fromkeys(InstanceTotals._fields[1:], 0)
+
+    # -- commands
+
+    def apply(self, plan: Plan, now_ns: int) -> bool:
+        """Takes a later plan for the next round boundary; False for one it has already."""
+        newest = self._pending[-1][1] if self._pending else self.plan
+        if newest is not None and plan.epoch <= newest.epoch:
+            return False
+        options = self.world.options
+        num_tasks = len(plan.predicted.step_time_s)
+        delay_s = options.planning_base_s + options.planning_per_task_s * num_tasks
+        self._pending.append((now_ns + to_ns(delay_s), plan))
+        self.world.settle_later(self)
+        return True
+
+    def tell_applied(self, now_ns: int) -> None:
+        if self.plan is not None and self.world.options.emit_plan_applied:
+            name, epoch = self.spec.instance_id, self.plan.epoch
+            self.world.emit(Event(now_ns, EventKind.PLAN_APPLIED, "", name, epoch))
+
+    def withdraw(self, task_id: str, message: str | None) -> None:
+        """A running task leaves at the end of the round."""
+        self.leaving.setdefault(task_id, message)
+        self.world.settle_later(self)
+
+    def holds(self, task_id: str) -> bool:
+        return task_id in self.cursors and task_id not in self.gone
+
+    def expects(self, task_id: str) -> bool:
+        """Whether a plan that is on its way holds the task."""
+        return any(task_id in plan.task_ids for _, plan in self._pending)
+
+    def lose_all(self, now_ns: int) -> None:
+        """The instance fails: its tasks fall back to their last finished step."""
+        if self.is_running:
+            cursors = self._cursors_after(self._rounds_done(now_ns))
+            self._rest(now_ns)
+            self.world.busy_changed(self)
+        else:
+            cursors = self.cursors
+        for task_id, cursor in cursors.items():
+            if task_id not in self.gone:
+                self._count_left(task_id, cursor)
+                self.world.park(task_id, Cursor(cursor.step))
+        self.generation += 1
+        self.cursors, self.plan, self._pending = {}, None, []
+
+    # -- time
+
+    def settle(self, now_ns: int) -> None:
+        """Called once all decisions of an instant are known, before time passes."""
+        self._account(now_ns)
+        if not self.is_running:
+            self._start(now_ns)
+        elif self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
+            self._aim_at_boundary(now_ns)
+        self._schedule(now_ns)
+
+    def on_wake(self, now_ns: int) -> None:
+        self._account(now_ns)
+        if self.is_running and self._work_ns >= self._target_work_ns:
+            self.reach(now_ns)
+        else:
+            self.world.settle_later(self)
+
+    def reach(self, now_ns: int) -> None:
+        """The end of a round: tasks end, leave, and make room for the pending plan."""
+        assert self.plan is not None
+        rounds, epoch, name = self._target_rounds, self.plan.epoch, self.spec.instance_id
+        ended = self._ended_after(rounds)
+        before, self.cursors = self.cursors, self._cursors_after(rounds)
+        self._tell_progress(before, rounds, now_ns)
+        self._rest(now_ns)
+        for task_id in ended:
+            self._end(task_id, epoch, now_ns)
+        for task_id, message in self.leaving.items():
+            if self.holds(task_id):
+                steps = self.cursors[task_id].step
+                self.silence(task_id)
+                self.world.end(departure(now_ns, task_id, name, epoch, steps, message))
+        self.leaving.clear()
+        self.world.settle_later(self)
+
+    def silence(self, task_id: str) -> None:
+        """A task that still stands in the plan contributes nothing from here on."""
+        self._count_left(task_id, self.cursors[task_id])
+        self.gone.add(task_id)
+        self.cursors[task_id] = Cursor(self.world.library.num_steps(task_id))
+
+    def set_share(self, share: int, now_ns: int) -> None:
+        """Other instances on its GPUs became busy or idle."""
+        if share != self.share:
+            self._account(now_ns)
+            self.share = share
+            self.world.settle_later(self)
+
+    def totals(self, now_ns: int) -> InstanceTotals:
+        """The tokens are those of the segments and tasks that have ended."""
+        if self.is_running:
+            self._account(now_ns)
+        return InstanceTotals(self.spec.instance_id, **self._sums)
+
+    # -- inside
+
+    def _start(self, now_ns: int) -> None:
+        """A segment: some plan from its boundary on, until something ends or changes."""
+        self._transition_ns = 0
+        known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
+        if known:
+            self._pending = [item for item in self._pending if item[0] > now_ns]
+            self._take_over(known[-1], now_ns)
+        plan = self.plan
+        if plan is None or len(self.gone) == len(self.cursors):
+            self._rest_idle()
+            return
+        world = self.world
+        self._forecast = world.builder.forecast(plan, self.cursors, world.library, self.cost)
+        if not self._forecast.task_ids:
+            self._rest_idle()
+            return
+        self.is_running = True
+        self._work_ns, self._segment_start_ns, self._last_ns = 0, now_ns, now_ns
+        self._target_rounds = self._forecast.rounds
+        self._target_work_ns = self._transition_ns + self._forecast.duration_ns
+        world.busy_changed(self)
+
+    def _take_over(self, plan: Plan, now_ns: int) -> None:
+        previous, self.plan = self.plan, plan
+        kept, self.cursors = self.cursors, {}
+        gone, self.gone = self.gone, set()
+        for htask in plan.htasks:
+            for task_id in htask.quota:
+                cursor = kept.pop(task_id, None)
+                if cursor is None or task_id in gone:
+                    cursor = self._join(task_id)
+                self.cursors[task_id] = cursor
+        for task_id, cursor in kept.items():
+            if task_id in gone:
+                self.world.forget(task_id)
+            else:
+                self._drop(task_id, cursor, plan.epoch, now_ns)
+        if plan.htasks and self.world.options.charge_transitions:
+            self._transition_ns = to_ns(self.cost.transition_s(previous, plan).value)
+        self._round_tokens = padded_round_tokens(plan)
+        self._sums["plans"] += 1
+        peak_bytes = round(plan.predicted.peak_memory_bytes.value)
+        key = "peak_predicted_memory_bytes"
+        self._sums[key] = max(self._sums[key], peak_bytes)
+        self.tell_applied(now_ns)
+
+    def _join(self, task_id: str) -> Cursor:
+        cursor = self.world.take_cursor(task_id, self)
+        if cursor is not None:
+            self._tokens_before[task_id] = self.world.tokens_at(task_id, cursor)
+            return cursor
+        self.gone.add(task_id)  # it ended while this plan was on its way
+        return Cursor(self.world.library.num_steps(task_id))
+
+    def _drop(self, task_id: str, cursor: Cursor, epoch: int, now_ns: int) -> None:
+        """The new plan does not hold the task: its open step is lost."""
+        self._count_left(task_id, cursor)
+        self.world.park(task_id, Cursor(cursor.step))
+        name = self.spec.instance_id
+        self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, cursor.step))
+
+    def _end(self, task_id: str, epoch: int, now_ns: int) -> None:
+        """A task is done, or has come to the step boundary that it drains towards."""
+        self._count_left(task_id, self.cursors[task_id])
+        self.gone.add(task_id)
+        steps = self.cursors[task_id].step
+        if steps >= self.world.library.num_steps(task_id):
+            self.world.finish(task_id, self)
+            return
+        self.world.park(task_id, self.cursors[task_id])
+        name = self.spec.instance_id
+        self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, steps))
+
+    def _aim_at_boundary(self, now_ns: int) -> None:
+        """Wakes at the end of the running round instead of at the forecast's end."""
+        assert self.plan is not None
+        if self._work_ns == 0:  # not one nanosecond was worked: the plan never began
+            self._target_rounds = self._target_work_ns = 0
+            self.reach(now_ns)
+            self._start(now_ns)
+            return
+        world, worked_ns = self.world, max(1, self._work_ns - self._transition_ns)
+        rounds, work_ns = world.builder.rounds_until(
+            self.plan, self.cursors, world.library, self.cost, worked_ns
+        )
+        if rounds < self._target_rounds:
+            self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns
+
+    def _schedule(self, now_ns: int) -> None:
+        """One wake: the awaited boundary, or an earlier moment at which a plan becomes known."""
+        self.generation += 1
+        delays_ns = []
+        if self.is_running:
+            delays_ns.append((self._target_work_ns - self._work_ns) * self.share)
+        delays_ns.extend(from_ns - now_ns for from_ns, _ in self._pending if from_ns > now_ns)
+        if delays_ns:
+            self.world.wake(self, min(delays_ns), self.generation)
+
+    def _account(self, now_ns: int) -> None:
+        if not self.is_running:
+            return
+        passed_ns = now_ns - self._last_ns
+        self._last_ns = now_ns
+        self._work_ns += passed_ns // self.share
+        self._sums["busy_ns"] += passed_ns
+        self._sums["task_ns"] += passed_ns * (len(self.cursors) - len(self.gone))
+
+    def _rest(self, now_ns: int) -> None:
+        """Between two segments; still busy in the eyes of its neighbours until it goes idle."""
+        self._account(now_ns)
+        self.is_running = False
+        self._sums["rounds"] += self._target_rounds
+        self._sums["transition_ns"] += min(self._work_ns, self._transition_ns)
+
+    def _rest_idle(self) -> None:
+        self.is_running = False
+        self.world.busy_changed(self)
+
+    def _rounds_done(self, now_ns: int) -> int:
+        """Whole rounds behind it in mid-segment."""
+        assert self.plan is not None
+        self._account(now_ns)
+        worked_ns = self._work_ns - self._transition_ns
+        builder, library = self.world.builder, self.world.library
+        rounds, end_ns = builder.rounds_until(
+            self.plan, self.cursors, library, self.cost, max(0, worked_ns)
+        )
+        self._target_rounds = rounds if end_ns == worked_ns else max(0, rounds - 1)
+        return self._target_rounds
+
+    def _cursors_after(self, rounds: int) -> dict[str, Cursor]:
+        if rounds == 0 or self.plan is None:
+            return dict(self.cursors)
+        return self.world.builder.advance(self.plan, self.cursors, self.world.library, rounds)
+
+    def _ended_after(self, rounds: int) -> tuple[str, ...]:
+        forecast = self._forecast
+        if forecast.exact:
+            return forecast.task_ids if rounds == forecast.rounds else ()
+        assert self.plan is not None
+        ended = self.world.builder.ended(self.plan, self._cursors_after(rounds), self.world.library)
+        return tuple(sorted(ended - self.gone))
+
+    def _count_left(self, task_id: str, cursor: Cursor) -> None:
+        """A task leaves: what it was given here."""
+        given = self.world.tokens_at(task_id, cursor) - self._tokens_before.pop(task_id)
+        self._sums["effective_tokens"] += given
+
+    def _tell_progress(self, before: dict[str, Cursor], rounds: int, now_ns: int) -> None:
+        if not rounds or self.plan is None:
+            return
+        if (
+            self._round_tokens is not None
+            and not self.gone
+            and not self.world.options.emit_progress
+        ):
+            self._sums["padded_tokens"] += rounds * self._round_tokens
+            return
+        builder, library = self.world.builder, self.world.library
+        counted = builder.round_totals(self.plan, before, library, rounds)
+        self._sums["padded_tokens"] += counted.padded_tokens
+        if not self.world.options.emit_progress:
+            return
+        # Under contention the transition took its share of the wall time, too.
+        wall_ns, work_ns = now_ns - self._segment_start_ns, max(1, self._target_work_ns)
+        data = ProgressData(
+            rounds,
+            wall_ns * (work_ns - self._transition_ns) // work_ns,
+            counted.effective_tokens,
+            counted.padded_tokens,
+            {name: at.step for name, at in self.cursors.items() if name not in self.gone},
+        )
+        name, epoch = self.spec.instance_id, self.plan.epoch
+        self.world.emit(Event(now_ns, EventKind.PROGRESS, "", name, epoch, data))
+
+
+def padded_round_tokens(plan: Plan) -> int | None:
+    """Token rows that each round computes while all tasks contribute; None where rounds differ."""
+    tokens = 0
+    for turn in plan.round:
+        shapes = plan.htasks[turn.htask].shapes
+        if turn.count is None or len(shapes) != 1:
+            return None
+        tokens += turn.count * shapes[0].padded_tokens
+    return tokens
+
+
+def departure(
+    now_ns: int, task_id: str, instance_id: str, epoch: int, steps: int, message: str | None
+) -> Event:
+    """A withdrawal, or with a message a failure."""
+    if message is None:
+        return Event(now_ns, EventKind.TASK_CANCELLED, task_id, instance_id, epoch, steps)
+    data = FailureData(message, steps)
+    return Event(now_ns, EventKind.TASK_FAILED, task_id, instance_id, epoch, data)

@@ -1,0 +1,301 @@
+"""The simulated executor: actors on a SimPy environment whose clock counts nanoseconds.
+
+There is one actor an instance, no process a task and no event a training step. A wake carries the
+generation of its actor, so that a wake that was overtaken is recognised and ignored; nothing is
+interrupted and nothing queues in SimPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from simpy import Environment, Timeout
+
+from muxtune.deciding import Command
+from muxtune.engine import FOREVER_NS
+from muxtune.errors import MuxTuneError
+from muxtune.planning.journal import JournalBatch
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.protocols import CostBook, TaskLibrary
+from muxtune.types import (
+    NO_EPOCH,
+    Cursor,
+    Event,
+    EventKind,
+    FailureData,
+    InstanceSpec,
+    Plan,
+    ResultData,
+    TaskReadyData,
+    TaskSpec,
+)
+from muxtune_sim.actor import InstanceActor, departure
+from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, to_ns
+from muxtune_sim.tokens import TokenTables
+
+event_order = Event.sort_key.fget
+
+
+class SimExecutor:
+    """Carries plans out on simulated instances. See ``muxtune.protocols.Executor``.
+
+    Task finish, release, withdrawal and failure are recognised at the end of a round. Every
+    command is idempotent, and a repeated one is answered again, which is what resuming needs.
+    """
+
+    def __init__(
+        self,
+        builder: StepBuilder,
+        costs: CostBook,
+        library: TaskLibrary,
+        options: SimOptions = DEFAULT_SIM_OPTIONS,
+    ) -> None:
+        self.builder, self.library, self.options = builder, library, options
+        self.now_ns = 0
+        self._costs = costs
+        self._env = Environment(0)
+        self._events: list[Event] = []
+        self._actors: dict[str, InstanceActor] = {}
+        self._finished: list[InstanceTotals] = []
+        self._unsettled: dict[str, InstanceActor] = {}
+        self._sharing: dict[str, list[InstanceActor]] = {}  # by GPU
+        self._busy: set[str] = set()
+        self._tokens = TokenTables(library)
+        self._ready: dict[str, TaskReadyData] = {}
+        self._parked: dict[str, Cursor] = {}
+        self._host: dict[str, InstanceActor] = {}
+        self._ended: dict[str, Event] = {}  # until no plan holds the task any longer
+
+    # -- the protocol
+
+    def start(self, instance: InstanceSpec) -> None:
+        name = instance.instance_id
+        if name in self._actors:
+            self.emit(Event(self.now_ns, EventKind.INSTANCE_READY, "", name))
+            return
+        cost = self._costs(instance.model, instance.device)
+        actor = self._actors[name] = InstanceActor(instance, cost, self)
+        for gpu in instance.gpu_ids:
+            self._sharing.setdefault(gpu, []).append(actor)
+        self._emit_after(to_ns(self.options.start_s), EventKind.INSTANCE_READY, "", name)
+        if name in self.options.fail_instance_at_ns:
+            delay_ns = self.options.fail_instance_at_ns[name] - self.now_ns
+            self._later(delay_ns, lambda: self._fail_instance(name))
+
+    def stop(self, instance_id: str) -> None:
+        if self._remove(instance_id) is not None:
+            self.emit(Event(self.now_ns, EventKind.INSTANCE_STOPPED, "", instance_id))
+
+    def prepare(self, task: TaskSpec) -> None:
+        name = task.task_id
+        if name in self._ready:
+            self.emit(Event(self.now_ns, EventKind.TASK_READY, name, data=self._ready[name]))
+            return
+        try:
+            data = self.library.add(task)
+        except MuxTuneError as error:
+            failure = FailureData(str(error))
+            self._emit_after(
+                to_ns(self.options.prepare_s), EventKind.TASK_FAILED, name, "", failure
+            )
+            return
+        self._ready[name] = data
+        self._parked[name] = Cursor()
+        self._emit_after(to_ns(self.options.prepare_s), EventKind.TASK_READY, name, "", data)
+        if name in self.options.fail_task_at_ns:
+            delay_ns = self.options.fail_task_at_ns[name] - self.now_ns
+            self._later(delay_ns, lambda: self._withdraw(name, "injected failure"))
+
+    def apply(self, plan: Plan) -> None:
+        actor = self._actors.get(plan.instance_id)
+        if actor is None:
+            return
+        if not actor.apply(plan, self.now_ns):
+            self._answer_again(plan, actor)
+
+    def cancel(self, task_id: str) -> None:
+        self._withdraw(task_id, None)
+
+    def wait(self, until_ns: int) -> list[Event]:
+        env, events = self._env, self._events
+        while not events:
+            if self.now_ns >= until_ns:
+                return []
+            if self._unsettled:
+                self._settle()
+                continue
+            instant_ns = env.peek()
+            if instant_ns > until_ns:
+                if until_ns < FOREVER_NS:
+                    self.now_ns = until_ns
+                return []
+            self.now_ns = int(instant_ns)
+            while env.peek() == instant_ns:
+                env.step()
+        self._events = []
+        if len(events) > 1:
+            events.sort(key=event_order)  # type: ignore[arg-type]
+        return events
+
+    # -- beside the protocol
+
+    def restore(self, history: Iterable[tuple[JournalBatch, list[Command]]]) -> None:
+        """Brings a fresh executor to where the commands of a journal lead. One that lived through
+        them already stays as it is."""
+        if self._actors:
+            return
+        for record, commands in history:
+            self._wait_again(record)
+            self._events.clear()
+            for verb, argument in commands:
+                getattr(self, verb)(argument)
+
+    def instance_totals(self) -> list[InstanceTotals]:
+        running = [actor.totals(self.now_ns) for actor in self._actors.values()]
+        return sorted(self._finished + running)
+
+    # -- for actors
+
+    def emit(self, event: Event) -> None:
+        self._events.append(event)
+
+    def wake(self, actor: InstanceActor, delay_ns: int, generation: int) -> None:
+        def on_wake() -> None:
+            if actor.generation == generation:
+                actor.on_wake(self.now_ns)
+
+        self._later(delay_ns, on_wake)
+
+    def settle_later(self, actor: InstanceActor) -> None:
+        self._unsettled[actor.spec.instance_id] = actor
+
+    def busy_changed(self, actor: InstanceActor) -> None:
+        name = actor.spec.instance_id
+        if actor.is_running == (name in self._busy):
+            return
+        (self._busy.add if actor.is_running else self._busy.discard)(name)
+        for gpu in actor.spec.gpu_ids:
+            if len(self._sharing[gpu]) > 1:
+                for neighbour in self._sharing[gpu]:
+                    neighbour.set_share(self._share_of(neighbour), self.now_ns)
+
+    def tokens_at(self, task_id: str, cursor: Cursor) -> int:
+        return self._tokens.tokens_at(task_id, cursor)
+
+    def take_cursor(self, task_id: str, host: InstanceActor) -> Cursor | None:
+        cursor = self._parked.pop(task_id, None)
+        if cursor is not None:
+            self._host[task_id] = host
+        return cursor
+
+    def park(self, task_id: str, cursor: Cursor) -> None:
+        self._parked[task_id] = cursor
+        self._host.pop(task_id, None)
+
+    def finish(self, task_id: str, host: InstanceActor) -> None:
+        steps = self.library.num_steps(task_id)
+        result = ResultData(steps, self._tokens.tokens(task_id, steps))
+        assert host.plan is not None
+        name, epoch = host.spec.instance_id, host.plan.epoch
+        event = Event(self.now_ns, EventKind.TASK_DONE, task_id, name, epoch, result)
+        self.end(event)
+
+    def tell_end_again(self, task_id: str) -> None:
+        if task_id in self._ended:
+            self.emit(self._ended[task_id]._replace(time_ns=self.now_ns))
+
+    def end(self, event: Event) -> None:
+        self._host.pop(event.task_id, None)
+        self._ended[event.task_id] = event
+        self.emit(event)
+
+    def forget(self, task_id: str) -> None:
+        if task_id in self._parked or task_id in self._host:  # it only moved
+            return
+        self._ended.pop(task_id, None)
+        self._ready.pop(task_id, None)
+        self.library.discard(task_id)
+
+    # -- inside
+
+    def _answer_again(self, plan: Plan, actor: InstanceActor) -> None:
+        """The plan was applied before; whoever asks again may have missed what came of it."""
+        actor.tell_applied(self.now_ns)
+        for task_id in plan.task_ids:
+            self.tell_end_again(task_id)
+        for task_id in sorted(plan.drains & self._parked.keys()):
+            steps = self._parked[task_id].step
+            kind, name = EventKind.TASK_RELEASED, plan.instance_id
+            self.emit(Event(self.now_ns, kind, task_id, name, plan.epoch, steps))
+
+    def _settle(self) -> None:
+        unsettled, self._unsettled = self._unsettled, {}
+        for actor in unsettled.values():
+            actor.settle(self.now_ns)
+
+    def _wait_again(self, record: JournalBatch) -> None:
+        """The one wait that led to a recorded batch; what it returns is in the record."""
+        own = (EventKind.TASK_ARRIVED, EventKind.WAKE)
+        while self.now_ns < record.time_ns:
+            self.wait(record.time_ns)
+            if self.now_ns == record.time_ns:
+                return
+        if not self._events and any(event.kind not in own for event in record.events):
+            self.wait(record.time_ns + 1)  # something starts at this very instant, and tells
+
+    def _share_of(self, actor: InstanceActor) -> int:
+        counts = (
+            sum(other.spec.instance_id in self._busy for other in self._sharing[gpu])
+            for gpu in actor.spec.gpu_ids
+        )
+        return max(1, max(counts, default=1))
+
+    def _withdraw(self, task_id: str, message: str | None) -> None:
+        """A task is cancelled (no message) or fails: at once, unless an instance works on it."""
+        host = self._host.get(task_id)
+        if host is not None and host.is_running:
+            host.withdraw(task_id, message)
+            return
+        cursor = host.cursors[task_id] if host is not None else self._parked.pop(task_id, None)
+        if cursor is None:
+            return
+        if host is not None:
+            host.silence(task_id)
+        name = "" if host is None else host.spec.instance_id
+        self.end(departure(self.now_ns, task_id, name, NO_EPOCH, cursor.step, message))
+        if host is None and not any(actor.expects(task_id) for actor in self._actors.values()):
+            self.forget(task_id)
+
+    def _fail_instance(self, instance_id: str) -> None:
+        actor = self._remove(instance_id)
+        if actor is not None:
+            data = FailureData("injected failure")
+            self.emit(Event(self.now_ns, EventKind.INSTANCE_FAILED, "", instance_id, data=data))
+
+    def _remove(self, instance_id: str) -> InstanceActor | None:
+        actor = self._actors.pop(instance_id, None)
+        if actor is None:
+            return None
+        actor.lose_all(self.now_ns)
+        self._unsettled.pop(instance_id, None)
+        self._finished.append(actor.totals(self.now_ns))
+        for gpu in actor.spec.gpu_ids:
+            self._sharing[gpu].remove(actor)
+        return actor
+
+    def _emit_after(
+        self, delay_ns: int, kind: EventKind, task_id: str, instance_id: str, data: object = None
+    ) -> None:
+        def emit() -> None:
+            self.emit(Event(self.now_ns, kind, task_id, instance_id, data=data))
+
+        if delay_ns > 0:
+            self._later(delay_ns, emit)
+        else:
+            emit()
+
+    def _later(self, delay_ns: int, call: Callable[[], None]) -> None:
+        # SimPy's clock stands at its last event, ours may be ahead of it.
+        delay_ns = max(0, delay_ns) + self.now_ns - int(self._env.now)
+        timeout = Timeout(self._env, delay_ns)
+        timeout.callbacks.append(lambda _event: call())  # type: ignore[union-attr]

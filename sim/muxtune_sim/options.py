@@ -1,0 +1,57 @@
+"""What a simulation assumes besides the cost model, and what it tells of each instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from muxtune.types import NS_PER_S
+
+
+class SimOptions(NamedTuple):
+    """Times in seconds; the ``fail_*`` mappings inject failures at nanoseconds of the run.
+
+    planning_base_s, planning_per_task_s: from a decision to the moment the instance knows of it.
+    prepare_s: reading a task's data. start_s: until an instance is ready.
+    charge_transitions: let a plan's takeover cost what the cost model says.
+    emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
+    tens of thousands of tasks does without.
+    fail_task_at_ns: task id to the time at which it fails, recognised at the end of its round.
+    fail_instance_at_ns: instance id to the time at which it is lost with all its open steps.
+    """
+
+    planning_base_s: float = 0.0
+    planning_per_task_s: float = 0.0
+    prepare_s: float = 0.0
+    start_s: float = 0.0
+    charge_transitions: bool = True
+    emit_plan_applied: bool = True
+    emit_progress: bool = True
+    fail_task_at_ns: Mapping[str, int] = {}
+    fail_instance_at_ns: Mapping[str, int] = {}
+
+
+DEFAULT_SIM_OPTIONS = SimOptions()
+
+
+class InstanceTotals(NamedTuple):
+    """``busy_ns``: with work, transitions included. ``task_ns``: the sum over tasks of the time
+    that each was being worked on, so that ``task_ns / busy_ns`` is the mean concurrency."""
+
+    instance_id: str
+    busy_ns: int
+    transition_ns: int
+    task_ns: int
+    rounds: int
+    plans: int
+    effective_tokens: int
+    padded_tokens: int
+    peak_predicted_memory_bytes: int
+
+    @property
+    def mean_tasks(self) -> float:
+        return self.task_ns / self.busy_ns if self.busy_ns else 0.0
+
+
+def to_ns(seconds: float) -> int:
+    return round(seconds * NS_PER_S)

@@ -1,0 +1,278 @@
+"""The simulated executor itself: the protocol, contention, what it charges, what it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.registry import CLUSTER_POLICIES
+from muxtune.types import EventKind, InstanceView, TaskState
+from muxtune_sim import SimExecutor, SimOptions, simulate
+from tests.sim.fakes import (
+    GB,
+    FakeLibrary,
+    FakePlanner,
+    Run,
+    fake_book,
+    instance,
+    one_htask_plan,
+    seconds,
+    task,
+)
+
+FOREVER_NS = 1 << 62
+
+
+def shared(**options: Any) -> Any:
+    return CLUSTER_POLICIES.get("fifo_shared")(**options)
+
+
+def colocated() -> Any:
+    return CLUSTER_POLICIES.get("fifo_colocated")()
+
+
+def executor(options: SimOptions = SimOptions(), **costs: float) -> SimExecutor:  # noqa: B008
+    return SimExecutor(StepBuilder(), fake_book(**costs), FakeLibrary(), options)
+
+
+def kinds(events: Any) -> list[EventKind]:
+    return [event.kind for event in events]
+
+
+# -------------------------------------------------------------------------------- the protocol
+
+
+def test_wait_stops_at_until_and_starts_nothing_there():
+    sim = executor()
+    assert sim.wait(seconds(5)) == [] and sim.now_ns == seconds(5)
+    sim.start(instance())
+    assert kinds(sim.wait(seconds(5))) == [EventKind.INSTANCE_READY]
+    assert sim.wait(seconds(5)) == []
+
+
+def test_wait_without_anything_to_come_returns_nothing():
+    assert executor().wait(FOREVER_NS) == []
+
+
+def prepared(sim: SimExecutor, *specs: Any) -> Any:
+    """Starts i0, prepares the tasks, and returns a plan for all of them."""
+    sim.start(instance())
+    for spec in specs:
+        sim.prepare(spec)
+    sim.wait(FOREVER_NS)
+    from muxtune.fleet import task_view
+
+    views = tuple(task_view(spec, sim.library.add(spec)) for spec in specs)
+    view = InstanceView("i0", 0, views, None, 16 * GB)
+    plan = one_htask_plan(view, None, 1.0, 0.1, GB)
+    sim.apply(plan)
+    return plan
+
+
+def test_commands_are_idempotent_and_answered_again():
+    sim = executor()
+    plan = prepared(sim, task("a", 3))
+    assert kinds(sim.wait(FOREVER_NS)) == [EventKind.PLAN_APPLIED]
+    sim.start(instance())
+    sim.prepare(task("a", 3))
+    sim.apply(plan)
+    again = kinds(sim.wait(FOREVER_NS))
+    assert again == [EventKind.INSTANCE_READY, EventKind.PLAN_APPLIED, EventKind.TASK_READY]
+    events = sim.wait(FOREVER_NS)
+    assert kinds(events) == [EventKind.PROGRESS, EventKind.TASK_DONE]
+    assert events[0].time_ns == seconds(3)
+    sim.apply(plan)
+    assert EventKind.TASK_DONE in kinds(sim.wait(FOREVER_NS))
+
+
+def test_unknown_names_are_ignored():
+    sim = executor()
+    plan = prepared(sim, task("a", 3))
+    sim.wait(FOREVER_NS)
+    sim.cancel("nobody")
+    sim.stop("nowhere")
+    sim.apply(plan._replace(instance_id="nowhere"))
+    assert kinds(sim.wait(FOREVER_NS)) == [EventKind.PROGRESS, EventKind.TASK_DONE]
+
+
+def test_progress_tells_what_was_done():
+    sim = executor()
+    prepared(sim, task("a", 3, batch_size=2), task("b", 4))
+    sim.wait(FOREVER_NS)
+    progress = sim.wait(FOREVER_NS)[0].data
+    assert (progress.rounds, progress.duration_ns) == (4, seconds(4))
+    assert (progress.effective_tokens, progress.padded_tokens) == (4 * 128, 4 * 128)
+    assert progress.steps_done == {"a": 2, "b": 4}
+
+
+# ------------------------------------------------------------------------------- what is charged
+
+
+def test_a_transition_takes_time():
+    run = Run(shared(), [task("a", 10)], [instance()], transition_s=2.0)
+    run.run()
+    (totals,) = run.executor.instance_totals()
+    assert run.ended_s == {"a": 12.0}
+    assert (totals.transition_ns, totals.busy_ns) == (seconds(2), seconds(12))
+
+
+def test_planning_takes_time_in_which_the_old_plan_goes_on():
+    options = SimOptions(planning_base_s=2.0, planning_per_task_s=0.25)
+    tasks = [task("a", 10), task("b", 3, arrival_s=4.0)]
+    run = Run(shared(), tasks, [instance()], options=options)
+    run.run()
+    applied = [event.time_ns / 1e9 for event in run.told.events(EventKind.PLAN_APPLIED)]
+    # a alone is known at 2.25 s; the plan with b at 6.5 s and taken at the next boundary.
+    assert applied[:2] == [2.25, 7.25]
+    assert run.ended_s == {"b": 10.25, "a": 12.25}
+
+
+def test_a_finish_under_the_old_plan_while_the_new_one_is_being_made():
+    options = SimOptions(planning_base_s=3.0)
+    tasks = [task("a", 4), task("b", 9), task("c", 2, arrival_s=5.0)]
+    run = Run(shared(), tasks, [instance()], options=options)
+    run.run()
+    assert run.ended_s == {"a": 7.0, "c": 10.0, "b": 12.0}
+
+
+def test_a_task_withdrawn_while_its_first_plan_is_being_made():
+    options = SimOptions(planning_base_s=3.0)
+    tasks = [task("a", 12), task("b", 5, arrival_s=4.0, cancel_ns=seconds(5))]
+    run = Run(shared(), tasks, [instance()], options=options)
+    run.run()
+    assert run.told.by_id()["b"].state is TaskState.CANCELLED
+    assert run.ended_s == {"b": 5.0, "a": 15.0}
+
+
+def test_plans_made_faster_than_they_become_known_are_not_put_off():
+    """Each takes 3 s to make, and one a second is made: each is taken in its turn."""
+    options = SimOptions(planning_base_s=3.0)
+    tasks = [task(f"t{index}", 20, arrival_s=float(index)) for index in range(10)]
+    run = Run(shared(), tasks, [instance()], options=options)
+    run.run()
+    starts = [run.told.by_id()[f"t{index}"].first_start_ns for index in range(10)]
+    assert starts[-1] == seconds(12)
+
+
+def test_every_plan_runs_at_least_one_round():
+    """Arrivals faster than a transition must not starve the tasks that run."""
+    tasks = [task("a", 5), *(task(f"t{index}", 1, 0.5 + 0.5 * index) for index in range(20))]
+    run = Run(shared(max_tasks_per_instance=32), tasks, [instance(memory_gb=64)], transition_s=1.0)
+    run.run()
+    assert run.ended_s["a"] <= 10.0
+
+
+# ------------------------------------------------------------------------------------ contention
+
+
+def on_one_gpu(count: int) -> list[Any]:
+    return [instance(f"i{index}", gpu_ids=("g0",)) for index in range(count)]
+
+
+def test_two_busy_instances_on_one_gpu_run_at_half_speed():
+    run = Run(colocated(), [task("a", 10), task("b", 10)], on_one_gpu(2))
+    run.run()
+    assert run.ended_s == {"a": 20.0, "b": 20.0}
+
+
+def test_a_change_of_speed_retimes_what_runs():
+    """a alone for 6 s; with b at half speed for 2 * 3 s; a alone again for 1 s."""
+    run = Run(colocated(), [task("a", 10), task("b", 3, arrival_s=6.0)], on_one_gpu(2))
+    run.run()
+    assert run.ended_s == {"b": 12.0, "a": 13.0}
+
+
+def test_three_instances_share_a_gpu():
+    """Processor sharing: 3 * 2 s until c ends, then 2 * 2 s until b ends, then a alone."""
+    tasks = [task("a", 6), task("b", 4), task("c", 2)]
+    run = Run(colocated(), tasks, on_one_gpu(3))
+    run.run()
+    assert run.ended_s == {"c": 6.0, "b": 10.0, "a": 12.0}
+
+
+def test_instances_on_their_own_gpus_do_not_contend():
+    instances = [instance("i0", gpu_ids=("g0",)), instance("i1", gpu_ids=("g1",))]
+    run = Run(colocated(), [task("a", 10), task("b", 10)], instances)
+    run.run()
+    assert run.ended_s == {"a": 10.0, "b": 10.0}
+
+
+def test_an_instance_on_two_gpus_runs_as_fast_as_the_more_crowded_one():
+    instances = [instance("i0", gpu_ids=("g0", "g1")), instance("i1", gpu_ids=("g1",))]
+    run = Run(colocated(), [task("a", 4), task("b", 10)], instances)
+    run.run()
+    hosts = {name: outcome.instance_id for name, outcome in run.told.by_id().items()}
+    assert hosts == {"a": "i0", "b": "i1"}
+    assert run.ended_s == {"a": 8.0, "b": 14.0}
+
+
+def test_drift_is_not_blamed_on_the_transition():
+    run = Run(shared(), [task("a", 10), task("b", 30)], [instance()], transition_s=50.0)
+    assert run.run().num_drifts == 0
+
+
+# -------------------------------------------------------------------------------------- counting
+
+
+def test_totals_of_an_instance():
+    tasks = [task("a", 10), task("b", 5, arrival_s=2.5)]
+    run = Run(shared(), tasks, [instance()], pass_s=1.0)
+    run.run()
+    (totals,) = run.executor.instance_totals()
+    assert (totals.busy_ns, totals.task_ns) == (seconds(10), seconds(15))
+    assert totals.mean_tasks == pytest.approx(1.5)
+    assert totals.effective_tokens == 15 * 64 and totals.rounds == 10
+    assert totals.peak_predicted_memory_bytes == 2 * GB
+
+
+@pytest.mark.parametrize("emit_progress", [True, False])
+def test_quiet_and_talkative_runs_count_the_same(emit_progress: bool):
+    options = SimOptions(emit_progress=emit_progress, emit_plan_applied=emit_progress)
+    tasks = [task(f"t{index}", 3 + index, 0.7 * index, 1 + index % 3) for index in range(9)]
+    run = Run(shared(), tasks, [instance(), instance("i1")], options=options)
+    totals = run.run()
+    counted = run.executor.instance_totals()
+    tokens = sum(item.effective_tokens for item in counted)
+    assert tokens == totals.effective_tokens == sum((3 + i) * (1 + i % 3) * 64 for i in range(9))
+    assert sum(item.padded_tokens for item in counted) == tokens
+    talks = run.told.events(EventKind.PROGRESS) + run.told.events(EventKind.PLAN_APPLIED)
+    assert bool(talks) is emit_progress
+
+
+def test_quiet_and_talkative_runs_end_at_the_same_times():
+    ended = []
+    for talks in (True, False):
+        options = SimOptions(emit_progress=talks, emit_plan_applied=talks)
+        tasks = [task(f"t{index}", 3 + index, 0.7 * index, 1 + index % 3) for index in range(9)]
+        run = Run(shared(), tasks, [instance(), instance("i1")], options=options)
+        run.run()
+        ended.append(run.ended_s)
+    assert ended[0] == ended[1]
+
+
+def test_partly_done_work_of_a_withdrawn_task_is_counted():
+    """Two of five rounds of its second step are done when it leaves."""
+    tasks = [task("a", 4, batch_size=5, cancel_ns=seconds(7))]
+    run = Run(shared(), tasks, [instance()])
+    run.run()
+    (totals,) = run.executor.instance_totals()
+    assert run.told.by_id()["a"].state is TaskState.CANCELLED
+    assert totals.effective_tokens == totals.padded_tokens == 7 * 64
+
+
+def test_the_library_forgets_tasks_that_have_ended():
+    tasks = [task("x", 50, 0.0, cancel_ns=seconds(20))]
+    tasks += [task(f"t{index}", 2, 3.0 * index) for index in range(5)]
+    run = Run(shared(), tasks, [instance()])
+    run.run()
+    assert len(run.library.tasks) <= 1, "at most what the last plan held"
+
+
+def test_simulate_wires_everything():
+    report = simulate(
+        shared(), FakePlanner(), fake_book(), FakeLibrary(), [task("a", 3)], [instance()]
+    )
+    assert report.totals.num_done == 1 and report.totals.end_s == 3.0
+    assert report.instances[0].busy_ns == seconds(3)
