@@ -35,7 +35,7 @@ from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.types import InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
-from muxtune.workload.synthetic import SyntheticLibrary
+from muxtune.workload.synthetic import SyntheticLibrary, tokenizer_of
 from muxtune.workload.tasks import load_tasks, tasks_from_mapping, with_model_targets
 from muxtune.workload.traces import poisson_tasks, read_trace, trace_tasks
 
@@ -102,6 +102,7 @@ def _check_type(field: str, value: object, parameter: inspect.Parameter | None) 
 def cost_book(config: CommonConfig, cost: CostConfig | None = None) -> CostBook:
     """The book of ``cost`` (default: the planner's). Raises ConfigError or ProfileError."""
     cost = cost or config.cost
+    check_cluster(config.cluster)
     return CostBook(
         models={config.model.name: shape_of(config.model)},
         devices={device_name(config.cluster, cost): figures_of(config.cluster)},
@@ -119,6 +120,9 @@ def _profiles(cost: CostConfig) -> list[Profile]:
     if cost.kind not in {"analytic", "profile"}:
         remedy = "Choose analytic or profile"
         raise ConfigError("cost.kind", f"'{cost.kind}' does not exist", remedy)
+    if cost.kind == "profile" and not cost.path:
+        remedy = "Give what `muxtune profile` wrote, with cost.path=FILE"
+        raise ConfigError("cost.path", "is empty", remedy)
     return [load_profile(cost.path)] if cost.kind == "profile" else []
 
 
@@ -178,7 +182,6 @@ def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[
     """
     cluster = config.cluster
     replica = ReplicaShape(cluster.tp, cluster.pp)
-    _check_cluster(cluster, replica)
     per_gpu = _instances_per_gpu(config, costs, tasks)
     limit = gpu_memory_limit_bytes(cluster) // per_gpu
     device = device_name(cluster, config.cost)
@@ -198,14 +201,15 @@ def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[
     ]
 
 
-def _check_cluster(cluster: ClusterConfig, replica: ReplicaShape) -> None:
+def check_cluster(cluster: ClusterConfig) -> None:
+    """Raises ConfigError for counts that are not positive or do not divide."""
     for name in ("num_gpus", "tp", "pp"):
         if getattr(cluster, name) < 1:
             raise ConfigError(f"cluster.{name}", f"is {getattr(cluster, name)}", "Give at least 1")
-    if cluster.num_gpus % replica.num_gpus:
+    if cluster.num_gpus % (cluster.tp * cluster.pp):
         raise ConfigError(
             "cluster.num_gpus",
-            f"{cluster.num_gpus} is no multiple of tp * pp = {replica.num_gpus}",
+            f"{cluster.num_gpus} is no multiple of tp * pp = {cluster.tp * cluster.pp}",
             "Change one of them",
         )
 
@@ -369,7 +373,7 @@ def _mix(entries: list[Any], config: CommonConfig) -> Any:
 
 
 def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], TaskSpec]:
-    """Gives a task the model of the fleet if it names none, checks and spells out its targets."""
+    """Gives a task the fleet's model if it names none; checks its histogram and its targets."""
 
     def resolve(task: TaskSpec) -> TaskSpec:
         task = task if task.model else task._replace(model=config.model.name)
@@ -379,6 +383,9 @@ def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], Tas
                 f"'{task.model}' is not what the fleet hosts, which is '{config.model.name}'",
                 "Change it, or choose the fleet's with model=NAME",
             )
+        if task.data.histogram:
+            where = f"task '{task.task_id}': histogram"
+            tokenizer_of(task.data.histogram, task.data.tokenizer, where)
         return with_model_targets(task, list(costs.shape(task.model).linears))
 
     return resolve

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from muxtune import __version__
 from muxtune.errors import ConfigError, MuxTuneError
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 TRACEBACK = "MUXTUNE_TRACEBACK"
 COMMANDS = {
     "plan": "show the plan for a set of tasks on one instance, and why",
@@ -54,6 +55,8 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; never raises for what a user can mend."""
+    if arguments is None:  # this is the process's own command line
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in HELP:
         print(usage())
@@ -174,10 +177,13 @@ def _explain_hydra(error: Exception) -> str | None:
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     lines = str(error).split("Config search path:")[0].splitlines()
-    # Names that start with base_ are our schemas, which nobody chooses; "+key" would not help.
-    hidden = ("\tbase_", "To append to your config", "See https://", "    full_key", "    object_")
-    shown = [line for line in lines if line.strip() and not line.startswith(hidden)]
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    # Names that start with base_ are our schemas, which nobody chooses. A key that a schema does
+    # not have cannot be appended either; one of an open mapping can.
+    hidden = ("\tbase_", "See https://", "    full_key", "    object_", "    reference_")
+    if "is not in struct" not in cause:
+        hidden += ("To append to your config",)
+    shown = [line for line in lines if line.strip() and not line.startswith(hidden)]
     remedy = "`muxtune COMMAND --help` lists what exists"
     return " ".join(
         part for part in ("configuration:", "\n".join(shown), f"({cause})." * bool(cause), remedy)

@@ -95,7 +95,7 @@ class TraceWorkload(WorkloadConfig):
     scaled to; null keeps them. ``mix``: what the trace does not tell; empty: the built-in mix."""
 
     kind: str = "trace"
-    trace: str = "philly"
+    trace: str = MISSING
     load: float | None = None
     seed: int = 0
     count_gpus: bool = False

@@ -336,7 +336,7 @@ def task_view(spec: TaskSpec, data: TaskReadyData) -> TaskView:
         spec.task_id,
         spec.tenant,
         spec.model,
-        AdapterSlot(adapter.method, adapter.rank, adapter.targets),
+        AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0),
         spec.sequences_per_step,
         spec.data.max_length_tokens,
         data.lengths,

@@ -108,11 +108,13 @@ class TaskState(enum.StrEnum):
 
 
 class AdapterSlot(NamedTuple):
-    """Capacity that one adapter occupies in a captured shape."""
+    """Capacity that one adapter occupies in a captured shape. ``dropout``: whether the adapter's
+    input is dropped out, which costs time; the rate is the task's own."""
 
     method: str
     rank: int
     targets: tuple[str, ...]
+    dropout: bool = False
 
 
 class TaskView(NamedTuple):

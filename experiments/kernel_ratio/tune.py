@@ -1,13 +1,18 @@
 """Ratio of the whole operator under other block sizes; how `muxtune_kernels` got its own.
 
     PYTHONPATH=kernels python3 experiments/kernel_ratio/tune.py [--warm I/N] [--profile]
+        [--choose tuning.json]
 
 --warm only compiles the I-th of N parts of the variants, so that N processes fill Triton's cache.
+--choose writes the best variant of every kernel, where it gains more than the noise.
 """
 
 import argparse
 import contextlib
+import json
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,44 +23,50 @@ from muxtune_kernels.multi_lora import autograd, launch, tuning
 CASES = (
     (2048, 4096, 4096, 8),
     (8192, 4096, 4096, 8),
-    (2048, 4096, 14336, 8),
     (8192, 4096, 14336, 8),
     (2048, 4096, 4096, 1),
     (2048, 4096, 4096, 32),
 )
 BIG = tuning.GemmBlocks(128, 256, 64, 8, 3, True, 1.0)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as shipped": {},
-    "pdl": {"pdl": True},
-    "gemm 4 stages": {"gemm": BIG._replace(stages=4)},
-    "gemm 4 stages pdl": {"gemm": BIG._replace(stages=4), "pdl": True},
-    "gemm 128x128": {"gemm": BIG._replace(n=128, warps=4, stages=4, halves=False)},
-    "gemm 3 whole": {"gemm": BIG._replace(halves=False)},
-    "cublas": {"fused": False},
-    "no split": {"shrink_splits": 1},
-    "split 2": {"shrink_splits": 2},
-    "split 8": {"shrink_splits": 8},
-    "shrink t32": {"shrink_t": 32},
-    "shrink k256 s3": {"shrink_k": 256, "shrink_stages": 3, "db_stages": 3},
-    "shrink t32 k256": {"shrink_t": 32, "shrink_k": 256, "shrink_stages": 3},
-    "da n64": {"da_n": 64, "da_splits": 1},
-    "da n64 t128": {"da_n": 64, "da_t": 128, "da_stages": 3},
-    "da n256 t32": {"da_n": 256, "da_t": 32},
-    "da t128": {"da_t": 128, "da_stages": 3},
-    "da splits 2": {"da_splits": 2},
-    "db n64": {"db_n": 64, "db_splits": 1},
-    "db n64 t128": {"db_n": 64, "db_t": 128, "db_stages": 3},
-    "db t32": {"db_t": 32},
-    "db stages 3": {"db_stages": 3},
-    "db splits 2": {"db_splits": 2},
-    "8 warps": {"warps": 8},
+# By kernel: only one variant of a kernel is chosen.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "gemm": [
+        {"gemm": BIG._replace(halves=False)},
+        {"gemm": BIG._replace(stages=4)},
+        {"gemm": BIG._replace(n=128, warps=4, stages=4, halves=False)},
+        {"fused": False},
+    ],
+    "shrink": [
+        {"shrink_stages": 3},
+        {"shrink_k": 256, "shrink_stages": 3},
+        {"shrink_k": 64, "shrink_stages": 5},
+        {"shrink_splits": 2},
+        {"shrink_splits": 1},
+    ],
+    "dh_db": [
+        {"db_stages": 3},
+        {"db_stages": 5, "db_t": 32},
+        {"db_n": 128, "db_warps": 4, "db_stages": 4},
+        {"db_n": 256, "db_warps": 8, "db_stages": 3},
+        {"db_n": 64, "db_t": 64, "db_warps": 4, "db_stages": 4},
+    ],
+    "sum": [{"sum_t": 1}, {"sum_t": 2}, {"sum_t": 8}],
+    "da": [
+        {"da_stages": 3},
+        {"da_stages": 5},
+        {"da_n": 64, "da_t": 64, "da_splits": 1},
+        {"da_n": 64, "da_t": 128, "da_splits": 1},
+        {"da_n": 128, "da_t": 32, "da_stages": 5},
+        {"da_n": 256, "da_t": 32},
+    ],
+    "warps": [{"warps": 8}],
 }
 
 
 @contextlib.contextmanager
 def variant(changes: dict[str, Any]) -> Iterator[None]:
     own_tuning, own_blocks = autograd.tuning_of, launch.gemm_blocks
-    gemm = changes.get("gemm")
+    gemm = tuning.GemmBlocks(*changes["gemm"]) if "gemm" in changes else None
     rest = {name: value for name, value in changes.items() if name != "gemm"}
     autograd.tuning_of = lambda *key: own_tuning(*key)._replace(**rest)
     if gemm is not None:
@@ -78,10 +89,31 @@ def varied(case: Case, changes: dict[str, Any], dtype: torch.dtype) -> Step:
 
 def steps_of(case: Case) -> dict[str, Step]:
     steps = {"plain": plain(case)}
-    for name, changes in VARIANTS.items():
-        steps[name] = varied(case, changes, torch.float32)
+    steps["as shipped"] = varied(case, {}, torch.float32)
+    for changes in (changes for group in VARIANTS.values() for changes in group):
+        steps[name_of(changes)] = varied(case, changes, torch.float32)
     steps["as shipped, bf16 adapters"] = varied(case, {}, torch.bfloat16)
     return steps
+
+
+def name_of(changes: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in changes.items())
+
+
+def choice(ratios: dict[str, list[float]], least_gain: float = 0.004) -> dict[str, Any]:
+    """The best variant of each kernel by its geometric mean over the cases."""
+
+    def mean_log(name: str) -> float:
+        values = ratios.get(name, [])
+        complete = len(values) == len(CASES)
+        return sum(map(math.log, values)) / len(CASES) if complete else math.inf
+
+    chosen: dict[str, Any] = {}
+    for group in VARIANTS.values():
+        best = min(group, key=lambda changes: mean_log(name_of(changes)))
+        if mean_log(name_of(best)) < mean_log("as shipped") - least_gain:
+            chosen |= best
+    return chosen
 
 
 def working(case: Case, steps: dict[str, Step]) -> dict[str, Step]:
@@ -106,16 +138,18 @@ def profile(case: Case, step: Step) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--warm")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--choose", type=Path)
     arguments = parser.parse_args()
     if arguments.warm:
         part, parts = map(int, arguments.warm.split("/"))
-        for shape in ((2048, 4096, 4096, 8), (8192, 4096, 4096, 8), (2048, 4096, 4096, 1)):
+        for shape in (CASES[0], CASES[2], CASES[3], CASES[4]):
             case = Case(*shape)
             working(case, dict(list(steps_of(case).items())[part::parts]))
         return
+    ratios: dict[str, list[float]] = {}
     for shape in CASES:
         case = Case(*shape)
         steps = working(case, steps_of(case))
@@ -127,7 +161,11 @@ def main() -> None:
         print(f"{shape} plain {measured['plain']['step_us']:.1f} us", flush=True)
         for name, m in sorted(measured.items(), key=lambda item: item[1]["ratio"]):
             print(f"   {m['ratio']:.3f} ({m['ratio_min']:.3f}-{m['ratio_max']:.3f}) {name}")
+            ratios.setdefault(name, []).append(m["ratio"])
         torch.cuda.empty_cache()
+    print("choice:", chosen := choice(ratios))
+    if arguments.choose:
+        arguments.choose.write_text(json.dumps(chosen))
 
 
 if __name__ == "__main__":

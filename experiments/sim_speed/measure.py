@@ -2,8 +2,9 @@
 
     python experiments/sim_speed/measure.py --tasks 10000 --output experiments/sim_speed/speed.json
 
-Tasks arrive at random on a fleet of H100 instances of Llama-2-7B at the given load of tasks an
-instance. Every part is timed by wrapping its methods; what is left is the engine's own.
+Tasks arrive at random on a fleet of H100 instances of Llama-2-7B. Every part is timed by wrapping
+its methods, in CPU seconds without the parts inside it; what is left is the engine's loop. The
+planner "fixed" does not think, so that the rest of the simulation is measured alone.
 """
 
 from __future__ import annotations
@@ -17,15 +18,29 @@ from pathlib import Path
 from typing import Any
 
 from muxtune.cost.book import CostBook
+from muxtune.deciding import EMPTY_PREDICTION
 from muxtune.engine import Engine
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS
-from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, InstanceSpec, TaskSpec
+from muxtune.types import (
+    NS_PER_S,
+    AdapterSpec,
+    DataSpec,
+    DispatchRule,
+    HTask,
+    HTaskTurn,
+    InstanceSpec,
+    InstanceView,
+    Plan,
+    ShapeKey,
+    TaskSpec,
+)
 from muxtune.workload.synthetic import SyntheticLibrary, histogram_names
 from muxtune_sim import SimExecutor, SimOptions
 
 MODEL, DEVICE = "llama-2-7b", "h100-sxm"
 MEMORY_BYTES = 80 * 10**9
+CHUNK_TOKENS = 512
 BUILDER_PARTS = ("forecast", "advance", "rounds_until", "round_totals")
 
 
@@ -57,6 +72,32 @@ class Stopwatch:
         return timed
 
 
+class FixedPlanner:
+    """All tasks in one hTask, one chunk each: nothing to decide, so its time is that of a Plan."""
+
+    def plan(self, instance: InstanceView, previous: Plan | None) -> Plan:
+        names = [task.task_id for task in instance.tasks]
+        slots = tuple(task.slot for task in instance.tasks)
+        shape = ShapeKey(CHUNK_TOKENS, len(names), slots)
+        quota = dict.fromkeys(names, 1)
+        htask = HTask((shape,), {name: slot for slot, name in enumerate(names)}, quota)
+        epoch = 0 if previous is None else previous.epoch + 1
+        return Plan(
+            instance.instance_id,
+            epoch,
+            instance.draining,
+            instance.replicas,
+            (htask,),
+            (HTaskTurn(0, 1),),
+            DispatchRule.SINGLE,
+            EMPTY_PREDICTION,
+        )
+
+
+def make_planner(name: str, costs: CostBook) -> Any:
+    return FixedPlanner() if name == "fixed" else PLANNERS.get(name)(costs=costs)
+
+
 def draw_tasks(count: int, gap_s: float, seed: int) -> Iterator[TaskSpec]:
     draw = random.Random(seed)
     histograms = histogram_names()[:3]
@@ -86,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     builder, library = StepBuilder(), SyntheticLibrary(seed=arguments.seed)
     options = SimOptions(emit_plan_applied=False, emit_progress=False)
     executor = SimExecutor(builder, costs, library, options)
-    planner = PLANNERS.get(arguments.planner)(costs=costs)
+    planner = make_planner(arguments.planner, costs)
     shared = arguments.planner != "exclusive"
     policy = CLUSTER_POLICIES.get("fifo_shared" if shared else "fifo_exclusive")()
     tasks = draw_tasks(arguments.tasks, arguments.gap_s, arguments.seed)
@@ -94,6 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch()
     if not arguments.plain:
         wrap_parts(watch, engine, policy, planner, executor, builder, library)
+        watch.wrap(costs(MODEL, DEVICE), "transition_s", "cost.transition")
     started_s = time.process_time()
     totals = engine.run()
     cpu_s = time.process_time() - started_s
@@ -154,7 +196,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--instances", type=int, default=64)
     parser.add_argument("--gap-s", type=float, default=1.0)
-    parser.add_argument("--planner", default="muxtune")
+    parser.add_argument("--planner", default="fixed", help="fixed, or a registered planner")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="time the whole only")
     parser.add_argument("--output", type=Path)

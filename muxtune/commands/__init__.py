@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from muxtune.errors import MuxTuneError
+from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.report.sweep import FAILED, OK, SUMMARY
 
@@ -38,6 +38,9 @@ def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneErro
     """A summary with an ``error`` keeps its results: some tasks ended, some did not."""
     from omegaconf import OmegaConf
 
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(missing[0], "is not given", f"Give it with {missing[0]}=VALUE")
     folder.write_text(CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
     folder.write_json(RUN_FILE, provenance(config.seed, overrides))
     typed: Any = OmegaConf.to_object(config)

@@ -46,6 +46,7 @@ class Table:
     monotone along every axis); below it the first value holds, since small sizes are all
     overhead. Both are flagged as extrapolated. Above an axis that others follow, the last line is
     scaled as a whole by its growth at their largest sizes, so that it stays monotone along them.
+    Outside of a later axis, lines of different slope may cross: there only that axis is monotone.
     """
 
     __slots__ = ("_children", "_growth", "_xs")

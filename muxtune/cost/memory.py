@@ -9,10 +9,12 @@ token row (D model width, Q queries, K keys, F MLP width, r rank):
 - a linear keeps NO input, because its weight is frozen, UNLESS an adapter sits on it: then its
   input (once for all linears that read the same tensor: the normed hidden state D for q/k/v and
   for gate/up, Q for the output projection, F for down) and the adapter's own numbers (r for LoRA);
-- dropout in an adapter adds its mask and the dropped input; not known here, inside the margin.
+- dropout in a slot adds a mask (one byte a number) and the dropped input, per adapted linear.
 
-Recomputed blocks keep their input only (D). On top of it come the gradients that flow through
-one block, and the logits of the rows with a loss, their softmax and their gradient (3 V, fp32).
+A pass stages its adapter gradients apart while the activations are let go, so that the larger of
+the two counts. Recomputed blocks keep their input only (D). On top of it come the gradients that
+flow through one block, and the logits of the rows with a loss, their softmax and their gradient
+(3 V, fp32).
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class MemoryModel:
         self._tasks: dict[tuple[AdapterSlot, int], int] = {}
         self._passes: dict[tuple[ShapeKey, ReplicaShape, int], tuple[int, int]] = {}
         self._weights: dict[ReplicaShape, tuple[int, ...]] = {}
+        self._saved: dict[tuple[tuple[AdapterSlot, ...], int], float] = {}
 
     def backbone_bytes(self, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
         """Weights of one stage's shard: its blocks, embedding first, head last."""
@@ -155,10 +158,17 @@ class MemoryModel:
         if recomputed:
             working += kept
         numbers = rows * (stored + working + model.hidden) * self.options.activation_factor
-        activations = numbers * self.options.dtype_bytes
+        activations = max(
+            numbers * self.options.dtype_bytes, self._staged_bytes(shape, replica, stage)
+        )
         loss_rows = min(rows, self.options.loss_rows_max or rows)
         last = stage == replica.pp - 1
         return int(activations), int(12 * loss_rows * model.vocab / replica.tp) if last else 0
+
+    def _staged_bytes(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> int:
+        """The adapters' gradients of one pass, before they are added to the accumulated ones."""
+        trained = sum(self.task_bytes(slot, replica, stage) for slot in shape.slots)
+        return trained * self.options.gradient_bytes // self.options.trained_bytes
 
     def saved_numbers_per_row(self, slots: tuple[AdapterSlot, ...], tp: int = 1) -> float:
         """Numbers per token row that one block keeps for its backward (see the module's text).
@@ -166,6 +176,14 @@ class MemoryModel:
         Rows are taken as spread evenly over the slots for the adapters' own numbers; an input is
         kept whole as soon as one slot's adapter reads it, since views share the storage.
         """
+        key = (slots, tp)
+        if key not in self._saved:
+            if len(self._saved) >= 65536:
+                self._saved.clear()
+            self._saved[key] = self._saved_numbers(slots, tp)
+        return self._saved[key]
+
+    def _saved_numbers(self, slots: tuple[AdapterSlot, ...], tp: int) -> float:
         model = self.model
         queries, keys = model.query_dim / tp, model.kv_dim / tp
         inner = model.intermediate / tp
@@ -178,7 +196,11 @@ class MemoryModel:
             for linear in model.target_linears(slot.targets):
                 shard = linear.sharded(tp)
                 inputs[_input_of(linear.name)] = shard.in_features
-                numbers += method.saved_numbers(shard, slot.rank) / len(slots)
+                own: float = method.saved_numbers(shard, slot.rank)
+                if slot.dropout:
+                    # A mask of one byte, and the autograd form's dropped input.
+                    own += shard.in_features * (1 + 1 / self.options.dtype_bytes)
+                numbers += own / len(slots)
         return numbers + sum(inputs.values())
 
     def ledgers(self, plan: Plan, *, extrapolated: bool = True) -> StageLedgers:

@@ -269,11 +269,30 @@ def adapter_ops(
 ) -> list[Op]:
     """One slot's adapter operations in one block."""
     method = adapter_method(slot)
-    return [
-        op
-        for linear in model.target_linears(slot.targets)
-        for op in method.ops(linear.sharded(tp), slot.rank, rows, dtype_bytes)
-    ]
+    found: list[Op] = []
+    for linear in model.target_linears(slot.targets):
+        shard = linear.sharded(tp)
+        found.extend(method.ops(shard, slot.rank, rows, dtype_bytes))
+        if slot.dropout:
+            found.extend(dropout_ops(shard.in_features, rows, dtype_bytes))
+    return found
+
+
+def dropout_ops(in_features: int, rows: float, dtype_bytes: int) -> tuple[Op, Op]:
+    """Dropping an adapter's input: forward makes the mask (a hash of each number's place, one
+    byte each) and the kept input; backward the kept input again and the kept gradient."""
+    numbers = rows * in_features
+    forward, backward = numbers * (2 * dtype_bytes + 1), numbers * (4 * dtype_bytes + 2)
+    return (
+        Op(
+            f"adapter_dropout_forward.{in_features}", ADAPTERS, False, 1, (rows,),
+            10 * numbers, forward, 0.0, 3,
+        ),
+        Op(
+            f"adapter_dropout_backward.{in_features}", ADAPTERS, True, 1, (rows,),
+            4 * numbers, backward, 0.0, 4,
+        ),
+    )  # fmt: skip
 
 
 def adapter_tensors(model: ModelShape, slot: AdapterSlot, tp: int = 1) -> list[int]:

@@ -93,6 +93,17 @@ class CostedArrangement(NamedTuple):
     peak_bytes: int
 
 
+class Answer(NamedTuple):
+    """What is remembered of a multiset of classes: the arrangement, and what plans of it predict
+    but for the task ids."""
+
+    costed: CostedArrangement
+    prediction: Prediction
+    step_times_s: tuple[float, ...]
+    solo_times_s: tuple[float, ...]
+    turns: tuple[HTaskTurn, ...]
+
+
 class PlannerBase:
     """Memo, refusal by memory and slowdown, binding to task ids.
 
@@ -104,25 +115,27 @@ class PlannerBase:
 
     def __init__(self, costs: CostBook) -> None:
         self.costs = costs
-        self._memo: dict[tuple[Site, tuple[TaskClass, ...]], CostedArrangement | Refusal] = {}
+        self._memo: dict[tuple[Site, tuple[str, ...]], Answer | Refusal] = {}
+        self._solo: dict[tuple[Site, TaskClass], float] = {}
+        self._keys: dict[TaskClass, str] = {}
+        self._classes: dict[str, TaskClass] = {}
         self._lengths: dict[str, LengthSummary] = {}
 
     # -- the protocol
 
     def plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         """See ``InstancePlanner.plan``. Returns ``previous`` itself when nothing changes."""
-        site = site_of(instance)
-        keyed = sorted((class_of(task), task.task_id) for task in instance.tasks)
-        if not keyed:
+        if not instance.tasks:
             return Refusal("an instance without tasks needs no plan", ())
-        for task in instance.tasks:
-            self._lengths.setdefault(task.lengths.content_hash, task.lengths)
-        classes = tuple(key for key, _ in keyed)
-        ids = tuple(task_id for _, task_id in keyed)
-        costed = self._arranged(site, classes)
-        if isinstance(costed, Refusal):
-            return costed._replace(task_ids=ids)
-        return self._bind(instance, site, classes, ids, costed, previous)
+        keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
+        keys, ids = zip(*keyed, strict=True)
+        site = site_of(instance)
+        answer = self._memo.get((site, keys))
+        if answer is None:
+            answer = self._remember(site, keys)
+        if isinstance(answer, Refusal):
+            return answer._replace(task_ids=ids)
+        return _bind(instance, ids, answer, previous)
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         raise NotImplementedError
@@ -157,109 +170,110 @@ class PlannerBase:
 
     def solo_step_time_s(self, site: Site, task: TaskClass) -> float:
         """Predicted seconds a step of the task alone on this site, under the same planner."""
-        costed = self._arranged(site, (task._replace(max_slowdown=0.0),))
-        return 0.0 if isinstance(costed, Refusal) else step_times_s(costed, 1)[0]
+        known = self._solo.get((site, task))
+        if known is None:
+            costed = self.arrange(site, (task,))
+            known = 0.0 if isinstance(costed, Refusal) else step_times_s(costed, 1)[0]
+            self._solo[site, task] = known
+        return known
 
     # -- inside
 
-    def _arranged(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
-        key = (site, classes)
-        found = self._memo.get(key)
-        if found is None:
-            if len(self._memo) >= MEMO_ARRANGEMENTS:
-                self._memo.clear()
-            found = self._memo[key] = self._arrange_checked(site, classes)
-        return found
+    def _key_of(self, task: TaskView) -> str:
+        """A string that orders and names the task's class; strings remember their hash."""
+        found = class_of(task)
+        key = self._keys.get(found)
+        if key is None:
+            key = self._keys[found] = repr(tuple(found))
+            self._classes[key] = found
+            self._lengths[found.lengths_hash] = task.lengths
+        return key
 
-    def _arrange_checked(
-        self, site: Site, classes: tuple[TaskClass, ...]
-    ) -> CostedArrangement | Refusal:
+    def _remember(self, site: Site, keys: tuple[str, ...]) -> Answer | Refusal:
+        if len(self._memo) >= MEMO_ARRANGEMENTS:
+            self._memo.clear()
+        classes = tuple(self._classes[key] for key in keys)
+        answer = self._memo[site, keys] = self._answer(site, classes)
+        return answer
+
+    def _answer(self, site: Site, classes: tuple[TaskClass, ...]) -> Answer | Refusal:
         if self.takes_one_task and len(classes) > 1:
-            return Refusal(
-                "this planner runs one task an instance", (), remedy="use another instance"
-            )
+            remedy = "use another instance"
+            return Refusal("this planner runs one task an instance", (), remedy=remedy)
         costed = self.arrange(site, classes)
         if isinstance(costed, Refusal):
             return costed
-        return self._refuse_slow(site, classes, costed) or costed
-
-    def _refuse_slow(
-        self, site: Site, classes: tuple[TaskClass, ...], costed: CostedArrangement
-    ) -> Refusal | None:
-        if len(classes) < 2 or not any(task.max_slowdown for task in classes):
-            return None
-        for task, step_s in zip(classes, step_times_s(costed, len(classes)), strict=True):
-            solo_s = self.solo_step_time_s(site, task)
-            if task.max_slowdown and step_s > task.max_slowdown * solo_s:
-                return Refusal(
-                    f"a task with max_slowdown={task.max_slowdown:g} would run at {step_s:.3g} s a "
-                    f"step, {step_s / solo_s:.2f} times its {solo_s:.3g} s alone",
-                    (),
-                    predicted_slowdown=step_s / solo_s,
-                    remedy="place it on a less loaded instance",
-                )
-        return None
-
-    def _bind(
-        self,
-        instance: InstanceView,
-        site: Site,
-        classes: tuple[TaskClass, ...],
-        ids: tuple[str, ...],
-        costed: CostedArrangement,
-        previous: Plan | None,
-    ) -> Plan:
-        htasks = tuple(_bind_group(group, ids) for group in costed.arrangement.groups)
+        steps = tuple(step_times_s(costed, len(classes)))
+        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
         turns = tuple(HTaskTurn(i, n) for i, n in enumerate(costed.arrangement.counts))
-        if (
-            previous is not None
-            and previous.htasks == htasks
-            and previous.round == turns
-            and previous.drains == instance.draining
-        ):
-            return previous
-        epoch = NO_EPOCH if previous is None else previous.epoch
-        return Plan(
-            instance.instance_id,
-            epoch + 1,
-            instance.draining,
-            instance.replicas,
-            htasks,
-            turns,
-            DispatchRule.SINGLE,
-            self._predict(site, classes, ids, costed),
-            reason=costed.arrangement.reason,
-        )
+        refusal = refuse_slow(classes, steps, solo)
+        return refusal or Answer(costed, prediction_of(costed, steps), steps, solo, turns)
 
-    def _predict(
-        self,
-        site: Site,
-        classes: tuple[TaskClass, ...],
-        ids: tuple[str, ...],
-        costed: CostedArrangement,
-    ) -> Prediction:
-        steps = step_times_s(costed, len(ids))
-        pairs = list(zip(costed.group_costs, costed.passes, strict=True))
-        time_s = costed.round_time_s
-        error_s = sum(cost.pass_time_s * n * cost.relative_error for cost, n in pairs)
-        return Prediction(
-            round_time_s=Estimate(
-                time_s,
-                max(0.0, time_s - error_s),
-                time_s + error_s,
-                any(cost.extrapolated for cost, _ in pairs),
-            ),
-            round_effective_tokens=sum(cost.effective_tokens * n for cost, n in pairs),
-            round_padded_tokens=sum(cost.padded_tokens * n for cost, n in pairs),
-            peak_memory_bytes=Estimate(*(float(costed.peak_bytes),) * 3),
-            step_time_s=dict(zip(ids, steps, strict=True)),
-            solo_step_time_s={
-                task_id: self.solo_step_time_s(site, task)
-                for task_id, task in zip(ids, classes, strict=True)
-            },
-            breakdown_s={},
-            tasks_step_time_s=max(steps),
-        )
+
+def refuse_slow(
+    classes: Sequence[TaskClass], steps_s: Sequence[float], solo_s: Sequence[float]
+) -> Refusal | None:
+    """A Refusal when a task would run slower than its ``max_slowdown`` allows."""
+    for task, step_s, alone_s in zip(classes, steps_s, solo_s, strict=True):
+        if task.max_slowdown and len(classes) > 1 and step_s > task.max_slowdown * alone_s:
+            return Refusal(
+                f"a task with max_slowdown={task.max_slowdown:g} would run at {step_s:.3g} s a "
+                f"step, {step_s / alone_s:.2f} times its {alone_s:.3g} s alone",
+                (),
+                predicted_slowdown=step_s / alone_s,
+                remedy="place it on a less loaded instance",
+            )
+    return None
+
+
+def prediction_of(costed: CostedArrangement, steps_s: Sequence[float]) -> Prediction:
+    """All of a plan's prediction but what names tasks."""
+    pairs = list(zip(costed.group_costs, costed.passes, strict=True))
+    time_s = costed.round_time_s
+    error_s = sum(cost.pass_time_s * n * cost.relative_error for cost, n in pairs)
+    outside = any(cost.extrapolated for cost, _ in pairs)
+    return Prediction(
+        round_time_s=Estimate(time_s, max(0.0, time_s - error_s), time_s + error_s, outside),
+        round_effective_tokens=sum(cost.effective_tokens * n for cost, n in pairs),
+        round_padded_tokens=sum(cost.padded_tokens * n for cost, n in pairs),
+        peak_memory_bytes=Estimate(*(float(costed.peak_bytes),) * 3),
+        step_time_s={},
+        solo_step_time_s={},
+        breakdown_s={},
+        tasks_step_time_s=max(steps_s),
+    )
+
+
+def _bind(
+    instance: InstanceView, ids: tuple[str, ...], answer: Answer, previous: Plan | None
+) -> Plan:
+    arrangement = answer.costed.arrangement
+    htasks = tuple([_bind_group(group, ids) for group in arrangement.groups])
+    if (
+        previous is not None
+        and previous.htasks == htasks
+        and previous.round == answer.turns
+        and previous.drains == instance.draining
+    ):
+        return previous
+    base = answer.prediction
+    prediction = Prediction(
+        *base[:4],
+        dict(zip(ids, answer.step_times_s, strict=True)),
+        dict(zip(ids, answer.solo_times_s, strict=True)),
+        *base[6:],
+    )
+    return Plan(
+        instance.instance_id,
+        (NO_EPOCH if previous is None else previous.epoch) + 1,
+        instance.draining,
+        instance.replicas,
+        htasks,
+        answer.turns,
+        DispatchRule.SINGLE,
+        prediction,
+        reason=arrangement.reason,
+    )
 
 
 def class_of(task: TaskView) -> TaskClass:

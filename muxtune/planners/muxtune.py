@@ -36,7 +36,7 @@ from muxtune.types import AdapterSlot, PackRule, Refusal, ReplicaShape, ShapeKey
 FUSION = ("planned", "all_spatial", "all_temporal")
 LADDER_SHAPES = 64
 MAX_ROUND_TURNS = 12
-NEAR_BEST = 1.1  # chunk lengths within this factor of the best are costed exactly
+NEAR_BEST = 1.03  # chunk lengths within this factor of the best are costed exactly
 
 
 class Group(NamedTuple):
@@ -99,14 +99,15 @@ class MuxTunePlanner(PlannerBase):
         }
         found = {chunk: split for chunk, split in splits.items() if split is not None}
         least_s = min((split.time_s for split in found.values()), default=0.0)
-        best: tuple[float, int, list[Group]] | None = None
+        best: tuple[float, int, list[Group]] | int | None = None
+        best_s = math.inf
         for chunk, split in found.items():
             if split.time_s <= NEAR_BEST * least_s:
                 groups = [self._group(site, classes, chunk, *part) for part in split.groups]
                 time_s = sum(group.time_s for group in groups)
                 fits = all(resident + group.need_bytes <= limit for group in groups)
-                if fits and (best is None or time_s < best[0]):
-                    best = (time_s, chunk, groups)
+                if fits and time_s < best_s:
+                    best, best_s = (time_s, chunk, groups), time_s
         if best is None:
             best = self._smallest(site, classes, limit - resident)
         if isinstance(best, int):

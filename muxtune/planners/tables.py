@@ -69,55 +69,81 @@ class Split(NamedTuple):
     time_s: float
 
 
+class At(NamedTuple):
+    """Where sizes in chunks lie on the grid: cell below, and the share of the way to the next."""
+
+    cell: np.ndarray
+    share: np.ndarray
+
+
 class PassTables:
-    """Base time and bytes of a pass by its size in chunks, without adapters; and what ``count``
-    equal slots add. Sampled lazily from the cost model on a geometric grid of sizes."""
+    """Base time and bytes of a pass by its size in chunks, without adapters; and what each of
+    ``count`` equal slots adds. Sampled lazily from the cost model on geometric grids."""
 
     def __init__(self, cost: CostModel, replica: ReplicaShape, chunk_tokens: int) -> None:
         self.cost, self.replica, self.chunk_tokens = cost, replica, chunk_tokens
-        self._grid_C = np.array(_grid(), dtype=float)
-        self._sampled: dict[tuple[AdapterSlot, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._grid_C = np.array(SIZES, dtype=float)
         self._limit = 0
+        self._base: np.ndarray | None = None
+        self._adapter: dict[AdapterSlot, dict[int, np.ndarray]] = {}
         self.affine = self._coefficients(1, ())
         self._optimizer_s: dict[AdapterSlot, float] = {}
 
     def cover(self, num_chunks: float) -> None:
         """Makes the tables reach ``num_chunks``."""
-        needed = int(np.searchsorted(self._grid_C, num_chunks)) + 1
+        needed = int(np.searchsorted(self._grid_C, num_chunks)) + 2
         if needed > self._limit:
-            self._limit = min(needed, len(self._grid_C))
-            self._sampled.clear()
+            self._limit = min(needed + 4, len(self._grid_C))
+            self._base = None
+            self._adapter.clear()
 
-    def base(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds and bytes without adapters."""
-        return self._interpolate((), chunks)
+    def at(self, chunks: np.ndarray) -> At:
+        cell = np.clip(np.searchsorted(self._grid_C, chunks, side="right") - 1, 0, self._limit - 2)
+        below = self._grid_C[cell]
+        return At(cell, (chunks - below) / (self._grid_C[cell + 1] - below))
 
-    def adapter(
-        self, slot: AdapterSlot, count: int, chunks: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds and bytes that one of ``count`` slots adds to a pass of ``chunks``."""
-        time_s, needed = self._interpolate((slot,) * count, chunks)
-        base_s, base_bytes = self.base(chunks)
-        return (time_s - base_s) / count, needed - base_bytes
+    def base(self, at: At) -> np.ndarray:
+        """[2, ...]: seconds and bytes without adapters."""
+        if self._base is None:
+            self._base = self._sample(())
+        return _between(self._base, at.cell, at.share)
+
+    def adapter(self, slot: AdapterSlot, count: np.ndarray, at: At) -> np.ndarray:
+        """[2, ...]: seconds that one of ``count`` such slots adds to a pass, and the bytes that
+        all of them add. ``count`` broadcasts with the sizes."""
+        most = int(count.max())
+        rows = [n for n in COUNTS if n <= most]
+        if rows[-1] < most:
+            rows.append(COUNTS[len(rows)])
+        table = np.stack([self._added(slot, n) for n in rows], axis=1)  # [2, counts, sizes]
+        grid = np.array(rows, dtype=float)
+        row = np.clip(np.searchsorted(grid, count, side="right") - 1, 0, max(len(grid) - 2, 0))
+        above = np.minimum(row + 1, len(grid) - 1)
+        gap = np.maximum(grid[above] - grid[row], 1.0)
+        share = np.clip((count - grid[row]) / gap, 0.0, 1.0)
+        low = table[:, row, at.cell] * (1 - at.share) + table[:, row, at.cell + 1] * at.share
+        high = table[:, above, at.cell] * (1 - at.share) + table[:, above, at.cell + 1] * at.share
+        return low * (1 - share) + high * share
 
     def optimizer_s(self, slot: AdapterSlot) -> float:
         if slot not in self._optimizer_s:
             self._optimizer_s[slot] = self._coefficients(1, (slot,)).optimizer_s[0]
         return self._optimizer_s[slot]
 
-    def _interpolate(
-        self, slots: tuple[AdapterSlot, ...], chunks: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if slots not in self._sampled:
-            sizes = [int(size) for size in self._grid_C[: self._limit]]
-            times = np.array([self._coefficients(size, slots).base_s for size in sizes])
-            needs = np.array(
-                [self.cost.pass_bytes(self._shape(n, slots), self.replica) for n in sizes]
-            )
-            self._sampled[slots] = times, needs.astype(float)
-        times, needs = self._sampled[slots]
-        grid_C = self._grid_C[: self._limit]
-        return np.interp(chunks, grid_C, times), np.interp(chunks, grid_C, needs)
+    def _added(self, slot: AdapterSlot, count: int) -> np.ndarray:
+        known = self._adapter.setdefault(slot, {})
+        if count not in known:
+            if self._base is None:
+                self._base = self._sample(())
+            added = self._sample((slot,) * count) - self._base
+            known[count] = added / np.array([[count], [1]])
+        return known[count]
+
+    def _sample(self, slots: tuple[AdapterSlot, ...]) -> np.ndarray:
+        sizes = SIZES[: self._limit]
+        seconds = [self._coefficients(size, slots).base_s for size in sizes]
+        needed = [self.cost.pass_bytes(self._shape(n, slots), self.replica) for n in sizes]
+        return np.array([seconds, needed], dtype=float)
 
     def _coefficients(self, size: int, slots: tuple[AdapterSlot, ...]) -> PassCoefficients:
         return self.cost.pass_coefficients(self._shape(size, slots), self.replica)
@@ -126,12 +152,19 @@ class PassTables:
         return ShapeKey(self.chunk_tokens, size, slots)
 
 
-def _grid() -> list[int]:
-    sizes, size = [], 1
-    while size <= MAX_CHUNKS:
-        sizes.append(size)
-        size += max(1, size // 4)
+def _between(table: np.ndarray, cell: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return table[:, cell] * (1 - share) + table[:, cell + 1] * share
+
+
+def _geometric(most: int, divisor: int) -> list[int]:
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(1, sizes[-1] // divisor))
     return sizes
+
+
+SIZES = _geometric(MAX_CHUNKS, 4)
+COUNTS = _geometric(1 << 12, 2)
 
 
 def split_tasks(
@@ -164,46 +197,54 @@ def _group_times(
     pass_limit_bytes: int,
     static: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[S, E] seconds of one step of tasks S..E-1 as one hTask, and the level that attains it."""
-    num_levels, num_tasks, _ = stacked.shape
-    prefix = np.zeros((num_levels, num_tasks + 1, stacked.shape[2]))
-    np.cumsum(stacked, axis=1, out=prefix[:, 1:])
-    optimizer = np.zeros((num_levels, num_tasks + 1))
+    """[S, E] seconds of one step of tasks S..E-1 as one hTask, and the level that attains it.
+
+    All groups at all levels are costed at once; those that are none (E <= S) come out infinite.
+    """
+    num_tasks = stacked.shape[1]
+    tables.cover(float(stacked[:, :, QUOTA].sum(axis=1).max()))
+    start_G, end_G = np.triu_indices(num_tasks + 1, k=1)
+    sums_LGc = _sums(stacked)[:, start_G, end_G]
+    count_G = (end_G - start_G).astype(float)
+    filled = tables.at(sums_LGc[:, :, QUOTA if static else CHUNKS])
+    largest = filled if static else tables.at(sums_LGc[:, :, QUOTA])
+    time_LG, need_LG = tables.base(filled)[0], tables.base(largest)[1]
+    most_LG = np.zeros_like(need_LG)
+    for slot in dict.fromkeys(slots):
+        before_N = np.cumsum([0.0, *(float(s == slot) for s in slots)])
+        of_kind_G = before_N[end_G] - before_N[start_G]
+        time_LG = time_LG + of_kind_G * tables.adapter(slot, count_G, filled)[0]
+        added_LG = tables.adapter(slot, count_G, largest)[1]
+        most_LG = np.where(of_kind_G > 0, np.maximum(most_LG, added_LG), most_LG)
+    time_LG += sums_LGc[:, :, PAIRS] * tables.affine.per_pair_s
+    time_LG += sums_LGc[:, :, LOSS_ROWS] * tables.affine.per_loss_row_s
     seconds_N = np.array([tables.optimizer_s(slot) for slot in slots])
-    np.cumsum(seconds_N / stacked[:, :, PASSES], axis=1, out=optimizer[:, 1:])
-    tables.cover(float(prefix[:, -1, QUOTA].max()))
-    kinds = {slot: np.cumsum([0] + [s == slot for s in slots]) for slot in dict.fromkeys(slots)}
+    time_LG += _sums((seconds_N / stacked[:, :, PASSES])[:, :, None])[:, start_G, end_G, 0]
+    time_LG *= _running_maximum(stacked[:, :, PASSES])[:, start_G, end_G]
+    time_LG = np.where(need_LG + most_LG <= pass_limit_bytes, time_LG, np.inf)
+    level_G = np.argmin(time_LG, axis=0)
     time_SE = np.full((num_tasks + 1, num_tasks + 1), np.inf)
     level_SE = np.zeros((num_tasks + 1, num_tasks + 1), dtype=int)
-    passes_LS = stacked[:, :, PASSES]
-    for size in range(1, num_tasks + 1):
-        sums = prefix[:, size:] - prefix[:, :-size]  # [L, groups of this size, columns]
-        passes_LS = (
-            passes_LS
-            if size == 1
-            else np.maximum(passes_LS[:, :-1], stacked[:, size - 1 :, PASSES])
-        )
-        chunks = sums[:, :, QUOTA if static else CHUNKS]
-        time, needed = tables.base(chunks)
-        if not static:
-            needed = tables.base(sums[:, :, QUOTA])[1]
-        most = np.zeros_like(needed)
-        for slot, counts in kinds.items():
-            of_kind = counts[size:] - counts[:-size]
-            adapter_s, adapter_bytes = tables.adapter(slot, size, chunks)
-            time = time + of_kind * adapter_s
-            if not static:
-                adapter_bytes = tables.adapter(slot, size, sums[:, :, QUOTA])[1]
-            most = np.where(of_kind > 0, np.maximum(most, adapter_bytes), most)
-        time = time + sums[:, :, PAIRS] * tables.affine.per_pair_s
-        time = time + sums[:, :, LOSS_ROWS] * tables.affine.per_loss_row_s
-        time = (time + optimizer[:, size:] - optimizer[:, :-size]) * passes_LS
-        time = np.where(needed + most <= pass_limit_bytes, time, np.inf)
-        starts = np.arange(num_tasks - size + 1)
-        best = np.argmin(time, axis=0)
-        level_SE[starts, starts + size] = best
-        time_SE[starts, starts + size] = time[best, starts]
+    time_SE[start_G, end_G] = time_LG[level_G, np.arange(len(level_G))]
+    level_SE[start_G, end_G] = level_G
     return time_SE, level_SE
+
+
+def _sums(values_LNc: np.ndarray) -> np.ndarray:
+    """[L, S, E, columns]: sums over tasks S..E-1."""
+    levels, num_tasks, columns = values_LNc.shape
+    prefix = np.zeros((levels, num_tasks + 1, columns))
+    np.cumsum(values_LNc, axis=1, out=prefix[:, 1:])
+    return prefix[:, None, :] - prefix[:, :, None]
+
+
+def _running_maximum(values_LN: np.ndarray) -> np.ndarray:
+    """[L, S, E]: maximum over tasks S..E-1; 0 for an empty range."""
+    levels, num_tasks = values_LN.shape
+    out = np.zeros((levels, num_tasks + 1, num_tasks + 1))
+    for start in range(num_tasks):
+        out[:, start, start + 1 :] = np.maximum.accumulate(values_LN[:, start:], axis=1)
+    return out
 
 
 def _cuts(time_SE: np.ndarray, fusion: str) -> list[tuple[int, int]] | None:

@@ -404,7 +404,7 @@ class _WalkedCourse(_Course):
         return self._cursors[self._walk_to(rounds)]
 
     def forecast(self, cost: CostModel, max_walked: int) -> Forecast:
-        if self._all_ended():
+        if len(self._ended[0]) == len(self.facts.task_ids):
             return Forecast(0, 0, (), True)
         rounds = 0
         while self._ended[self._walk_to(rounds)] == self._ended[0]:

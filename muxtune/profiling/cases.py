@@ -19,8 +19,10 @@ from muxtune.profiling.bench import Bench, Body, Case
 from muxtune_kernels import (
     AdamWPool,
     AdamWSlots,
+    dropout_keep_mask,
     multi_task_adamw_,
     multi_task_cross_entropy,
+    row_keys,
 )
 
 _FLOAT_BYTES = 4
@@ -233,6 +235,30 @@ def _lora_backward(
     dx_TD += dlow_Tr @ a_rD
     sums[0].add_(da_rD)
     sums[1].add_(db_rO)
+
+
+def dropout_case(in_features: int, rows: int) -> Case:
+    """What dropout adds to an adapter: the mask and the kept input, and, backward, the kept input
+    and the kept gradient."""
+
+    def body(bench: Bench) -> Generator[None, None, None]:
+        x_TD = bench.fresh(rows, in_features)
+        row_key_T = row_keys(0, 1, 2, torch.arange(rows)).to(bench.device)
+
+        def forward() -> Tensor:
+            keep_TD = dropout_keep_mask(row_key_T, 7, in_features, 0.1)
+            _ = x_TD * keep_TD * 1.1
+            return keep_TD
+
+        keep_TD = bench.time(f"adapter_dropout_forward.{in_features}", forward)
+        yield
+        dx_TD = bench.fresh(rows, in_features)
+        bench.time(
+            f"adapter_dropout_backward.{in_features}",
+            lambda: (x_TD * keep_TD * 1.1, dx_TD * keep_TD * 1.1),
+        )
+
+    return Case({"rows": rows}, body, 10.0 * rows * in_features)
 
 
 TENSORS_PER_STEP = 16

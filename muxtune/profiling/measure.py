@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
+from muxtune.cost.schema import (
+    SCHEMA_VERSION,
+    Profile,
+    content_hash,
+    parse_profile,
+    profile_warnings,
+)
 from muxtune.cost.shapes import ModelShape, from_hf_config, model_shape
 from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import cases
@@ -94,7 +100,8 @@ def write_profile(profile: dict[str, Any], path: str | Path) -> Path:
         partial.write_text(json.dumps(profile, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OutputError(f"{target}: the profile cannot be written ({error})") from error
     return target
 
@@ -135,6 +142,8 @@ def _all_cases(
             for rank in ranks
             for count in sorted({min(count, max(rows)) for count in ADAPTER_ROWS})
         ]
+    for in_features in sorted({linear.in_features for linear in linears}):
+        yield [cases.dropout_case(in_features, count) for count in rows]
     yield [cases.adamw_case(count, sum_dtype) for count in ELEMENTS]
     yield [cases.adapter_load_case(count) for count in LOAD_PARAMETERS]
     yield [cases.layer_overhead_case(shape)]
@@ -182,6 +191,13 @@ def _per_tensor(ops: dict[str, Any]) -> dict[str, Any]:
         for name in ("median_s", "p05_s", "p95_s"):
             point[name] /= cases.TENSORS_PER_STEP
     return ops
+
+
+def profile_warnings_here(profile: Profile) -> list[str]:
+    """In which respects this machine differs from the profiled one; empty: in none."""
+    kind = "cpu" if profile.device.get("kind") == "cpu" else "cuda"
+    device = device_description(_device(kind))
+    return profile_warnings(profile, device, software_description())
 
 
 def device_description(device: torch.device) -> dict[str, Any]:

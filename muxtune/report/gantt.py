@@ -17,6 +17,7 @@ from muxtune.types import NS_PER_S, SubgraphKind
 BACKWARD_TINT = 0.55  # share of white in a backward's colour
 HATCHES = ("", "///", "...", "xxx")  # a second mark once the colours repeat
 MIN_LABEL_SHARE = 0.012  # of the axis, below which a block is too narrow for its number
+LEGEND_CHARACTERS = 170  # that fit beside each other below the figure
 ROW_HEIGHT = {"compute": 0.86, "comm": 0.5}
 
 Window = tuple[int, int]
@@ -52,8 +53,8 @@ def gantt_panels(
         panel.set_title(caption, loc="left", fontsize=10)
     axes[-1].set_xlabel(f"time ({_time_unit(longest / NS_PER_S)[1]})")
     figure.legend(
-        handles=_legend(names), loc="outside lower center", ncols=min(6, len(names) + 2),
-        frameon=False, fontsize=9,
+        handles=_legend(names), loc="outside lower center", frameon=False, fontsize=9,
+        ncols=max(1, min(6, LEGEND_CHARACTERS // (6 + max(map(len, _labels(names)))))),
     )  # fmt: skip
     figure.suptitle(title, fontsize=12)
     return _save(figure, path)
@@ -117,10 +118,12 @@ def _draw_block(
     left = max((span.start_ns - low) / unit, 0.0)
     width = min((span.start_ns + span.duration_ns - low) / unit, axis_length) - left
     optimizer = span.kind is SubgraphKind.OPTIMIZER
+    colour = "black" if optimizer else _colour(span.htask, span.backward)
+    # A white edge would swallow short transfers, an edge of their own colour keeps them visible.
+    edge = "white" if span.stream == "compute" and not optimizer else colour
     axes.barh(
-        row, width, ROW_HEIGHT[span.stream], left=left,
-        color="black" if optimizer else _colour(span.htask, span.backward),
-        edgecolor="white", linewidth=0.3, hatch=HATCHES[span.htask // len(PALETTE) % len(HATCHES)],
+        row, width, ROW_HEIGHT[span.stream], left=left, color=colour, edgecolor=edge,
+        linewidth=0.4, hatch=HATCHES[span.htask // len(PALETTE) % len(HATCHES)],
     )  # fmt: skip
     if span.stream == "compute" and not optimizer and width > MIN_LABEL_SHARE * axis_length:
         light = _is_light(_colour(span.htask, span.backward))
@@ -145,14 +148,15 @@ def _is_light(colour: tuple[float, float, float]) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
 
 
+def _labels(names: dict[int, str]) -> list[str]:
+    own = [f"{htask}: {name}" for htask, name in names.items()]
+    return [*own, "full colour: forward, pale: backward", "optimizer"]
+
+
 def _legend(names: dict[int, str]) -> list[Patch]:
-    handles = [
-        Patch(color=_colour(htask, False), label=f"{htask}: {name}")
-        for htask, name in names.items()
-    ]
-    handles.append(Patch(facecolor="#bbbbbb", label="full colour: forward, pale: backward"))
-    handles.append(Patch(color="black", label="optimizer"))
-    return handles
+    colours = [*(_colour(htask, False) for htask in names), "#bbbbbb", "black"]
+    pairs = zip(colours, _labels(names), strict=True)
+    return [Patch(color=colour, label=label) for colour, label in pairs]
 
 
 def schedule_trace(path: Path, spans: Iterable[ScheduleSpan], process: str = "stage") -> Path:

@@ -256,7 +256,8 @@ def take_out(state: TaskState) -> None:
 
 
 def adapter_slot(task: TaskSpec) -> AdapterSlot:
-    return AdapterSlot(task.adapter.method, task.adapter.rank, task.adapter.targets)
+    adapter = task.adapter
+    return AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0)
 
 
 def _seed(task_seed: int, site_name: str) -> int:

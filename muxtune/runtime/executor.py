@@ -233,11 +233,12 @@ class TorchExecutor:
     def fail(self, task: RuntimeTask, instance: RunningInstance, problem: str) -> None:
         if task.phase is not Phase.LIVE:
             return
+        steps = task.steps_done
         self._end(task)
         remedy = "Its adapter is lost; correct the task and submit it again. Other tasks go on"
         message = str(TaskError(task.spec.task_id, problem, remedy))
         place = (instance.spec.instance_id, instance.epoch)
-        self.emit(EventKind.TASK_FAILED, task.spec.task_id, *place, FailureData(message))
+        self.emit(EventKind.TASK_FAILED, task.spec.task_id, *place, FailureData(message, steps))
 
     def checkpoint(self, task: RuntimeTask) -> None:
         """Called at each step boundary of a task."""

@@ -34,8 +34,8 @@ def pools_of(
         shape = (sum(rows), width)
         param, grad = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
         compute_copy = None if copy is None else torch.zeros(shape, dtype=copy, device=device)
-        moments = (torch.zeros(shape, device=device) for _ in range(2))
-        pools.append(AdamWPool(param, grad, *moments, rows, compute_copy))
+        first, second = (torch.zeros(shape, device=device) for _ in range(2))
+        pools.append(AdamWPool(param, grad, first, second, rows, compute_copy))
     return pools
 
 

@@ -1,5 +1,8 @@
 """The Triton forms of dropout bits, cross-entropy and AdamW against their references."""
 
+# Triton's jit hides launch options and constexpr parameters from the type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
 
 from muxtune_kernels import dropout_keep_mask, row_keys, slot_rows
 from muxtune_kernels.adamw.reference import multi_task_adamw_reference_
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_reference
 
-tl = importlib.import_module("triton.language")
 spec = importlib.util.spec_from_file_location(
     "adamw_cases", Path(__file__).with_name("adamw_cases.py")
 )
@@ -106,10 +113,13 @@ def test_public_cross_entropy_in_bfloat16(device: torch.device) -> None:
     assert counts.tolist() == [18, 0, 7, 6]
 
 
-@pytest.mark.parametrize("copy", [None, torch.bfloat16])
-def test_adamw(copy: torch.dtype | None, device: torch.device) -> None:
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_adamw(with_copy: bool, device: torch.device) -> None:
     from muxtune_kernels.adamw.kernels import multi_task_adamw_cuda_
 
+    # The interpreter truncates to bfloat16 where hardware rounds.
+    half = torch.float16 if device.type == "cpu" else torch.bfloat16
+    copy = half if with_copy else None
     pools, slots = cases.pools_of(device, copy), cases.slots_of(device)
     twins, twin_slots = cases.pools_of("cpu", copy), cases.slots_of("cpu")
     for step in range(3):
@@ -129,8 +139,10 @@ def test_adamw(copy: torch.dtype | None, device: torch.device) -> None:
             torch.testing.assert_close(pool[i].cpu(), twin[i], rtol=1e-5, atol=2e-6, equal_nan=True)
         if copy is not None:
             assert pool.compute_copy_RD is not None
-            same = pool.compute_copy_RD == pool.param_RD.to(copy)
-            assert (same | (pool.compute_copy_RD == 0)).all()
+            last_step = [slot for slot in range(cases.S) if slot != 2]
+            for slot in last_step:
+                rows = slice(sum(pool.slot_rows[:slot]), sum(pool.slot_rows[: slot + 1]))
+                assert torch.equal(pool.compute_copy_RD[rows], pool.param_RD[rows].to(copy))
 
 
 def test_adamw_does_not_notice_the_slot_it_sits_in(device: torch.device) -> None:

@@ -172,6 +172,18 @@ def make_plan(
     )
 
 
+class CallClock:
+    """Each look at the clock is a nanosecond: ``wait`` can be stopped after a unit of work, on any
+    machine."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
 class Bench:
     """An executor with one instance (or more) and a recorder, driven by hand."""
 
@@ -188,7 +200,12 @@ class Bench:
         self.recorder = Recorder()
         settings = {"evaluate_tokens": 0, **options}
         self.executor = TorchExecutor(
-            StepBuilder(), store, self.library, TorchOptions(folder, **settings), [self.recorder]
+            StepBuilder(),
+            store,
+            self.library,
+            TorchOptions(folder, **settings),
+            [self.recorder],
+            CallClock(),
         )
         self.events: list[Event] = []
         for instance_id in instances:
@@ -220,6 +237,9 @@ class Bench:
     def of(self, kind: EventKind) -> list[Event]:
         return [event for event in self.events if event.kind is kind]
 
+    def done(self) -> set[str]:
+        return {event.task_id for event in self.of(EventKind.TASK_DONE)}
+
     def until_ended(self, *tasks: TaskSpec) -> None:
         ids = {task.task_id for task in tasks}
         while not ids <= {event.task_id for event in self.events if event.kind in ENDS}:
@@ -231,8 +251,8 @@ class Bench:
             self.tick()
 
     def tick(self) -> None:
-        """About one unit of work."""
-        self.events.extend(self.executor.wait(self.executor.now_ns + 1))
+        """One unit of work at most."""
+        self.events.extend(self.executor.wait(self.executor.now_ns + 2))
 
     def state(self, task: TaskSpec) -> TaskState:
         state = self.executor.tasks[task.task_id].state

@@ -48,7 +48,11 @@ class FakeCost:
         return PassCoefficients(self.pass_s, 0.0, 0.0, (0.0,) * len(shape.slots), 0.1)
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
-        return Estimate(*(self._transition_s,) * 3)
+        return exactly(self._transition_s)
+
+
+def exactly(value: float) -> Estimate:
+    return Estimate(value, value, value)
 
 
 def fake_book(pass_s: float = PASS_S, transition_s: float = 0.0) -> Any:
@@ -123,7 +127,7 @@ def one_htask_plan(
         Estimate(time_s, time_s - error_s, time_s + error_s),
         float(CHUNK_TOKENS * len(ids)),
         float(CHUNK_TOKENS * len(ids)),
-        Estimate(*(float(needed),) * 3),
+        exactly(float(needed)),
         times,
         times,
         {},

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from muxtune.fleet import task_view
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.registry import CLUSTER_POLICIES
-from muxtune.types import EventKind, InstanceView, TaskState
+from muxtune.types import EventKind, InstanceView, ProgressData, TaskState
 from muxtune_sim import SimExecutor, SimOptions, simulate
 from tests.sim.fakes import (
     GB,
@@ -62,8 +63,6 @@ def prepared(sim: SimExecutor, *specs: Any) -> Any:
     for spec in specs:
         sim.prepare(spec)
     sim.wait(FOREVER_NS)
-    from muxtune.fleet import task_view
-
     views = tuple(task_view(spec, sim.library.add(spec)) for spec in specs)
     view = InstanceView("i0", 0, views, None, 16 * GB)
     plan = one_htask_plan(view, None, 1.0, 0.1, GB)
@@ -102,6 +101,7 @@ def test_progress_tells_what_was_done():
     prepared(sim, task("a", 3, batch_size=2), task("b", 4))
     sim.wait(FOREVER_NS)
     progress = sim.wait(FOREVER_NS)[0].data
+    assert isinstance(progress, ProgressData)
     assert (progress.rounds, progress.duration_ns) == (4, seconds(4))
     assert (progress.effective_tokens, progress.padded_tokens) == (4 * 128, 4 * 128)
     assert progress.steps_done == {"a": 2, "b": 4}

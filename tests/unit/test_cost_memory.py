@@ -66,6 +66,12 @@ def test_activations_by_hand() -> None:
     assert memory(loss_rows_max=256).pass_parts_bytes(shape, ReplicaShape(), 0)[1] == loss // 4
 
 
+def test_staged_gradients_count_where_they_exceed_the_activations() -> None:
+    many = ShapeKey(1, 1, (SLOT,) * 8)
+    activations, _ = memory(gradient_bytes=8).pass_parts_bytes(many, ReplicaShape(), 0)
+    assert activations == 8 * 8 * 39_976_960
+
+
 def test_ledger_is_resident_plus_the_largest_pass() -> None:
     model = memory()
     shapes = [ShapeKey(128, 2, (SLOT,)), ShapeKey(128, 8, (SLOT, SLOT)), ShapeKey(64, 4, (SLOT,))]

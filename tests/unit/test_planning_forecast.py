@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muxtune.planning.step_builder import StepBuilder
-from muxtune.types import Cursor, PackRule, Plan
+from muxtune.types import Cursor, PackRule, PassCoefficients, Plan, ReplicaShape, ShapeKey
 from tests.unit.planning_helpers import (
     COST,
     HandWalk,
+    StubCost,
     TableLengths,
     draw_batches,
     make_plan,
     one_htask,
 )
+
+
+class SlowerCost(StubCost):
+    def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape) -> PassCoefficients:
+        coefficients = super().pass_coefficients(shape, replica)
+        return coefficients._replace(base_s=3.1 * coefficients.base_s)
 
 
 def random_htask(rng: random.Random, task_ids: list[str]):
@@ -141,8 +149,28 @@ def test_going_on_from_an_advanced_cursor_is_the_same_as_staying(seed: int) -> N
     builder = StepBuilder()
     for first, second in ((1, 2), (3, 1), (2, 5)):
         there = builder.advance(plan, cursors, lengths, first)
-        stepped = StepBuilder().advance(plan, there, lengths, second)
+        stepped = builder.advance(plan, there, lengths, second)
         assert stepped == builder.advance(plan, cursors, lengths, first + second)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_builder_was_asked_before_does_not_matter(seed: int) -> None:
+    """Other cursors and another cost model in between."""
+    plan, cursors, lengths = random_case(seed)
+    builder, slower = StepBuilder(), SlowerCost()
+    other = builder.advance(plan, cursors, lengths, 1)
+    questions: list[tuple[dict[str, Cursor], Any]] = [
+        (cursors, COST),
+        (cursors, slower),
+        (other, slower),
+        (cursors, COST),
+    ]
+    for start, cost in questions:
+        forecast = builder.forecast(plan, start, lengths, cost)
+        assert forecast == StepBuilder().forecast(plan, start, lengths, cost)
+        half_ns = forecast.duration_ns // 2
+        until = builder.rounds_until(plan, start, lengths, cost, half_ns)
+        assert until == StepBuilder().rounds_until(plan, start, lengths, cost, half_ns)
 
 
 def test_a_forecast_without_tasks_or_with_ended_ones_only_is_empty() -> None:

@@ -7,6 +7,9 @@ first row in every pool: its norm does not depend on which slot it sits in.
 Shape suffixes: P pools, S slots, N elements of a block, J partial sums added at one time.
 """
 
+# Triton's jit hides launch options and constexpr parameters from the type checker.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -3,6 +3,9 @@
 Shape suffixes: V vocabulary, N values of a block, T rows.
 """
 
+# Triton's jit hides launch options and constexpr parameters from the type checker.
+# pyright: reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -9,10 +9,13 @@ Shape suffixes: T rows of a tile, N output features of a tile, K reduced feature
 columns of one low-rank step.
 """
 
+# Triton's constexpr annotations are values, not types.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
-from .tiles import uniform_slot
+from .tiles import NO_SLOT, uniform_slot
 
 RANK_STEP = tl.constexpr(16)
 
@@ -73,8 +76,8 @@ def _mixed_low_rank(h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, 
 @triton.jit
 def linear_kernel(
     x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, slot_of_row_ptr, bounds_ptr,
-    offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride, h_stride_split,
-    factor_stride_row, factor_stride_n,
+    offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride,
+    h_stride_split, factor_stride_row, factor_stride_n,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, H_SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
@@ -122,7 +125,7 @@ def linear_kernel(
                 acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
         else:
             slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-            first = tl.min(tl.where(slot_T < 0, 0x7FFFFFFF, slot_T))
+            first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
             last = tl.max(slot_T)
             for column in range(0, INNER * RANK_PAD, RANK_STEP):
                 if column > 0:

@@ -74,13 +74,24 @@ def dh_db_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows, width, h_stride,
-    part_stride,
-    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, RATED: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    part_ptr, dh_ptr, db_part_ptr, db_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr,
+    num_tiles, num_rows, width, num_db, h_stride, part_stride,
+    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, RATED: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_DB: tl.constexpr,
 ):  # fmt: skip
-    sum_parts_tile(
-        tl.program_id(0), part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr,
-        num_rows, width, h_stride, part_stride,
-        NUM_MEMBERS, RANK_PAD, RATED, ALIGN, BLOCK_N, BLOCK_T, BLOCK_P,
-    )  # fmt: skip
+    """dh from its parts; where dB was cut over rows (SPLITS > 1), dB from its own."""
+    pid = tl.program_id(0)
+    if pid < num_tiles:
+        sum_parts_tile(
+            pid, part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows,
+            width, h_stride, part_stride,
+            NUM_MEMBERS, RANK_PAD, RATED, ALIGN, BLOCK_N, BLOCK_T, BLOCK_P,
+        )  # fmt: skip
+    elif SPLITS > 1:
+        at_N = (pid - num_tiles) * BLOCK_DB + tl.arange(0, BLOCK_DB)
+        total_N = tl.zeros((BLOCK_DB,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
+            total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
+        tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)

@@ -10,11 +10,13 @@ Shape suffixes: T rows, D input features, O output features, R pool rank rows of
 J columns of the compact h (members * RANK_PAD), S slots.
 """
 
+# Triton's jit hides launch options and constexpr parameters from the type checker.
+# pyright: reportCallIssue=false
+
 import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -29,7 +31,15 @@ from .kernels import (
     shrink_kernel,
     sum_parts_kernel,
 )
-from .tuning import INTERPRETED, GemmBlocks, Tuning, gemm_blocks, num_sms
+from .tuning import (
+    INTERPRETED,
+    GemmBlocks,
+    Tuning,
+    cdiv,
+    gemm_blocks,
+    next_power_of_2,
+    num_sms,
+)
 
 
 class Adapters(NamedTuple):
@@ -67,17 +77,17 @@ class Layout(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def layout_of(adapters: Adapters, device: torch.device) -> Layout:
     offsets, edges = slot_offsets(adapters.slot_ranks), slot_offsets(adapters.out_features)
-    tensors = [
+    offset_S, rank_S, edge_M = (
         torch.tensor(values, dtype=torch.int32, device=device)
         for values in (offsets[:-1], adapters.slot_ranks, edges)
-    ]
-    rank_pad = max(16, triton.next_power_of_2(max(adapters.slot_ranks)))
+    )
+    rank_pad = max(16, next_power_of_2(max(adapters.slot_ranks)))
     members = len(adapters.out_features)
     align = next(p for p in (16, 8, 4, 2, 1) if all(edge % p == 0 for edge in edges))
     word = mix_word(adapters.module_key)
     word = word - (1 << 32) if word >= 1 << 31 else word
     return Layout(
-        *tensors, offsets[-1], rank_pad, members, members * rank_pad, align, word
+        offset_S, rank_S, edge_M, offsets[-1], rank_pad, members, members * rank_pad, align, word
     )  # fmt: skip
 
 
@@ -135,7 +145,7 @@ def linear(
     out_TN = torch.empty((num_rows, num_out), dtype=x_TK.dtype, device=x_TK.device)
     splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
     h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
-    tiles = triton.cdiv(num_rows, blocks.t) * triton.cdiv(num_out, blocks.n)
+    tiles = cdiv(num_rows, blocks.t) * cdiv(num_out, blocks.n)
     programs = min(num_sms(), tiles)
     members = layout.num_members
     linear_kernel[(programs,)](
@@ -145,8 +155,9 @@ def linear(
         ),
         TensorDescriptor.from_tensor(out_TN, [blocks.t, blocks.n // (2 if blocks.halves else 1)]),
         h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, rows.slot_of_row_T,
-        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges, num_rows, num_out, num_in, layout.total_rank,
-        layout.j_width, h_parts.stride(0), factor_RN.stride(0), factor_RN.stride(1),
+        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges, num_rows, num_out,
+        num_in, layout.total_rank, layout.j_width, h_parts.stride(0), factor_RN.stride(0),
+        factor_RN.stride(1),
         weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
         splits, bias_O is not None, blocks.t, blocks.n, blocks.k, 8, blocks.halves, programs,
         num_warps=blocks.warps, num_stages=blocks.stages,
@@ -167,12 +178,12 @@ def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning:
     splits = tuning.shrink_splits
     h = _new_h(x_TD, layout, splits)
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
-    shrink_kernel[(triton.cdiv(num_rows, tuning.shrink_t), splits)](
+    shrink_kernel[(cdiv(num_rows, tuning.shrink_t), splits)](
         x_TD, a_RD, h, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
-        rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width, layout.total_rank, x_TD.stride(0),
-        a_RD.stride(0), a_RD.stride(1), layout.j_width, h.stride(0),
+        rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width, layout.total_rank,
+        x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), layout.j_width, h.stride(0),
         layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.shrink_t,
-        tuning.shrink_k, triton.next_power_of_2(layout.j_width),
+        tuning.shrink_k, next_power_of_2(layout.j_width),
         num_warps=tuning.warps, num_stages=tuning.shrink_stages,
     )  # fmt: skip
     return h
@@ -189,14 +200,14 @@ def expand(
     inner = layout.num_members if is_dx else 1
     dropout = is_dx and rows.dropout is not None
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
-    blocks_n = triton.cdiv(max(widths), tuning.expand_n)
-    expand_kernel[(blocks_n, triton.cdiv(num_rows, tuning.expand_t), members)](
+    blocks_n = cdiv(max(widths), tuning.expand_n)
+    expand_kernel[(blocks_n, cdiv(num_rows, tuning.expand_t), members)](
         h_TJ, factor_NR, out_TN if bias_N is None else bias_N, out_TN, rows.slot_of_row_T,
         layout.offset_S, layout.rank_S, key_T, rate_S, layout.edges, layout.module_word, num_rows,
         num_out, layout.total_rank, layout.j_width, factor_NR.stride(1), factor_NR.stride(0),
         out_TN.stride(0),
         members, inner, layout.rank_pad, bias_N is not None, dropout, layout.align,
-        tuning.expand_t, tuning.expand_n, triton.next_power_of_2(inner * layout.rank_pad),
+        tuning.expand_t, tuning.expand_n, next_power_of_2(inner * layout.rank_pad),
         num_warps=tuning.warps,
     )  # fmt: skip
     return out_TN
@@ -209,7 +220,7 @@ def dh_db(
     """(dh_TJ, dB [O, R]) from one read of dy."""
     members, splits = layout.num_members, tuning.db_splits
     num_rows, num_out = dy_TO.shape
-    blocks = triton.cdiv(max(adapters.out_features), tuning.db_n)
+    blocks = cdiv(max(adapters.out_features), tuning.db_n)
     parts = torch.empty(
         (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
     )
@@ -220,17 +231,30 @@ def dh_db(
         b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0), partials.stride(0),
         partials.stride(1),
         members, layout.rank_pad, splits, layout.align, tuning.db_t, tuning.db_n,
-        num_warps=tuning.warps, num_stages=tuning.db_stages,
+        num_warps=tuning.db_warps, num_stages=tuning.db_stages,
     )  # fmt: skip
+    return _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
+
+
+def _sum_parts(
+    parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors,
+    adapters: Adapters, layout: Layout, tuning: Tuning,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dh_TJ, dB [O, R]) from the parts that `dh_db` left."""
+    num_rows, splits = h_TJ.shape[0], partials.shape[0]
     dh_TJ = torch.empty_like(h_TJ)
+    db_RO = partials[0] if splits == 1 else _partials(b_OR.t(), 1)[0]
     rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
-    sum_parts_kernel[(triton.cdiv(num_rows, tuning.sum_t),)](
-        parts, dh_TJ, rows.slot_of_row_T, rows.scale_S, rate_S, layout.edges, num_rows, num_out,
-        layout.j_width, parts.stride(0),
-        members, layout.rank_pad, rows.dropout is not None, layout.align, tuning.db_n,
-        tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), num_warps=2,
+    tiles = cdiv(num_rows, tuning.sum_t)
+    sums = cdiv(db_RO.numel(), 1024) if splits > 1 else 0
+    sum_parts_kernel[(tiles + sums,)](
+        parts, dh_TJ, partials, db_RO, rows.slot_of_row_T, rows.scale_S, rate_S, layout.edges,
+        tiles, num_rows, b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),
+        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, layout.align,
+        tuning.db_n, tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
+        num_warps=2,
     )  # fmt: skip
-    return dh_TJ, _total(partials, b_OR).t()
+    return dh_TJ, db_RO.t()
 
 
 def outer(
@@ -241,12 +265,12 @@ def outer(
     width, splits = x_TD.shape[1], tuning.da_splits
     partials = _partials(a_RD, splits)
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
-    outer_kernel[(triton.cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits)](
+    outer_kernel[(cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits)](
         dh_TJ, x_TD, partials, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
         layout.rank_S, key_T, rate_S, layout.module_word, width, layout.total_rank,
         layout.j_width, x_TD.stride(0), partials.stride(0), partials.stride(1),
         layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.da_t,
-        tuning.da_n, triton.next_power_of_2(layout.j_width),
+        tuning.da_n, next_power_of_2(layout.j_width),
         num_warps=tuning.warps, num_stages=tuning.da_stages,
     )  # fmt: skip
     return _total(partials, a_RD)

@@ -15,10 +15,16 @@ Members (linears that share x) either all lie inside a tile (INNER > 1) or are a
 with their feature range in `edges`.
 """
 
+# Triton's constexpr annotations are values, not types.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
 from ..dropout.bits import keep_bits, row_words
+
+# Above every slot; a loop from here takes no step, nor does the step that its prefetch looks ahead.
+NO_SLOT = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -123,7 +129,7 @@ def shrink_tile(
         )  # fmt: skip
     else:
         h_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
-        first = tl.min(tl.where(slot_T < 0, 0x7FFFFFFF, slot_T))
+        first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
         for slot in range(first, tl.max(slot_T) + 1):
             if tl.max((slot_T == slot).to(tl.int32)) > 0:
                 part_TJ = _shrink_slot(
@@ -159,7 +165,7 @@ def expand_tile(
     in_T, in_N = row_T < num_rows, n_N < n_stop
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
     last = tl.max(slot_T)
-    first = tl.min(tl.where(slot_T < 0, 0x7FFFFFFF, slot_T))
+    first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
     j_J = tl.arange(0, BLOCK_J)
     h_TJ = tl.load(
         h_ptr + row_T.to(tl.int64)[:, None] * h_stride + member * RANK_PAD + j_J[None, :],
@@ -305,14 +311,14 @@ def dh_db_tile(
         if dense:
             for t in range(start, stop, BLOCK_T):
                 row_T = t + tl.arange(0, BLOCK_T)
-                acc_NJ = _dh_db_step(row_T, row_T < stop, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N, in_N,
-                                     h_stride, dy_stride, acc_NJ)  # fmt: skip
+                acc_NJ = _dh_db_step(row_T, row_T < stop, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N,
+                                     in_N, h_stride, dy_stride, acc_NJ)  # fmt: skip
         else:
             for t in range(start, stop, BLOCK_T):
                 row_T = t + tl.arange(0, BLOCK_T)
                 own_T = tl.load(slot_of_row_ptr + row_T, mask=row_T < stop, other=-1) == slot
-                acc_NJ = _dh_db_step(row_T, own_T, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N, in_N,
-                                     h_stride, dy_stride, acc_NJ)  # fmt: skip
+                acc_NJ = _dh_db_step(row_T, own_T, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N,
+                                     in_N, h_stride, dy_stride, acc_NJ)  # fmt: skip
         out_NJ = (db_ptr + split.to(tl.int64) * db_stride_split
                   + row_J.to(tl.int64)[None, :] * db_stride_row + n_N[:, None])  # fmt: skip
         tl.store(out_NJ, acc_NJ.to(db_ptr.dtype.element_ty),

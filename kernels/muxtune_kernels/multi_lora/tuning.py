@@ -8,7 +8,15 @@ import os
 from typing import NamedTuple
 
 import torch
-import triton
+
+
+def cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,6 +34,7 @@ class Tuning(NamedTuple):
     db_n: int = 128
     db_splits: int = 1
     db_stages: int = 4
+    db_warps: int = 4
     sum_t: int = 4
     da_t: int = 64
     da_n: int = 128
@@ -62,8 +71,8 @@ def gemm_blocks(num_rows: int, widths: tuple[int, ...]) -> GemmBlocks | None:
     """The blocks that finish first; None where the members' edges fit no block."""
 
     def cost(blocks: GemmBlocks) -> float:
-        tiles = triton.cdiv(num_rows, blocks.t) * triton.cdiv(sum(widths), blocks.n)
-        return triton.cdiv(tiles, num_sms()) * blocks.t * blocks.n / blocks.efficiency
+        tiles = cdiv(num_rows, blocks.t) * cdiv(sum(widths), blocks.n)
+        return cdiv(tiles, num_sms()) * blocks.t * blocks.n / blocks.efficiency
 
     fitting = [b for b in _GEMM_BLOCKS if len(widths) == 1 or all(w % b.n == 0 for w in widths)]
     return min(fitting, key=cost) if fitting else None
@@ -78,18 +87,23 @@ def tuning_of(
     j_width = len(widths) * rank_pad
     shrink_t = 64 if j_width <= 64 else 16
     shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + j_width * 4) * 3)
-    db_n = 512 if max(widths) > 8192 else 256 if max(widths) > 4096 else 128
-    db_n = min(db_n, max(32, 8192 // rank_pad), triton.next_power_of_2(max(32, *widths)))
-    db_t = _fit(min(64, 16384 // db_n), lambda t: t * (db_n + rank_pad) * itemsize * 3)
-    da_n = 128 if j_width <= 64 else 32
-    da_t = _fit(64, lambda t: t * (da_n + j_width) * itemsize * 3)
-    programs = triton.cdiv(max(widths), db_n) * len(widths) * num_slots
+    db_n = 256 if max(widths) > 4096 else 128
+    db_n = min(db_n, max(32, 8192 // rank_pad), next_power_of_2(max(32, *widths)))
+    db_t = _fit(64, lambda t: t * (db_n + rank_pad) * itemsize * 3)
+    # Few slots: narrow column blocks fill the SMs without cutting the sum over rows.
+    da_n = 32 if deterministic or j_width > 64 else 128
+    while da_n > 32 and cdiv(width, da_n) * num_slots < 96:
+        da_n //= 2
+    da_t = _fit(8192 // da_n, lambda t: t * (da_n + j_width) * itemsize * 3)
+    db_programs = cdiv(max(widths), db_n) * len(widths) * num_slots
+    da_programs = cdiv(width, da_n) * num_slots
+    rows_of_slot = num_rows // num_slots
     return Tuning(
         shrink_t=shrink_t, shrink_k=shrink_k, db_t=db_t, db_n=db_n, da_t=da_t, da_n=da_n,
-        shrink_splits=_shrink_splits(triton.cdiv(num_rows, shrink_t), width // shrink_k),
-        db_splits=1 if deterministic else _row_splits(programs, num_rows // num_slots),
-        da_splits=1 if deterministic else _row_splits(
-            triton.cdiv(width, da_n) * num_slots, num_rows // num_slots),
+        shrink_splits=_shrink_splits(cdiv(num_rows, shrink_t), width // shrink_k),
+        db_splits=1 if deterministic else _row_splits(db_programs, 2 * num_sms(), rows_of_slot),
+        da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),
+        db_warps=8 if db_n > 128 else 4, db_stages=3 if db_n > 128 else 4,
     )  # fmt: skip
 
 
@@ -106,7 +120,7 @@ def _shrink_splits(tiles: int, steps: int) -> int:
     return splits
 
 
-def _row_splits(programs: int, rows_of_slot: int) -> int:
+def _row_splits(programs: int, wanted: int, rows_of_slot: int) -> int:
     """Parts that a slot's rows are cut into. One in deterministic mode: a slot's sum must not
     depend on how many slots there are."""
-    return max(1, min(8, 2 * num_sms() // programs, rows_of_slot // 256))
+    return max(1, min(8, wanted // programs, rows_of_slot // 256))

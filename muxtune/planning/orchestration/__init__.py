@@ -1,8 +1,8 @@
 """Operator-level co-scheduling: the problem of a round, orders for it, their player, their cost.
 
-``round_problem`` lays a plan and its subgraph times out; ``periodic_template`` finds an order
-for ``Plan.order``; ``play`` and ``play_contended`` play it; ``bubble_account`` and
-``round_bounds`` say where the time goes and how far from the bound it is.
+``ordered`` gives a plan its order. Below it: ``round_problem`` lays a plan and its subgraph times
+out; ``periodic_template`` finds an order; ``play`` and ``play_contended`` play it;
+``bubble_account`` and ``round_bounds`` say where the time goes and how far from the bound it is.
 """
 
 from muxtune.planning.orchestration.accounting import (
@@ -25,6 +25,7 @@ from muxtune.planning.orchestration.contention import (
     play_contended,
 )
 from muxtune.planning.orchestration.dispatch import DispatchOptions, dispatch
+from muxtune.planning.orchestration.orchestrate import InFlightLimits, ordered, pipeline_limits
 from muxtune.planning.orchestration.player import Timeline, checked_sequences, play
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem, round_problem
 from muxtune.planning.orchestration.spans import ScheduleSpan, schedule_spans
@@ -37,6 +38,7 @@ __all__ = [
     "BubbleAccount",
     "Contention",
     "DispatchOptions",
+    "InFlightLimits",
     "RoundBounds",
     "RoundGraph",
     "RoundProblem",
@@ -53,7 +55,9 @@ __all__ = [
     "dispatch",
     "lorapp",
     "one_f_one_b",
+    "ordered",
     "periodic_template",
+    "pipeline_limits",
     "play",
     "play_contended",
     "round_bounds",

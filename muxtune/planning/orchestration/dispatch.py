@@ -24,12 +24,14 @@ class DispatchOptions(NamedTuple):
     """``injection``: visits in the order in which they should enter. ``strict``: a visit waits
     for those before it; else a later one overtakes while an earlier one cannot enter.
     ``rule``: what a free stream prefers, backward work, the oldest micro-batch, or the longest
-    chain of work still before it. ``flush``: a round starts when the one before has ended."""
+    chain of work still before it. ``flush``: a round starts when the one before has ended.
+    ``capacity_share``: of each stage's memory to use; less keeps a stage from running ahead."""
 
     injection: tuple[int, ...]
     rule: str = BACKWARD_FIRST
     strict: bool = False
     flush: bool = False
+    capacity_share: float = 1.0
 
 
 def dispatch(graph: RoundGraph, options: DispatchOptions, rounds: int) -> Timeline:
@@ -44,6 +46,11 @@ class _Dispatcher:
     def __init__(self, graph: RoundGraph, options: DispatchOptions, rounds: int) -> None:
         if sorted(options.injection) != list(range(len(graph.visits))):
             raise ConfigError("injection", "is no permutation of the visits", "name each once")
+        in_turn = [sorted(visits, key=options.injection.index) for visits in graph.visits_of]
+        if in_turn != graph.visits_of:
+            raise ConfigError(
+                "injection", "overtakes within an hTask", "keep its micro-batches' order"
+            )
         self.graph, self.options, self.rounds = graph, options, rounds
         self.duration_ns = graph.node_durations_ns(rounds)
         num = len(self.duration_ns)
@@ -57,6 +64,7 @@ class _Dispatcher:
         self.busy = [False] * graph.num_streams
         self.last_visit = [-1] * graph.num_streams
         self.held = [0] * graph.num_stages
+        self.limit = [options.capacity_share * n for n in graph.problem.capacity_units]
         self.events: list[tuple[int, int]] = []
         self.takes, self.frees = _holds(graph)
         self.position = [0] * len(graph.visits)
@@ -187,8 +195,9 @@ class _Dispatcher:
         age = at * self.key_stride + self.position[self.graph.visit_of[op]]
         if self.options.strict and stage == 0 and age != self.injected:
             return False
-        capacity = self.graph.problem.capacity_units
-        return not capacity or self.held[stage] + self.takes[op] <= capacity[stage]
+        # A micro-batch may always enter an empty stage, whatever share of it is to be used.
+        fits = not self.held[stage] or self.held[stage] + self.takes[op] <= self.limit[stage]
+        return not self.graph.problem.capacity_units or fits
 
     def _start(self, node: int, stream: int, now: int) -> None:
         graph = self.graph

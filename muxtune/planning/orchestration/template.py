@@ -42,6 +42,7 @@ from muxtune.planning.orchestration.dispatch import (
     BACKWARD_FIRST,
     LONGEST_FIRST,
     OLDEST_FIRST,
+    RULES,
     DispatchOptions,
     dispatch,
 )
@@ -54,6 +55,8 @@ from muxtune.planning.orchestration.player import (
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem, rank_streams
 from muxtune.types import RankStream, SubgraphRef
 
+_ACCEPTED_LOSS = 0.01
+_CAPACITY_SHARES = (0.7, 0.8, 0.9, 1.0)
 _STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0, 9.0)
 
 
@@ -191,6 +194,7 @@ class _Search:
 
     def __init__(self, graph: RoundGraph, options: TemplateOptions, contention: Contention) -> None:
         self.graph, self.options, self.contention = graph, options, contention
+        self.strict_graph = RoundGraph(_strictly_positive(graph.problem))
         self.bounds = round_bounds(graph)
         # No order beats these, so the search stops there.
         self.target_ns = max(
@@ -218,26 +222,27 @@ class _Search:
 
     def _done(self) -> bool:
         met = self.best_ns <= self.target_ns * (1.0 + self.options.tolerance)
-        return met or self.num_evaluated >= self.max_evaluations
+        spent = self.num_evaluated >= self.max_evaluations and self.best is not None
+        return met or spent
 
     def _first_candidates(self) -> Iterator[DispatchOptions]:
         for injection in dict.fromkeys(_injections(self.graph)):
-            for rule in (BACKWARD_FIRST, OLDEST_FIRST, LONGEST_FIRST):
-                for strict in (False, True):
-                    yield DispatchOptions(injection, rule, strict)
+            for strict in (False, True):
+                yield DispatchOptions(injection, BACKWARD_FIRST, strict)
+            yield DispatchOptions(injection, LONGEST_FIRST)
+            yield DispatchOptions(injection, OLDEST_FIRST, capacity_share=_CAPACITY_SHARES[1])
         yield DispatchOptions(_injections(self.graph)[0], flush=True)
 
-    def _evaluate(self, options: DispatchOptions) -> bool:
-        """Whether the order of these options is the best so far."""
+    def _evaluate(self, options: DispatchOptions) -> float:
+        """The round time that these options lead to; kept if it is the best so far."""
         self.num_evaluated += 1
-        sequences = fold(self.graph, dispatch(self.graph, options, self.options.rounds))
+        sequences = fold(self.graph, dispatch(self.strict_graph, options, self.options.rounds))
         if sequences is None:
-            return False
+            return float("inf")
         period = self._period_ns(sequences)
-        if period >= self.best_ns:
-            return False
-        self.best_ns, self.best, self.best_options = period, sequences, options
-        return True
+        if period < self.best_ns:
+            self.best_ns, self.best, self.best_options = period, sequences, options
+        return period
 
     def _period_ns(self, sequences: Sequence[StreamSequence]) -> float:
         deepest = max((offset for row in sequences for _, offset in row), default=0)
@@ -250,19 +255,43 @@ class _Search:
             return float("inf")
 
     def _improve(self) -> None:
-        """Swaps and moves in the injection sequence, kept when they help."""
+        """A walk from the best options by random changes; one that makes the round a little longer
+        is taken too (threshold accepting, Dueck and Scheuer 1990), to leave local optima."""
         chooser = random.Random(self.options.seed)
-        while not self._done():
-            assert self.best_options is not None
-            changed = list(self.best_options.injection)
-            if len(changed) < 2:
-                return
-            first, second = chooser.sample(range(len(changed)), 2)
-            if chooser.random() < 0.5:
-                changed[first], changed[second] = changed[second], changed[first]
-            else:
-                changed.insert(second, changed.pop(first))
-            self._evaluate(self.best_options._replace(injection=tuple(changed)))
+        current, current_ns = self.best_options, self.best_ns
+        while not self._done() and current is not None:
+            changed = self._changed(current, chooser)
+            period = self._evaluate(changed)
+            if period <= current_ns * (1.0 + _ACCEPTED_LOSS):
+                current, current_ns = changed, period
+
+    def _changed(self, options: DispatchOptions, chooser: random.Random) -> DispatchOptions:
+        kind = chooser.random()
+        if kind < 0.15:
+            return options._replace(rule=chooser.choice(RULES))
+        if kind < 0.25:
+            return options._replace(strict=not options.strict)
+        if kind < 0.4 or len(options.injection) < 2:
+            return options._replace(capacity_share=chooser.choice(_CAPACITY_SHARES))
+        changed = list(options.injection)
+        first, second = chooser.sample(range(len(changed)), 2)
+        if kind < 0.7:
+            changed[first], changed[second] = changed[second], changed[first]
+        else:
+            changed.insert(second, changed.pop(first))
+        return options._replace(injection=_in_turn(self.graph, changed))
+
+
+def _strictly_positive(problem: RoundProblem) -> RoundProblem:
+    """Nothing without duration, so that what comes after also starts after: folding needs it."""
+    durations = tuple(tuple(max(1, ns) for ns in row) for row in problem.durations_ns)
+    return problem._replace(durations_ns=durations)
+
+
+def _in_turn(graph: RoundGraph, injection: Sequence[int]) -> tuple[int, ...]:
+    """The same hTasks in the same places, each hTask's micro-batches in their own order."""
+    rest = [iter(visits) for visits in graph.visits_of]
+    return tuple(next(rest[graph.visits[visit].htask]) for visit in injection)
 
 
 def _injections(graph: RoundGraph) -> list[tuple[int, ...]]:

@@ -1,0 +1,135 @@
+"""Measuring this machine: what a profile holds, and that the cost model can live on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from muxtune.cost import ProfiledCostModel, load_profile, nominal_load, ops
+from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ConfigError, OutputError, ProfileError
+from muxtune.profiling import profile_machine, profile_warnings_here, write_profile
+from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
+from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
+
+TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
+SMALL_GRID: dict[str, Any] = {"rows": (8, 32), "ranks": (2, 4), "lengths": (8, 16, 32)}
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def raw() -> dict[str, Any]:
+    return profile_machine(TINY, 0.5, show_progress=False, **SMALL_GRID)
+
+
+def test_profile_holds_every_operation_that_the_cost_model_asks_for(raw) -> None:
+    model = ProfiledCostModel(TINY, raw)
+    slots = (AdapterSlot("lora", 2, ALL), AdapterSlot("lora", 4, ALL, dropout=True))
+    load = nominal_load(ShapeKey(16, 2, slots))
+    times = model.pass_times_s([load], ReplicaShape())
+    assert 0 < times.low[0] <= times.value[0] <= times.high[0] < 10
+    assert set(model.breakdown_s(load)) == set(ops.CATEGORIES) - {"communication", "recompute"}
+    assert model.adapter_load_s(slots[0]).value > 0
+
+
+def test_profile_describes_device_software_and_model(raw) -> None:
+    assert raw["schema_version"] == 1
+    assert raw["device"]["threads"] == torch.get_num_threads()
+    assert raw["device"]["memory_bytes"] > 0
+    assert raw["software"]["torch"] == torch.__version__
+    assert ModelShape(**raw["model"]) == TINY
+    assert all(p["repeats"] >= 3 for op in raw["ops"].values() for p in op["points"])
+
+
+def test_profile_never_holds_a_block_or_a_step(raw) -> None:
+    known = {op.name for op in ops.block_ops(TINY, 8, 4) + ops.edge_ops(TINY, 8, 4)}
+    known |= {work.name for work in ops.attention_work(TINY, 4)}
+    known |= {op.name for op in ops.loss_ops(TINY, 8, 4)}
+    slot = AdapterSlot("lora", 2, ALL, dropout=True)
+    known |= {op.name for op in ops.adapter_ops(TINY, slot, 8, 4)}
+    assert set(raw["ops"]) <= known | {"adamw", "adapter_load"}
+
+
+def test_written_profile_loads_again_and_an_altered_one_does_not(raw, tmp_path: Path) -> None:
+    path = write_profile(raw, tmp_path / "new" / "cpu.json")
+    assert load_profile(path).content_hash == raw["content_hash"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["cpu.json"]
+    altered = json.loads(path.read_text())
+    altered["device"]["threads"] += 1
+    path.write_text(json.dumps(altered))
+    with pytest.raises(ProfileError, match="altered"):
+        load_profile(path)
+
+
+def test_unwritable_output_is_named_and_leaves_nothing(raw, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_profile(raw, blocked / "cpu.json")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_warning_for_the_machine_itself(raw, tmp_path: Path) -> None:
+    profile = load_profile(write_profile(raw, tmp_path / "cpu.json"))
+    assert profile_warnings_here(profile) == []
+    other = profile._replace(device={**profile.device, "processor": "another one"})
+    assert "processor was 'another one'" in profile_warnings_here(other)[0]
+
+
+@pytest.mark.parametrize("budget_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_odd_budget_is_refused(budget_s: float) -> None:
+    with pytest.raises(ConfigError, match=r"profile\.budget_s"):
+        profile_machine(TINY, budget_s, show_progress=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"profile\.device"):
+        profile_machine(TINY, 1.0, device="cuda", show_progress=False)
+
+
+def test_slow_sweeps_are_dropped_whole_and_at_least_half_stay() -> None:
+    rng = np.random.default_rng(0)
+    times = rng.uniform(1.0, 1.02, (8, 5)) * np.array([1e-3, 1e-4, 1e-5, 1.0, 5.0])
+    times[[2, 5]] *= 1.6
+    assert quiet_sweeps(times).tolist() == [i not in (2, 5) for i in range(8)]
+    times[:6] *= np.arange(2, 8)[:, None]
+    assert quiet_sweeps(times).sum() == 4
+
+
+def test_summary_is_ordered_and_counts() -> None:
+    summary = summarise([3.0, 1.0, 2.0])
+    assert summary["p05_s"] <= summary["median_s"] == 2.0 <= summary["p95_s"]
+    assert summary["repeats"] == 3
+
+
+def test_samples_run_forward_of_all_copies_before_their_backward_in_reverse() -> None:
+    bench, calls = Bench(torch.device("cpu"), torch.float32), []
+
+    def body(bench: Bench):
+        mine = len(calls)
+        bench.time("forward", lambda: calls.append(("f", mine)))
+        yield
+        bench.time("backward", lambda: calls.append(("b", mine)))
+
+    times = sample(bench, Case({}, body, 1.0), 3)
+    assert calls == [("f", 0), ("f", 1), ("f", 2), ("b", 2), ("b", 1), ("b", 0)]
+    assert set(times) == {"forward", "backward"}
+
+
+def test_pool_hands_out_other_memory_each_time() -> None:
+    bench = Bench(torch.device("cpu"), torch.float32)
+    first, second = bench.cold(64, 64), bench.cold(64, 64)
+    assert first.data_ptr() != second.data_ptr()
+    assert bench.fresh(8, 8).data_ptr() not in {first.data_ptr(), second.data_ptr()}
+    assert copies_of(bench, Case({}, _nothing, 1e12)) == 2
+
+
+def _nothing(bench: Bench):
+    bench.time("nothing", lambda: None)
+    yield
