@@ -47,34 +47,40 @@ PLANNER_COLUMNS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="results folder")
-    parser.add_argument("--steps", type=int, help="optimizer steps a task, in place of its own")
     parser.add_argument("--profile-budget-s", type=float, default=40.0)
     arguments = parser.parse_args()
     try:
-        run_demo(arguments.output, arguments.steps, arguments.profile_budget_s)
+        run_demo(arguments.output, arguments.profile_budget_s)
     except MuxTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run_demo(output: Path, steps: int | None, profile_budget_s: float) -> None:
+def run_demo(output: Path, profile_budget_s: float) -> None:
     console, started = make_console(), time.monotonic()
     root = RunFolder(output)
     console.rule("1/4  measuring this machine")
     write_demo_data(HERE / "data")
-    measured = in_folder(output / "profile", "profile", profile.run, [f"budget_s={profile_budget_s}"])
-    common = ["cost=profile", f"cost.path={measured['path']}", f"workload.tasks_file={HERE / 'tasks.yaml'}"]
+    measured = in_folder(
+        output / "profile", "profile", profile.run, [f"budget_s={profile_budget_s}"]
+    )
+    common = [
+        "cost=profile",
+        f"cost.path={measured['path']}",
+        f"workload.tasks_file={HERE / 'tasks.yaml'}",
+    ]
     store = build.backbone_store(typed("train", common))
 
     console.rule("2/4  fine-tuning five tasks on one backbone")
-    train_options = [*common, "planner.shapes=ladder"]
-    trained = in_folder(output / "train", "train", train.run, train_options, store)
+    trained = in_folder(output / "train", "train", train.run, common, store)
     console.rule("3/4  every planner for a few steps, simulated and measured")
     compared_options = [
-        *train_options,
+        *common,
         f"planners=[{','.join(PLANNERS)}]",
         f"steps={COMPARED_STEPS}",
     ]
@@ -84,10 +90,14 @@ def run_demo(output: Path, steps: int | None, profile_budget_s: float) -> None:
     tasks = pd.read_csv(output / "train" / train.TASKS_FILE)
     planners = json.loads((output / "compare" / "compare.json").read_text())
     report = write_demo_report(root, tasks, planners, trained, measured)
-    console.print(make_table("Tasks, trained together under 'muxtune'", TASK_COLUMNS, task_rows(tasks)))
+    console.print(
+        make_table("Tasks, trained together under 'muxtune'", TASK_COLUMNS, task_rows(tasks))
+    )
     console.print(make_table("Planners, same tasks", PLANNER_COLUMNS, planner_rows(planners)))
     console.print(f"report: {report}", soft_wrap=True)
-    console.print(f"trace for ui.perfetto.dev: {output / 'train' / train.TRACE_FILE}", soft_wrap=True)
+    console.print(
+        f"trace for ui.perfetto.dev: {output / 'train' / train.TRACE_FILE}", soft_wrap=True
+    )
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
     root.write_json("summary.json", {"train": trained, "compare": compared, "profile": measured})
 

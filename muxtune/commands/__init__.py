@@ -3,7 +3,10 @@ result, writes it into the run's folder, and returns one flat row."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+from pathlib import Path
 from typing import Any
 
 from muxtune.errors import ConfigError, MuxTuneError
@@ -24,13 +27,23 @@ def run_job(config: Any) -> MuxTuneError | None:
 
     hydra = HydraConfig.get()
     overrides = [str(item) for item in hydra.overrides.task]
+    path = Path(hydra.runtime.output_dir)
+    if hydra.mode != RunMode.MULTIRUN:
+        return _run_alone(path, config, overrides)
+    with contextlib.redirect_stdout(io.StringIO()):  # the sweep's own table will tell
+        error = _run_alone(path, config, overrides)
+    if error is not None and not (path / SUMMARY).exists():
+        failed = {"status": FAILED, "error": str(error), "overrides": as_choices(overrides)}
+        RunFolder(path).write_json(SUMMARY, failed)
+    print(f"run {hydra.job.num}: {FAILED if error else OK}", flush=True)
+    return error
+
+
+def _run_alone(path: Path, config: Any, overrides: list[str]) -> MuxTuneError | None:
     try:
-        with RunFolder(hydra.runtime.output_dir) as folder:
+        with RunFolder(path) as folder:
             return _run_in(folder, config, overrides)
     except MuxTuneError as error:
-        if hydra.mode == RunMode.MULTIRUN:
-            failed = {"status": FAILED, "error": str(error), "overrides": as_choices(overrides)}
-            RunFolder(hydra.runtime.output_dir).write_json(SUMMARY, failed)
         return error
 
 

@@ -53,12 +53,17 @@ class Comparison(NamedTuple):
         return self.step.predicted_s / self.step.measured_s - 1.0
 
 
-def run(config: CompareConfig, folder: RunFolder) -> dict[str, Any]:
-    """Writes compare.json and the plots; raises MuxTuneError when a task does not end well."""
+def run(
+    config: CompareConfig, folder: RunFolder, loaded: build.BackboneStore | None = None
+) -> dict[str, Any]:
+    """Writes compare.json and the plots; raises MuxTuneError when a task does not end well.
+
+    ``loaded``: backbones that a caller has in memory already.
+    """
     build.need_torch()
     costs = build.cost_book(config)
     tasks = _shortened(real_tasks(config, costs), config.steps)
-    store = build.backbone_store(config)
+    store = loaded or build.backbone_store(config)
     names = config.planners or [config.planner["name"]]
     rows = [_compare(config, name, costs, tasks, store, folder.path) for name in names]
     folder.write_json("compare.json", [_as_json(row) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from muxtune import build
@@ -45,10 +46,10 @@ def _rows(profile: dict[str, Any]) -> list[tuple[object, ...]]:
 
 
 def _row(name: str, axes: list[str], points: list[dict[str, Any]]) -> tuple[object, ...]:
-    """``spread``: the middle 90% of the repeats over the median, worst point."""
+    """``spread``: the middle 90% of the repeats over the median, at a typical point."""
     ordered = sorted(points, key=lambda point: [point[axis] for axis in axes])
     first, last = ordered[0], ordered[-1]
-    spread = max((point["p95_s"] - point["p05_s"]) / point["median_s"] for point in points)
+    spread = median((point["p95_s"] - point["p05_s"]) / point["median_s"] for point in points)
     return (
         name,
         len(points),

@@ -18,7 +18,8 @@ from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 
-TASKS_FILE, TRACE_FILE, JOURNAL_FILE = "tasks.csv", "trace.json", "journal.jsonl"
+TASKS_FILE, TRACE_FILE = "tasks.csv", "trace.json"
+JOURNAL_FILE, METRICS_FILE = "journal.jsonl", "metrics.jsonl"
 
 
 class TorchListener:
@@ -72,14 +73,21 @@ class Outcomes:
         pass
 
 
-def run(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
-    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json."""
+def run(
+    config: TrainConfig, folder: RunFolder, loaded: build.BackboneStore | None = None
+) -> dict[str, Any]:
+    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json.
+
+    ``loaded``: backbones that a caller has in memory already.
+    """
     build.need_torch()
     costs = build.cost_book(config)
     tasks = real_tasks(config, costs)
     planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
-    store = build.backbone_store(config)
+    store = loaded or build.backbone_store(config)
     outcomes, troubles = Outcomes(), Troubles()
+    if not config.backend.get("resume"):
+        (folder.path / METRICS_FILE).unlink(missing_ok=True)  # it is appended to
     with ExitStack() as stack:
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))

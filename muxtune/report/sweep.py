@@ -43,7 +43,7 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("mean_completion_time_s", "mean completion time (h)", 1 / 3_600),
     Metric("effective_tokens_per_s", "throughput (effective tokens/s)"),
-    Metric("gpu_hours", "GPU hours"),
+    Metric("gpu_hours", "GPU hours held"),
     Metric("makespan_s", "makespan (h)", 1 / 3_600),
     Metric("measured_step_time_s", "measured step time (s)"),
     Metric("tasks_step_time_s", "predicted step time of all tasks (s)"),

@@ -5,10 +5,12 @@ Shape suffixes: T rows of a micro-batch, D model features, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import logging
+import io
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -148,6 +150,9 @@ def local_folder(path: str | Path) -> BackboneSource:
         raise ConfigError(
             "model", f"'{folder}' holds no config.json", "Name a folder with a saved model"
         )
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+        problem = f"'{folder}' is quantised, which is not supported"
+        raise ConfigError("model", problem, "Name a folder with the full weights")
     return lambda: _from_pretrained(folder)
 
 
@@ -184,34 +189,34 @@ def _from_pretrained(folder: Path, **options: Any) -> Loaded:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        with _no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        problem = f"'{folder}' cannot be loaded ({' '.join(str(error).split())})"
+        raise ConfigError("model", problem, "Name a saved causal language model") from error
     if options:
         # A dequantised model is an ordinary one, but transformers refuses to save it until told.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
-    elif getattr(model.config, "quantization_config", None) is not None:
-        raise ConfigError(
-            "model", f"'{folder}' is quantised, which is not supported", "Use its full weights"
-        )
     return Loaded(model, HuggingFaceTokenizer(tokenizer, model.config))
 
 
-class _quiet_transformers:
-    """Progress bars of transformers would break ours."""
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Those of transformers would break ours; that of GGUF files can only be redirected."""
+    from transformers.utils import logging as hf_logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._was_on = hf_logging.is_progress_bar_enabled()
-        self._bars = logging.getLogger("transformers").level
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        if self._was_on:
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if was_on:
             hf_logging.enable_progress_bar()
 
 

@@ -98,12 +98,17 @@ class TorchExecutor:
         self._jobs.append((task.task_id, lambda: self._prepare_task(task)))
 
     def apply(self, plan: Plan) -> None:
-        """Takes over when the running round ends. Raises ConfigError for an unknown instance."""
+        """Takes over when the running round ends. Raises ConfigError for an instance that does
+        not run or a task that is not ready."""
         instance = self._instances.get(plan.instance_id)
         if instance is None:
             raise ConfigError(
                 "plan.instance_id", f"'{plan.instance_id}' is not running", "Start it first"
             )
+        unknown = sorted(task_id for task_id in plan.task_ids if task_id not in self.tasks)
+        if unknown:
+            problem = f"task '{unknown[0]}' is not prepared"
+            raise ConfigError("plan.htasks", problem, "Wait for its TASK_READY first")
         instance.next_plan = plan
 
     def cancel(self, task_id: str) -> None:

@@ -212,8 +212,11 @@ class RunningInstance:
                 task.cursor = cursor
         if round_.num_micro_batches:
             self._count(round_)
-        for task_id in self.plan.task_ids:
-            self._report_end(self.host.tasks[task_id])
+        tasks = [self.host.tasks[task_id] for task_id in self.plan.task_ids]
+        for task in tasks:
+            self._report_end(task)
+        reported = self._reported
+        self._is_idle |= all(t.phase is Phase.GONE or t.spec.task_id in reported for t in tasks)
         interval_ns = self.host.options.progress_interval_s * 1e9
         if self._is_idle or self.host.now_ns - self._progress.since_ns >= interval_ns:
             self._tell_progress()

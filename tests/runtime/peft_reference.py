@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from muxtune_kernels import dropout_keep_mask, row_keys
 from torch.nn import functional
 
 from muxtune.types import TaskSpec
 from muxtune.workload.encoding import EncodedSequence
+from muxtune_kernels import dropout_keep_mask, row_keys
 
 
 class Batch:
@@ -96,9 +96,7 @@ class PeftRun:
             weight_decay=settings.weight_decay,
         )
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        self.scheduler = get_scheduler(
-            name, self.optimizer, settings.warmup_steps, task.num_steps
-        )
+        self.scheduler = get_scheduler(name, self.optimizer, settings.warmup_steps, task.num_steps)
 
     def train_step(self, sequences: Sequence[EncodedSequence]) -> tuple[float, float]:
         """(loss, gradient norm) of one optimizer step over ``accumulation`` padded batches."""

@@ -216,10 +216,9 @@ class Bench:
         for task in tasks:
             self.executor.prepare(task)
         already = len(self.of(EventKind.TASK_READY)) + len(self.of(EventKind.TASK_FAILED))
-        while (
-            len(self.of(EventKind.TASK_READY)) + len(self.of(EventKind.TASK_FAILED))
-            < already + len(tasks)
-        ):
+        while len(self.of(EventKind.TASK_READY)) + len(
+            self.of(EventKind.TASK_FAILED)
+        ) < already + len(tasks):
             self.step()
 
     def step(self) -> list[Event]:
@@ -264,6 +263,7 @@ class Bench:
 
     def run(self, plan: Plan, *tasks: TaskSpec) -> None:
         self.prepare(*tasks)
+        assert all(task.task_id in self.executor.tasks for task in tasks), self.events
         self.executor.apply(plan)
         self.until_ended(*tasks)
 

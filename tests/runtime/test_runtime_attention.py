@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from torch.nn import functional
 
 from muxtune.runtime.attention import PackedRows, pack_rows, packed_attention
 from muxtune.runtime.backbone import BackboneStore
@@ -36,6 +37,13 @@ def reference(inputs: tuple[torch.Tensor, ...], sequences: list[tuple[int, int]]
     return (weights.nan_to_num(0.0) @ value).transpose(1, 2)
 
 
+def attend(
+    inputs: tuple[torch.Tensor, ...], packed: PackedRows | None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    query, key, value = inputs
+    return packed_attention(MODULE, query, key, value, mask, FEATURES**-0.5, packed=packed)[0]
+
+
 LAYOUTS = {
     "one length in order": [(0, 5), (5, 5), (10, 5)],
     "mixed lengths with filler": [(0, 7), (7, 3), (12, 7), (20, 1)],
@@ -49,7 +57,7 @@ def test_equals_one_masked_softmax_with_gradients(sequences: list[tuple[int, int
     rows = 24 if sequences[-1][1] != 5 else 15
     inputs = draw(rows)
     packed = pack_rows(sequences, rows)
-    out, _ = packed_attention(MODULE, *inputs, None, FEATURES**-0.5, packed=packed)
+    out = attend(inputs, packed)
     expected = reference(inputs, sequences)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -61,7 +69,7 @@ def test_equals_one_masked_softmax_with_gradients(sequences: list[tuple[int, int
 
 def test_filler_rows_are_zero_and_pass_no_gradient() -> None:
     inputs = draw(16)
-    out, _ = packed_attention(MODULE, *inputs, None, packed=pack_rows([(0, 4), (9, 3)], 16))
+    out = attend(inputs, pack_rows([(0, 4), (9, 3)], 16))
     filler = [*range(4, 9), *range(12, 16)]
     assert torch.equal(out[0, filler], torch.zeros_like(out[0, filler]))
     for grad in torch.autograd.grad(out.sum(), inputs):
@@ -71,13 +79,13 @@ def test_filler_rows_are_zero_and_pass_no_gradient() -> None:
 
 def test_a_sequence_has_the_same_bits_wherever_it_lies() -> None:
     query, key, value = draw(9)
-    alone, _ = packed_attention(MODULE, query, key, value, None, packed=pack_rows([(0, 9)], 9))
+    alone = attend((query, key, value), pack_rows([(0, 9)], 9))
     others = draw(40, seed=5)
     with torch.no_grad():
         for tensor, mine in zip(others, (query, key, value), strict=True):
             tensor[:, :, 17:26] = mine
     packed = pack_rows([(0, 9), (9, 3), (17, 9), (30, 10)], 40)
-    together, _ = packed_attention(MODULE, *others, None, packed=packed)
+    together = attend(others, packed)
     assert torch.equal(together[:, 17:26], alone)
 
 
@@ -85,14 +93,14 @@ def test_a_sequence_has_the_same_bits_wherever_it_lies() -> None:
 def test_refuses_what_would_leak(mask: torch.Tensor | None) -> None:
     packed = None if mask is None else pack_rows([(0, 4)], 4)
     with pytest.raises(ValueError, match="packed"):
-        packed_attention(MODULE, *draw(4), mask, packed=packed)
+        attend(draw(4), packed, mask)
 
 
 def hidden(store: BackboneStore, ids: torch.Tensor, packed: PackedRows) -> torch.Tensor:
     backbone = store.get("tiny")
     positions = torch.zeros(len(ids), dtype=torch.int64)
     bounds = packed.cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         positions[start:stop] = torch.arange(stop - start)
     with torch.no_grad():
         return backbone.hidden_TD(ids, positions, packed)
@@ -133,4 +141,4 @@ def test_groups_of_equal_length_are_views_when_side_by_side() -> None:
     packed = pack_rows([(0, 5), (5, 5), (10, 3)], 13)
     assert [group.num_sequences for group in packed.groups] == [2, 1]
     assert packed.restore is None and packed.filler_T is None
-    assert functional.pad(packed.cu_seqlens, (0, 0)).tolist() == [0, 5, 10, 13]
+    assert packed.cu_seqlens.tolist() == [0, 5, 10, 13]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from muxtune_kernels import RowDropout, dropout_keep_mask, row_keys, slot_rows
 
 from muxtune.errors import ConfigError
 from muxtune.runtime.adapters import adapter_method
@@ -15,6 +14,7 @@ from muxtune.runtime.bank import AdapterBank, SlotPool
 from muxtune.runtime.linear import BaseLinear, LinearSite, module_key
 from muxtune.runtime.passes import AdapterPass
 from muxtune.types import AdapterSpec
+from muxtune_kernels import RowDropout, dropout_keep_mask, row_keys, slot_rows
 from tests.runtime.runtime_helpers import make_htask, make_task
 
 ROWS = 64

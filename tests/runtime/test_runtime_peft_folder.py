@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from muxtune_kernels import slot_rows
 
 from muxtune.errors import DataError, OutputError
 from muxtune.runtime.attention import pack_rows
@@ -21,6 +20,7 @@ from muxtune.runtime.passes import AdapterPass
 from muxtune.runtime.peft_io import read_adapter, write_adapter
 from muxtune.types import EventKind, ResultData, TaskSpec
 from muxtune.workload.encoding import EncodedSequence
+from muxtune_kernels import slot_rows
 from tests.runtime.peft_reference import plain_copy
 from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, make_task
 
@@ -60,7 +60,7 @@ def our_logits(bench: Bench, task: TaskSpec, ids: torch.Tensor) -> torch.Tensor:
     place = bench.state(task).place
     assert place is not None
     pool, slot = place
-    backbone = bench.executor.backbones.get("tiny")
+    backbone = bench.executor.backbones.get(task.model)
     rows = slot_rows([(slot, 0, len(ids))], len(ids), len(pool.slots))
     backbone.state.current = AdapterPass(pool, rows, None, True)
     try:

@@ -286,7 +286,9 @@ def test_contention_from_three_measured_times():
 def test_the_player_is_fast():
     problem = equal_problem(4, [1] * 8)
     order = one_f_one_b(problem)
-    begin = time.perf_counter()
-    played = play(order, problem, rounds=400)
-    per_s = played.start_ns.size / (time.perf_counter() - begin)
-    assert per_s > 1e5
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()  # others may use the machine
+        played = play(order, problem, rounds=400)
+        seconds.append(time.process_time() - begin)
+    assert played.start_ns.size / min(seconds) > 1e5

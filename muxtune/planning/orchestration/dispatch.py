@@ -16,16 +16,18 @@ from muxtune.errors import ConfigError
 from muxtune.planning.orchestration.player import Timeline
 from muxtune.planning.orchestration.problem import RoundGraph
 
-BACKWARD_FIRST, OLDEST_FIRST, LONGEST_FIRST = "backward_first", "oldest_first", "longest_first"
-RULES = (BACKWARD_FIRST, OLDEST_FIRST, LONGEST_FIRST)
+BACKWARD_FIRST, OLDEST_FIRST = "backward_first", "oldest_first"
+LONGEST_FIRST, TIGHTEST_FIRST = "longest_first", "tightest_first"
+RULES = (BACKWARD_FIRST, OLDEST_FIRST, LONGEST_FIRST, TIGHTEST_FIRST)
 
 
 class DispatchOptions(NamedTuple):
     """``injection``: visits in the order in which they should enter. ``strict``: a visit waits
     for those before it; else a later one overtakes while an earlier one cannot enter.
-    ``rule``: what a free stream prefers, backward work, the oldest micro-batch, or the longest
-    chain of work still before it. ``flush``: a round starts when the one before has ended.
-    ``capacity_share``: of each stage's memory to use; less keeps a stage from running ahead."""
+    ``rule``: what a free stream prefers, backward work, the oldest micro-batch, the longest chain
+    of work still before it, or the hTask whose own micro-batches in a row take longest.
+    ``flush``: a round starts when the one before has ended. ``capacity_share``: of each stage's
+    memory to use; less keeps a stage from running ahead."""
 
     injection: tuple[int, ...]
     rule: str = BACKWARD_FIRST
@@ -57,6 +59,7 @@ class _Dispatcher:
         self.waiting = graph.num_before * rounds
         self.extra: dict[int, list[int]] = {}
         self.keys = _keys(graph, options)
+        self.last_kind = max(kind for kind, _ in self.keys)
         self.key_stride = len(graph.visits)
         self.start_ns, self.end_ns = [0] * num, [0] * num
         self.work: list[list[tuple]] = [[] for _ in range(graph.num_streams)]
@@ -138,7 +141,7 @@ class _Dispatcher:
         kind, weight = self.keys[op]
         entering = op in self.takes
         if entering and self.options.strict:
-            weight = 0.0  # age alone says whose turn it is
+            kind, weight = self.last_kind, 0.0  # age alone says whose turn it is
         heap = self.entries if entering else self.work
         heappush(heap[stream], (kind, age + weight, op, node))
         return stream
@@ -233,6 +236,9 @@ def _keys(graph: RoundGraph, options: DispatchOptions) -> list[tuple[int, float]
         return [(0 if item.backward else 1, 0.0) for item in graph.subgraphs]
     if options.rule == LONGEST_FIRST:
         return [(0, weight) for weight in _chain_weights(graph)]
+    if options.rule == TIGHTEST_FIRST:
+        places = _tightness(graph)
+        return [(places[graph.visits[visit].htask], 0.0) for visit in graph.visit_of]
     raise ConfigError("rule", f"unknown '{options.rule}'", f"choose of {', '.join(RULES)}")
 
 
@@ -241,6 +247,19 @@ def _chain_weights(graph: RoundGraph) -> list[float]:
     tails = tails_ns(graph)
     mean = sum(graph.duration_ns) / max(1, len(graph.visits) * graph.num_stages)
     return [-tail / max(mean, 1.0) for tail in tails]
+
+
+def _tightness(graph: RoundGraph) -> list[int]:
+    """Place of each hTask by the length of its round's chain, the longest first."""
+    tails = tails_ns(graph)
+    chains = [
+        len(visits) * max((tails[op] for op in graph.ops(visits[0], range(1))), default=0)
+        if visits
+        else 0
+        for visits in graph.visits_of
+    ]
+    by_length = sorted(range(len(chains)), key=lambda htask: -chains[htask])
+    return [by_length.index(htask) for htask in range(len(chains))]
 
 
 def tails_ns(graph: RoundGraph) -> list[int]:

@@ -43,6 +43,7 @@ from muxtune.planning.orchestration.dispatch import (
     LONGEST_FIRST,
     OLDEST_FIRST,
     RULES,
+    TIGHTEST_FIRST,
     DispatchOptions,
     dispatch,
 )
@@ -56,7 +57,7 @@ from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem, ran
 from muxtune.types import RankStream, SubgraphRef
 
 _ACCEPTED_LOSS = 0.01
-_CAPACITY_SHARES = (0.7, 0.8, 0.9, 1.0)
+_CAPACITY_SHARES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 _STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0, 9.0)
 
 
@@ -230,7 +231,8 @@ class _Search:
             for strict in (False, True):
                 yield DispatchOptions(injection, BACKWARD_FIRST, strict)
             yield DispatchOptions(injection, LONGEST_FIRST)
-            yield DispatchOptions(injection, OLDEST_FIRST, capacity_share=_CAPACITY_SHARES[1])
+            yield DispatchOptions(injection, TIGHTEST_FIRST)
+            yield DispatchOptions(injection, OLDEST_FIRST, capacity_share=_CAPACITY_SHARES[4])
         yield DispatchOptions(_injections(self.graph)[0], flush=True)
 
     def _evaluate(self, options: DispatchOptions) -> float:

