@@ -47,7 +47,9 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(INSTALLED)  ## benchmarks that run on a CPU; JSON into outputs/bench
-	$(BIN)/python -m experiments.bench_cpu.run --output outputs/bench
+	@mkdir -p outputs/bench
+	$(BIN)/python experiments/planning_speed/measure.py --output outputs/bench/planning_speed.json
+	$(BIN)/python experiments/sim_speed/measure.py --output outputs/bench/sim_speed.json
 
 clean:  ## remove what was built or generated, .venv too
 	rm -rf $(VENV) build dist outputs multirun $(DEMO_DIR) *.egg-info .pytest_cache \

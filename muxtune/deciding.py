@@ -231,9 +231,18 @@ class Decider:
         if len(record.tasks) == len(record.shed):
             self._plan_nothing(record)
         self._placed.pop(name, None)
-        self._raised.extend(reversed(refused))
-        for event in reversed(refused):
+        events = [self._beside_what_stays(record, event) for event in reversed(refused)]
+        self._raised.extend(events)
+        for event in events:
             self._ask_policy(event)
+
+    def _beside_what_stays(self, record: InstanceRecord, event: Event) -> Event:
+        """Tasks that were placed together are refused one after another: what each finds no room
+        beside is what stays in the end, not those that were taken back after it."""
+        if not event.task_id or not record.tasks or not isinstance(event.data, Refusal):
+            return event
+        stays = (*sorted(record.tasks), event.task_id)
+        return event._replace(data=event.data._replace(task_ids=stays))
 
     def _keep(self, record: InstanceRecord, plan: Plan) -> None:
         name = record.spec.instance_id

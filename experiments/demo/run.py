@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from experiments.demo.texts import write_demo_data
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments.demo.texts import write_demo_data
 from muxtune import build
 from muxtune.commands import compare, profile, train
 from muxtune.config import conf_dir, register_schemas
@@ -87,7 +87,7 @@ def run_demo(output: Path, profile_budget_s: float) -> None:
     compared = in_folder(output / "compare", "compare", compare.run, compared_options, store)
 
     console.rule("4/4  report")
-    tasks = pd.read_csv(output / "train" / train.TASKS_FILE)
+    tasks = read_tasks(output / "train" / train.TASKS_FILE)
     planners = json.loads((output / "compare" / "compare.json").read_text())
     report = write_demo_report(root, tasks, planners, trained, measured)
     console.print(
@@ -127,18 +127,23 @@ def in_folder(
     return summary
 
 
-def task_rows(tasks: pd.DataFrame) -> list[tuple[object, ...]]:
+def read_tasks(path: Path) -> list[dict[str, Any]]:
+    rows = pd.read_csv(path).sort_values("task_id").to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in rows]
+
+
+def task_rows(tasks: list[dict[str, Any]]) -> list[tuple[object, ...]]:
     return [
         (
-            row.task_id,
-            int(row.steps),
-            int(row.effective_tokens),
-            float(row.perplexity_before),
-            float(row.perplexity_after),
-            f"{row.perplexity_after / row.perplexity_before - 1:+.0%}",
-            row.output_path,
+            task["task_id"],
+            int(task["steps"]),
+            int(task["effective_tokens"]),
+            task["perplexity_before"],
+            task["perplexity_after"],
+            f"{task['perplexity_after'] / task['perplexity_before'] - 1:+.0%}",
+            task["output_path"],
         )
-        for row in tasks.sort_values("task_id").itertuples()
+        for task in tasks
     ]
 
 
@@ -160,7 +165,7 @@ def planner_rows(planners: list[dict[str, Any]]) -> list[tuple[object, ...]]:
 
 def write_demo_report(
     root: RunFolder,
-    tasks: pd.DataFrame,
+    tasks: list[dict[str, Any]],
     planners: list[dict[str, Any]],
     trained: dict[str, Any],
     measured: dict[str, Any],
@@ -168,7 +173,7 @@ def write_demo_report(
     output = root.path
     perplexity = perplexity_before_after(
         output / "perplexity.png",
-        [(t.task_id, t.perplexity_before, t.perplexity_after) for t in tasks.itertuples()],
+        [(t["task_id"], t["perplexity_before"], t["perplexity_after"]) for t in tasks],
     )
     losses = loss_curves(output / "loss.png", read_losses(output / "train" / "metrics.jsonl"))
     compared = output / "compare"

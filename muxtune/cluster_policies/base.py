@@ -136,7 +136,8 @@ class FifoPolicy:
             refused.beside[event.instance_id] = frozenset(refusal.task_ids) - {event.task_id}
 
     def _note_changes(self, event: Event, fleet: FleetView) -> None:
-        """A refusal holds as long as the instance hosts the tasks that it was refused beside.
+        """A refusal holds until one of the tasks that it was refused beside leaves; more tasks
+        beside it make no room.
 
         Within a batch refusals come last, when tasks may be placed on trial; only once the batch
         is over is a task that waits no longer really gone.
@@ -151,7 +152,7 @@ class FifoPolicy:
         if fleet.changed:
             for refused in self._refused.values():
                 for instance_id in fleet.changed.intersection(refused.beside):
-                    if hosted(instance_id, fleet) != refused.beside[instance_id]:
+                    if not refused.beside[instance_id] <= hosted(instance_id, fleet):
                         del refused.beside[instance_id]
 
     def _rejection(

@@ -33,6 +33,7 @@ from muxtune.types import (
 )
 
 MEMO_ARRANGEMENTS = 200_000
+MEMO_TASKS = 20_000
 
 
 class TaskClass(NamedTuple):
@@ -85,6 +86,16 @@ class GroupCost(NamedTuple):
     load: PassLoad
 
 
+class KnownTask(NamedTuple):
+    """What a task's key was made of; views are rebuilt, but these parts stay the same objects."""
+
+    slot: AdapterSlot
+    lengths: LengthSummary
+    sequences_per_step: int
+    max_slowdown: float | None
+    key: str
+
+
 class CostedArrangement(NamedTuple):
     arrangement: Arrangement
     group_costs: tuple[GroupCost, ...]
@@ -118,6 +129,7 @@ class PlannerBase:
         self._memo: dict[tuple[Site, tuple[str, ...]], Answer | Refusal] = {}
         self._solo: dict[tuple[Site, TaskClass], float] = {}
         self._keys: dict[TaskClass, str] = {}
+        self._known: dict[str, KnownTask] = {}
         self._classes: dict[str, TaskClass] = {}
         self._lengths: dict[str, LengthSummary] = {}
 
@@ -181,6 +193,24 @@ class PlannerBase:
 
     def _key_of(self, task: TaskView) -> str:
         """A string that orders and names the task's class; strings remember their hash."""
+        known = self._known.get(task.task_id)
+        if (
+            known is not None
+            and known.lengths is task.lengths
+            and known.slot is task.slot
+            and known.sequences_per_step == task.sequences_per_step
+            and known.max_slowdown == task.max_slowdown
+        ):
+            return known.key
+        if len(self._known) >= MEMO_TASKS:
+            self._known.clear()
+        key = self._new_key(task)
+        self._known[task.task_id] = KnownTask(
+            task.slot, task.lengths, task.sequences_per_step, task.max_slowdown, key
+        )
+        return key
+
+    def _new_key(self, task: TaskView) -> str:
         found = class_of(task)
         key = self._keys.get(found)
         if key is None:
@@ -315,39 +345,35 @@ def group_cost(
     loads: Sequence[ExpectedLoad],
     cost: CostModel,
     site: Site,
-    mean_chunks: float | None = None,
+    shape_shares: Sequence[float] = (1.0,),
 ) -> GroupCost:
     """The average micro-batch of a group whose tasks all keep contributing.
 
-    ``mean_chunks``: rows of chunks that an average micro-batch fills; decides the shape it takes
-    of a ladder. Default: the sum over members.
+    ``shape_shares``: share of micro-batches that take each of the group's shapes.
     """
-    passes = tuple(load.micro_batches_per_step for load in loads)
-    if mean_chunks is None:
-        mean_chunks = sum(x.chunks_per_step / n for x, n in zip(loads, passes, strict=True))
-    shape = typical_shape(group.shapes, mean_chunks)
-    pairs = sum(x.attention_pairs_per_step / n for x, n in zip(loads, passes, strict=True))
-    rows = sum(x.loss_rows_per_step / n for x, n in zip(loads, passes, strict=True))
-    c = cost.pass_coefficients(shape, site.replica)
-    time_s = c.base_s + pairs * c.per_pair_s + rows * c.per_loss_row_s
-    time_s += sum(s / n for s, n in zip(c.optimizer_s, passes, strict=True))
+    passes = tuple([load.micro_batches_per_step for load in loads])
+    pairs = sum([x.attention_pairs_per_step / n for x, n in zip(loads, passes, strict=True)])
+    rows = sum([x.loss_rows_per_step / n for x, n in zip(loads, passes, strict=True)])
+    tokens = sum([x.effective_tokens_per_step / n for x, n in zip(loads, passes, strict=True)])
+    time_s = error_s = padded = 0.0
+    extrapolated = False
+    for shape, share in zip(group.shapes, shape_shares, strict=True):
+        c = cost.pass_coefficients(shape, site.replica)
+        seconds = c.base_s + pairs * c.per_pair_s + rows * c.per_loss_row_s
+        seconds += sum([s / n for s, n in zip(c.optimizer_s, passes, strict=True)])
+        time_s += share * seconds
+        error_s += share * seconds * c.relative_error
+        padded += share * shape.padded_tokens
+        extrapolated |= c.extrapolated
     return GroupCost(
         time_s * site.time_percent / 100,
-        c.relative_error,
-        c.extrapolated,
-        sum(x.effective_tokens_per_step / n for x, n in zip(loads, passes, strict=True)),
-        float(shape.padded_tokens),
+        error_s / time_s,
+        extrapolated,
+        tokens,
+        padded,
         passes,
-        PassLoad(shape, pairs, rows),
+        PassLoad(group.shapes[-1], pairs, rows),
     )
-
-
-def typical_shape(shapes: Sequence[ShapeKey], mean_chunks: float) -> ShapeKey:
-    """The first shape of the ladder that holds an average micro-batch."""
-    for shape in shapes:
-        if shape.num_chunks >= mean_chunks - 1e-9:
-            return shape
-    return shapes[-1]
 
 
 def _bind_group(group: GroupShape, ids: tuple[str, ...]) -> HTask:

@@ -11,7 +11,6 @@ only "dynamic programming over latency and memory models" is known; this recurre
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -27,16 +26,20 @@ from muxtune.planners.base import (
     TaskClass,
     group_cost,
 )
-from muxtune.planners.tables import PASSES_PER_STEP, Curve, PassTables, Split, split_tasks
+from muxtune.planners.curves import LEVELS, ClassTable, Curve
+from muxtune.planners.grouping import Part, Rules, split_tasks
+from muxtune.planners.ladder import Fill, normal_gap
+from muxtune.planners.rounds import round_of
+from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
 from muxtune.protocols import CostBook
 from muxtune.registry import PLANNERS
 from muxtune.types import AdapterSlot, PackRule, Refusal, ReplicaShape, ShapeKey
 
 FUSION = ("planned", "all_spatial", "all_temporal")
-LADDER_SHAPES = 64
-MAX_ROUND_TURNS = 12
-NEAR_BEST = 1.03  # chunk lengths within this factor of the best are costed exactly
+FREE_SHAPES = 16  # of a ladder where preparing a shape costs nothing
+COSTLY_SHAPES = 4  # where it is a graph capture
+SPARE_MEMORY = 0.97  # what is searched for again, where interpolated bytes were too few
 
 
 class Group(NamedTuple):
@@ -87,49 +90,55 @@ class MuxTunePlanner(PlannerBase):
         self.chunk_tokens, self.tile_tokens = chunk_tokens, tile_tokens
         self.fusion, self.max_shapes = fusion, max_shapes
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
-        self._tables: dict[tuple[str, str, ReplicaShape, int], PassTables] = {}
+        self._class_tables: dict[tuple[TaskClass, tuple[int, ...]], ClassTable] = {}
+        self._tables: dict[tuple[str, str, ReplicaShape, tuple[int, ...]], PassTables] = {}
         self._num_shapes: dict[tuple[str, str, ReplicaShape], int] = {}
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         resident = self.resident_bytes(site, classes)
-        limit = site.memory_limit_bytes * 100 // site.memory_percent
-        splits = {
-            chunk: self._split(site, classes, chunk, limit - resident)
-            for chunk in self._chunk_lengths(classes)
-        }
-        found = {chunk: split for chunk, split in splits.items() if split is not None}
-        least_s = min((split.time_s for split in found.values()), default=0.0)
-        best: tuple[float, int, list[Group]] | int | None = None
-        best_s = math.inf
-        for chunk, split in found.items():
-            if split.time_s <= NEAR_BEST * least_s:
-                groups = [self._group(site, classes, chunk, *part) for part in split.groups]
-                time_s = sum(group.time_s for group in groups)
-                fits = all(resident + group.need_bytes <= limit for group in groups)
-                if fits and time_s < best_s:
-                    best, best_s = (time_s, chunk, groups), time_s
-        if best is None:
-            best = self._smallest(site, classes, limit - resident)
-        if isinstance(best, int):
-            needed = (resident + best) * site.memory_percent // 100
+        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        chunks = self.chunk_lengths(classes)
+        groups = self._search(site, classes, chunks, limit)
+        if groups is None:
+            groups = self._smallest(site, classes, chunks)
+        needed = max(group.need_bytes for group in groups)
+        if needed > limit:
+            needed = (resident + needed) * site.memory_percent // 100
             return self.refuse_memory(site, classes, needed)
-        return self._costed(site, best[1], best[2], resident)
+        return self._costed(site, groups, resident)
 
     # -- candidates
 
-    def _split(
-        self, site: Site, classes: tuple[TaskClass, ...], chunk: int, pass_limit_bytes: int
-    ) -> Split | None:
-        curves = [self.curve(task, chunk) for task in classes]
+    def _search(
+        self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...], limit: float
+    ) -> list[Group] | None:
+        """The dynamic program's groups; again with less memory where exact bytes exceed it."""
+        tables = [self._class_table(task, chunks) for task in classes]
         slots = [task.slot for task in classes]
-        static = self.num_shapes(site, slots[0]) == 1
-        tables = self._pass_tables(site, chunk)
-        return split_tasks(curves, slots, tables, pass_limit_bytes, self.fusion, static)
+        num_shapes = self.num_shapes(site, slots[0])
+        gap = None if num_shapes == 1 else normal_gap(num_shapes)
+        for allowed in (limit, limit * SPARE_MEMORY, limit * SPARE_MEMORY**2):
+            rules = Rules(allowed, gap, self.fusion, site.replica.pp)
+            parts = split_tasks(tables, slots, self._pass_tables(site, chunks), rules)
+            if parts is None:
+                return None
+            groups = [self._group(site, classes, chunks, part) for part in parts]
+            if all(group.need_bytes <= limit for group in groups):
+                return groups
+        return None
 
-    def _pass_tables(self, site: Site, chunk: int) -> PassTables:
-        key = (site.model, site.device, site.replica, chunk)
+    def _class_table(self, task: TaskClass, chunks: tuple[int, ...]) -> ClassTable:
+        key = (task, chunks)
+        found = self._class_tables.get(key)
+        if found is None:
+            curves = tuple(self.curve(task, chunk) for chunk in chunks)
+            found = self._class_tables[key] = ClassTable.of(curves)
+        return found
+
+    def _pass_tables(self, site: Site, chunks: tuple[int, ...]) -> PassTables:
+        key = (site.model, site.device, site.replica, chunks)
         if key not in self._tables:
-            self._tables[key] = PassTables(self.cost(site), site.replica, chunk)
+            self._tables[key] = PassTables(self.cost(site), site.replica, chunks)
         return self._tables[key]
 
     def num_shapes(self, site: Site, slot: AdapterSlot) -> int:
@@ -140,15 +149,16 @@ class MuxTunePlanner(PlannerBase):
         if key not in self._num_shapes:
             probe = ShapeKey(self.tile_tokens, 1, (slot,))
             costly = self.cost(site).capture_s(probe, site.replica).value > 0
-            self._num_shapes[key] = 1 if costly else LADDER_SHAPES
+            self._num_shapes[key] = COSTLY_SHAPES if costly else FREE_SHAPES
         return self._num_shapes[key]
 
-    def _chunk_lengths(self, classes: Sequence[TaskClass]) -> list[int]:
+    def chunk_lengths(self, classes: Sequence[TaskClass]) -> tuple[int, ...]:
+        """Candidates: the row tile, doubled until the longest sequence fits in one chunk."""
         if self.chunk_tokens:
-            return [self.chunk_tokens]
+            return (self.chunk_tokens,)
         longest = max(self.longest_tokens(task) for task in classes)
-        doublings = math.ceil(math.log2(max(1.0, longest / self.tile_tokens)))
-        return [self.tile_tokens << i for i in range(doublings + 1)]
+        doublings = max(0, (-(-longest // self.tile_tokens) - 1).bit_length())
+        return tuple(self.tile_tokens << i for i in range(doublings + 1))
 
     def curve(self, task: TaskClass, chunk: int) -> Curve:
         """A class's load by quota, from the smallest that holds its longest sequence to the one
@@ -170,76 +180,46 @@ class MuxTunePlanner(PlannerBase):
     # -- exact cost of what was chosen
 
     def _group(
-        self,
-        site: Site,
-        classes: Sequence[TaskClass],
-        chunk: int,
-        members: tuple[int, ...],
-        level: int,
+        self, site: Site, classes: Sequence[TaskClass], chunks: tuple[int, ...], part: Part
     ) -> Group:
-        points = [self.curve(classes[member], chunk).at_level(level) for member in members]
-        quota = tuple(point[0] for point in points)
-        slots = tuple(classes[member].slot for member in members)
-        sizes = _ladder(sum(quota), self.num_shapes(site, slots[0]))
+        chunk = chunks[part.chunk]
+        points = [self.curve(classes[i], chunk).at_level(part.level) for i in part.members]
+        quota, loads = zip(*points, strict=True)
+        slots = tuple([classes[i].slot for i in part.members])
+        fill = Fill.of([load.chunk_shares for load in loads], sum(quota))
+        sizes = fill.ladder(self.num_shapes(site, slots[0]))
         shapes = tuple(ShapeKey(chunk, size, slots) for size in sizes)
-        shape = GroupShape(members, quota, shapes, PackRule.CHUNK)
+        shape = GroupShape(part.members, quota, shapes, PackRule.CHUNK)
         model = self.cost(site)
-        cost = group_cost(shape, [point[1] for point in points], model, site)
+        cost = group_cost(shape, loads, model, site, fill.shares_of(sizes))
         need = model.pass_bytes(shapes[-1], site.replica)
         return Group(shape, cost, max(cost.passes_per_step), need)
 
     def _smallest(
-        self, site: Site, classes: tuple[TaskClass, ...], pass_limit_bytes: int
-    ) -> tuple[float, int, list[Group]] | int:
-        """Every task by itself in its smallest micro-batches: fits if anything fits. Else the
-        bytes that the neediest task's pass takes."""
-        needs = []
-        for chunk in self._chunk_lengths(classes):
-            level = len(PASSES_PER_STEP) - 1
-            groups = [
-                self._group(site, classes, chunk, (member,), level)
-                for member in range(len(classes))
-            ]
-            needs.append(max(group.need_bytes for group in groups))
-            if needs[-1] <= pass_limit_bytes:
-                return sum(group.time_s for group in groups), chunk, groups
-        return min(needs)
+        self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...]
+    ) -> list[Group]:
+        """Every task by itself in its smallest micro-batches: fits if anything fits."""
+        level, answers = len(LEVELS) - 1, []
+        for chunk in range(len(chunks)):
+            parts = [Part((member,), chunk, level) for member in range(len(classes))]
+            answers.append([self._group(site, classes, chunks, part) for part in parts])
+        return min(answers, key=lambda groups: max(group.need_bytes for group in groups))
 
-    def _costed(
-        self, site: Site, chunk: int, groups: list[Group], resident: int
-    ) -> CostedArrangement:
-        counts = turn_counts([group.passes for group in groups])
-        round_s = sum(n * group.cost.pass_time_s for n, group in zip(counts, groups, strict=True))
+    def _costed(self, site: Site, groups: list[Group], resident: int) -> CostedArrangement:
+        turns = round_of(
+            [group.passes for group in groups],
+            [group.cost.pass_time_s for group in groups],
+            site.replica.pp,
+        )
         peak = resident + max(group.need_bytes for group in groups)
         sizes = " + ".join(str(len(group.shape.members)) for group in groups)
-        reason = f"{len(groups)} hTask(s) of {sizes} task(s), chunks of {chunk} tokens"
+        lengths = sorted({group.shape.shapes[0].chunk_tokens for group in groups})
+        chunks = " and ".join(map(str, lengths))
+        reason = f"{len(groups)} hTask(s) of {sizes} task(s), chunks of {chunks} tokens"
         return CostedArrangement(
-            Arrangement(tuple(group.shape for group in groups), counts, reason),
+            Arrangement(tuple(group.shape for group in groups), turns.counts, reason),
             tuple(group.cost for group in groups),
-            tuple(float(n) for n in counts),
-            round_s,
+            turns.passes,
+            turns.round_time_s,
             peak * site.memory_percent // 100,
         )
-
-
-def _ladder(total_chunks: int, num_shapes: int) -> list[int]:
-    """At most ``num_shapes`` sizes up to ``total_chunks``, evenly spaced."""
-    num_shapes = min(num_shapes, total_chunks)
-    return sorted({math.ceil(total_chunks * i / num_shapes) for i in range(1, num_shapes + 1)})
-
-
-def turn_counts(passes: Sequence[float]) -> tuple[int, ...]:
-    """Small whole numbers of micro-batches a round in the proportions of ``passes``."""
-    if len(passes) == 1:
-        return (1,)
-
-    def error(scale: float) -> tuple[float, float]:
-        counts = [max(1, round(n * scale)) for n in passes]
-        rates = [count / n for count, n in zip(counts, passes, strict=True)]
-        return (round(max(rates) / min(rates), 3), scale)
-
-    least = 1.0 / min(passes)
-    scales = [least * factor for factor in itertools.chain((1.0,), (1.5, 2.0, 3.0))]
-    fitting = [s for s in scales if sum(n * s for n in passes) <= MAX_ROUND_TURNS] or [least]
-    scale = min(fitting, key=error)
-    return tuple(max(1, round(n * scale)) for n in passes)

@@ -84,7 +84,7 @@ class PaddedPlanner(PlannerBase):
             Arrangement((group,), (None,), reason),
             (cost,),
             (passes,),
-            cost.pass_time_s * passes,
+            cost.pass_time_s * (passes + site.replica.pp - 1),  # the pipeline empties every step
             peak_bytes,
         )
 

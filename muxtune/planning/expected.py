@@ -7,16 +7,17 @@ step takes depends on packing, so representative batches are packed by the packe
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
-from muxtune.planning.packing import PackLoad, min_quota, pack_loads
+from muxtune.planning.packing import ChunkedBatch, PackLoad, min_quota, pack_loads
 from muxtune.types import LengthSummary, PackRule, Sample
 
-_MIN_BATCHES = 8
-_MIN_SEQUENCES = 64
+_MIN_BATCHES = 48
+_MIN_SEQUENCES = 192
 _MAX_SEQUENCES = 512
 _LEAST_TAIL_SHARE = 0.05
 _MASK_64 = (1 << 64) - 1
@@ -28,7 +29,8 @@ class ExpectedLoad(NamedTuple):
     ``padded_tokens_per_step``: token rows that the quota reserves, ``micro_batches * quota *
     chunk_tokens``. ``attention_pairs_per_step``: n(n+1)/2 a sequence when packed; all reserved
     rows in full when padded. ``min_quota``: chunks that the longest sequence needs.
-    ``longest_row_tokens``: of a micro-batch.
+    ``longest_row_tokens``: of a micro-batch when padded, else 0. ``chunk_shares[n]``: of the
+    task's micro-batches, the share that fills n chunks.
     """
 
     micro_batches_per_step: float
@@ -39,6 +41,7 @@ class ExpectedLoad(NamedTuple):
     loss_rows_per_step: float
     min_quota: int
     longest_row_tokens: float
+    chunk_shares: tuple[float, ...]
 
 
 @lru_cache(maxsize=32_768)
@@ -52,15 +55,19 @@ def expected_load(
     """Deterministic. Raises ConfigError when ``quota`` chunks do not hold the longest sequence;
     ``packing.min_quota`` tells beforehand."""
     needed = _check(summary, sequences_per_step, chunk_tokens, quota, rule)
-    packed = [
-        pack_loads(batch, None, chunk_tokens, quota, rule)
-        for batch in representative_batches(summary, sequences_per_step)
-    ]
-    micro_batches = sum(map(len, packed)) / len(packed)
-    loads = [load for step in packed for load in step]
+    longest = 0.0
+    if rule is PackRule.PAD:
+        batches = representative_batches(summary, sequences_per_step)
+        packed = [pack_loads(batch, None, chunk_tokens, quota, rule) for batch in batches]
+        longest = _mean_longest([load for step in packed for load in step])
+        filled = [[load.num_chunks for load in step] for step in packed]
+    else:
+        cut = _chunked_batches(summary, sequences_per_step, chunk_tokens)
+        filled = [batch.num_chunks(quota) for batch in cut]
+    micro_batches = sum(map(len, filled)) / len(filled)
     return ExpectedLoad(
         micro_batches_per_step=micro_batches,
-        chunks_per_step=sum(load.num_chunks for load in loads) / len(packed),
+        chunks_per_step=sum(map(sum, filled)) / len(filled),
         effective_tokens_per_step=sequences_per_step * summary.mean_tokens,
         padded_tokens_per_step=micro_batches * quota * chunk_tokens,
         attention_pairs_per_step=_pairs(
@@ -68,8 +75,17 @@ def expected_load(
         ),
         loss_rows_per_step=sequences_per_step * summary.mean_target_tokens,
         min_quota=needed,
-        longest_row_tokens=_mean_longest(loads),
+        longest_row_tokens=longest,
+        chunk_shares=_chunk_shares(filled),
     )
+
+
+@lru_cache(maxsize=4_096)
+def _chunked_batches(
+    summary: LengthSummary, sequences_per_step: int, chunk_tokens: int
+) -> tuple[ChunkedBatch, ...]:
+    batches = representative_batches(summary, sequences_per_step)
+    return tuple(ChunkedBatch(batch, chunk_tokens) for batch in batches)
 
 
 @lru_cache(maxsize=4_096)
@@ -128,6 +144,11 @@ def _pairs(
 
 def _mean_longest(loads: list[PackLoad]) -> float:
     return sum(load.longest_tokens for load in loads) / len(loads)
+
+
+def _chunk_shares(filled: list[list[int]]) -> tuple[float, ...]:
+    counts = Counter(num_chunks for step in filled for num_chunks in step)
+    return tuple(counts[n] / counts.total() for n in range(max(counts) + 1))
 
 
 def _tail_bend(summary: LengthSummary) -> float:

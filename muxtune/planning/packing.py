@@ -100,6 +100,18 @@ def pack_loads(
     return [_load(samples, units) for units in _assign(samples, left, chunk_tokens, quota, rule)]
 
 
+class ChunkedBatch:
+    """One whole optimizer batch cut into chunks, to ask what different quotas make of it."""
+
+    def __init__(self, samples: Sequence[Sample], chunk_tokens: int) -> None:
+        self._units = _make_units(samples, range(len(samples)), chunk_tokens)
+
+    def num_chunks(self, quota: int) -> list[int]:
+        """Chunks that each micro-batch fills; the quota must hold the longest sequence."""
+        filled = _fill_micro_batches(self._units, quota)
+        return [sum([unit.num_chunks for unit in units]) for units in filled]
+
+
 # ------------------------------------------------------------------------------ assignment
 
 

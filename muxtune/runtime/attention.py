@@ -10,8 +10,10 @@ N sequences, L tokens of one sequence.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,11 +116,19 @@ def packed_attention(
     return attend(query_THE, key_TKE, value_TKE, scaling, packed).unsqueeze(0), None
 
 
+@functools.cache
+def _has_argument(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
 def _attend_varlen(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, scaling: float | None, packed: PackedRows
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    shares_keys = query_THE.shape[1] != key_TKE.shape[1]
+    # Before torch 2.12 there is no such argument: the kernel takes fewer key heads as they are.
+    options = {"enable_gqa": shares_keys} if _has_argument(varlen_attn, "enable_gqa") else {}
     out_THE = varlen_attn(
         query_THE.contiguous(),
         key_TKE.contiguous(),
@@ -129,7 +139,7 @@ def _attend_varlen(
         packed.max_seqlen,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query_THE.shape[1] != key_TKE.shape[1],
+        **options,
     )
     assert isinstance(out_THE, Tensor)
     if packed.filler_T is None:

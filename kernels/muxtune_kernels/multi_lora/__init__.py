@@ -1,6 +1,22 @@
 """One frozen linear with many tasks' low-rank adapters."""
 
+from .explicit import (
+    LoraLinear,
+    StepRows,
+    lora_linear_factor_grad,
+    lora_linear_forward,
+    lora_linear_input_grad,
+)
 from .op import multi_lora_linear, multi_lora_linear_group
 from .reference import multi_lora_linear_reference
 
-__all__ = ["multi_lora_linear", "multi_lora_linear_group", "multi_lora_linear_reference"]
+__all__ = [
+    "LoraLinear",
+    "StepRows",
+    "lora_linear_factor_grad",
+    "lora_linear_forward",
+    "lora_linear_input_grad",
+    "multi_lora_linear",
+    "multi_lora_linear_group",
+    "multi_lora_linear_reference",
+]

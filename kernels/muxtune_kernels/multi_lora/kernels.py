@@ -42,33 +42,33 @@ def expand_kernel(
 @triton.jit
 def outer_kernel(
     h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr,
-    rate_ptr, module_word, width, total_rank, h_stride, v_stride, out_stride_split,
+    rate_ptr, keep_ptr, module_word, width, total_rank, h_stride, v_stride, out_stride_split,
     out_stride_row,
     INNER: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     outer_tile(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), h_ptr, v_ptr, out_ptr,
-        slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr, rate_ptr, module_word,
-        width, total_rank, h_stride, v_stride, out_stride_split, out_stride_row,
-        INNER, RANK_PAD, SPLITS, DROPOUT, BLOCK_T, BLOCK_N, BLOCK_J,
+        slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr, rate_ptr, keep_ptr,
+        module_word, width, total_rank, h_stride, v_stride, out_stride_split, out_stride_row,
+        INNER, RANK_PAD, SPLITS, DROPOUT, ACCUMULATE, BLOCK_T, BLOCK_N, BLOCK_J,
     )  # fmt: skip
 
 
 @triton.jit
 def dh_db_kernel(
     dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-    edges_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride, part_stride,
-    db_stride_split, db_stride_row,
+    edges_ptr, keep_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride,
+    part_stride, db_stride_split, db_stride_row,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dh_db_tile(
         tl.program_id(0), tl.program_id(1) % NUM_MEMBERS, tl.program_id(1) // NUM_MEMBERS,
         tl.program_id(2), dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr,
-        offset_ptr, rank_ptr, edges_ptr, width, total_rank, dy_stride, b_stride_rank,
+        offset_ptr, rank_ptr, edges_ptr, keep_ptr, width, total_rank, dy_stride, b_stride_rank,
         b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
-        NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, BLOCK_T, BLOCK_N,
+        NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, ACCUMULATE, BLOCK_T, BLOCK_N,
     )  # fmt: skip
 
 

@@ -60,6 +60,15 @@ class RowTensors(NamedTuple):
     dropout: RowDropout | None
 
 
+class GradTargets(NamedTuple):
+    """Where the factors' gradients go: [M * R, D] and [R, O], contiguous. Slots whose `keep_S`
+    (int32) is not zero add to what is there, the others overwrite it."""
+
+    da_RD: Tensor
+    db_RO: Tensor
+    keep_S: Tensor
+
+
 class Layout(NamedTuple):
     """What follows from `Adapters`; the tensors are made on the first call, before a capture."""
 
@@ -72,6 +81,7 @@ class Layout(NamedTuple):
     j_width: int
     align: int
     module_word: int
+    slot_of_rank_R: Tensor
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,7 +97,9 @@ def layout_of(adapters: Adapters, device: torch.device) -> Layout:
     word = mix_word(adapters.module_key)
     word = word - (1 << 32) if word >= 1 << 31 else word
     return Layout(
-        offset_S, rank_S, edge_M, offsets[-1], rank_pad, members, members * rank_pad, align, word
+        offset_S, rank_S, edge_M, offsets[-1], rank_pad, members, members * rank_pad, align, word,
+        torch.repeat_interleave(torch.arange(len(offsets) - 1), torch.tensor(adapters.slot_ranks))
+        .to(device),
     )  # fmt: skip
 
 
@@ -124,6 +136,24 @@ def lora_backward(
         dx_TD.addmm_(dy_TO, weight_OD)
     da_RD = outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning) if needs_factors else None
     return dx_TD, da_RD, db_OR if needs_factors else None
+
+
+def lora_input_grad(
+    dy_TO: Tensor, x_shape: tuple[int, int], h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor,
+    b_OR: Tensor, rows: RowTensors, adapters: Adapters, tuning: Tuning, targets: GradTargets,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(dx_TD, dh_TJ); dB goes to its target. dA is what `outer` makes of dh_TJ, later or beside."""
+    layout = layout_of(adapters, dy_TO.device)
+    dh_TJ, _ = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning, targets)
+    if not needs_dx:
+        return None, dh_TJ
+    fused = tuning.fused and rows.dropout is None and fits_fused(dy_TO, weight_OD)
+    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
+    if blocks is not None:
+        return linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)[0], dh_TJ
+    dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_shape[1],), layout, tuning, True)
+    return dx_TD.addmm_(dy_TO, weight_OD), dh_TJ
 
 
 def fits_fused(x_TK: Tensor, weight_OD: Tensor) -> bool:
@@ -215,7 +245,7 @@ def expand(
 
 def dh_db(
     dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
-    layout: Layout, tuning: Tuning,
+    layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dh_TJ, dB [O, R]) from one read of dy."""
     members, splits = layout.num_members, tuning.db_splits
@@ -224,16 +254,22 @@ def dh_db(
     parts = torch.empty(
         (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
     )
-    partials = _partials(b_OR.t(), splits)
+    direct = targets if splits == 1 else None
+    partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
     dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
         dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
-        layout.offset_S, layout.rank_S, layout.edges, num_out, layout.total_rank, dy_TO.stride(0),
-        b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0), partials.stride(0),
-        partials.stride(1),
-        members, layout.rank_pad, splits, layout.align, tuning.db_t, tuning.db_n,
+        layout.offset_S, layout.rank_S, layout.edges,
+        layout.rank_S if direct is None else direct.keep_S, num_out, layout.total_rank,
+        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0),
+        partials.stride(0), partials.stride(1),
+        members, layout.rank_pad, splits, layout.align, direct is not None, tuning.db_t,
+        tuning.db_n,
         num_warps=tuning.db_warps, num_stages=tuning.db_stages,
     )  # fmt: skip
-    return _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
+    dh_TJ, db_OR = _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
+    if targets is not None and direct is None:
+        _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
+    return dh_TJ, db_OR
 
 
 def _sum_parts(
@@ -259,21 +295,35 @@ def _sum_parts(
 
 def outer(
     dh_TJ: Tensor, x_TD: Tensor, a_RD: Tensor, rows: RowTensors, adapters: Adapters,
-    layout: Layout, tuning: Tuning,
+    layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
 ) -> Tensor:  # fmt: skip
     """dA [M * R, D]."""
     width, splits = x_TD.shape[1], tuning.da_splits
-    partials = _partials(a_RD, splits)
+    direct = targets if splits == 1 else None
+    partials = _partials(a_RD, splits) if direct is None else direct.da_RD[None]
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
     outer_kernel[(cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits)](
         dh_TJ, x_TD, partials, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
-        layout.rank_S, key_T, rate_S, layout.module_word, width, layout.total_rank,
-        layout.j_width, x_TD.stride(0), partials.stride(0), partials.stride(1),
-        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.da_t,
-        tuning.da_n, next_power_of_2(layout.j_width),
+        layout.rank_S, key_T, rate_S, layout.rank_S if direct is None else direct.keep_S,
+        layout.module_word, width, layout.total_rank, layout.j_width, x_TD.stride(0),
+        partials.stride(0), partials.stride(1),
+        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, direct is not None,
+        tuning.da_t, tuning.da_n, next_power_of_2(layout.j_width),
         num_warps=tuning.warps, num_stages=tuning.da_stages,
     )  # fmt: skip
-    return _total(partials, a_RD)
+    total_RD = _total(partials, a_RD)
+    if targets is not None and direct is None:
+        _add_into(targets.da_RD, total_RD, targets.keep_S, layout)
+    return total_RD
+
+
+def _add_into(target_RN: Tensor, value_RN: Tensor, keep_S: Tensor, layout: Layout) -> None:
+    """target = value, plus target where the row's slot keeps what it has. For few slots, whose
+    sums are cut into parts: small tensors."""
+    keep_RN = keep_S[layout.slot_of_rank_R].bool()[:, None]
+    repeats = target_RN.shape[0] // keep_RN.shape[0]
+    kept_RN = torch.where(keep_RN.repeat(repeats, 1), target_RN, 0.0)
+    torch.add(kept_RN, value_RN, out=target_RN)
 
 
 def _partials(factor_RN: Tensor, splits: int) -> Tensor:

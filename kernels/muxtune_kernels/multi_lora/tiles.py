@@ -232,12 +232,13 @@ def _outer_step(
 @triton.jit
 def outer_tile(
     block, slot, split, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-    row_key_ptr, rate_ptr, module_word, width, total_rank, h_stride, v_stride, out_stride_split,
-    out_stride_row,
+    row_key_ptr, rate_ptr, keep_ptr, module_word, width, total_rank, h_stride, v_stride,
+    out_stride_split, out_stride_row,
     INNER: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """DROPOUT masks v. An empty slot writes zeros; rows of other slots are never loaded."""
+    """DROPOUT masks v. An empty slot writes zeros; rows of other slots are never loaded.
+    ACCUMULATE: slots whose `keep` is not zero add to what is there."""
     rank = tl.load(rank_ptr + slot)
     if rank > 0:
         start, stop, dense = _slot_rows(bounds_ptr, slot, split, SPLITS, BLOCK_T)
@@ -266,8 +267,11 @@ def outer_tile(
         )
         out_NJ = (out_ptr + split.to(tl.int64) * out_stride_split
                   + row_J.to(tl.int64)[None, :] * out_stride_row + n_N[:, None])  # fmt: skip
-        tl.store(out_NJ, acc_NJ.to(out_ptr.dtype.element_ty),
-                 mask=in_N[:, None] & real_J[None, :])  # fmt: skip
+        real_NJ = in_N[:, None] & real_J[None, :]
+        if ACCUMULATE:
+            if tl.load(keep_ptr + slot) != 0:
+                acc_NJ += tl.load(out_NJ, mask=real_NJ, other=0.0).to(tl.float32)
+        tl.store(out_NJ, acc_NJ.to(out_ptr.dtype.element_ty), mask=real_NJ)
 
 
 @triton.jit
@@ -287,10 +291,10 @@ def _dh_db_step(
 @triton.jit
 def dh_db_tile(
     block, member, slot, split, dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr,
-    bounds_ptr, offset_ptr, rank_ptr, edges_ptr, width, total_rank, dy_stride, b_stride_rank,
-    b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
+    bounds_ptr, offset_ptr, rank_ptr, edges_ptr, keep_ptr, width, total_rank, dy_stride,
+    b_stride_rank, b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One slot's rows and one block of outputs: dB of the block, and the block's part of dh."""
     n_start, n_stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
@@ -321,8 +325,11 @@ def dh_db_tile(
                                      in_N, h_stride, dy_stride, acc_NJ)  # fmt: skip
         out_NJ = (db_ptr + split.to(tl.int64) * db_stride_split
                   + row_J.to(tl.int64)[None, :] * db_stride_row + n_N[:, None])  # fmt: skip
-        tl.store(out_NJ, acc_NJ.to(db_ptr.dtype.element_ty),
-                 mask=in_N[:, None] & real_J[None, :])  # fmt: skip
+        real_NJ = in_N[:, None] & real_J[None, :]
+        if ACCUMULATE:
+            if tl.load(keep_ptr + slot) != 0:
+                acc_NJ += tl.load(out_NJ, mask=real_NJ, other=0.0).to(tl.float32)
+        tl.store(out_NJ, acc_NJ.to(db_ptr.dtype.element_ty), mask=real_NJ)
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""Rounds: how often each hTask gets a turn, and how long a round takes.
+
+On one stage a round is the sum of its passes. In a pipeline of S stages that stays fed it is the
+sum of what its micro-batches occupy the busiest stage (DESIGN section 4), but never shorter than
+the latency of an hTask's own step: its n micro-batches follow each other through S stages, and
+only after its optimizer may its next step enter: (n + S - 1) passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MAX_TURNS = 24
+_GOOD_ENOUGH = 1.001  # of the time that fractional turns would give
+
+
+class Turns(NamedTuple):
+    """``counts``: micro-batches of each hTask a round; None: as many as a step takes.
+    ``passes``: the same as a number."""
+
+    counts: tuple[int | None, ...]
+    passes: tuple[float, ...]
+    round_time_s: float
+
+
+def round_of(
+    passes_per_step: Sequence[float], pass_times_s: Sequence[float], num_stages: int
+) -> Turns:
+    """The round of least time until every task has taken a step.
+
+    ``passes_per_step``: of each hTask's slowest task. ``pass_times_s``: of the busiest stage.
+    """
+    if num_stages > 1:
+        return _pipelined(passes_per_step, pass_times_s, num_stages)
+    counts = turn_counts(passes_per_step, pass_times_s)
+    return Turns(counts, tuple(map(float, counts)), _sum(counts, pass_times_s))
+
+
+def _pipelined(
+    passes_per_step: Sequence[float], pass_times_s: Sequence[float], num_stages: int
+) -> Turns:
+    """A round is one step of every task."""
+    passes = tuple(passes_per_step)
+    latency = max(
+        (n + num_stages - 1) * time_s for n, time_s in zip(passes, pass_times_s, strict=True)
+    )
+    whole = all(n == 1 for n in passes)
+    counts = tuple(1 if whole else None for _ in passes)
+    return Turns(counts, passes, max(_sum(passes, pass_times_s), latency))
+
+
+def turn_counts(passes_per_step: Sequence[float], pass_times_s: Sequence[float]) -> tuple[int, ...]:
+    """Small whole numbers, as near the proportions of ``passes_per_step`` as pays."""
+    if max(passes_per_step) == min(passes_per_step):
+        return (1,) * len(passes_per_step)
+    least = 1 / min(passes_per_step)
+    most_turns = max(MAX_TURNS, 2 * len(passes_per_step))
+    best: tuple[int, ...] = ()
+    best_s = float("inf")
+    for scale in _scales(passes_per_step):
+        counts = tuple(max(1, round(n * scale)) for n in passes_per_step)
+        if sum(counts) > most_turns and scale > least:
+            break
+        rate = max(n / count for n, count in zip(passes_per_step, counts, strict=True))
+        time_s = rate * _sum(counts, pass_times_s)
+        if time_s < best_s:
+            best, best_s = counts, time_s
+        if best_s <= _GOOD_ENOUGH * _sum(passes_per_step, pass_times_s):
+            break
+    return best
+
+
+def _scales(passes_per_step: Sequence[float]) -> list[float]:
+    """Those at which some hTask's turns are a whole number."""
+    least = 1 / min(passes_per_step)
+    exact = {turns / n for n in set(passes_per_step) for turns in range(1, MAX_TURNS + 1)}
+    return sorted(scale for scale in exact if scale >= least)
+
+
+def _sum(counts: Sequence[float], pass_times_s: Sequence[float]) -> float:
+    return sum(n * time_s for n, time_s in zip(counts, pass_times_s, strict=True))
