@@ -453,12 +453,12 @@ def is_drawn(found: Tasks) -> bool:
 
 def sim_executor(options: Mapping[str, Any], costs: Any, found: TaskLibrary) -> Any:
     """A ``SimExecutor``. Raises ConfigError for an option that it does not have."""
-    from muxtune.planning.step_builder import StepBuilder
     from muxtune_sim.executor import SimExecutor
-    from muxtune_sim.options import SimOptions
+    from muxtune_sim.options import SimOptions, make_builder
 
     rest = _without_name(options, "sim", "backend")
-    return SimExecutor(StepBuilder(), costs, found, call_checked(SimOptions, "backend", rest, {}))
+    made: SimOptions = call_checked(SimOptions, "backend", rest, {})
+    return SimExecutor(make_builder(made), costs, found, made)
 
 
 def torch_executor(

@@ -132,6 +132,10 @@ def _run_with_hydra(command: str, words: list[str]) -> int:
         if error is not None:
             failures.append(error)
 
+    if command == "train":
+        from muxtune.commands.resuming import resumed_words
+
+        words = resumed_words(words)
     with _as_program(command, words):
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()
     if SweepCallback.folders:

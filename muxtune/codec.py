@@ -22,19 +22,35 @@ _TYPES: dict[str, type] = {
 
 
 def encode(value: object) -> Any:
-    """A JSON-able form of a domain value. Raises TypeError for what is not plain data."""
+    """A JSON-able form of a domain value. Raises TypeError for what is not plain data.
+
+    Parts that occur several times (the slots of a ladder's shapes, a running plan) are encoded
+    once, and shared by what is returned: do not change it.
+    """
+    return _encode(value, {})
+
+
+def _encode(value: object, seen: dict[int, Any]) -> Any:
+    """``seen``: encoded tuples by id; the value that is being encoded keeps them alive."""
+    if isinstance(value, tuple):
+        found = seen.get(id(value))
+        if found is None:
+            if hasattr(value, "_fields"):
+                found = _encode_named(value, seen)
+            else:
+                found = [_encode(item, seen) for item in value]
+            seen[id(value)] = found
+        return found
     if value is None or (isinstance(value, (bool, int, float, str)) and not _is_enum(value)):
         return value
     if _is_enum(value):
         return {"_": type(value).__name__, "v": value.value}  # type: ignore[union-attr]
-    if hasattr(value, "_fields"):
-        return _encode_named(value)
     if isinstance(value, Mapping):
-        return _encode_mapping(value)
+        return _encode_mapping(value, seen)
     if isinstance(value, (set, frozenset)):
-        return {"_": "frozenset", "v": sorted(encode(item) for item in value)}
-    if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
+        return {"_": "frozenset", "v": sorted(_encode(item, seen) for item in value)}
+    if isinstance(value, list):
+        return [_encode(item, seen) for item in value]
     raise TypeError(f"cannot journal a value of type {type(value).__name__}")
 
 
@@ -70,17 +86,17 @@ def _is_enum(value: object) -> bool:
     return isinstance(value, enum.Enum)
 
 
-def _encode_named(value: Any) -> dict[str, Any]:
+def _encode_named(value: Any, seen: dict[int, Any]) -> dict[str, Any]:
     defaults = type(value)._field_defaults
     out: dict[str, Any] = {"_": type(value).__name__}
     for name, item in zip(value._fields, value, strict=True):
         if name not in defaults or item != defaults[name]:
-            out[name] = encode(item)
+            out[name] = _encode(item, seen)
     return out
 
 
-def _encode_mapping(value: Mapping[Any, Any]) -> Any:
+def _encode_mapping(value: Mapping[Any, Any], seen: dict[int, Any]) -> Any:
     if all(isinstance(key, str) and key != "_" for key in value):
-        return {key: encode(item) for key, item in value.items()}
-    pairs = [[encode(key), encode(item)] for key, item in value.items()]
+        return {key: _encode(item, seen) for key, item in value.items()}
+    pairs = [[_encode(key, seen), _encode(item, seen)] for key, item in value.items()]
     return {"_": "pairs", "v": sorted(pairs, key=lambda pair: json.dumps(pair[0]))}

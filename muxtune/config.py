@@ -154,6 +154,10 @@ class SimulateConfig(CommonConfig):
 
 @dataclass
 class TrainConfig(CommonConfig):
+    """``resume``: go on with the killed run in ``output_dir``; on the command line also its
+    folder, which brings the run's own settings along."""
+
+    resume: bool = False
     backend: dict[str, Any] = field(default_factory=dict)
 
 

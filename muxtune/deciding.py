@@ -188,7 +188,10 @@ class Decider:
         self._in_vain: dict[tuple[str, str], int] = {}
 
     def _decision(self, events: tuple[Event, ...]) -> Decision:
-        plans = tuple(plan for _, plan in sorted(self._new_plans.items()))
+        plans: tuple[Plan, ...] = ()
+        if self._new_plans:
+            plans = tuple([self._new_plans[name] for name in sorted(self._new_plans)])
+            self._commands.extend([Command("apply", plan) for plan in plans])
         refusals: tuple[Refusal, ...] = ()
         if self._raised:
             data = (event.data for event in self._raised)
@@ -196,7 +199,6 @@ class Decider:
         batch = JournalBatch(
             self.num_batches, self.fleet.now_ns, events, tuple(self._actions), plans, refusals
         )
-        self._commands.extend(Command("apply", plan) for plan in plans)
         decision = Decision(batch, self._raised, self._commands, self._outcomes, self._wakes)
         self.num_batches += 1
         self._clear()

@@ -265,7 +265,11 @@ class Engine:
             self._ended[outcome.state] += 1
             counts["tokens"] += outcome.effective_tokens
         for observer in self.observers:
-            tell(observer, decision)
+            for plan in batch.plans:
+                observer.on_plan(plan)
+            for outcome in decision.outcomes:
+                observer.on_task_end(outcome)
+            observer.on_batch(batch.time_ns, batch.events)
 
     def _refold(self, record: JournalBatch) -> list[Command]:
         decision = redecide(self._decider, record)
@@ -341,14 +345,6 @@ def compare(recorded: JournalBatch, replayed: JournalBatch) -> list[Difference]:
         return []
     pairs = zip(JournalBatch._fields, recorded, replayed, strict=True)
     return [Difference(recorded.index, *part) for part in pairs if part[1] != part[2]]
-
-
-def tell(observer: Observer, decision: Decision) -> None:
-    for plan in decision.batch.plans:
-        observer.on_plan(plan)
-    for outcome in decision.outcomes:
-        observer.on_task_end(outcome)
-    observer.on_batch(decision.batch.time_ns, decision.batch.events)
 
 
 def duplicate_error(task_ids: Sequence[str]) -> ConfigError:

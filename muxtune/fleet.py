@@ -28,6 +28,7 @@ from muxtune.types import (
 
 NOTHING: frozenset[str] = frozenset()
 arrival_order = attrgetter("arrival_ns", "task_id")
+_STEPS_DONE = TaskView._fields.index("steps_done")
 
 
 class TaskRecord:
@@ -84,7 +85,7 @@ class InstanceRecord:
         self.spec = spec
         self.ready = False
         self.stopping = False
-        self.tasks: dict[str, TaskRecord] = {}
+        self.tasks: dict[str, TaskRecord] = {}  # by arrival
         self.draining: set[str] = set()
         self.shed: set[str] = set()  # draining tasks that no plan can hold any longer
         self.unstarted: set[str] = set()
@@ -97,12 +98,23 @@ class InstanceRecord:
     def epoch(self) -> int:
         return NO_EPOCH if self.plan is None else self.plan.epoch
 
+    def add(self, task: TaskRecord) -> None:
+        """Keeps ``tasks`` in order of arrival; most often the new one is the youngest."""
+        youngest = self.tasks[next(reversed(self.tasks))].view if self.tasks else None
+        self.tasks[task.spec.task_id] = task
+        if youngest is not None and arrival_order(task.view) < arrival_order(youngest):
+            ordered = sorted(self.tasks.values(), key=lambda item: arrival_order(item.view))
+            self.tasks = {item.spec.task_id: item for item in ordered}
+
     def build_view(self, now_ns: int) -> InstanceView:
-        views = [task.view for task in self.tasks.values() if task.spec.task_id not in self.shed]
+        if self.shed:
+            tasks = [task for name, task in self.tasks.items() if name not in self.shed]
+        else:
+            tasks = self.tasks.values()
         return InstanceView(
             self.spec.instance_id,
             now_ns,
-            tuple(sorted(views, key=arrival_order)),  # type: ignore[arg-type]
+            tuple([task.view for task in tasks]),  # type: ignore[misc]
             self.plan,
             self.memory_limit_bytes,
             self.corrections,
@@ -290,7 +302,9 @@ class Fleet:
     def set_steps(self, task: TaskRecord, steps: int) -> None:
         if task.view is None or task.view.steps_done == steps:
             return
-        task.view = task.view._replace(steps_done=steps)
+        view = task.view
+        # What _replace(steps_done=steps) does; asked for every task at every Progress.
+        task.view = tuple.__new__(TaskView, (*view[:_STEPS_DONE], steps, *view[_STEPS_DONE + 1 :]))
         if task.instance_id:
             self.records[task.instance_id].view = None
 
@@ -320,7 +334,7 @@ class Fleet:
     def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
         name, model, load = record.spec.instance_id, record.spec.model, len(record.tasks)
         if joins:
-            record.tasks[task.spec.task_id] = task
+            record.add(task)
         else:
             del record.tasks[task.spec.task_id]
         if not record.stopping:

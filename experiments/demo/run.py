@@ -33,7 +33,7 @@ from muxtune.config import conf_dir, register_schemas
 from muxtune.errors import MuxTuneError
 from muxtune.report.html import HtmlTable, Image, Section, write_report
 from muxtune.report.plots import loss_curves, perplexity_before_after
-from muxtune.report.run_folder import RunFolder
+from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.report.tables import format_bytes, make_console, make_table
 
 HERE = Path(__file__).parent
@@ -98,8 +98,10 @@ def run_demo(output: Path, profile_budget_s: float) -> None:
     console.print(
         f"trace for ui.perfetto.dev: {output / 'train' / train.TRACE_FILE}", soft_wrap=True
     )
-    console.print(f"the demo took {time.monotonic() - started:.0f} s")
-    root.write_json("summary.json", {"train": trained, "compare": compared, "profile": measured})
+    duration_s = time.monotonic() - started
+    console.print(f"the demo took {duration_s:.0f} s")
+    summary = {"train": trained, "compare": compared, "profile": measured}
+    root.write_json("summary.json", {"duration_s": duration_s, **summary, "run": provenance(0)})
 
 
 def typed(command: str, overrides: list[str]) -> Any:

@@ -54,10 +54,13 @@ def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneErro
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(missing[0], "is not given", f"Give it with {missing[0]}=VALUE")
+    typed: Any = OmegaConf.to_object(config)
+    command = importlib.import_module(f"muxtune.commands.{typed.command}")
+    if hasattr(command, "check_folder"):  # before anything there is written over
+        command.check_folder(typed, folder.path)
     folder.write_text(CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
     folder.write_json(RUN_FILE, provenance(config.seed, overrides))
-    typed: Any = OmegaConf.to_object(config)
-    summary = importlib.import_module(f"muxtune.commands.{typed.command}").run(typed, folder)
+    summary = command.run(typed, folder)
     error = summary.get("error")
     status = {"status": FAILED if error else OK, "command": typed.command}
     folder.write_json(SUMMARY, status | summary | {"overrides": as_choices(overrides)})

@@ -10,9 +10,10 @@ from muxtune import build
 from muxtune.commands.train import Outcomes, real_tasks
 from muxtune.config import CompareConfig
 from muxtune.cost.book import CostBook
-from muxtune.engine import Engine, RunTotals
+from muxtune.engine import Engine, Observer, RunTotals
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.plots import PredictedMeasured, predicted_vs_measured, throughput_by_planner
+from muxtune.report.progress import TaskProgress
 from muxtune.report.recording import Troubles
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
@@ -102,19 +103,21 @@ def _compare(
         build.library(config, store),
     )
     predicted, _ = _run(options, policy, costs, simulated, tasks, instances)
-    listener = RoundsAndSteps()
-    real = build.torch_executor(
-        {**config.torch, "evaluate_tokens": 0},
-        output_dir / name,
-        store,
-        build.dataset_library(store),
-        (listener,),
-        field="torch",
-    )
-    try:
-        _, plans = _run(options, policy, costs, real, tasks, instances)
-    finally:
-        real.close()
+    with TaskProgress() as display:
+        listener = RoundsAndSteps(display)
+        real = build.torch_executor(
+            {**config.torch, "evaluate_tokens": 0},
+            output_dir / name,
+            store,
+            build.dataset_library(store),
+            (listener,),
+            field="torch",
+        )
+        display.line(f"planner {name}")
+        try:
+            _, plans = _run(options, policy, costs, real, tasks, instances, (display,))
+        finally:
+            real.close()
     training_s = sum(item.duration_ns for item in listener.rounds) / NS_PER_S
     return Comparison(
         name,
@@ -135,6 +138,7 @@ def _run(
     executor: Any,
     tasks: list[TaskSpec],
     instances: Sequence[InstanceSpec],
+    displays: Sequence[Observer] = (),
 ) -> tuple[RunTotals, dict[tuple[str, int], Plan]]:
     outcomes, troubles = Outcomes(), Troubles()
     engine = Engine(
@@ -143,7 +147,7 @@ def _run(
         executor,
         tasks,
         instances,
-        observers=(outcomes, troubles),
+        observers=(outcomes, troubles, *displays),
     )
     totals = engine.run()
     if troubles.num_tasks:
@@ -152,14 +156,20 @@ def _run(
 
 
 class RoundsAndSteps:
-    """Keeps the rounds and steps of a real run (``muxtune.runtime.records.StepListener``)."""
+    """Keeps the rounds and steps of a real run (``muxtune.runtime.records.StepListener``), and
+    shows the steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, display: TaskProgress | None = None) -> None:
+        self.display = display
         self.rounds: list[Any] = []
         self.steps: list[Any] = []
 
     def on_step(self, record: Any) -> None:
         self.steps.append(record)
+        if self.display is not None:
+            self.display.on_step(
+                record.task_id, record.step, record.num_steps, record.loss, record.tokens
+            )
 
     def on_round(self, record: Any) -> None:
         self.rounds.append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from muxtune.config import PlanConfig
 from muxtune.cost.book import CostBook
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.fleet import task_view
+from muxtune.planners.explanation import Alternative, Padding, alternatives, padding, remedies
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.protocols import CostModel, LengthSource, TaskLibrary
+from muxtune.protocols import CostModel, InstancePlanner, LengthSource, TaskLibrary
 from muxtune.report.recording import PlanSample
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
@@ -29,6 +31,7 @@ from muxtune.types import (
 
 FORMATS = ("table", "json")
 PLAN_FILE = "plan.json"
+MIN_HELP = 0.005
 SAMPLED_ROUNDS = 16  # of which the breakdown is the mean
 
 
@@ -47,6 +50,12 @@ class RoundSample(NamedTuple):
     effective_tokens: float
     padded_tokens: float
     micro_batches: float
+    padding: Padding
+
+
+class Explanation(NamedTuple):
+    alternatives: list[Alternative]
+    remedies: list[Alternative]
 
 
 def run(config: PlanConfig, folder: RunFolder) -> dict[str, Any]:
@@ -171,7 +180,17 @@ def sample_rounds(
         effective / rounds,
         sum(batch.shape.padded_tokens for batch in batches) / rounds,
         len(batches) / rounds,
+        padding(batches),
     )
+
+
+def explain(config: PlanConfig, costs: CostBook, instance: InstanceView, plan: Plan) -> Explanation:
+    """Plans the same tasks again under other options."""
+
+    def make(options: Mapping[str, object]) -> InstancePlanner:
+        return build.planner({**config.planner, **options}, costs)
+
+    return Explanation(alternatives(instance, plan, make), remedies(instance, plan, make))
 
 
 # ------------------------------------------------------------------------------------- presenting
@@ -188,12 +207,15 @@ def _present(
     library: TaskLibrary,
 ) -> dict[str, Any]:
     cost = costs(spec.model, spec.device)
+    explanation = explain(config, costs, view_of(spec, taken), plan)
     sample = sample_rounds(plan, library, cost)
     ledgers = cost.memory_ledger_bytes(plan)
     content = {
         "plan": codec.encode(plan),
         "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
-        "sampled_round": sample._asdict(),
+        "sampled_round": sample._asdict() | {"padding": sample.padding._asdict()},
+        "alternatives": [item._asdict() for item in explanation.alternatives],
+        "remedies": [item._asdict() for item in explanation.remedies],
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
         "memory_limit_bytes": spec.memory_limit_bytes,
     }
@@ -202,6 +224,7 @@ def _present(
         print(json.dumps(content, indent=2))
     else:
         _print_plan(spec, plan, taken, refused, sample, ledgers)
+        _print_explanation(explanation)
         make_console().print(f"wrote {folder.path / PLAN_FILE}", soft_wrap=True)
     predicted = plan.predicted
     return {
@@ -300,6 +323,10 @@ def _time_table(plan: Plan, sample: RoundSample) -> Any:
             round(sample.padded_tokens),
             f"{sample.effective_tokens / sample.padded_tokens:.1%} effective",
         ),
+        *(
+            (f"  {name.replace('_', ' ')}", None, f"{tokens / sum(sample.padding):.1%}")
+            for name, tokens in sample.padding._asdict().items()
+        ),
         ("effective tokens/s", sample.effective_tokens / sample.time_s, None),
         ("padded tokens/s", sample.padded_tokens / sample.time_s, None),
     ]
@@ -315,6 +342,22 @@ def _memory_table(ledgers: StageLedgers, limit_bytes: int) -> Any:
         rows.append((prefix + "total", format_bytes(ledger.total_bytes)))
     rows.append(("limit of a GPU", format_bytes(limit_bytes)))
     return make_table("Memory of a GPU (predicted peak)", ("item", "size"), rows)
+
+
+def _print_explanation(explanation: Explanation) -> None:
+    console = make_console()
+    rows = [
+        (item.name, format_seconds(item.step_time_s), f"{item.slower:+.1%}")
+        for item in explanation.alternatives[:4]
+    ]
+    if rows:
+        title = "Next best plans: a step of every task (predicted)"
+        console.print(make_table(title, ("plan", "time", "against this one"), rows))
+    helpful = [item for item in explanation.remedies if item.slower < -MIN_HELP]
+    for item in helpful:
+        console.print(f"would help: {item.name}: {item.slower:+.1%} time", soft_wrap=True)
+    if not helpful:
+        console.print("would help: neither more memory nor finer shapes; only a faster device")
 
 
 def _print_refused(refused: list[Refused]) -> None:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from muxtune import build
+from muxtune.commands.resuming import (
+    JOURNAL_FILE,
+    check_same_run,
+    ended_summary,
+    is_unfinished,
+    run_origin,
+    saved_overrides,
+)
 from muxtune.config import CommonConfig, TrainConfig
 from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
-from muxtune.planning.journal import Journal
+from muxtune.planning.journal import Journal, JournalBatch
 from muxtune.report.perfetto import Span, TraceWriter
 from muxtune.report.progress import TaskProgress
 from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
 from muxtune.report.run_folder import RunFolder, provenance
+from muxtune.report.sweep import SUMMARY
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 
 TASKS_FILE, TRACE_FILE = "tasks.csv", "trace.json"
-JOURNAL_FILE, METRICS_FILE = "journal.jsonl", "metrics.jsonl"
+METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
 class TorchListener:
@@ -78,16 +89,21 @@ def run(
 ) -> dict[str, Any]:
     """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json.
 
-    ``loaded``: backbones that a caller has in memory already.
+    ``loaded``: backbones that a caller has in memory already. With ``config.resume`` the run in
+    the folder goes on, and all but trace.json, which begins anew, are continued.
     """
     build.need_torch()
     costs = build.cost_book(config)
     tasks = real_tasks(config, costs)
+    check_folder(config, folder.path, tasks)
+    if config.resume and (ended := ended_summary(folder.path)) is not None:
+        make_console().print(f"{folder.path}: the run has ended already", soft_wrap=True)
+        return ended
+    if not config.resume:
+        _clear(folder.path)
     planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
     store = loaded or build.backbone_store(config)
     outcomes, troubles = Outcomes(), Troubles()
-    if not config.backend.get("resume"):
-        (folder.path / METRICS_FILE).unlink(missing_ok=True)  # it is appended to
     with ExitStack() as stack:
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))
@@ -98,7 +114,8 @@ def run(
             config.backend, folder.path, store, build.dataset_library(store), (listener,)
         )
         stack.callback(executor.close)
-        journal = stack.enter_context(Journal(folder.path / JOURNAL_FILE, *_origin(config)))
+        journal, past = _journal(config, folder.path, tasks)
+        stack.enter_context(journal)
         engine = Engine(
             build.cluster_policy(config.cluster_policy),
             planner,
@@ -106,8 +123,11 @@ def run(
             tasks,
             build.instances(config, costs, tasks),
             journal,
-            (rows, display, outcomes, troubles),
+            (rows, outcomes, troubles),
         )
+        if past is not None:
+            engine.resume(past)
+        engine.observers += (display,)  # it shows what happens, not what has happened
         totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
     _show(folder, summary, outcomes)
@@ -115,10 +135,41 @@ def run(
     return summary
 
 
-def _origin(config: CommonConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the journal says of the run: enough to build the same planner and policy again."""
-    chosen = {"planner": dict(config.planner), "cluster_policy": dict(config.cluster_policy)}
-    return chosen, dict(provenance(config.seed)["packages"])
+def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | None = None) -> None:
+    """Raises ConfigError when a new run would destroy one that was killed, or when the run to
+    resume is not there or has other settings. Changes nothing."""
+    if "resume" in config.backend:
+        raise ConfigError("backend.resume", "is not for runs", "Use resume=true")
+    if config.resume:
+        if tasks is None:
+            tasks = real_tasks(config, build.cost_book(config))
+        check_same_run(path, run_origin(config, tasks))
+    elif is_unfinished(path):
+        raise ConfigError(
+            "output_dir",
+            f"'{path}' holds a run that has not ended, and starting anew would destroy it",
+            f"Go on with it: muxtune train resume={path}; else remove the folder, or choose "
+            "another with output_dir=PATH",
+        )
+
+
+def _clear(path: Path) -> None:
+    """What a run that has ended left and this one would take for its own. The journal goes before
+    what it speaks of, so that a kill in between leaves nothing that looks like a run."""
+    for name in (SUMMARY, JOURNAL_FILE, METRICS_FILE):  # metrics are appended to
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+
+
+def _journal(
+    config: TrainConfig, path: Path, tasks: Sequence[TaskSpec]
+) -> tuple[Journal, Sequence[JournalBatch] | None]:
+    """The journal to write, and what it holds already if the run is resumed."""
+    if config.resume:
+        journal, record = Journal.resume(path / JOURNAL_FILE)
+        return journal, record.batches
+    origin = run_origin(config, tasks) | {"overrides": saved_overrides(path)}
+    return Journal(path / JOURNAL_FILE, origin, dict(provenance(config.seed)["packages"])), None
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:

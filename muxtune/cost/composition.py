@@ -107,6 +107,15 @@ class Tally:
         return sum(self.forward_s.values()) + sum(self.backward_s.values())
 
 
+def _sum_of(costs: Sequence[Estimate]) -> Estimate:
+    value = low = high = 0.0
+    extrapolated = False
+    for cost in costs:
+        value, low, high = value + cost[0], low + cost[1], high + cost[2]
+        extrapolated |= cost[3]
+    return Estimate(value, low, high, extrapolated)
+
+
 def nominal_load(shape: ShapeKey) -> PassLoad:
     """The load that stands for a shape when lengths are not known: every chunk one full sequence,
     a loss on every row, and every slot closing its step."""
@@ -122,6 +131,12 @@ class ComposedCostModel(ABC):
         self.model, self.memory, self.dtype_bytes = model, memory, dtype_bytes
         self._coefficients: dict[tuple[ShapeKey, ReplicaShape], PassCoefficients] = {}
         self._memo: dict[Hashable, object] = {}
+        self._adapter_loads: dict[AdapterSlot, Estimate] = {}
+        self._shape_ids: dict[ShapeKey, int] = {}
+        # By id of a tuple of shapes, which the entry keeps alive.
+        self._capture_sets: dict[
+            int, tuple[tuple[ShapeKey, ...], ReplicaShape, dict[int, Estimate], Estimate]
+        ] = {}
 
     # ------------------------------------------------------------- what a cost model provides
 
@@ -206,22 +221,54 @@ class ComposedCostModel(ABC):
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
         it has not run; 0 when neither changes."""
-        old_tasks = set(previous.task_ids) if previous else set()
-        old_shapes = {s for h in previous.htasks for s in h.shapes} if previous else set()
-        costs = [
-            self.adapter_load_s(htask.shapes[-1].slots[slot])
-            for htask in new.htasks
-            for task_id, slot in htask.slot_of.items()
-            if task_id not in old_tasks
-        ]
-        new_shapes = dict.fromkeys(s for h in new.htasks for s in h.shapes if s not in old_shapes)
-        costs += [self.capture_s(shape, new.replicas[0]) for shape in new_shapes]
-        return Estimate(
-            sum(cost.value for cost in costs),
-            sum(cost.low for cost in costs),
-            sum(cost.high for cost in costs),
-            any(cost.extrapolated for cost in costs),
-        )
+        old_tasks: set[str] = set()
+        known: set[int] = set()
+        if previous:
+            old_tasks.update(*[htask.slot_of for htask in previous.htasks])
+            known.update(*[self._captures(h.shapes, new.replicas[0])[0] for h in previous.htasks])
+        costs: list[Estimate] = []
+        for htask in new.htasks:
+            if not htask.slot_of.keys() <= old_tasks:
+                slots = htask.shapes[-1].slots
+                costs += [
+                    self._adapter_load_s(slots[slot])
+                    for task_id, slot in htask.slot_of.items()
+                    if task_id not in old_tasks
+                ]
+        for htask in new.htasks:
+            captures, together = self._captures(htask.shapes, new.replicas[0])
+            if known.isdisjoint(captures):
+                costs.append(together)
+            else:
+                costs += [cost for shape_id, cost in captures.items() if shape_id not in known]
+            known.update(captures)
+        return _sum_of(costs)
+
+    def _adapter_load_s(self, slot: AdapterSlot) -> Estimate:
+        found = self._adapter_loads.get(slot)
+        if found is None:
+            found = self._adapter_loads[slot] = self.adapter_load_s(slot)
+        return found
+
+    def _captures(
+        self, shapes: tuple[ShapeKey, ...], replica: ReplicaShape
+    ) -> tuple[dict[int, Estimate], Estimate]:
+        """``capture_s`` of each shape by a number that equal shapes share, and of all. Remembered by the
+        identity of the tuple, which plans of one arrangement share, because ShapeKeys are deep
+        and hash slowly."""
+        found = self._capture_sets.get(id(shapes))
+        if found is not None and found[1] == replica:
+            return found[2:]
+        if len(self._capture_sets) >= _MEMO_SIZE:
+            self._capture_sets.clear()
+            self._shape_ids.clear()
+        captures: dict[int, Estimate] = {}
+        for shape in shapes:
+            shape_id = self._shape_ids.setdefault(shape, len(self._shape_ids))
+            captures[shape_id] = self.capture_s(shape, replica)
+        together = _sum_of(list(captures.values()))
+        self._capture_sets[id(shapes)] = (shapes, replica, captures, together)
+        return captures, together
 
     def memory_ledger_bytes(self, plan: Plan) -> StageLedgers:
         """See ``muxtune.cost.memory``; always flagged as extrapolated: arithmetic, not measured."""

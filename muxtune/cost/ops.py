@@ -246,9 +246,78 @@ def lora_ops(linear: Linear, rank: int, rows: float, dtype_bytes: int) -> tuple[
     )  # fmt: skip
 
 
+def _row_scale_ops(linear: Linear, rows: float, dtype_bytes: int, width: int) -> tuple[Op, ...]:
+    """Rows times a trained vector of ``width``: T W operations forward, 3 T W backward (input
+    gradient, vector gradient); reads and writes T W forward, reads 2 T W and writes T W backward.
+
+    Profiles do not measure it: there it is looked up as the linear's LoRA of rank 1, which reads
+    and writes at least as much.
+    """
+    shape, size, numbers = f"{linear.in_features}x{linear.out_features}", (1.0, rows), rows * width
+    moved = dtype_bytes * numbers
+    return (
+        Op(f"adapter_lora_forward.{shape}", ADAPTERS, False, 1, size, numbers, 2 * moved, 0.0, 3),
+        Op(
+            f"adapter_lora_backward.{shape}", ADAPTERS, True, 1, size,
+            3 * numbers, 3 * moved, 0.0, 4,
+        ),
+    )  # fmt: skip
+
+
+def ia3_parameters(linear: Linear, rank: int) -> tuple[int, ...]:
+    """One vector over the outputs, or over the inputs at a feed-forward target: the larger is
+    taken, because a slot does not know the task's options."""
+    return (max(linear.in_features, linear.out_features),)
+
+
+def ia3_ops(linear: Linear, rank: int, rows: float, dtype_bytes: int) -> tuple[Op, ...]:
+    """y *= l, or x *= l, see ``_row_scale_ops``; the wider of the two."""
+    return _row_scale_ops(linear, rows, dtype_bytes, ia3_parameters(linear, rank)[0])
+
+
+def dora_parameters(linear: Linear, rank: int) -> tuple[int, ...]:
+    """LoRA's, and the magnitude: out."""
+    return (*lora_parameters(linear, rank), linear.out_features)
+
+
+def dora_ops(linear: Linear, rank: int, rows: float, dtype_bytes: int) -> tuple[Op, ...]:
+    """LoRA, the outputs times m / norm, and once a pass the norm |W + s B A|: the product of A
+    with W, 2 r in out operations on r rows (the rest of the norm is smaller by in / r)."""
+    norm = linear_ops(linear, float(rank), dtype_bytes)[0]._replace(category=ADAPTERS, kernels=12)
+    scale = _row_scale_ops(linear, rows, dtype_bytes, linear.out_features)
+    return (*lora_ops(linear, rank, rows, dtype_bytes), *scale, norm)
+
+
+def bottleneck_parameters(linear: Linear, rank: int) -> tuple[int, ...]:
+    """Down and up: r out each; their biases: r and out."""
+    return (rank * linear.out_features, rank, rank * linear.out_features, linear.out_features)
+
+
+def bottleneck_ops(linear: Linear, rank: int, rows: float, dtype_bytes: int) -> tuple[Op, ...]:
+    """y += relu(y D + d) U + u: LoRA's operations with the outputs in the place of the inputs,
+    so 4 T r out forward and twice that backward. Looked up as the linear's LoRA of this rank."""
+    shape = f"{linear.in_features}x{linear.out_features}"
+    square = linear._replace(in_features=linear.out_features)
+    forward, backward = lora_ops(square, rank, rows, dtype_bytes)
+    return (
+        forward._replace(name=f"adapter_lora_forward.{shape}", kernels=8),
+        backward._replace(name=f"adapter_lora_backward.{shape}", kernels=14),
+    )
+
+
 _LORA = AdapterMethod(lora_parameters, lora_ops, lambda _linear, rank: rank)
 # rsLoRA differs from LoRA in a constant factor only.
-ADAPTER_METHODS: dict[str, AdapterMethod] = {"lora": _LORA, "rslora": _LORA}
+ADAPTER_METHODS: dict[str, AdapterMethod] = {
+    "lora": _LORA,
+    "rslora": _LORA,
+    "ia3": AdapterMethod(ia3_parameters, ia3_ops, lambda linear, rank: linear.out_features),
+    "dora": AdapterMethod(
+        dora_parameters, dora_ops, lambda linear, rank: rank + linear.out_features
+    ),
+    "bottleneck": AdapterMethod(
+        bottleneck_parameters, bottleneck_ops, lambda linear, rank: rank + linear.out_features
+    ),
+}
 
 
 def adapter_method(slot: AdapterSlot) -> AdapterMethod:

@@ -8,9 +8,11 @@ speed constant of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from muxtune.errors import ConfigError
 from muxtune.planning.expected import ExpectedLoad, expected_load
 from muxtune.protocols import CostBook, CostModel
 from muxtune.types import (
@@ -26,9 +28,11 @@ from muxtune.types import (
     PassLoad,
     Plan,
     Prediction,
+    RankStream,
     Refusal,
     ReplicaShape,
     ShapeKey,
+    SubgraphRef,
     TaskView,
 )
 
@@ -113,6 +117,7 @@ class Answer(NamedTuple):
     step_times_s: tuple[float, ...]
     solo_times_s: tuple[float, ...]
     turns: tuple[HTaskTurn, ...]
+    order: Mapping[RankStream, tuple[SubgraphRef, ...]] = {}
 
 
 class PlannerBase:
@@ -131,7 +136,7 @@ class PlannerBase:
         self._keys: dict[TaskClass, str] = {}
         self._known: dict[str, KnownTask] = {}
         self._classes: dict[str, TaskClass] = {}
-        self._lengths: dict[str, LengthSummary] = {}
+        self.lengths: dict[str, LengthSummary] = {}
 
     # -- the protocol
 
@@ -147,10 +152,27 @@ class PlannerBase:
             answer = self._remember(site, keys)
         if isinstance(answer, Refusal):
             return answer._replace(task_ids=ids)
-        return _bind(instance, ids, answer, previous)
+        plan = bind(instance, ids, answer, previous)
+        return plan if plan is previous else self.settle(instance, plan, answer, previous)
+
+    def settle(
+        self, instance: InstanceView, plan: Plan, answer: Answer, previous: Plan | None
+    ) -> Plan:
+        """The last word on a new plan, for planners that may rather keep the running one."""
+        return plan
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         raise NotImplementedError
+
+    def arrange_paced(
+        self, site: Site, classes: tuple[TaskClass, ...], solo_s: Sequence[float]
+    ) -> CostedArrangement | None:
+        """Another arrangement, where ``arrange`` breaks a promise of ``max_slowdown``."""
+        return None
+
+    def orchestrate(self, site: Site, answer: Answer) -> Answer:
+        """Orders the subgraphs of a round, for planners that do."""
+        return answer
 
     # -- for planners
 
@@ -159,21 +181,21 @@ class PlannerBase:
 
     def load(self, task: TaskClass, chunk_tokens: int, quota: int, rule: PackRule) -> ExpectedLoad:
         """What one optimizer step of a task of this class is expected to compute."""
-        lengths = self._lengths[task.lengths_hash]
+        lengths = self.lengths[task.lengths_hash]
         return expected_load(lengths, task.sequences_per_step, chunk_tokens, quota, rule)
 
     def longest_tokens(self, task: TaskClass) -> int:
-        return self._lengths[task.lengths_hash].max_tokens
+        return self.lengths[task.lengths_hash].max_tokens
 
     def resident_bytes(self, site: Site, classes: Sequence[TaskClass]) -> int:
         slots = tuple(task.slot for task in classes)
         return self.cost(site).resident_bytes(slots, site.replica)
 
     def refuse_memory(self, site: Site, classes: Sequence[TaskClass], needed: int) -> Refusal:
-        what = "this task alone" if len(classes) == 1 else f"these {len(classes)} tasks together"
+        alone = len(classes) == 1
+        what = "this task does not" if alone else f"these {len(classes)} tasks together do not"
         return Refusal(
-            f"{what} need {needed / 1e9:.2f} GB of memory on an instance of {site.model} that has "
-            f"{site.memory_limit_bytes / 1e9:.2f} GB",
+            f"{what} fit into the memory of an instance of {site.model}",
             (),
             needed_bytes=needed,
             available_bytes=site.memory_limit_bytes,
@@ -188,6 +210,13 @@ class PlannerBase:
             known = 0.0 if isinstance(costed, Refusal) else step_times_s(costed, 1)[0]
             self._solo[site, task] = known
         return known
+
+    def class_of_view(self, task: TaskView) -> TaskClass:
+        return self._classes[self._key_of(task)]
+
+    def forget_plans(self) -> None:
+        """Only time changes: every answer is a function of the question."""
+        self._memo.clear()
 
     # -- inside
 
@@ -216,7 +245,7 @@ class PlannerBase:
         if key is None:
             key = self._keys[found] = repr(tuple(found))
             self._classes[key] = found
-            self._lengths[found.lengths_hash] = task.lengths
+            self.lengths[found.lengths_hash] = task.lengths
         return key
 
     def _remember(self, site: Site, keys: tuple[str, ...]) -> Answer | Refusal:
@@ -230,14 +259,36 @@ class PlannerBase:
         if self.takes_one_task and len(classes) > 1:
             remedy = "use another instance"
             return Refusal("this planner runs one task an instance", (), remedy=remedy)
-        costed = self.arrange(site, classes)
+        impossible = refuse_impossible(classes)
+        costed = impossible or self.arrange(site, classes)
         if isinstance(costed, Refusal):
             return costed
-        steps = tuple(step_times_s(costed, len(classes)))
         solo = tuple(self.solo_step_time_s(site, task) for task in classes)
-        turns = tuple(HTaskTurn(i, n) for i, n in enumerate(costed.arrangement.counts))
-        refusal = refuse_slow(classes, steps, solo)
-        return refusal or Answer(costed, prediction_of(costed, steps), steps, solo, turns)
+        refusal = refuse_slow(classes, step_times_s(costed, len(classes)), solo)
+        if refusal is not None:
+            paced = self.arrange_paced(site, classes, solo)
+            if paced is None:
+                return refusal
+            costed = paced
+        return self.orchestrate(site, answer_of(costed, solo))
+
+
+def answer_of(costed: CostedArrangement, solo_s: tuple[float, ...]) -> Answer:
+    steps = tuple(step_times_s(costed, len(solo_s)))
+    turns = tuple(HTaskTurn(i, n) for i, n in enumerate(costed.arrangement.counts))
+    return Answer(costed, prediction_of(costed, steps), steps, solo_s, turns)
+
+
+def refuse_impossible(classes: Sequence[TaskClass]) -> Refusal | None:
+    """A Refusal when a task may not even be as slow as alone."""
+    for task in classes:
+        if task.max_slowdown and not task.max_slowdown >= 1:
+            return Refusal(
+                f"max_slowdown is {task.max_slowdown:g}: no task runs faster than alone",
+                (),
+                remedy="give max_slowdown of at least 1, or none",
+            )
+    return None
 
 
 def refuse_slow(
@@ -262,11 +313,12 @@ def prediction_of(costed: CostedArrangement, steps_s: Sequence[float]) -> Predic
     time_s = costed.round_time_s
     error_s = sum(cost.pass_time_s * n * cost.relative_error for cost, n in pairs)
     outside = any(cost.extrapolated for cost, _ in pairs)
+    peak = float(costed.peak_bytes)
     return Prediction(
         round_time_s=Estimate(time_s, max(0.0, time_s - error_s), time_s + error_s, outside),
         round_effective_tokens=sum(cost.effective_tokens * n for cost, n in pairs),
         round_padded_tokens=sum(cost.padded_tokens * n for cost, n in pairs),
-        peak_memory_bytes=Estimate(*(float(costed.peak_bytes),) * 3),
+        peak_memory_bytes=Estimate(peak, peak, peak),
         step_time_s={},
         solo_step_time_s={},
         breakdown_s={},
@@ -274,7 +326,7 @@ def prediction_of(costed: CostedArrangement, steps_s: Sequence[float]) -> Predic
     )
 
 
-def _bind(
+def bind(
     instance: InstanceView, ids: tuple[str, ...], answer: Answer, previous: Plan | None
 ) -> Plan:
     arrangement = answer.costed.arrangement
@@ -302,7 +354,8 @@ def _bind(
         answer.turns,
         DispatchRule.SINGLE,
         prediction,
-        reason=arrangement.reason,
+        answer.order,
+        arrangement.reason,
     )
 
 
@@ -346,10 +399,12 @@ def group_cost(
     cost: CostModel,
     site: Site,
     shape_shares: Sequence[float] = (1.0,),
+    slots: Sequence[int] | None = None,
 ) -> GroupCost:
     """The average micro-batch of a group whose tasks all keep contributing.
 
-    ``shape_shares``: share of micro-batches that take each of the group's shapes.
+    ``shape_shares``: share of micro-batches that take each of the group's shapes. ``slots``: of
+    each member; None: in order. Raises ConfigError for costs that are negative or not numbers.
     """
     passes = tuple([load.micro_batches_per_step for load in loads])
     pairs = sum([x.attention_pairs_per_step / n for x, n in zip(loads, passes, strict=True)])
@@ -360,7 +415,10 @@ def group_cost(
     for shape, share in zip(group.shapes, shape_shares, strict=True):
         c = cost.pass_coefficients(shape, site.replica)
         seconds = c.base_s + pairs * c.per_pair_s + rows * c.per_loss_row_s
-        seconds += sum([s / n for s, n in zip(c.optimizer_s, passes, strict=True)])
+        closing = c.optimizer_s if slots is None else [c.optimizer_s[slot] for slot in slots]
+        seconds += sum([s / n for s, n in zip(closing, passes, strict=True)])
+        if not 0 < seconds < math.inf:
+            raise bad_cost(shape, seconds)
         time_s += share * seconds
         error_s += share * seconds * c.relative_error
         padded += share * shape.padded_tokens
@@ -373,6 +431,14 @@ def group_cost(
         padded,
         passes,
         PassLoad(group.shapes[-1], pairs, rows),
+    )
+
+
+def bad_cost(shape: ShapeKey, seconds: float) -> ConfigError:
+    return ConfigError(
+        "cost",
+        f"a pass of {shape.num_chunks} x {shape.chunk_tokens} tokens is said to take {seconds} s",
+        "correct the profile or the figures: times are positive numbers",
     )
 
 

@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from muxtune.planners.ladder import Fill
 from muxtune.planning.expected import ExpectedLoad
 
+# Where memory is tight every twentieth counts; elsewhere the whole ones of COARSE will do.
 LEVELS = (
-    *(1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0),
-    *(16.0, 24.0, 32.0, 48.0, math.inf),
+    *(1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 1.5, 1.6, 1.7, 1.75, 1.8, 1.9, 2.0),
+    *(2.1, 2.25, 2.35, 2.5, 2.65, 2.8, 3.0, 3.15, 3.35, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.0, 5.5),
+    *(6.0, 6.5, 7.0, 7.5, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 20.0, 24.0, 32.0),
+    *(48.0, math.inf),
 )
-COLUMNS = 6
-QUOTA, PASSES, CHUNKS, VARIANCE, PAIRS, LOSS_ROWS = range(COLUMNS)
+COARSE = frozenset(
+    (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)
+)
+QUOTA, PASSES, CHUNKS, VARIANCE, GAP, PAIRS, LOSS_ROWS = range(7)
 
 Point = tuple[int, ExpectedLoad]  # a quota and what it leads to
 
@@ -57,8 +63,11 @@ class ClassTable(NamedTuple):
     step_tokens: float
 
     @classmethod
-    def of(cls, curves: tuple[Curve, ...]) -> ClassTable:
-        rows = [[_row(*curve.points[i]) for i in curve.point_of_level] for curve in curves]
+    def of(cls, curves: tuple[Curve, ...], num_shapes: int) -> ClassTable:
+        rows = []
+        for curve in curves:
+            of_point = [_row(*point, num_shapes) for point in curve.points]
+            rows.append([of_point[i] for i in curve.point_of_level])
         changes = 0
         for curve in curves:
             changes |= curve.changes
@@ -66,8 +75,9 @@ class ClassTable(NamedTuple):
         return cls(curves, np.array(rows).transpose(2, 0, 1), changes, tokens)
 
 
-def _row(quota: int, load: ExpectedLoad) -> tuple[float, ...]:
-    """Quota, micro-batches a step, and means of a micro-batch."""
+def _row(quota: int, load: ExpectedLoad, num_shapes: int) -> tuple[float, ...]:
+    """Quota, micro-batches a step, then of a micro-batch: mean and variance of its chunks, by how
+    many the shapes that the task alone would take exceed them, mean pairs and loss rows."""
     passes = load.micro_batches_per_step
     mean = load.chunks_per_step / passes
     square = sum(share * n * n for n, share in enumerate(load.chunk_shares))
@@ -76,11 +86,18 @@ def _row(quota: int, load: ExpectedLoad) -> tuple[float, ...]:
         passes,
         mean,
         max(0.0, square - mean * mean),
+        Fill.of([load.chunk_shares], quota).mean_size(num_shapes) - mean,
         load.attention_pairs_per_step / passes,
         load.loss_rows_per_step / passes,
     )
 
 
-def levels_of(changes: int) -> list[int]:
-    """The levels that differ from the one before."""
-    return [0, *(at for at in range(1, len(LEVELS)) if changes >> at & 1)]
+def levels_of(changes: int, dense: bool) -> list[int]:
+    """Levels worth looking at: of those with the same points only one."""
+    found, differs = [0], False
+    for at in range(1, len(LEVELS)):
+        differs = differs or bool(changes >> at & 1)
+        if differs and (dense or LEVELS[at] in COARSE):
+            found.append(at)
+            differs = False
+    return found

@@ -8,7 +8,6 @@ independent: each task walks through its own steps at its own place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -44,6 +43,11 @@ class Fill:
         up_to = self.share_up_to(sizes)
         up_to[-1] = 1.0
         return np.diff(up_to, prepend=0.0).tolist()
+
+    def mean_size(self, num_shapes: int) -> float:
+        """Expected size of a pass on the best ladder."""
+        sizes = self.ladder(num_shapes)
+        return sum(n * share for n, share in zip(sizes, self.shares_of(sizes), strict=True))
 
     def ladder(self, num_shapes: int) -> tuple[int, ...]:
         """At most ``num_shapes`` sizes of least expected size; the last one holds every quota."""
@@ -95,14 +99,10 @@ def _least_mean(sizes: Sequence[int], up_to: np.ndarray, num_shapes: int) -> tup
     return tuple(sizes[i] for i in reversed(chosen))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def normal_gap(num_shapes: int) -> float:
     """By how many standard deviations the mean size of a ladder lies above a normal load."""
-    if num_shapes > 12:
-        return 0.0
     spread = 32
-    parts = [math.exp(-(x**2) / (2 * spread**2)) for x in range(-4 * spread, 4 * spread + 1)]
-    fill = Fill(np.array(parts), 8 * spread)
-    sizes = fill.ladder(num_shapes)
-    mean = sum(s * n for s, n in zip(fill.shares_of(sizes), sizes, strict=True))
-    return (mean - 4 * spread) / spread
+    distance = np.arange(-4 * spread, 4 * spread + 1) / spread
+    fill = Fill(np.exp(-(distance**2) / 2), 8 * spread)
+    return fill.mean_size(num_shapes) / spread - 4

@@ -12,11 +12,12 @@ only "dynamic programming over latency and memory models" is known; this recurre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
 from muxtune.planners.base import (
+    Answer,
     Arrangement,
     CostedArrangement,
     GroupCost,
@@ -24,21 +25,41 @@ from muxtune.planners.base import (
     PlannerBase,
     Site,
     TaskClass,
+    answer_of,
+    bind,
     group_cost,
+    refuse_slow,
+    site_of,
 )
+from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
 from muxtune.planners.grouping import Part, Rules, split_tasks
-from muxtune.planners.ladder import Fill, normal_gap
-from muxtune.planners.rounds import round_of
+from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
+from muxtune.planners.ladder import Fill
+from muxtune.planners.pacing import Demand, paced_turns
+from muxtune.planners.rounds import Turns, round_of
 from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
+from muxtune.planning.orchestration import TemplateOptions, ordered
 from muxtune.protocols import CostBook
 from muxtune.registry import PLANNERS
-from muxtune.types import AdapterSlot, PackRule, Refusal, ReplicaShape, ShapeKey
+from muxtune.types import (
+    AdapterSlot,
+    HTask,
+    InstanceView,
+    PackRule,
+    Plan,
+    Refusal,
+    ReplicaShape,
+    ShapeKey,
+)
 
-FUSION = ("planned", "all_spatial", "all_temporal")
+FUSION = ("planned", "all_spatial", "all_temporal", "off")
+ALIGNMENT = ("chunk", "pack", "pad")
 FREE_SHAPES = 16  # of a ladder where preparing a shape costs nothing
 COSTLY_SHAPES = 4  # where it is a graph capture
+ORDER_SEARCH = TemplateOptions(evaluations=8, node_budget=15_000)
+MEMO_GROUPS = 20_000
 SPARE_MEMORY = 0.97  # what is searched for again, where interpolated bytes were too few
 
 
@@ -54,16 +75,27 @@ class Group(NamedTuple):
     def time_s(self) -> float:
         return self.passes * self.cost.pass_time_s
 
+    def over(self, members: Sequence[int]) -> Group:
+        """The same over indexes into a larger list of tasks."""
+        chosen = tuple(members[i] for i in self.shape.members)
+        return self._replace(shape=self.shape._replace(members=chosen))
+
 
 @PLANNERS.register("muxtune")
 class MuxTunePlanner(PlannerBase):
     """See the module's docstring.
 
+    ``fusion``, the task level: "planned", "all_spatial" (one hTask), "all_temporal" (an hTask
+    each) or "off" (one task an instance). ``alignment``, the data level: "chunk" (packed into
+    equal chunks), "pack" (packed, the chunk as long as the longest sequence) or "pad" (one
+    sequence a row, as the ``batched`` planner does). ``orchestration``, the operator level: order
+    subgraphs where a replica has several GPUs.
+
     ``chunk_tokens``: 0 lets the planner choose, else fixed. ``tile_tokens``: chunk lengths are
     multiples of it (the kernels' row tile). ``max_shapes``: a partly filled micro-batch may take
-    a smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose: as many
-    as are useful where preparing a shape costs nothing, else 1. ``fusion`` switches the task
-    level for ablations.
+    a smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose by
+    whether preparing a shape costs anything. ``hysteresis``: keep the running plan where a better
+    one does not pay for its transition.
     """
 
     def __init__(
@@ -72,13 +104,14 @@ class MuxTunePlanner(PlannerBase):
         chunk_tokens: int = 0,
         tile_tokens: int = 16,
         fusion: str = "planned",
+        alignment: str = "chunk",
         max_shapes: int = 0,
+        hysteresis: bool = True,
+        orchestration: bool = True,
     ) -> None:
         super().__init__(costs)
-        if fusion not in FUSION:
-            raise ConfigError(
-                "planner.fusion", f"unknown '{fusion}'", f"choose one of: {', '.join(FUSION)}"
-            )
+        one_of("planner.fusion", fusion, FUSION)
+        one_of("planner.alignment", alignment, ALIGNMENT)
         if max_shapes < 0:
             raise ConfigError("planner.max_shapes", f"is {max_shapes}", "give 0 (choose) or more")
         if tile_tokens < 1 or chunk_tokens < 0 or chunk_tokens % tile_tokens:
@@ -89,12 +122,20 @@ class MuxTunePlanner(PlannerBase):
             )
         self.chunk_tokens, self.tile_tokens = chunk_tokens, tile_tokens
         self.fusion, self.max_shapes = fusion, max_shapes
+        self.alignment, self.takes_one_task = alignment, fusion == "off"
+        self._padded = BatchedPlanner(costs)
+        self._padded.lengths = self.lengths
+        self.hysteresis, self.orchestration = hysteresis, orchestration
+        self._groups: dict[tuple[Hashable, ...], Group] = {}
+        self._captures: dict[int, tuple[Answer, float]] = {}
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
-        self._class_tables: dict[tuple[TaskClass, tuple[int, ...]], ClassTable] = {}
+        self._class_tables: dict[tuple[TaskClass, tuple[int, ...], int], ClassTable] = {}
         self._tables: dict[tuple[str, str, ReplicaShape, tuple[int, ...]], PassTables] = {}
         self._num_shapes: dict[tuple[str, str, ReplicaShape], int] = {}
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
+        if self.alignment == "pad":
+            return self._padded.arrange(site, classes)
         resident = self.resident_bytes(site, classes)
         limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
         chunks = self.chunk_lengths(classes)
@@ -105,7 +146,134 @@ class MuxTunePlanner(PlannerBase):
         if needed > limit:
             needed = (resident + needed) * site.memory_percent // 100
             return self.refuse_memory(site, classes, needed)
-        return self._costed(site, groups, resident)
+        return self._costed(site, groups, _turns(groups, site), resident)
+
+    def arrange_paced(
+        self, site: Site, classes: tuple[TaskClass, ...], solo_s: Sequence[float]
+    ) -> CostedArrangement | None:
+        """Promised tasks in hTasks of their own, together or each by itself."""
+        if self.fusion != "planned" or site.replica.pp > 1:
+            return None
+        promised = [i for i, task in enumerate(classes) if task.max_slowdown]
+        free = [i for i, task in enumerate(classes) if not task.max_slowdown]
+        least_s = [task.max_slowdown * alone for task, alone in zip(classes, solo_s, strict=True)]
+        resident = self.resident_bytes(site, classes)
+        best: tuple[list[Group], Turns] | None = None
+        for split in ([promised], [[i] for i in promised]):
+            subsets = [subset for subset in (*split, free) if subset]
+            groups = self._groups_of(site, classes, subsets, resident) or []
+            turns = paced_turns([_demand(group, least_s) for group in groups])
+            if turns is not None and (best is None or turns.step_time_s < best[1].step_time_s):
+                best = groups, turns
+        return None if best is None else self._costed(site, *best, resident)
+
+    def _groups_of(
+        self,
+        site: Site,
+        classes: tuple[TaskClass, ...],
+        subsets: Sequence[Sequence[int]],
+        resident: int,
+    ) -> list[Group] | None:
+        """Each subset of the tasks arranged by itself; None where one does not fit."""
+        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        groups = []
+        for subset in subsets:
+            chosen = tuple(classes[i] for i in subset)
+            found = self._search(site, chosen, self.chunk_lengths(chosen), limit)
+            if found is None:
+                return None
+            groups += [group.over(subset) for group in found]
+        return groups
+
+    def forget_plans(self) -> None:
+        super().forget_plans()
+        self._groups.clear()
+
+    def orchestrate(self, site: Site, answer: Answer) -> Answer:
+        """An order of subgraphs, where a replica has several GPUs and all turns are counted."""
+        counts = answer.costed.arrangement.counts
+        if not self.orchestration or site.replica.num_gpus == 1 or None in counts:
+            return answer
+        names = tuple(map(str, range(len(answer.step_times_s))))
+        nameless = InstanceView("", 0, (), None, 0, replicas=(site.replica,))
+        plan = bind(nameless, names, answer, None)
+        times = self.cost(site).subgraph_times_s(plan)
+        return answer._replace(order=ordered(plan, [times], options=ORDER_SEARCH)[0].order)
+
+    def settle(
+        self, instance: InstanceView, plan: Plan, answer: Answer, previous: Plan | None
+    ) -> Plan:
+        """Keeps the running plan where the gain does not pay for the transition."""
+        if previous is None or not self.hysteresis or not previous.htasks:
+            return plan
+        until_s = horizon_s(instance, plan)
+        if self._capture_s(site_of(instance), answer) < LEAST_SHARE * until_s:
+            return plan
+        kept = self._kept(instance, previous, plan.epoch)
+        if kept is None:
+            return plan
+        model = self.cost(site_of(instance))
+        cost_s = model.transition_s(previous, plan).value
+        cost_s -= model.transition_s(previous, kept).value
+        verdict = weigh(
+            kept.predicted.tasks_step_time_s, plan.predicted.tasks_step_time_s, cost_s, until_s
+        )
+        return kept._replace(reason=reason(verdict, plan.reason)) if verdict.keeps else plan
+
+    def _capture_s(self, site: Site, answer: Answer) -> float:
+        """Preparing all shapes of an answer; 0 spares looking any further."""
+        known = self._captures.get(id(answer))
+        if known is None or known[0] is not answer:
+            groups = answer.costed.arrangement.groups
+            shapes = dict.fromkeys(shape for group in groups for shape in group.shapes)
+            model = self.cost(site)
+            total_s = sum(model.capture_s(shape, site.replica).value for shape in shapes)
+            known = self._captures[id(answer)] = (answer, total_s)
+        return known[1]
+
+    def _kept(self, instance: InstanceView, previous: Plan, epoch: int) -> Plan | None:
+        """The running hTasks without those who left, and one more for those who came."""
+        site = site_of(instance)
+        if site.replica.pp > 1 or any(turn.count is None for turn in previous.round):
+            return None
+        views = sorted(instance.tasks, key=lambda task: task.task_id)
+        ids = [task.task_id for task in views]
+        classes = tuple(self.class_of_view(task) for task in views)
+        htasks = carried_htasks(instance, previous)
+        groups = [self._carried(site, classes, ids, htask) for htask in htasks]
+        came = [i for i, name in enumerate(ids) if name not in previous.predicted.step_time_s]
+        resident = self.resident_bytes(site, classes)
+        added = self._groups_of(site, classes, [came], resident) if came else []
+        if added is None or not htasks:
+            return None
+        groups += added
+        costed = self._costed(site, groups, _turns(groups, site), resident)
+        limit = site.memory_limit_bytes
+        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
+        answer = answer_of(costed, solo)
+        if costed.peak_bytes > limit or refuse_slow(classes, answer.step_times_s, solo):
+            return None
+        plan = bind(instance, tuple(ids), answer, None)
+        return plan._replace(epoch=epoch, htasks=(*htasks, *plan.htasks[len(htasks) :]))
+
+    def _carried(
+        self, site: Site, classes: Sequence[TaskClass], ids: Sequence[str], htask: HTask
+    ) -> Group:
+        """A running hTask, some of whose slots may be empty."""
+        members = tuple(ids.index(name) for name in htask.quota)
+        quota, shapes = tuple(htask.quota.values()), htask.shapes
+        chunk = shapes[0].chunk_tokens
+        loads = [
+            self.load(classes[i], chunk, n, PackRule.CHUNK)
+            for i, n in zip(members, quota, strict=True)
+        ]
+        fill = Fill.of([load.chunk_shares for load in loads], sum(quota))
+        shares = fill.shares_of([shape.num_chunks for shape in shapes])
+        shape = GroupShape(members, quota, shapes, PackRule.CHUNK)
+        slots = [htask.slot_of[name] for name in htask.quota]
+        cost = group_cost(shape, loads, self.cost(site), site, shares, slots)
+        need = self.cost(site).pass_bytes(shapes[-1], site.replica)
+        return Group(shape, cost, max(cost.passes_per_step), need)
 
     # -- candidates
 
@@ -113,26 +281,28 @@ class MuxTunePlanner(PlannerBase):
         self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...], limit: float
     ) -> list[Group] | None:
         """The dynamic program's groups; again with less memory where exact bytes exceed it."""
-        tables = [self._class_table(task, chunks) for task in classes]
         slots = [task.slot for task in classes]
         num_shapes = self.num_shapes(site, slots[0])
-        gap = None if num_shapes == 1 else normal_gap(num_shapes)
+        tables = [self._class_table(task, chunks, num_shapes) for task in classes]
         for allowed in (limit, limit * SPARE_MEMORY, limit * SPARE_MEMORY**2):
-            rules = Rules(allowed, gap, self.fusion, site.replica.pp)
-            parts = split_tasks(tables, slots, self._pass_tables(site, chunks), rules)
-            if parts is None:
+            rules = Rules(allowed, num_shapes, self.fusion, site.replica.pp)
+            found = split_tasks(tables, slots, self._pass_tables(site, chunks), rules)
+            partitions = [
+                [self._group(site, classes, chunks, part) for part in parts] for parts in found
+            ]
+            fitting = [p for p in partitions if all(group.need_bytes <= limit for group in p)]
+            if fitting:
+                return min(fitting, key=lambda groups: _turns(groups, site).step_time_s)
+            if not found:
                 return None
-            groups = [self._group(site, classes, chunks, part) for part in parts]
-            if all(group.need_bytes <= limit for group in groups):
-                return groups
         return None
 
-    def _class_table(self, task: TaskClass, chunks: tuple[int, ...]) -> ClassTable:
-        key = (task, chunks)
+    def _class_table(self, task: TaskClass, chunks: tuple[int, ...], num_shapes: int) -> ClassTable:
+        key = (task, chunks, num_shapes)
         found = self._class_tables.get(key)
         if found is None:
             curves = tuple(self.curve(task, chunk) for chunk in chunks)
-            found = self._class_tables[key] = ClassTable.of(curves)
+            found = self._class_tables[key] = ClassTable.of(curves, num_shapes)
         return found
 
     def _pass_tables(self, site: Site, chunks: tuple[int, ...]) -> PassTables:
@@ -158,6 +328,8 @@ class MuxTunePlanner(PlannerBase):
             return (self.chunk_tokens,)
         longest = max(self.longest_tokens(task) for task in classes)
         doublings = max(0, (-(-longest // self.tile_tokens) - 1).bit_length())
+        if self.alignment == "pack":
+            return (self.tile_tokens << doublings,)
         return tuple(self.tile_tokens << i for i in range(doublings + 1))
 
     def curve(self, task: TaskClass, chunk: int) -> Curve:
@@ -182,14 +354,26 @@ class MuxTunePlanner(PlannerBase):
     def _group(
         self, site: Site, classes: Sequence[TaskClass], chunks: tuple[int, ...], part: Part
     ) -> Group:
-        chunk = chunks[part.chunk]
-        points = [self.curve(classes[i], chunk).at_level(part.level) for i in part.members]
+        chosen = tuple([classes[i] for i in part.members])
+        key = (site.model, site.device, site.replica, site.time_percent, chunks[part.chunk],
+               part.level, chosen)  # fmt: skip
+        found = self._groups.get(key)
+        if found is None:
+            if len(self._groups) >= MEMO_GROUPS:
+                self._groups.clear()
+            found = self._groups[key] = self._new_group(site, chosen, chunks[part.chunk], part)
+        return found.over(part.members)
+
+    def _new_group(
+        self, site: Site, classes: tuple[TaskClass, ...], chunk: int, part: Part
+    ) -> Group:
+        points = [self.curve(task, chunk).at_level(part.level) for task in classes]
         quota, loads = zip(*points, strict=True)
-        slots = tuple([classes[i].slot for i in part.members])
+        slots = tuple([task.slot for task in classes])
         fill = Fill.of([load.chunk_shares for load in loads], sum(quota))
         sizes = fill.ladder(self.num_shapes(site, slots[0]))
         shapes = tuple(ShapeKey(chunk, size, slots) for size in sizes)
-        shape = GroupShape(part.members, quota, shapes, PackRule.CHUNK)
+        shape = GroupShape(tuple(range(len(classes))), quota, shapes, PackRule.CHUNK)
         model = self.cost(site)
         cost = group_cost(shape, loads, model, site, fill.shares_of(sizes))
         need = model.pass_bytes(shapes[-1], site.replica)
@@ -205,12 +389,9 @@ class MuxTunePlanner(PlannerBase):
             answers.append([self._group(site, classes, chunks, part) for part in parts])
         return min(answers, key=lambda groups: max(group.need_bytes for group in groups))
 
-    def _costed(self, site: Site, groups: list[Group], resident: int) -> CostedArrangement:
-        turns = round_of(
-            [group.passes for group in groups],
-            [group.cost.pass_time_s for group in groups],
-            site.replica.pp,
-        )
+    def _costed(
+        self, site: Site, groups: list[Group], turns: Turns, resident: int
+    ) -> CostedArrangement:
         peak = resident + max(group.need_bytes for group in groups)
         sizes = " + ".join(str(len(group.shape.members)) for group in groups)
         lengths = sorted({group.shape.shapes[0].chunk_tokens for group in groups})
@@ -223,3 +404,20 @@ class MuxTunePlanner(PlannerBase):
             turns.round_time_s,
             peak * site.memory_percent // 100,
         )
+
+
+def _turns(groups: Sequence[Group], site: Site) -> Turns:
+    passes = [group.passes for group in groups]
+    return round_of(passes, [group.cost.pass_time_s for group in groups], site.replica.pp)
+
+
+def _demand(group: Group, least_s: Sequence[float]) -> Demand:
+    """``least_s``: the longest step that each task was promised, 0 where none was."""
+    pairs = zip(group.cost.passes_per_step, group.shape.members, strict=True)
+    rates = [n / least_s[i] for n, i in pairs if least_s[i]]
+    return Demand(group.cost.pass_time_s, group.passes, max(rates, default=0.0))
+
+
+def one_of(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(field, f"unknown '{value}'", f"choose one of: {', '.join(known)}")

@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MAX_TURNS = 24
-_GOOD_ENOUGH = 1.001  # of the time that fractional turns would give
+MAX_TURNS = 64
+_PAYS = 0.999  # more turns make a round longer, so they must bring something
+_ORDER_IS_WORTH = 1.03
+_GOOD_ENOUGH = 1.005  # of the time that fractional turns would give
 
 
 class Turns(NamedTuple):
     """``counts``: micro-batches of each hTask a round; None: as many as a step takes.
-    ``passes``: the same as a number."""
+    ``passes``: the same as a number. ``step_time_s``: until every task has taken a step."""
 
     counts: tuple[int | None, ...]
     passes: tuple[float, ...]
     round_time_s: float
+    step_time_s: float
 
 
 def round_of(
@@ -34,20 +37,26 @@ def round_of(
     if num_stages > 1:
         return _pipelined(passes_per_step, pass_times_s, num_stages)
     counts = turn_counts(passes_per_step, pass_times_s)
-    return Turns(counts, tuple(map(float, counts)), _sum(counts, pass_times_s))
+    round_s = _sum(counts, pass_times_s)
+    slowest = max(n / count for n, count in zip(passes_per_step, counts, strict=True))
+    return Turns(counts, tuple(map(float, counts)), round_s, slowest * round_s)
 
 
 def _pipelined(
     passes_per_step: Sequence[float], pass_times_s: Sequence[float], num_stages: int
 ) -> Turns:
-    """A round is one step of every task."""
+    """One micro-batch of each hTask a round, if that is nearly a step of every task, because
+    counted turns can be ordered; else one step of every task."""
     passes = tuple(passes_per_step)
+    once_s = max(sum(pass_times_s), num_stages * max(pass_times_s))
+    counted = Turns((1,) * len(passes), (1.0,) * len(passes), once_s, max(passes) * once_s)
     latency = max(
         (n + num_stages - 1) * time_s for n, time_s in zip(passes, pass_times_s, strict=True)
     )
-    whole = all(n == 1 for n in passes)
-    counts = tuple(1 if whole else None for _ in passes)
-    return Turns(counts, passes, max(_sum(passes, pass_times_s), latency))
+    whole_s = max(_sum(passes, pass_times_s), latency)
+    if counted.step_time_s <= _ORDER_IS_WORTH * whole_s:
+        return counted
+    return Turns((None,) * len(passes), passes, whole_s, whole_s)
 
 
 def turn_counts(passes_per_step: Sequence[float], pass_times_s: Sequence[float]) -> tuple[int, ...]:
@@ -64,7 +73,7 @@ def turn_counts(passes_per_step: Sequence[float], pass_times_s: Sequence[float])
             break
         rate = max(n / count for n, count in zip(passes_per_step, counts, strict=True))
         time_s = rate * _sum(counts, pass_times_s)
-        if time_s < best_s:
+        if time_s < _PAYS * best_s:
             best, best_s = counts, time_s
         if best_s <= _GOOD_ENOUGH * _sum(passes_per_step, pass_times_s):
             break

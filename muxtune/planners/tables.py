@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from muxtune.planners.base import bad_cost
 from muxtune.protocols import CostModel
 from muxtune.types import AdapterSlot, PassCoefficients, ReplicaShape, ShapeKey
 
@@ -180,7 +181,11 @@ class PassTables:
     def _coefficients(
         self, chunk: int, size: int, slots: tuple[AdapterSlot, ...]
     ) -> PassCoefficients:
-        return self.cost.pass_coefficients(ShapeKey(chunk, size, slots), self.replica)
+        shape = ShapeKey(chunk, size, slots)
+        found = self.cost.pass_coefficients(shape, self.replica)
+        if not 0 <= found.base_s < float("inf"):
+            raise bad_cost(shape, found.base_s)
+        return found
 
 
 def _blend(table: np.ndarray, known: Sequence[int], counts: np.ndarray) -> np.ndarray:

@@ -163,6 +163,13 @@ class StepBuilder:
             self._plan_facts(plan, lengths), self._course(plan, cursors, lengths).counts(rounds)
         )
 
+    def round_tokens(
+        self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
+    ) -> tuple[int, int]:
+        """(effective, padded) tokens of ``rounds`` rounds from the cursors on."""
+        totals = self.round_totals(plan, cursors, lengths, rounds)
+        return totals.effective_tokens, totals.padded_tokens
+
     def ended(self, plan: Plan, cursors: Cursors, lengths: LengthSource) -> frozenset[str]:
         """Tasks of the plan that contribute no more: finished, or released from draining."""
         return frozenset(

@@ -107,9 +107,29 @@ class StepTable:
         at = self._micro_batch_of.get((step_in_period, cursor.left))
         return None if at is None else periods * self.num_micro_batches + at
 
+    def tokens_between(self, start: int, stop: int) -> int:
+        """Effective tokens of micro-batches [start, stop), counted over all periods."""
+        length, tokens = self.num_micro_batches, self.tokens
+        first, first_at = divmod(start, length)
+        last, last_at = divmod(stop, length)
+        return (last - first) * tokens[length] + tokens[last_at] - tokens[first_at]
+
+    def span(self, cursor: Cursor, last_step: int) -> tuple[int | None, int]:
+        """``find(cursor)`` and ``start_of(last_step)`` in one call, for the loops over all tasks of
+        a plan."""
+        step, left = cursor
+        period_steps, period_micro_batches = self.period_steps, self.num_micro_batches
+        periods, step_in_period = divmod(last_step, period_steps)
+        end = periods * period_micro_batches + self.first_of_step[step_in_period]
+        periods, step_in_period = divmod(step, period_steps)
+        at = self._micro_batch_of.get((step_in_period, left))
+        return (None if at is None else periods * period_micro_batches + at), end
+
     def cursor_at(self, micro_batches: int) -> Cursor:
         periods, at = divmod(micro_batches, self.num_micro_batches)
-        return Cursor(periods * self.period_steps + self.step_of[at], self.left[at])
+        step = periods * self.period_steps + self.step_of[at]
+        # What Cursor(...) does, without its keyword handling: this is asked for every task.
+        return tuple.__new__(Cursor, (step, self.left[at]))
 
     def grid(self, by_steps: bool, width: int) -> Grid:
         """Loads by step, ``width`` micro-batches wide, or by micro-batch (width 1)."""

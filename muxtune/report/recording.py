@@ -121,14 +121,14 @@ class TaskRows:
     """Writes one CSV row a task as tasks end."""
 
     def __init__(self, file: IO[str]) -> None:
-        self._writer = csv.DictWriter(file, TASK_COLUMNS, lineterminator="\n")
-        self._writer.writeheader()
+        self._writer = csv.writer(file, lineterminator="\n")
+        self._writer.writerow(TASK_COLUMNS)
 
     def on_plan(self, plan: Plan) -> None:
         pass
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        self._writer.writerow(task_row(outcome))
+        self._writer.writerow(task_row(outcome).values())
 
     def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
         pass
@@ -145,9 +145,9 @@ class CompletionTimes:
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
         if outcome.state is TaskState.DONE:
-            row = task_row(outcome)
-            self.completion_s.append(row["completion_time_s"])
-            self.queueing_s.append(row["queueing_s"])
+            placed_ns = outcome.ended_ns if outcome.placed_ns is None else outcome.placed_ns
+            self.completion_s.append((outcome.ended_ns - outcome.arrival_ns) / NS_PER_S)
+            self.queueing_s.append((placed_ns - outcome.arrival_ns) / NS_PER_S)
 
     def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
         pass
@@ -173,7 +173,7 @@ class Troubles:
         if outcome.state in {TaskState.FAILED, TaskState.REFUSED}:
             self.num_tasks += 1
             if len(self.messages) < self.num_kept:
-                named = outcome.task_id in outcome.message
+                named = f"'{outcome.task_id}'" in outcome.message
                 prefix = "" if named else f"task '{outcome.task_id}': "
                 self.messages.append(f"{outcome.state}: {prefix}{outcome.message}")
 

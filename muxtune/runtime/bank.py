@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from muxtune.errors import TaskError
-from muxtune.runtime.adapters import AdapterMethod, adapter_method
+from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.adapters.site import SiteMethods
 from muxtune.runtime.backbone import Backbone
+from muxtune.runtime.linear import LinearSite
 from muxtune.types import AdapterSlot, HTask, TaskSpec
 from muxtune_kernels import AdamWPool, AdamWSlots
 
@@ -63,7 +65,12 @@ class TaskState:
 
 
 class ParameterPool(NamedTuple):
-    """One parameter of one site for all slots; slot s owns ``slot_rows[s]`` consecutive rows."""
+    """One parameter of one site for all slots; slot s owns ``slot_rows[s]`` consecutive rows.
+
+    ``owned[s]``: whether the task in slot s has this parameter here (a slot may be larger than
+    its task). ``row_of_slot_S``, int64 [S + 1] on the device, tells the same to ops over all
+    rows: the first row of slot s, or the number of rows where it is not owned, as is the last.
+    """
 
     param_RW: Tensor
     grad_RW: Tensor
@@ -71,6 +78,12 @@ class ParameterPool(NamedTuple):
     exp_avg_sq_RW: Tensor
     slot_rows: tuple[int, ...]
     slices: tuple[slice, ...]
+    owned: list[bool]
+    row_of_slot_S: Tensor
+
+    def set_owned(self, slot: int, owned: bool) -> None:
+        self.owned[slot] = owned
+        self.row_of_slot_S[slot] = self.slices[slot].start if owned else self.param_RW.shape[0]
 
     def rows_of(self, slot: int) -> slice:
         return self.slices[slot]
@@ -85,9 +98,10 @@ class ParameterPool(NamedTuple):
 
 
 class SitePool(NamedTuple):
-    """What is added at one site, by one method, for all slots."""
+    """What is added at one site for all slots. ``method``: the methods that its slots use, as
+    one. Methods with a parameter of the same name share its pool."""
 
-    method: AdapterMethod
+    method: SiteMethods
     parameters: dict[str, ParameterPool]
 
 
@@ -135,7 +149,8 @@ class AdapterBank:
         tensors = {}
         for site in self.backbone.matching_sites(task.adapter.targets):
             generator = torch.Generator().manual_seed(_seed(task.seed, site.name))
-            start = method.initialise(task.adapter, site, generator)
+            weight_OD = self.backbone.model.get_submodule(site.name).base.weight_OD
+            start = method.initialise(task.adapter, site, generator, weight_OD)
             for name, value in start.items():
                 tensors[site.name, name] = self._fresh(value)
         return TaskState(task, adapter_slot(task), num_steps, tensors)
@@ -181,9 +196,8 @@ class AdapterBank:
         sites = {}
         for site in self.backbone.sites.values():
             users = [self.backbone.is_target(site.name, slot.targets) for slot in slots]
-            methods = {slot.method for slot, uses in zip(slots, users, strict=True) if uses}
-            for name in sorted(methods):
-                sites[site.name] = self._site_pool(adapter_method(name), site, slots, users)
+            if any(users):
+                sites[site.name] = self._site_pool(site, slots, users)
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -195,22 +209,21 @@ class AdapterBank:
         )
         return SlotPool(slots, sites, settings, zeros(torch.float32), zeros(torch.float32))
 
-    def _site_pool(self, method: AdapterMethod, site, slots, users: Sequence[bool]) -> SitePool:
+    def _site_pool(
+        self, site: LinearSite, slots: Sequence[AdapterSlot], users: Sequence[bool]
+    ) -> SitePool:
+        used = [slot for slot, uses in zip(slots, users, strict=True) if uses]
         shapes = [
-            method.shapes(slot, site) if uses else None
+            adapter_method(slot.method).shapes(slot, site) if uses else {}
             for slot, uses in zip(slots, users, strict=True)
         ]
-        names = next(shape for shape in shapes if shape is not None)
-        return SitePool(
-            method,
-            {
-                name: self._parameter_pool(
-                    tuple(0 if shape is None else shape[name][0] for shape in shapes),
-                    names[name][1],
-                )
-                for name in names
-            },
-        )
+        widths = {name: width for shape in shapes for name, (_, width) in shape.items()}
+        parameters = {
+            name: self._parameter_pool(tuple(shape.get(name, (0, 0))[0] for shape in shapes), width)
+            for name, width in widths.items()
+        }
+        names = sorted({slot.method for slot in used})
+        return SitePool(SiteMethods(adapter_method(name) for name in names), parameters)
 
     def _parameter_pool(self, slot_rows: tuple[int, ...], width: int) -> ParameterPool:
         shape, device = (sum(slot_rows), width), self.backbone.device
@@ -222,12 +235,15 @@ class AdapterBank:
             torch.zeros(shape, device=device),
             slot_rows,
             tuple(slice(a, a + n) for a, n in zip(starts, slot_rows, strict=True)),
+            [False] * len(slot_rows),
+            torch.full((len(slot_rows) + 1,), shape[0], dtype=torch.int64, device=device),
         )
 
     def _put_in(self, state: TaskState, pool: SlotPool, slot: int) -> None:
         _check_fit(state, pool.slots[slot], slot)
-        for site in pool.sites.values():
-            for parameters in site.parameters.values():
+        for site_name, site in pool.sites.items():
+            for name, parameters in site.parameters.items():
+                parameters.set_owned(slot, (site_name, name) in state.tensors)
                 for tensor in parameters[:4]:
                     tensor[parameters.rows_of(slot)] = 0
         for (site_name, name), old in state.tensors.items():

@@ -4,6 +4,9 @@ Time is monotonic, from the executor's construction on. ``wait`` starts no micro
 ``until_ns``; the one under way at that time is finished, so ``wait`` may come back late by one
 micro-batch, with events of the later time. A round stays open over such a return and goes on with
 the next ``wait``. Instances on one device take turns, a round each.
+
+An engine journals what ``wait`` returned before it calls anything else here. So at the next call
+the checkpoint of a task whose end was told is needed no longer, and is removed.
 """
 
 from __future__ import annotations
@@ -11,17 +14,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from muxtune.errors import ConfigError, MuxTuneError, TaskError
+from muxtune.errors import ConfigError, DataError, MuxTuneError, TaskError
+from muxtune.planning.journal import JournalBatch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.backbone import Backbone, BackboneStore
 from muxtune.runtime.bank import TaskState, take_out
 from muxtune.runtime.batch import TextLibrary
-from muxtune.runtime.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from muxtune.runtime.checkpoint import (
+    CheckpointWriter,
+    checkpointed_steps,
+    fingerprint,
+    load_checkpoint,
+    take_snapshot,
+)
+from muxtune.runtime.continuing import Past, keep_metrics, read_past
 from muxtune.runtime.evaluate import perplexity
 from muxtune.runtime.instance import RunningInstance
-from muxtune.runtime.memory import MemoryMeter
+from muxtune.runtime.memory import MemoryMeter, MemoryMonitor
 from muxtune.runtime.optimizer import SCHEDULES
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.peft_io import write_adapter
@@ -43,6 +55,17 @@ from muxtune.types import (
 METRICS_NAME = "metrics.jsonl"
 _LONGEST_SLEEP_S = 3600.0
 _FOREVER_NS = 2**62  # an engine that waits for nothing in particular says at least this
+_ENDS = {EventKind.TASK_DONE, EventKind.TASK_FAILED, EventKind.TASK_CANCELLED}
+
+
+class _Job(NamedTuple):
+    """Something for ``wait`` to do: read a task's data, start an instance, or (with the instance's
+    name and ``is_plan``) apply a plan that waits for these."""
+
+    work: Callable[[], None]
+    task_id: str = ""
+    instance_id: str = ""
+    is_plan: bool = False
 
 
 class TorchExecutor:
@@ -69,9 +92,13 @@ class TorchExecutor:
         self.tasks: dict[str, RuntimeTask] = {}
         self.lengths = GuardedLengths(library, self.tasks)
         self.memory = MemoryMeter(backbones.device)
+        self.monitor = MemoryMonitor(self.memory, options.memory_pressure_share)
+        self._checkpoints = CheckpointWriter()
+        self._past: Past | None = None
+        self._told_ends: list[str] = []  # tasks whose end the last ``wait`` returned
         self._clock_ns, self._start_ns = clock_ns, clock_ns()
         self._instances: dict[str, RunningInstance] = {}
-        self._jobs: deque[tuple[str, Callable[[], None]]] = deque()  # (task id or "", work)
+        self._jobs: deque[_Job] = deque()
         self._events: list[Event] = []
         self._turn: str = ""  # the instance that ran last
         self._last_event_ns = 0
@@ -84,10 +111,12 @@ class TorchExecutor:
 
     def start(self, instance: InstanceSpec) -> None:
         """The backbone is loaded by ``wait``; later INSTANCE_READY or INSTANCE_FAILED."""
-        self._jobs.append(("", lambda: self._start_instance(instance)))
+        work = lambda: self._start_instance(instance)  # noqa: E731
+        self._jobs.append(_Job(work, instance_id=instance.instance_id))
 
     def stop(self, instance_id: str) -> None:
         """At once: its tasks keep what they have done and can be placed elsewhere."""
+        self._jobs = deque(job for job in self._jobs if job.instance_id != instance_id)
         instance = self._instances.pop(instance_id, None)
         if instance is not None:
             instance.release_all()
@@ -95,25 +124,34 @@ class TorchExecutor:
 
     def prepare(self, task: TaskSpec) -> None:
         """The data is read by ``wait``; later TASK_READY or TASK_FAILED."""
-        self._jobs.append((task.task_id, lambda: self._prepare_task(task)))
+        self._jobs.append(_Job(lambda: self._prepare_task(task), task.task_id))
 
     def apply(self, plan: Plan) -> None:
-        """Takes over when the running round ends. Raises ConfigError for an instance that does
-        not run or a task that is not ready."""
-        instance = self._instances.get(plan.instance_id)
-        if instance is None:
-            raise ConfigError(
-                "plan.instance_id", f"'{plan.instance_id}' is not running", "Start it first"
-            )
-        unknown = sorted(task_id for task_id in plan.task_ids if task_id not in self.tasks)
-        if unknown:
-            problem = f"task '{unknown[0]}' is not prepared"
+        """Takes over when the running round ends; after a resume, once its instance is started
+        and its tasks are prepared. Raises ConfigError for an instance that does not run or a task
+        that is not ready, and that nobody has asked for."""
+        self._forget_told()
+        name = plan.instance_id
+        self._jobs = deque(
+            job for job in self._jobs if not (job.is_plan and job.instance_id == name)
+        )
+        starting = {job.instance_id for job in self._jobs}
+        preparing = {job.task_id for job in self._jobs}
+        if name not in self._instances and name not in starting:
+            raise ConfigError("plan.instance_id", f"'{name}' is not running", "Start it first")
+        missing = {task_id for task_id in plan.task_ids if task_id not in self.tasks}
+        if missing - preparing:
+            problem = f"task '{min(missing - preparing)}' is not prepared"
             raise ConfigError("plan.htasks", problem, "Wait for its TASK_READY first")
-        instance.next_plan = plan
+        if missing or name not in self._instances:
+            work = lambda: self._apply_late(plan)  # noqa: E731
+            self._jobs.append(_Job(work, instance_id=name, is_plan=True))
+        else:
+            self._instances[name].next_plan = plan
 
     def cancel(self, task_id: str) -> None:
         """Between micro-batches, so at once. A task that has ended already stays as it is."""
-        waiting = [job for job in self._jobs if job[0] == task_id]
+        waiting = [job for job in self._jobs if job.task_id == task_id]
         for job in waiting:
             self._jobs.remove(job)
         task = self.tasks.get(task_id)
@@ -122,22 +160,49 @@ class TorchExecutor:
             self._end(task)
             self.emit(EventKind.TASK_CANCELLED, task_id, instance_id, epoch, task.steps_done)
         elif task is None and waiting:
-            self.emit(EventKind.TASK_CANCELLED, task_id, "", NO_EPOCH, 0)
+            steps = 0 if not self._resumes else self._checkpointed_steps(task_id)
+            self.emit(EventKind.TASK_CANCELLED, task_id, "", NO_EPOCH, steps)
 
     def wait(self, until_ns: int) -> list[Event]:
-        """See the top of the file. Returns [] early when nothing is left to do until for ever."""
+        """See the top of the file. Returns [] early when nothing is left to do until for ever.
+
+        Raises OutputError when results, or the checkpoints before, cannot be written.
+        """
+        self._forget_told()
+        self._checkpoints.check()
         while not self._events:
             if self.now_ns >= until_ns:
                 return []
             if self._jobs:
-                self._jobs.popleft()[1]()
+                self._jobs.popleft().work()
                 continue
             instance = self._next_instance()
             if instance is not None:
                 instance.advance()
+                self._watch_memory(instance)
             elif not self._pass_time(until_ns):
                 return []
         return self._take_events()
+
+    def restore(self, history: Sequence[tuple[JournalBatch, Sequence[object]]]) -> None:
+        """Called by ``Engine.resume`` before it repeats its commands: tasks will go on from their
+        checkpoints, the clock from where the journal and the metrics end, and the metrics lose
+        the steps that will be redone. An executor that has lived on changes nothing.
+
+        Raises OutputError when the metrics cannot be written.
+        """
+        if self._instances or self.tasks:
+            return
+        past = self._past = read_past(record for record, _ in history)
+
+        def last_step(task_id: str) -> int | None:
+            return None if task_id in past.ended else self._checkpointed_steps(task_id)
+
+        self._told_ends.extend(sorted(past.ended))
+        self._forget_told()  # a kill may have come between the journal's line and this
+        latest_ns = keep_metrics(self._metrics.path, last_step)
+        self._last_event_ns = max(past.now_ns, latest_ns)
+        self._start_ns = self._clock_ns() - self._last_event_ns
 
     # -- for reports
 
@@ -157,8 +222,9 @@ class TorchExecutor:
         return self.memory.peak_bytes() + extra
 
     def close(self) -> None:
-        """Close the metrics file."""
+        """Finish writing checkpoints, and close the metrics file. Raises OutputError."""
         self._metrics.close()
+        self._checkpoints.close()
 
     # -- jobs
 
@@ -173,6 +239,7 @@ class TorchExecutor:
                 self.emit(EventKind.INSTANCE_FAILED, "", spec.instance_id, NO_EPOCH, data)
                 return
             instance = self._instances[spec.instance_id] = RunningInstance(spec, backbone, self)
+            self.monitor.begin(backbone.weight_bytes)
             instance.span("load", start_ns, self.now_ns, ())
         self.emit(EventKind.INSTANCE_READY, "", spec.instance_id, NO_EPOCH, None)
 
@@ -183,6 +250,7 @@ class TorchExecutor:
             try:
                 _check_task(spec, self.backbones.get(spec.model))
                 ready = self.library.add(spec)
+                self._check_same_data(spec, ready)
             except Exception as error:
                 message = str(error) if isinstance(error, MuxTuneError) else repr(error)
                 data = FailureData(message)
@@ -191,6 +259,24 @@ class TorchExecutor:
             known = self.tasks[spec.task_id] = RuntimeTask(spec, ready)
             self._tell_span("prepare", start_ns, spec.task_id)
         self.emit(EventKind.TASK_READY, spec.task_id, "", NO_EPOCH, known.ready)
+
+    def _check_same_data(self, spec: TaskSpec, ready: TaskReadyData) -> None:
+        """Raises DataError when a resumed task would go on with other data."""
+        first = None if self._past is None else self._past.ready.get(spec.task_id)
+        now = (ready.num_steps, ready.lengths.content_hash)
+        if first is not None and now != (first.num_steps, first.lengths.content_hash):
+            raise DataError(
+                spec.data.path,
+                f"it is not what task '{spec.task_id}' was trained on before the run was resumed",
+                "Bring the old content back, or submit the task to a new run",
+            )
+
+    def _apply_late(self, plan: Plan) -> None:
+        """A plan whose instance or task could not come back is dropped: the failure was told, and
+        another plan follows."""
+        instance = self._instances.get(plan.instance_id)
+        if instance is not None and all(task_id in self.tasks for task_id in plan.task_ids):
+            instance.next_plan = plan
 
     # -- what instances ask for
 
@@ -203,7 +289,7 @@ class TorchExecutor:
     def join(self, task: RuntimeTask, instance: RunningInstance) -> None:
         """A fresh adapter, or the one of a checkpoint. Raises ConfigError or DataError."""
         state = instance.bank.create(task.spec, task.num_steps)
-        if self.options.resume:
+        if self._resumes:
             self._restore(task, state)
         task.state, task.last_step_ns = state, self.now_ns
 
@@ -256,8 +342,8 @@ class TorchExecutor:
             "effective_tokens": task.effective_tokens,
             "perplexity_before": task.perplexity_before,
         }
-        folder = self.options.checkpoint_folder(task.spec.task_id)
-        save_checkpoint(folder, task.state, _fingerprint(task), extra)
+        snapshot = take_snapshot(task.state, _fingerprint(task), extra)
+        self._checkpoints.submit(self.options.checkpoint_folder(task.spec.task_id), snapshot)
         self._tell_span("checkpoint", start_ns, task.spec.task_id)
 
     def _restore(self, task: RuntimeTask, state: TaskState) -> None:
@@ -271,6 +357,30 @@ class TorchExecutor:
         task.perplexity_before = extra["perplexity_before"]
 
     # -- inside
+
+    @property
+    def _resumes(self) -> bool:
+        return self.options.resume or self._past is not None
+
+    def _checkpointed_steps(self, task_id: str) -> int:
+        return checkpointed_steps(self.options.checkpoint_folder(task_id))
+
+    def _forget_told(self) -> None:
+        """See the top of the file."""
+        for task_id in self._told_ends:
+            if self.options.checkpoint_steps or self._resumes:
+                self._checkpoints.remove(self.options.checkpoint_folder(task_id))
+        self._told_ends.clear()
+
+    def _watch_memory(self, instance: RunningInstance) -> None:
+        """Between rounds, so that the next plan takes over before anything else runs."""
+        if instance.is_mid_round or instance.plan is None or not instance.plan.htasks:
+            return
+        name, epoch = instance.spec.instance_id, instance.epoch
+        limit_bytes = sum(item.spec.memory_limit_bytes for item in self._instances.values())
+        pressure = self.monitor.check(name, epoch, limit_bytes)
+        if pressure is not None:
+            self.emit(EventKind.MEMORY_PRESSURE, "", name, epoch, pressure)
 
     def _end(self, task: RuntimeTask) -> None:
         """Failed or cancelled: its slot is free at once, its memory with it."""
@@ -326,6 +436,7 @@ class TorchExecutor:
     def _take_events(self) -> list[Event]:
         now_ns = self._last_event_ns = max(self.now_ns, self._last_event_ns)
         events, self._events = self._events, []
+        self._told_ends.extend(event.task_id for event in events if event.kind in _ENDS)
         return sorted(
             (event._replace(time_ns=now_ns) for event in events), key=lambda e: e.sort_key
         )

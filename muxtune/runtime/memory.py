@@ -1,4 +1,4 @@
-"""Measured peak memory: of the process on a CPU, of the allocator on a GPU."""
+"""Measured memory: of the process on a CPU, of the allocator on a GPU; and when it runs short."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+from muxtune.types import NO_EPOCH, PressureData
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # what clear_refs takes to reset VmHWM, see proc(5)
@@ -22,13 +24,39 @@ class MemoryMeter:
         self.reset()
 
     def reset(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        with contextlib.suppress(OSError):
-            _CLEAR.write_text(_RESET_PEAK)
+        self._highest_bytes = 0
+        self._can_restart = self._restart()
+
+    def mark(self) -> None:
+        """From here on counts for ``recent_peak_bytes``; ``peak_bytes`` does not forget."""
+        self._highest_bytes = max(self._highest_bytes, self._counter_bytes())
+        self._restart()
 
     def peak_bytes(self) -> int:
+        return max(self._highest_bytes, self._counter_bytes())
+
+    def recent_peak_bytes(self) -> int:
+        """Since ``mark``; where the system's counter cannot be restarted, what is held now."""
+        return self._counter_bytes() if self._can_restart else self.current_bytes()
+
+    def num_retries(self) -> int:
+        """How often the GPU's allocator had to give cached memory back to satisfy a request: it
+        was about to fail."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))
+
+    def _restart(self) -> bool:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            _CLEAR.write_text(_RESET_PEAK)
+        except OSError:
+            return False
+        return True
+
+    def _counter_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _status_bytes("VmHWM") or _rusage_bytes()
@@ -37,6 +65,52 @@ class MemoryMeter:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return _status_bytes("VmRSS") or _rusage_bytes()
+
+
+class MemoryMonitor:
+    """Tells, once per plan epoch of an instance, that more is used than ``share`` of the limit.
+
+    Instances of one process share its memory, so their use is held against the sum of their
+    limits. Only what a plan can change counts: on a CPU, not what the process held besides the
+    weights when the first instance started (the interpreter and its libraries); on a GPU, not the
+    context. The limit should leave room for these.
+    """
+
+    def __init__(self, meter: MemoryMeter, share: float) -> None:
+        self.meter, self.share = meter, share
+        self._others_bytes: int | None = None
+        self._retries = 0
+        self._watched: dict[str, int] = {}  # instance id -> the epoch that its peak is taken of
+        self._told: dict[str, int] = {}  # instance id -> the last epoch that was told of
+
+    def begin(self, weight_bytes: int) -> None:
+        """An instance stands ready with its weights in memory; the first one counts."""
+        if self._others_bytes is None:
+            on_gpu = self.meter.device.type == "cuda"
+            held = 0 if on_gpu else self.meter.current_bytes() - weight_bytes
+            self._others_bytes = max(0, held)
+
+    def check(self, instance_id: str, epoch: int, limit_bytes: int) -> PressureData | None:
+        """Called between rounds. ``limit_bytes``: of all instances together."""
+        if not self.share or epoch == NO_EPOCH:
+            return None
+        if self._watched.get(instance_id) != epoch:  # a plan took over; it has not run yet
+            self._watched[instance_id] = epoch
+            self.meter.mark()
+            return None
+        if self._told.get(instance_id) == epoch:
+            return None
+        allowed_bytes = int(limit_bytes * self.share)
+        used_bytes = self._used_bytes(allowed_bytes)
+        if used_bytes <= allowed_bytes:
+            return None
+        self._told[instance_id] = epoch
+        return PressureData(used_bytes, allowed_bytes)
+
+    def _used_bytes(self, allowed_bytes: int) -> int:
+        used_bytes = self.meter.recent_peak_bytes() - (self._others_bytes or 0)
+        retries, self._retries = self._retries, self.meter.num_retries()
+        return max(used_bytes, allowed_bytes + 1) if self._retries > retries else used_bytes
 
 
 def _status_bytes(field: str) -> int:

@@ -8,16 +8,19 @@ from typing import NamedTuple
 
 class TorchOptions(NamedTuple):
     """``evaluate_tokens``: held-out tokens scored before and after training, 0 for none.
-    ``checkpoint_steps``: optimizer steps between checkpoints, 0 for none. ``skip_idle``: when
-    nothing can run, move the clock to the next arrival instead of waiting for it."""
+    ``checkpoint_steps``: optimizer steps of a task between its checkpoints, 0 for none.
+    ``resume``: tasks go on from the checkpoints that are there. ``skip_idle``: when nothing can
+    run, move the clock to the next arrival instead of waiting for it. ``memory_pressure_share``:
+    share of its memory limit above which an instance asks for a smaller plan, 0 for never."""
 
     output_dir: Path
     deterministic: bool = True
     evaluate_tokens: int = 2048
     progress_interval_s: float = 10.0
-    checkpoint_steps: int = 0
+    checkpoint_steps: int = 50
     resume: bool = False
     skip_idle: bool = False
+    memory_pressure_share: float = 0.97
 
     def adapter_folder(self, task_id: str) -> Path:
         return Path(self.output_dir) / "adapters" / task_id

@@ -8,5 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-METHODS: tuple[str, ...] = ("lora",)
-METHOD_OPTIONS: Mapping[str, tuple[str, ...]] = {"lora": ()}
+METHODS: tuple[str, ...] = ("lora", "dora", "ia3", "bottleneck")
+METHOD_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("use_rslora",),
+    "dora": ("use_rslora",),
+    "ia3": ("feedforward_modules",),
+    "bottleneck": (),
+}

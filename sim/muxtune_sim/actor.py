@@ -278,12 +278,14 @@ class InstanceActor:
     def _schedule(self, now_ns: int) -> None:
         """One wake: the awaited boundary, or an earlier moment at which a plan becomes known."""
         self.generation += 1
-        delays_ns = []
+        delay_ns = None
         if self.is_running:
-            delays_ns.append((self._target_work_ns - self._work_ns) * self.share)
-        delays_ns.extend(from_ns - now_ns for from_ns, _ in self._pending if from_ns > now_ns)
-        if delays_ns:
-            self.world.wake(self, min(delays_ns), self.generation)
+            delay_ns = (self._target_work_ns - self._work_ns) * self.share
+        for from_ns, _ in self._pending:
+            if from_ns > now_ns and (delay_ns is None or from_ns - now_ns < delay_ns):
+                delay_ns = from_ns - now_ns
+        if delay_ns is not None:
+            self.world.wake(self, delay_ns, self.generation)
 
     def _account(self, now_ns: int) -> None:
         if not self.is_running:
@@ -338,25 +340,23 @@ class InstanceActor:
     def _tell_progress(self, before: dict[str, Cursor], rounds: int, now_ns: int) -> None:
         if not rounds or self.plan is None:
             return
-        if (
-            self._round_tokens is not None
-            and not self.gone
-            and not self.world.options.emit_progress
-        ):
-            self._sums["padded_tokens"] += rounds * self._round_tokens
-            return
         builder, library = self.world.builder, self.world.library
-        counted = builder.round_totals(self.plan, before, library, rounds)
-        self._sums["padded_tokens"] += counted.padded_tokens
         if not self.world.options.emit_progress:
+            if self._round_tokens is not None and not self.gone:
+                padded_tokens = rounds * self._round_tokens
+            else:
+                _, padded_tokens = builder.round_tokens(self.plan, before, library, rounds)
+            self._sums["padded_tokens"] += padded_tokens
             return
+        effective_tokens, padded_tokens = builder.round_tokens(self.plan, before, library, rounds)
+        self._sums["padded_tokens"] += padded_tokens
         # Under contention the transition took its share of the wall time, too.
         wall_ns, work_ns = now_ns - self._segment_start_ns, max(1, self._target_work_ns)
         data = ProgressData(
             rounds,
             wall_ns * (work_ns - self._transition_ns) // work_ns,
-            counted.effective_tokens,
-            counted.padded_tokens,
+            effective_tokens,
+            padded_tokens,
             {name: at.step for name, at in self.cursors.items() if name not in self.gone},
         )
         name, epoch = self.spec.instance_id, self.plan.epoch

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from muxtune.errors import ConfigError
+from muxtune.planning.rates import MeanStepBuilder
+from muxtune.planning.step_builder import StepBuilder
 from muxtune.types import NS_PER_S
+
+EXACT, MEAN = "exact", "mean"
 
 
 class SimOptions(NamedTuple):
@@ -16,6 +21,8 @@ class SimOptions(NamedTuple):
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
     tens of thousands of tasks does without.
+    times: "exact" adds up every pass of a plan; "mean" lets every round of a plan take what it
+    takes in the mean (``muxtune.planning.rates``). Where tasks stand is exact in both.
     fail_task_at_ns: task id to the time at which it fails, recognised at the end of its round.
     fail_instance_at_ns: instance id to the time at which it is lost with all its open steps.
     """
@@ -27,11 +34,22 @@ class SimOptions(NamedTuple):
     charge_transitions: bool = True
     emit_plan_applied: bool = True
     emit_progress: bool = True
+    times: str = EXACT
     fail_task_at_ns: Mapping[str, int] = {}
     fail_instance_at_ns: Mapping[str, int] = {}
 
 
 DEFAULT_SIM_OPTIONS = SimOptions()
+
+
+def make_builder(options: SimOptions) -> StepBuilder:
+    """Raises ConfigError for ``times`` that do not exist."""
+    builders: dict[str, type[StepBuilder]] = {EXACT: StepBuilder, MEAN: MeanStepBuilder}
+    if options.times not in builders:
+        raise ConfigError(
+            "backend.times", f"'{options.times}' does not exist", f"Choose {EXACT} or {MEAN}"
+        )
+    return builders[options.times]()
 
 
 class InstanceTotals(NamedTuple):

@@ -17,7 +17,7 @@ from muxtune.planning.step_builder import StepBuilder
 from muxtune.protocols import ClusterPolicy, CostBook, InstancePlanner, TaskLibrary
 from muxtune.types import InstanceSpec, TaskSpec
 from muxtune_sim.executor import SimExecutor
-from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions
+from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, make_builder
 
 
 class SimReport(NamedTuple):
@@ -40,7 +40,7 @@ def simulate(
 ) -> SimReport:
     """Runs ``tasks`` to the last one. ``costs`` is the simulator's own book: giving the planner
     another one studies prediction error."""
-    executor = SimExecutor(builder or StepBuilder(), costs, library, options)
+    executor = SimExecutor(builder or make_builder(options), costs, library, options)
     engine = Engine(policy, planner, executor, tasks, instances, journal, observers, engine_options)
     totals = engine.run()
     return SimReport(totals, tuple(executor.instance_totals()))

@@ -158,19 +158,26 @@ def test_bfloat16(name: str, factor_dtype: torch.dtype, device: torch.device) ->
         assert error(got, wanted) < 8e-3
 
 
-def test_small_tiles_in_the_fused_product(device: torch.device, monkeypatch) -> None:
-    """Many tiles, mixed ones among them, at sizes that the interpreter can afford."""
+@pytest.mark.parametrize("programs", [11, 14])
+def test_small_tiles_in_the_fused_product(programs: int, device: torch.device, monkeypatch) -> None:
+    """Many tiles, mixed ones and a last wave of halves among them, at affordable sizes."""
     if device.type == "cuda":
         pytest.skip("the large problems cover it")
-    from muxtune_kernels.multi_lora import tuning
+    from muxtune_kernels.multi_lora import launch, tuning
 
     blocks = tuning.GemmBlocks(16, 8, 64, 4, 2, True, 1.0)
     monkeypatch.setattr(tuning, "_GEMM_BLOCKS", (blocks,))
+    for module in (launch, tuning):
+        monkeypatch.setattr(module, "num_sms", lambda: programs)
+    tails = []
+    half = tuning.has_half_tail
+    monkeypatch.setattr(launch, "has_half_tail", lambda *a: tails.append(half(*a)) or tails[-1])
     for name in ("bias and dropout", "slots out of order"):
         problem = SMALL[name]._replace(rate=0.0)
         t = tensors_of(problem, device, torch.float32, torch.float32)
         for got, wanted in zip(triton_form(problem, t), reference(problem, t), strict=True):
             assert error(got, wanted) < 2e-6
+    assert any(tails)
 
 
 @pytest.mark.parametrize("where", ["rows", "a", "b", "scale"])

@@ -31,7 +31,7 @@ def test_resume_is_exact(store: BackboneStore, tmp_path: Path, killed_after: int
     killed.prepare(TASK, OTHER)
     killed.executor.apply(plan())
     killed.until_step(TASK, killed_after)
-    del killed
+    killed.executor.close()
 
     resumed = Bench(tmp_path / "run", store, checkpoint_steps=3, evaluate_tokens=40, resume=True)
     resumed.run(plan(), TASK, OTHER)
@@ -52,14 +52,18 @@ def test_a_finished_task_is_told_again_without_training(
     store: BackboneStore, tmp_path: Path
 ) -> None:
     one = make_plan([make_htask([OTHER])])
-    Bench(tmp_path, store, checkpoint_steps=9).run(one, OTHER)
+    first = Bench(tmp_path, store, checkpoint_steps=9)
+    first.run(one, OTHER)
+    first.executor.close()
     again = Bench(tmp_path, store, resume=True)
     again.run(one, OTHER)
     assert again.recorder.steps == [] and again.done() == {"other"}
 
 
 def test_a_checkpoint_of_other_settings_is_refused(store: BackboneStore, tmp_path: Path) -> None:
-    Bench(tmp_path, store, checkpoint_steps=3).run(make_plan([make_htask([OTHER])]), OTHER)
+    first = Bench(tmp_path, store, checkpoint_steps=3)
+    first.run(make_plan([make_htask([OTHER])]), OTHER)
+    first.executor.close()
     changed = OTHER._replace(optimizer=OTHER.optimizer._replace(lr=0.5))
     bench = Bench(tmp_path, store, resume=True)
     bench.run(make_plan([make_htask([changed])]), changed)
@@ -68,7 +72,9 @@ def test_a_checkpoint_of_other_settings_is_refused(store: BackboneStore, tmp_pat
 
 
 def test_a_broken_checkpoint_is_named(store: BackboneStore, tmp_path: Path) -> None:
-    Bench(tmp_path, store, checkpoint_steps=3).run(make_plan([make_htask([OTHER])]), OTHER)
+    first = Bench(tmp_path, store, checkpoint_steps=3)
+    first.run(make_plan([make_htask([OTHER])]), OTHER)
+    first.executor.close()
     (tmp_path / "checkpoints" / "other" / "state.json").write_text("{")
     bench = Bench(tmp_path, store, resume=True)
     bench.run(make_plan([make_htask([OTHER])]), OTHER)
@@ -84,6 +90,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     bench.prepare(OTHER)
     bench.executor.apply(make_plan([make_htask([OTHER])]))
     bench.until_step(OTHER, 3)
+    bench.executor.close()
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "state.safetensors")
@@ -91,6 +98,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.setattr("muxtune.runtime.checkpoint.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         bench.until_step(OTHER, 6)
+        bench.executor.close()
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["other"]
     resumed = Bench(tmp_path, store, resume=True)

@@ -408,7 +408,7 @@ def test_nothing_starts_at_until_and_an_open_round_goes_on(
 ) -> None:
     executor, clock, recorder = timed_executor(store, tmp_path)
     assert executor.now_ns == 0
-    executor.start(InstanceSpec(INSTANCE, "tiny", "cpu", 1))
+    executor.start(InstanceSpec(INSTANCE, "tiny", "cpu", 10**12))
     assert executor.wait(0) == []
     executor.prepare(A)
     assert [event.kind for event in executor.wait(1)] == [EventKind.INSTANCE_READY]

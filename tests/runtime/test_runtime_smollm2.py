@@ -168,33 +168,33 @@ def check_against_peft(smol: Smol, trained: Trained, task: TaskSpec, with_masks:
     assert abs(theirs[0] - theirs[-1]) > 0.1
 
 
-@pytest.mark.parametrize("index", [1, 2])
-def test_loss_curves_equal_peft_with_our_masks(smol: Smol, together: Trained, index: int) -> None:
-    task = five_tasks(smol.folder / "data", 0.1)[index]
-    check_against_peft(smol, together, task, True)
+def test_loss_curves_equal_peft_with_our_masks(smol: Smol, together: Trained) -> None:
+    """The task with all targets and accumulation."""
+    check_against_peft(smol, together, five_tasks(smol.folder / "data", 0.1)[1], True)
 
 
 def test_loss_curves_equal_plain_peft_without_dropout(smol: Smol) -> None:
     tasks = five_tasks(smol.folder / "data", 0.0)
-    chosen = [tasks[0], tasks[3]]
-    trained = train(smol, chosen, "plain")
-    for task in chosen:
+    trained = train(smol, tasks, "plain")
+    for task in tasks:
         check_against_peft(smol, trained, task, False)
 
 
-def test_peft_loads_the_adapter_with_the_same_logits(smol: Smol, together: Trained) -> None:
+def test_peft_loads_the_adapters_with_the_same_logits(smol: Smol, together: Trained) -> None:
+    """Logits are up to 30 in size: each row to 1e-4 of its norm, each to 1e-4 of the largest."""
     from peft import PeftModel
 
     from tests.runtime.test_runtime_peft_folder import our_logits
 
-    task = five_tasks(smol.folder / "data", 0.1)[1]
-    folder = find_folder(smol.folder / "together" / "adapters" / task.task_id)
-    assert folder is not None
-    loaded = PeftModel.from_pretrained(smol.plain, folder).eval()
     ids = torch.tensor(smol.store.tokenizer(MODEL).encode("def wrap(text, width):\n    return"))
-    with torch.no_grad():
-        theirs = loaded(input_ids=ids[None]).logits[0]
-        base = loaded.unload()(input_ids=ids[None]).logits[0]
-    mine = our_logits(together.bench, task, ids)
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
-    assert float((mine - base).abs().max()) > 0.1
+    for task in five_tasks(smol.folder / "data", 0.1):
+        folder = find_folder(smol.folder / "together" / "adapters" / task.task_id)
+        assert folder is not None
+        loaded = PeftModel.from_pretrained(smol.plain, folder).eval()
+        with torch.no_grad():
+            theirs = loaded(input_ids=ids[None]).logits[0]
+            base = loaded.unload()(input_ids=ids[None]).logits[0]
+        mine = our_logits(together.bench, task, ids)
+        assert float(((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max()) < 1e-4
+        assert float((mine - theirs).abs().max() / theirs.abs().max()) < 1e-4
+        assert float((mine - base).abs().max()) > 0.1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
         first = (tmp_path / "a" / name).read_bytes()
         assert first == (tmp_path / "b" / name).read_bytes()
         assert first != (tmp_path / "c" / name).read_bytes()
+
+
+def test_the_order_of_hashes_does_not_matter(tmp_path: Path):
+    """Strings hash differently in every process unless told otherwise."""
+    words = ["workload=poisson", "workload.limit=20", "cluster.num_gpus=2", "journal=true"]
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "muxtune.cli", "simulate", *words]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        output = f"output_dir={tmp_path / seed}"
+        subprocess.run([*command, output], check=True, env=environment, capture_output=True)
+    for name in ("tasks.csv", "plan_samples.jsonl", "journal.jsonl"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 @pytest.mark.parametrize("planner", ["muxtune", "batched", "exclusive"])

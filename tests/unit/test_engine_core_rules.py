@@ -16,9 +16,9 @@ CORE = [
     *(
         path
         for folder in ("cost", "planning", "planners", "cluster_policies", "workload")
-        for path in sorted((ROOT / folder).glob("*.py"))
+        for path in sorted((ROOT / folder).rglob("*.py"))
     ),
-    *sorted((ROOT.parent / "sim" / "muxtune_sim").glob("*.py")),
+    *sorted((ROOT.parent / "sim" / "muxtune_sim").rglob("*.py")),
 ]
 CLOCKS = {"time", "datetime", "timeit"}
 CLOCK_CALLS = {"perf_counter", "monotonic", "time_ns", "process_time", "now", "utcnow", "today"}

@@ -67,8 +67,9 @@ for name in {HEAVY!r}:
     sys.modules[name] = None  # an import of it raises ImportError
 for name in {CORE!r}:
     module = importlib.import_module("muxtune." + name)
-    for part in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        importlib.import_module(f"{{module.__name__}}.{{part.name}}")
+    prefix = module.__name__ + "."
+    for part in pkgutil.walk_packages(getattr(module, "__path__", []), prefix):
+        importlib.import_module(part.name)
 assert not set({HEAVY!r}) & {{name for name, module in sys.modules.items() if module}}
 """
     run_python(code)

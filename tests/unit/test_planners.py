@@ -9,67 +9,8 @@ from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.exclusive import ExclusivePlanner
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.registry import PLANNERS
-from muxtune.types import (
-    AdapterSlot,
-    Estimate,
-    InstanceView,
-    LengthSummary,
-    PackRule,
-    PassCoefficients,
-    Plan,
-    Refusal,
-    TaskView,
-)
-
-
-class HandCost:
-    """A pass costs a launch, then time a row, but never less than a full machine takes; memory a
-    row. All constants are arguments, so that each test says which machine it means."""
-
-    def __init__(self, launch_s=0.0, row_s=1e-4, knee_rows=0, rank_row_s=0.0, row_bytes=1):
-        self.launch_s, self.row_s, self.knee_rows = launch_s, row_s, knee_rows
-        self.rank_row_s, self.row_bytes = rank_row_s, row_bytes
-
-    def pass_coefficients(self, shape, replica):
-        rows = shape.padded_tokens
-        ranks = sum(slot.rank for slot in shape.slots)
-        base = self.launch_s + self.row_s * max(rows, self.knee_rows)
-        base += self.rank_row_s * ranks * rows
-        return PassCoefficients(base, 0.0, 0.0, (0.0,) * len(shape.slots), 0.1)
-
-    def capture_s(self, shape, replica):
-        return Estimate(1.0, 1.0, 1.0)
-
-    def resident_bytes(self, slots, replica):
-        return 1000 + 10 * len(slots)
-
-    def pass_bytes(self, shape, replica):
-        return shape.padded_tokens * self.row_bytes
-
-
-def summary(length: int, name: str = "") -> LengthSummary:
-    quantiles = (length,) * 33
-    return LengthSummary(
-        100, length, length - 1, length**2, length, quantiles, name or f"all-{length}"
-    )
-
-
-def task(name: str, length: int = 64, batch: int = 4, rank: int = 8, **fields) -> TaskView:
-    slot = AdapterSlot("lora", rank, ("q_proj",))
-    view = TaskView(name, "t", "m", slot, batch, length, summary(length), 10, 0, 0)
-    return view._replace(**fields)
-
-
-def view(*tasks: TaskView, limit: int = 10**9) -> InstanceView:
-    return InstanceView("i0", 0, tasks, None, limit, model="m", device="d")
-
-
-def planned(cost: HandCost, *tasks: TaskView, limit: int = 10**9, **options) -> Plan:
-    plan = MuxTunePlanner(lambda model, device: cost, **options).plan(
-        view(*tasks, limit=limit), None
-    )
-    assert isinstance(plan, Plan), plan
-    return plan
+from muxtune.types import PackRule, Plan, Refusal
+from tests.unit.planner_helpers import HandCost, planned, task, view
 
 
 def test_one_htask_wins_where_launches_dominate():
@@ -96,7 +37,7 @@ def test_two_htasks_win_where_one_does_not_fit_memory():
     """Steps of 5 and 3 chunks, memory for 5: fused they take two passes of 3 + 2 chunks, 10 in
     all with filler; apart 5 + 3."""
     tasks = [task("a", length=16, batch=5), task("b", length=16, batch=3)]
-    plan = planned(HandCost(), *tasks, limit=1020 + 5 * 16)
+    plan = planned(HandCost(), *tasks, limit=1020 + 5 * 16, max_shapes=1)
     assert sorted(htask.shapes[-1].num_chunks for htask in plan.htasks) == [3, 5]
     assert plan.predicted.peak_memory_bytes.value == 1020 + 5 * 16
     assert len(planned(HandCost(launch_s=1e-3), *tasks).htasks) == 1

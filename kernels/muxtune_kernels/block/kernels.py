@@ -107,9 +107,7 @@ def _rotate_kernel(
     tl.store(left_GP + half, (y_GP * cos_P[None, :] + x_GP * sin_P[None, :]).to(dtype), mask=mask)
 
 
-def rotate_cuda_(
-    qkv_TC: Tensor, cos_LP: Tensor, sin_LP: Tensor, position_T: Tensor, heads
-) -> None:
+def rotate_cuda_(qkv_TC: Tensor, cos_LP: Tensor, sin_LP: Tensor, position_T: Tensor, heads) -> None:
     turned = heads.num_heads + heads.num_kv_heads
     group = math.gcd(turned, 16)
     _rotate_kernel[(qkv_TC.shape[0], turned // group)](

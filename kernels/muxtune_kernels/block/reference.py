@@ -25,7 +25,7 @@ def rms_norm_backward(
     return dx_TD.to(x_TD.dtype)
 
 
-def _rotated(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+def rotated(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
     left, right = x_THE.float().chunk(2, dim=-1)
     turned = (left * cos_T1P - right * sin_T1P, right * cos_T1P + left * sin_T1P)
     return torch.cat(turned, dim=-1).to(x_THE.dtype)
@@ -39,7 +39,7 @@ def _angles(cos_LP: Tensor, sin_LP: Tensor, position_T: Tensor) -> tuple[Tensor,
 def rotate_(qkv_TC: Tensor, cos_LP: Tensor, sin_LP: Tensor, position_T: Tensor, heads) -> None:
     turned = heads.num_heads + heads.num_kv_heads
     part_THE = qkv_TC[:, : turned * heads.head_dim].unflatten(1, (turned, heads.head_dim))
-    part_THE.copy_(_rotated(part_THE, *_angles(cos_LP, sin_LP, position_T)))
+    part_THE.copy_(rotated(part_THE, *_angles(cos_LP, sin_LP, position_T)))
 
 
 def rotate_backward(
@@ -47,7 +47,7 @@ def rotate_backward(
     position_T: Tensor, heads,
 ) -> Tensor:  # fmt: skip
     cos_T1P, sin_T1P = _angles(cos_LP, sin_LP, position_T)
-    turned = (_rotated(d, cos_T1P, -sin_T1P) for d in (dq_THE, dk_TKE))
+    turned = (rotated(d, cos_T1P, -sin_T1P) for d in (dq_THE, dk_TKE))
     return torch.cat([d.flatten(1) for d in (*turned, dv_TKE)], dim=1)
 
 

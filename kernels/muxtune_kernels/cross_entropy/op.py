@@ -39,6 +39,26 @@ def multi_task_cross_entropy(
 
 
 @torch.no_grad()
+def multi_task_cross_entropy_grad(
+    hidden_TD: Tensor,
+    lm_head_VD: Tensor,
+    labels_T: Tensor,
+    slot_of_row_T: Tensor,
+    loss_scale_S: Tensor,
+    num_slots: int,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+) -> tuple[Tensor, Tensor]:
+    """(loss_S, gradient of its sum with respect to hidden): the same without autograd."""
+    # The CPU form leaves rows without a target alone, the CUDA form writes every row.
+    empty = torch.empty_like if hidden_TD.is_cuda else torch.zeros_like
+    grad_TD = empty(hidden_TD)
+    loss_S = _losses(
+        hidden_TD, lm_head_VD, labels_T, slot_of_row_T, loss_scale_S, num_slots, chunk_rows, grad_TD
+    )
+    return loss_S, grad_TD
+
+
+@torch.no_grad()
 def multi_task_nll(
     hidden_TD: Tensor,
     lm_head_VD: Tensor,

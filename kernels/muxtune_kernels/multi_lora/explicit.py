@@ -98,9 +98,7 @@ def _cuda(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[Any, Any, Any]
     bounds_S3 = step.rows.slot_bounds_S3
     assert bounds_S3 is not None
     tensors = launch.RowTensors(step.rows.slot_of_row_T, bounds_S3, step.scale_S, step.dropout)
-    adapters = launch.Adapters(
-        lin.slot_ranks, lin.out_features, lin.module_key, lin.deterministic
-    )
+    adapters = launch.Adapters(lin.slot_ranks, lin.out_features, lin.module_key, lin.deterministic)
     tuning = tuning_of(
         x_TD.shape[0], x_TD.shape[1], lin.out_features, len(lin.slot_ranks),
         launch.layout_of(adapters, x_TD.device).rank_pad, x_TD.element_size(), lin.deterministic,
@@ -108,9 +106,7 @@ def _cuda(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[Any, Any, Any]
     return tensors, adapters, tuning
 
 
-def _reference(
-    x_TD: Tensor, a_RD: Tensor, b_RO: Tensor, lin: LoraLinear, step: StepRows
-) -> Tensor:
+def _reference(x_TD: Tensor, a_RD: Tensor, b_RO: Tensor, lin: LoraLinear, step: StepRows) -> Tensor:
     return multi_lora_linear_reference(
         x_TD, lin.weight_OD, lin.bias_O, a_RD, b_RO.t(), lin.slot_ranks, step.scale_S, step.rows,
         step.dropout, lin.module_key, lin.deterministic, lin.out_features,

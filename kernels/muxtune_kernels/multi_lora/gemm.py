@@ -74,86 +74,125 @@ def _mixed_low_rank(h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, 
 
 
 @triton.jit
+def _linear_tile(
+    t_0, n_0, x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, slot_of_row_ptr,
+    bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride,
+    h_stride_split, factor_stride_row, factor_stride_n,
+    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
+    RANK_PAD: tl.constexpr, H_SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    dtype = y_desc.dtype
+    steps_k = tl.cdiv(num_in, BLOCK_K)
+    # What the low-rank step of a tile of one slot needs is asked for before the product.
+    slot_0, uniform = uniform_slot(slot_of_row_ptr, bounds_ptr, t_0, t_0 + BLOCK_T)
+    row_T = t_0 + tl.arange(0, BLOCK_T)
+    in_T = row_T < num_rows
+    n_N = n_0 + tl.arange(0, BLOCK_N)
+    in_N = n_N < num_out
+    member = 0
+    if NUM_MEMBERS > 1:
+        for other in tl.static_range(1, NUM_MEMBERS):
+            member += (n_0 >= tl.load(edges_ptr + other)).to(tl.int32)
+    column_0 = member * RANK_PAD
+    h_TJ = _load_h(h_ptr, row_T, in_T, column_0, h_stride, h_stride_split, dtype, H_SPLITS)
+    f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, tl.maximum(slot_0, 0), 0, n_N, in_N,
+                        total_rank, factor_stride_row, factor_stride_n, RANK_PAD)  # fmt: skip
+    acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for k in range(steps_k):
+        x_TK = x_desc.load([t_0, k * BLOCK_K])
+        if WEIGHT_NK:
+            w_KN = w_desc.load([n_0, k * BLOCK_K]).T
+        else:
+            w_KN = w_desc.load([k * BLOCK_K, n_0])
+        acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
+    if uniform:
+        acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+        for column in range(RANK_STEP, INNER * RANK_PAD, RANK_STEP):
+            h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
+                           dtype, H_SPLITS)  # fmt: skip
+            f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
+                                total_rank, factor_stride_row, factor_stride_n,
+                                RANK_PAD)  # fmt: skip
+            acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+    else:
+        slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+        first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
+        last = tl.max(slot_T)
+        for column in range(0, INNER * RANK_PAD, RANK_STEP):
+            if column > 0:
+                h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
+                               h_stride_split, dtype, H_SPLITS)  # fmt: skip
+            for slot in range(first, last + 1, 2):
+                acc_TN = _mixed_low_rank(
+                    h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N,
+                    in_N, total_rank, factor_stride_row, factor_stride_n, acc_TN, BLOCK_T,
+                    RANK_PAD,
+                )  # fmt: skip
+    if BIAS:
+        acc_TN += tl.load(bias_ptr + n_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
+    if HALVES:
+        pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(pairs)
+        y_desc.store([t_0, n_0], left.to(dtype))
+        y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
+    else:
+        y_desc.store([t_0, n_0], acc_TN.to(dtype))
+    if H_SPLITS > 1:
+        is_first_column = n_0 == 0
+        if NUM_MEMBERS > 1:
+            is_first_column |= n_0 == tl.load(edges_ptr + member)
+        if is_first_column:
+            for column in range(0, INNER * RANK_PAD, RANK_STEP):
+                h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
+                               h_stride_split, dtype, H_SPLITS)  # fmt: skip
+                j_J = column_0 + column + tl.arange(0, RANK_STEP)
+                tl.store(h_out_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
+                         h_TJ, mask=in_T[:, None])  # fmt: skip
+
+
+@triton.jit
 def linear_kernel(
-    x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, slot_of_row_ptr, bounds_ptr,
-    offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride,
+    x_desc, w_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, slot_of_row_ptr,
+    bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, h_stride,
     h_stride_split, factor_stride_row, factor_stride_n,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, H_SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
+    TAIL: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """H_SPLITS > 1: h is float32 parts; their sum is written to h_out by the first column."""
-    dtype = y_desc.dtype
+    """H_SPLITS > 1: h is float32 parts; their sum is written to h_out by the first column.
+    TAIL: the last, incomplete wave of tiles is computed as halves, by twice as many programs."""
     tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
-    steps_k = tl.cdiv(num_in, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, NUM_PROGRAMS, flatten=False):
+    num_tiles = tiles_t * tiles_n
+    whole = num_tiles
+    if TAIL:
+        whole = (num_tiles // NUM_PROGRAMS) * NUM_PROGRAMS
+    for tile in tl.range(tl.program_id(0), whole, NUM_PROGRAMS, flatten=False):
         group = tile // (GROUP_T * tiles_n)
         size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
         t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
         n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
-        # What the low-rank step of a tile of one slot needs is asked for before the product.
-        slot_0, uniform = uniform_slot(slot_of_row_ptr, bounds_ptr, t_0, t_0 + BLOCK_T)
-        row_T = t_0 + tl.arange(0, BLOCK_T)
-        in_T = row_T < num_rows
-        n_N = n_0 + tl.arange(0, BLOCK_N)
-        in_N = n_N < num_out
-        member = 0
-        if NUM_MEMBERS > 1:
-            for other in tl.static_range(1, NUM_MEMBERS):
-                member += (n_0 >= tl.load(edges_ptr + other)).to(tl.int32)
-        column_0 = member * RANK_PAD
-        h_TJ = _load_h(h_ptr, row_T, in_T, column_0, h_stride, h_stride_split, dtype, H_SPLITS)
-        f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, tl.maximum(slot_0, 0), 0, n_N, in_N,
-                            total_rank, factor_stride_row, factor_stride_n, RANK_PAD)  # fmt: skip
-        acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        for k in range(steps_k):
-            x_TK = x_desc.load([t_0, k * BLOCK_K])
-            if WEIGHT_NK:
-                w_KN = w_desc.load([n_0, k * BLOCK_K]).T
-            else:
-                w_KN = w_desc.load([k * BLOCK_K, n_0])
-            acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
-        if uniform:
-            acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
-            for column in range(RANK_STEP, INNER * RANK_PAD, RANK_STEP):
-                h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
-                               dtype, H_SPLITS)  # fmt: skip
-                f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
-                                    total_rank, factor_stride_row, factor_stride_n,
-                                    RANK_PAD)  # fmt: skip
-                acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
-        else:
-            slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-            first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
-            last = tl.max(slot_T)
-            for column in range(0, INNER * RANK_PAD, RANK_STEP):
-                if column > 0:
-                    h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
-                                   h_stride_split, dtype, H_SPLITS)  # fmt: skip
-                for slot in range(first, last + 1, 2):
-                    acc_TN = _mixed_low_rank(
-                        h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N,
-                        in_N, total_rank, factor_stride_row, factor_stride_n, acc_TN, BLOCK_T,
-                        RANK_PAD,
-                    )  # fmt: skip
-        if BIAS:
-            acc_TN += tl.load(bias_ptr + n_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
-        if HALVES:
-            pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(pairs)
-            y_desc.store([t_0, n_0], left.to(dtype))
-            y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
-        else:
-            y_desc.store([t_0, n_0], acc_TN.to(dtype))
-        if H_SPLITS > 1:
-            is_first_column = n_0 == 0
-            if NUM_MEMBERS > 1:
-                is_first_column |= n_0 == tl.load(edges_ptr + member)
-            if is_first_column:
-                for column in range(0, INNER * RANK_PAD, RANK_STEP):
-                    h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
-                                   h_stride_split, dtype, H_SPLITS)  # fmt: skip
-                    j_J = column_0 + column + tl.arange(0, RANK_STEP)
-                    tl.store(h_out_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
-                             h_TJ, mask=in_T[:, None])  # fmt: skip
+        _linear_tile(
+            t_0, n_0, x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr,
+            slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out,
+            num_in, total_rank, h_stride, h_stride_split, factor_stride_row, factor_stride_n,
+            WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, BIAS, BLOCK_T, BLOCK_N, BLOCK_K,
+            HALVES,
+        )  # fmt: skip
+    if TAIL:
+        if tl.program_id(0) < 2 * (num_tiles - whole):
+            tile = whole + tl.program_id(0) // 2
+            group = tile // (GROUP_T * tiles_n)
+            size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+            t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
+            n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
+            n_0 += (tl.program_id(0) % 2) * (BLOCK_N // 2)
+            if n_0 < num_out:
+                _linear_tile(
+                    t_0, n_0, x_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr,
+                    slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows,
+                    num_out, num_in, total_rank, h_stride, h_stride_split, factor_stride_row,
+                    factor_stride_n, WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, BIAS,
+                    BLOCK_T, BLOCK_N // 2, BLOCK_K, False,
+                )  # fmt: skip

@@ -37,6 +37,7 @@ from .tuning import (
     Tuning,
     cdiv,
     gemm_blocks,
+    has_half_tail,
     next_power_of_2,
     num_sms,
 )
@@ -177,19 +178,26 @@ def linear(
     h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
     tiles = cdiv(num_rows, blocks.t) * cdiv(num_out, blocks.n)
     programs = min(num_sms(), tiles)
+    tail = has_half_tail(blocks, num_rows, num_out)
     members = layout.num_members
+
+    def weight_tiles(width: int) -> TensorDescriptor:
+        shape = [width, blocks.k] if weight_nk else [blocks.k, width]
+        return TensorDescriptor.from_tensor(weight_OD, shape)
+
+    whole = weight_tiles(blocks.n)
     linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_TK, [blocks.t, blocks.k]),
-        TensorDescriptor.from_tensor(
-            weight_OD, [blocks.n, blocks.k] if weight_nk else [blocks.k, blocks.n]
-        ),
+        whole,
+        weight_tiles(blocks.n // 2) if tail else whole,
         TensorDescriptor.from_tensor(out_TN, [blocks.t, blocks.n // (2 if blocks.halves else 1)]),
         h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, rows.slot_of_row_T,
         rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges, num_rows, num_out,
         num_in, layout.total_rank, layout.j_width, h_parts.stride(0), factor_RN.stride(0),
         factor_RN.stride(1),
         weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
-        splits, bias_O is not None, blocks.t, blocks.n, blocks.k, 8, blocks.halves, programs,
+        splits, bias_O is not None, blocks.t, blocks.n, blocks.k, 8, blocks.halves, tail,
+        programs,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out_TN, h_TJ

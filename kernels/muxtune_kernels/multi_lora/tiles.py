@@ -269,8 +269,11 @@ def outer_tile(
                   + row_J.to(tl.int64)[None, :] * out_stride_row + n_N[:, None])  # fmt: skip
         real_NJ = in_N[:, None] & real_J[None, :]
         if ACCUMULATE:
-            if tl.load(keep_ptr + slot) != 0:
+            keeps = tl.load(keep_ptr + slot) != 0
+            if keeps & (start < stop):
                 acc_NJ += tl.load(out_NJ, mask=real_NJ, other=0.0).to(tl.float32)
+            # Nothing is added to what an idle slot keeps, so it is not even touched.
+            real_NJ = real_NJ & ((start < stop) | (keeps == 0))
         tl.store(out_NJ, acc_NJ.to(out_ptr.dtype.element_ty), mask=real_NJ)
 
 
@@ -327,8 +330,11 @@ def dh_db_tile(
                   + row_J.to(tl.int64)[None, :] * db_stride_row + n_N[:, None])  # fmt: skip
         real_NJ = in_N[:, None] & real_J[None, :]
         if ACCUMULATE:
-            if tl.load(keep_ptr + slot) != 0:
+            keeps = tl.load(keep_ptr + slot) != 0
+            if keeps & (start < stop):
                 acc_NJ += tl.load(out_NJ, mask=real_NJ, other=0.0).to(tl.float32)
+            # Nothing is added to what an idle slot keeps, so it is not even touched.
+            real_NJ = real_NJ & ((start < stop) | (keeps == 0))
         tl.store(out_NJ, acc_NJ.to(db_ptr.dtype.element_ty), mask=real_NJ)
 
 

@@ -72,10 +72,24 @@ def gemm_blocks(num_rows: int, widths: tuple[int, ...]) -> GemmBlocks | None:
 
     def cost(blocks: GemmBlocks) -> float:
         tiles = cdiv(num_rows, blocks.t) * cdiv(sum(widths), blocks.n)
-        return cdiv(tiles, num_sms()) * blocks.t * blocks.n / blocks.efficiency
+        waves = float(cdiv(tiles, num_sms()))
+        if has_half_tail(blocks, num_rows, sum(widths)):
+            waves -= 1 - _HALF_TILE_COST
+        return waves * blocks.t * blocks.n / blocks.efficiency
 
     fitting = [b for b in _GEMM_BLOCKS if len(widths) == 1 or all(w % b.n == 0 for w in widths)]
     return min(fitting, key=cost) if fitting else None
+
+
+# A 128 x 128 tile over a 128 x 256 one: half the work, at the smaller tile's efficiency.
+_HALF_TILE_COST = 0.5 / 0.87
+
+
+def has_half_tail(blocks: GemmBlocks, num_rows: int, num_out: int) -> bool:
+    """Whether the last wave of tiles is at most half full, so that halves of them fit one wave."""
+    tiles = cdiv(num_rows, blocks.t) * cdiv(num_out, blocks.n)
+    rest = tiles % num_sms()
+    return blocks.halves and tiles > num_sms() and 0 < 2 * rest <= num_sms()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,7 +129,7 @@ def _fit(block: int, shared_bytes) -> int:
 
 def _shrink_splits(tiles: int, steps: int) -> int:
     splits = 1
-    while splits < 8 and tiles * splits * 2 <= num_sms() and steps // (splits * 2) >= 4:
+    while splits < 8 and tiles * splits * 2 <= 2 * num_sms() and steps // (splits * 2) >= 4:
         splits *= 2
     return splits
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 
 from muxtune.errors import ConfigError
+from muxtune.runtime.adapters.bottleneck import Bottleneck
 from muxtune.runtime.adapters.contract import AdapterMethod
+from muxtune.runtime.adapters.dora import Dora
+from muxtune.runtime.adapters.ia3 import IA3
 from muxtune.runtime.adapters.lora import Lora
 
-METHODS: dict[str, AdapterMethod] = {"lora": Lora()}
+_ALL: tuple[AdapterMethod, ...] = (Lora(), Dora(), IA3(), Bottleneck())
+METHODS: dict[str, AdapterMethod] = {method.name: method for method in _ALL}
 
 
 def adapter_method(name: str) -> AdapterMethod:

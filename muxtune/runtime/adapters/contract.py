@@ -1,11 +1,23 @@
 """What an adapter method is to the runtime. A method is one file: add it to ``METHODS``.
 
-A method owns the parameters that it adds at a site (a frozen linear), their start values, the
-forward over all slots that use it, and the translation to and from PEFT's file format. Where its
-parameters live, their gradients, optimizer, checkpoints and migration are the bank's business
-and the same for all methods.
+A method owns the parameters that it adds at a site (a frozen linear), their start values, what it
+does to its slots' rows, and the translation to and from PEFT's file format. Where its parameters
+live, their gradients, optimizer, checkpoints and migration are the bank's business and the same
+for all methods.
 
-Parameters are matrices whose rows are concatenated over the slots of a pool (pool form).
+At a site a pass runs three stages (``site.SiteMethods``), each once for ALL slots:
+
+- Dispatch: each method of the site may change what the frozen product reads;
+- BaseOp with the low-rank factors of every slot that has them (parameters ``lora_A`` and
+  ``lora_B``, shared by all methods that use low-rank factors), fused into one op;
+- Aggregate: each method of the site may change what comes out.
+
+So the number of ops at a site depends on the number of methods present, not on that of tasks. A
+method touches the rows of its own slots only and leaves all others bit by bit the same.
+
+Parameters are matrices whose rows are concatenated over the slots of a pool (pool form). Slots of
+other methods have no rows. A slot may be larger than its task: its spare rows are zero, and at
+sites that the task does not target ``ParameterPool.owned`` is false.
 
 Shape suffixes: T rows of the micro-batch, D input features, O output features.
 """
@@ -28,7 +40,10 @@ Parameters = Mapping[str, Tensor]  # parameter name -> [rows, width], pool form
 
 
 class AdapterMethod(Protocol):
-    """A PEFT method in the form BaseOp + Dispatch + Adapter + Aggregate."""
+    """A PEFT method in the form BaseOp + Dispatch + Adapter + Aggregate.
+
+    Inherit from it: both stages do nothing unless they are overridden.
+    """
 
     name: str
 
@@ -37,24 +52,36 @@ class AdapterMethod(Protocol):
         ...
 
     def shapes(self, slot: AdapterSlot, site: LinearSite) -> dict[str, tuple[int, int]]:
-        """Parameter name -> (rows, width) that one slot needs at a site it targets."""
+        """Parameter name -> (rows, width) that one slot needs at a site it targets. Every task
+        that fits the slot must find its parameters here, whatever its options."""
         ...
 
     def scale(self, spec: AdapterSpec) -> float:
-        """The factor that Aggregate gives the adapter's output."""
+        """The factor of the low-rank product; 1 for methods without one."""
         ...
 
     def initialise(
-        self, spec: AdapterSpec, site: LinearSite, generator: Generator
+        self,
+        spec: AdapterSpec,
+        site: LinearSite,
+        generator: Generator,
+        weight_OD: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Start values as PEFT draws them, float32, on the CPU."""
+        """Start values as PEFT draws them, float32, on the CPU. ``weight_OD``: the frozen
+        weight, for methods that start from it."""
         ...
 
-    def linear(
+    def dispatch(
         self, x_TD: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
     ) -> Tensor:
-        """Base product plus every slot's adapter on its own rows; [T, O]."""
-        ...
+        """What the frozen product reads; [T, D]."""
+        return x_TD
+
+    def aggregate(
+        self, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
+    ) -> Tensor:
+        """What leaves the site, from the frozen and low-rank products' sum; [T, O]."""
+        return y_TO
 
     def to_peft(self, site_name: str, parameters: Parameters) -> dict[str, Tensor]:
         """State dict entries as PEFT names and shapes them, adapter name left out."""
@@ -67,5 +94,5 @@ class AdapterMethod(Protocol):
         ...
 
     def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
-        """The method's own entries of ``adapter_config.json``."""
+        """The method's own entries of ``adapter_config.json``. ``spec.targets`` are names."""
         ...

@@ -1,0 +1,143 @@
+"""The step program of each row count as a CUDA graph, and what surrounds its replays.
+
+The host fills one pinned buffer while the device works on another; results come back the same
+way, so nothing waits for the device but the reader of a result.
+
+Shape suffixes as in the package.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muxtune.runtime.static_step.inputs import HostBuffer, Sequence, SlotInput
+from muxtune.runtime.static_step.program import StepProgram
+
+_DEPTH = 3
+
+
+class HostResult(NamedTuple):
+    """Per slot; see ``StepResult``."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    skipped: list[bool]
+
+
+class Pending:
+    """The result of a step that may still run. Read it before ``_DEPTH`` more are started."""
+
+    def __init__(self, host_3S: Tensor, event: torch.cuda.Event | None) -> None:
+        self._host_3S, self._event = host_3S, event
+
+    def result(self) -> HostResult:
+        if self._event is not None:
+            self._event.synchronize()
+        losses, norms, skipped = self._host_3S.tolist()
+        return HostResult(losses, norms, [bool(value) for value in skipped])
+
+
+class CapturedSteps:
+    """``row_counts``: the sizes that exist; a micro-batch takes the smallest that holds it.
+
+    On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size.
+    """
+
+    def __init__(self, program: StepProgram, row_counts: Iterable[int], pad_id: int = 0) -> None:
+        self.program, self.pad_id = program, pad_id
+        self.row_counts = sorted(row_counts)
+        layout, device = program.inputs.layout, program.model.device
+        if not self.row_counts or self.row_counts[-1] > layout.max_rows:
+            raise ValueError(f"row counts {self.row_counts}, at most {layout.max_rows}")
+        self._on_cuda = device.type == "cuda"
+        self._hosts = [HostBuffer(layout, self._on_cuda) for _ in range(_DEPTH)]
+        shape = (3, layout.num_slots)
+        self._metrics = [torch.zeros(shape, pin_memory=self._on_cuda) for _ in range(_DEPTH + 1)]
+        self._copied: list[torch.cuda.Event | None] = [None] * _DEPTH
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self._on_cuda else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if self._on_cuda else None
+        self._num_steps = 0
+        self.capture_s: dict[int, float] = {}
+
+    def capture(self) -> float:
+        """Prepare every size, largest first, so that the smaller ones find its memory. State is
+        left as it was: the trial step has filler rows only. Returns seconds."""
+        for num_rows in reversed(self.row_counts):
+            if num_rows not in self.capture_s:
+                start_s = time.perf_counter()
+                self._prepare(num_rows)
+                self.capture_s[num_rows] = time.perf_counter() - start_s
+        return sum(self.capture_s.values())
+
+    def size_for(self, num_tokens: int) -> int:
+        for num_rows in self.row_counts:
+            if num_rows >= num_tokens:
+                return num_rows
+        raise ValueError(f"{num_tokens} tokens, the largest size holds {self.row_counts[-1]}")
+
+    def step(
+        self,
+        sequences: Iterable[Sequence],
+        slots: Mapping[int, SlotInput],
+        first_rows: Mapping[int, int] | None = None,
+        num_rows: int | None = None,
+    ) -> Pending:
+        """Start one step; arguments as ``HostBuffer.fill``. Never waits for the device unless
+        the host is ``_DEPTH`` steps ahead."""
+        sequences = list(sequences)
+        if num_rows is None:
+            num_rows = self.size_for(sum(len(sequence.tokens_n) for sequence in sequences))
+        turn = self._num_steps % _DEPTH
+        event = self._copied[turn]
+        if event is not None:
+            event.synchronize()
+        host = self._hosts[turn]
+        host.fill(num_rows, sequences, slots, self.pad_id, first_rows)
+        metrics_3S = self._metrics[self._num_steps % len(self._metrics)]
+        self._num_steps += 1
+        if not self._on_cuda:
+            self._load(host)
+            self.program.run(num_rows)
+            metrics_3S.copy_(self.program.metrics)
+            return Pending(metrics_3S.clone(), None)
+        if num_rows not in self._graphs:
+            self._prepare(num_rows)
+        with torch.cuda.stream(self.stream):
+            self._load(host)
+            self._copied[turn] = _recorded()
+            self._graphs[num_rows].replay()
+            metrics_3S.copy_(self.program.metrics, non_blocking=True)
+            return Pending(metrics_3S, _recorded())
+
+    def _load(self, host: HostBuffer) -> None:
+        self.program.inputs.buffer.copy_(host.buffer, non_blocking=True)
+        self.program.inputs.spans = host.spans
+
+    def _prepare(self, num_rows: int) -> None:
+        if not self._on_cuda:
+            return
+        assert self.stream is not None
+        host = HostBuffer(self.program.inputs.layout, False)
+        host.fill(num_rows, (), {}, self.pad_id)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            self._load(host)
+            self.program.run(num_rows)  # compiles kernels, uploads tables
+            self.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, stream=self.stream):
+                self.program.run(num_rows)
+        self.stream.synchronize()
+        self._graphs[num_rows] = graph
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -1,0 +1,269 @@
+"""One training step as explicit calls: forward, loss, backward, optimizer; no autograd.
+
+A frozen backbone needs input gradients only, so the backward is a second walk over the blocks.
+Writing it out decides when each activation dies, keeps every address static and lets the factor
+gradients, which nobody waits for, run beside the next product on a second stream.
+
+Shape suffixes as in the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muxtune.runtime.static_step.adapters import AdapterPools, FusedPool
+from muxtune.runtime.static_step.attention import (
+    Packing,
+    Rotary,
+    attention_backward,
+    attention_forward,
+)
+from muxtune.runtime.static_step.inputs import StepInputs
+from muxtune.runtime.static_step.model import Block, StaticModel
+from muxtune_kernels import AdamWSlots, multi_task_adamw_
+from muxtune_kernels.block import (
+    add_rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward_,
+)
+from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
+from muxtune_kernels.multi_lora import (
+    StepRows,
+    lora_linear_factor_grad,
+    lora_linear_forward,
+    lora_linear_input_grad,
+)
+
+
+class StepResult(NamedTuple):
+    """Per slot, float32 [S]: loss of this micro-batch (a part of the optimizer batch's mean),
+    gradient norm before clipping where a step was closed, 1 where it was skipped."""
+
+    loss_S: Tensor
+    grad_norm_S: Tensor
+    skipped_S: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward of one block needs."""
+
+    x_in_TD: Tensor
+    normed_in_TD: Tensor
+    rstd_in_T: Tensor
+    h_qkv: Any
+    qkv_TC: Tensor
+    attended_TC: Tensor
+    attention: Any
+    h_out: Any
+    x_mid_TD: Tensor
+    normed_mid_TD: Tensor
+    rstd_mid_T: Tensor
+    h_gate_up: Any
+    gate_up_TC: Tensor
+    act_TF: Tensor
+    h_down: Any
+
+
+class StepProgram:
+    """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
+    second stream. ``deterministic``: no atomics anywhere."""
+
+    def __init__(
+        self,
+        model: StaticModel,
+        pools: AdapterPools,
+        inputs: StepInputs,
+        deterministic: bool = False,
+        overlap: bool = True,
+        loss_chunk_rows: int = 1024,
+    ) -> None:
+        self.model, self.pools, self.inputs = model, pools, inputs
+        self.deterministic, self.loss_chunk_rows = deterministic, loss_chunk_rows
+        self.optimizes = True  # False: gradients only, to measure what the optimizer costs
+        fields = inputs.fields
+        self._settings = AdamWSlots(
+            *fields["settings"], step_S=pools.settings.step_S, active_S=fields["active"]
+        )
+        num_slots = inputs.layout.num_slots
+        self.metrics = torch.zeros((3, num_slots), dtype=torch.float32, device=model.device)
+        on_cuda = model.device.type == "cuda"
+        # Low priority: the products that the backward waits for come first.
+        self._side = torch.cuda.Stream(model.device, priority=0) if overlap and on_cuda else None
+        self._held: list[Any] = []
+
+    @torch.no_grad()
+    def run(self, num_rows: int) -> StepResult:
+        """Reads the input buffer, updates the pools, writes ``metrics``."""
+        with _determinism(self.deterministic):
+            rows = self.inputs.step_rows(num_rows)
+            hidden, saved = self._forward(num_rows, rows)
+            loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
+            self._backward(num_rows, rows, hidden, saved, dnormed_TD)
+            self.metrics[0].copy_(loss_S)
+            if not self.optimizes:
+                return StepResult(*self.metrics)
+            result = multi_task_adamw_(self.pools.optimizer_pools, self._settings, zero_grads=False)
+        self.metrics[1].copy_(result.grad_norm_S)
+        self.metrics[2].copy_(result.skipped_S)
+        return StepResult(*self.metrics)
+
+    def _forward(
+        self, num_rows: int, rows: StepRows
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Saved]]:
+        ids_T = self.inputs.fields["input_ids"][:num_rows]
+        x_TD, added_TD = self.model.embedding_VD.index_select(0, ids_T), None
+        saved = []
+        for block, pools in zip(self.model.blocks, self.pools.layers, strict=True):
+            kept, added_TD = self._block_forward(block, pools, x_TD, added_TD, rows)
+            x_TD = kept.x_mid_TD
+            saved.append(kept)
+        return add_rms_norm(x_TD, added_TD, self.model.final_norm_D, self.model.eps), saved
+
+    def _block_forward(
+        self,
+        block: Block,
+        pools: tuple[FusedPool, ...],
+        x_TD: Tensor,
+        added_TD: Tensor | None,
+        rows: StepRows,
+    ) -> tuple[Saved, Tensor]:
+        """(what the backward needs, the MLP's output, not yet added to the residual stream)."""
+        model, num_rows = self.model, x_TD.shape[0]
+        qkv, out, gate_up, down = (pool.lora for pool in pools)
+        x_TD, normed_in_TD, rstd_in_T = add_rms_norm(
+            x_TD, added_TD, block.attention_norm_D, model.eps
+        )
+        qkv_TC, h_qkv = lora_linear_forward(normed_in_TD, qkv, rows)
+        attended_TC, attention = attention_forward(
+            qkv_TC, self._rotary(num_rows), model.heads, self._packing()
+        )
+        out_TD, h_out = lora_linear_forward(attended_TC, out, rows)
+        x_mid_TD, normed_mid_TD, rstd_mid_T = add_rms_norm(
+            x_TD, out_TD, block.mlp_norm_D, model.eps
+        )
+        gate_up_TC, h_gate_up = lora_linear_forward(normed_mid_TD, gate_up, rows)
+        act_TF = swiglu(gate_up_TC)
+        down_TD, h_down = lora_linear_forward(act_TF, down, rows)
+        kept = Saved(
+            x_TD, normed_in_TD, rstd_in_T, h_qkv, qkv_TC, attended_TC, attention, h_out, x_mid_TD,
+            normed_mid_TD, rstd_mid_T, h_gate_up, gate_up_TC, act_TF, h_down,
+        )  # fmt: skip
+        return kept, down_TD
+
+    def _loss(self, num_rows: int, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+        fields = self.inputs.fields
+        return multi_task_cross_entropy_grad(
+            normed_TD,
+            self.model.lm_head_VD,
+            fields["labels"][:num_rows],
+            fields["slot_of_row"][:num_rows],
+            fields["loss_scale"],
+            self.inputs.layout.num_slots,
+            self.loss_chunk_rows,
+        )
+
+    def _backward(
+        self,
+        num_rows: int,
+        rows: StepRows,
+        hidden: tuple[Tensor, Tensor, Tensor],
+        saved: list[Saved],
+        dnormed_TD: Tensor,
+    ) -> None:
+        model = self.model
+        x_TD, _, rstd_T = hidden
+        dx_TD = rms_norm_backward(dnormed_TD, x_TD, model.final_norm_D, rstd_T, None)
+        for index in reversed(range(len(model.blocks))):
+            kept = saved.pop()
+            dx_TD = self._block_backward(index, kept, dx_TD, rows)
+            self._join_side()
+        self._join_side()
+
+    def _block_backward(self, index: int, kept: Saved, dx_TD: Tensor, rows: StepRows) -> Tensor:
+        model, num_rows = self.model, dx_TD.shape[0]
+        block = model.blocks[index]
+        qkv, out, gate_up, down = (pool.lora for pool in self.pools.layers[index])
+        dact_TF, dh = lora_linear_input_grad(dx_TD, kept.act_TF, kept.h_down, down, rows)
+        self._factor_grad(dh, kept.act_TF, down, rows)
+        dgate_up_TC = swiglu_backward_(_some(dact_TF), kept.gate_up_TC)
+        dnormed_TD, dh = lora_linear_input_grad(
+            dgate_up_TC, kept.normed_mid_TD, kept.h_gate_up, gate_up, rows
+        )
+        self._factor_grad(dh, kept.normed_mid_TD, gate_up, rows)
+        dx_TD = rms_norm_backward(
+            _some(dnormed_TD), kept.x_mid_TD, block.mlp_norm_D, kept.rstd_mid_T, dx_TD
+        )
+        dout_TC, dh = lora_linear_input_grad(dx_TD, kept.attended_TC, kept.h_out, out, rows)
+        self._factor_grad(dh, kept.attended_TC, out, rows)
+        dqkv_TC = attention_backward(
+            _some(dout_TC),
+            kept.qkv_TC,
+            kept.attended_TC,
+            kept.attention,
+            self._rotary(num_rows),
+            model.heads,
+            self._packing(),
+        )
+        # Nobody asks for the gradient of the embedding's output.
+        dnormed_TD, dh = lora_linear_input_grad(
+            dqkv_TC, kept.normed_in_TD, kept.h_qkv, qkv, rows, needs_dx=index > 0
+        )
+        self._factor_grad(dh, kept.normed_in_TD, qkv, rows)
+        if dnormed_TD is None:
+            return dx_TD
+        return rms_norm_backward(
+            dnormed_TD, kept.x_in_TD, block.attention_norm_D, kept.rstd_in_T, dx_TD
+        )
+
+    def _rotary(self, num_rows: int) -> Rotary:
+        positions_T = self.inputs.fields["positions"][:num_rows]
+        return Rotary(self.model.cos_LP, self.model.sin_LP, positions_T)
+
+    def _packing(self) -> Packing:
+        fields = self.inputs.fields
+        return Packing(fields["cu_seqlens"], fields["tiles"], self.inputs.layout.max_seqlen)
+
+    # -- the second stream
+
+    def _factor_grad(self, dh: Any, x_TD: Tensor, lora: Any, rows: StepRows) -> None:
+        if self._side is None:
+            lora_linear_factor_grad(dh, x_TD, lora, rows)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            lora_linear_factor_grad(dh, x_TD, lora, rows)
+        # Memory must not be handed out again before the side stream has read it.
+        self._held.append((dh, x_TD))
+
+    def _join_side(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+            self._held.clear()
+
+
+def _some(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Attention's backward without atomics. Nothing else here has a second form."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -1,0 +1,194 @@
+"""The memory monitor: what it measures, when it tells, and that the run ends as it would have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from muxtune.build import CostBook
+from muxtune.cluster_policies.fifo_shared import FifoShared
+from muxtune.cost.memory import MemoryOptions
+from muxtune.engine import Engine, replay
+from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.planning.journal import Journal, JournalBatch, read_journal
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.executor import TorchExecutor
+from muxtune.runtime.memory import MemoryMeter, MemoryMonitor
+from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.records import StepListener
+from muxtune.types import Event, EventKind, InstanceSpec, Plan, PressureData
+from tests.runtime.runtime_helpers import TINY, DrawnText, make_task, worst_gap
+
+MB = 1_000_000
+LIMIT_BYTES, BALLAST_BYTES = 400 * MB, 700 * MB
+# A ledger in which what a plan can change weighs as in a real model, where activations dominate: the
+# engine's limits are whole percents of an instance's memory, of which the tiny model needs less.
+BOOK = CostBook(
+    models={"tiny": TINY}, memory=MemoryOptions(4, 8, framework_bytes=0, activation_factor=60)
+)
+TASKS = [
+    make_task(name, num_steps=25, batch_size=6, rank=rank, max_length_tokens=60)
+    for name, rank in (("a", 2), ("b", 4), ("c", 8))
+]
+
+
+class ScriptedMeter(MemoryMeter):
+    """Says what a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.recent_bytes = self.now_bytes = self.marks = self.retries = 0
+
+    def mark(self) -> None:
+        self.marks += 1
+
+    def recent_peak_bytes(self) -> int:
+        return self.recent_bytes
+
+    def current_bytes(self) -> int:
+        return self.now_bytes
+
+    def num_retries(self) -> int:
+        return self.retries
+
+
+def test_it_tells_once_an_epoch_and_only_of_what_that_epoch_used() -> None:
+    meter = ScriptedMeter()
+    monitor = MemoryMonitor(meter, 0.9)
+    monitor.begin(0)
+    meter.recent_bytes = 2000
+    assert monitor.check("i", 0, 1000) is None, "the peak is of the plan before"
+    assert meter.marks == 1
+    meter.recent_bytes = 900
+    assert monitor.check("i", 0, 1000) is None
+    meter.recent_bytes = 901
+    assert monitor.check("i", 0, 1000) == PressureData(901, 900)
+    assert monitor.check("i", 0, 1000) is None
+    assert monitor.check("i", 1, 1000) is None
+    assert monitor.check("i", 1, 1000) == PressureData(901, 900)
+    assert meter.marks == 2
+
+
+def test_what_the_process_held_before_does_not_count() -> None:
+    meter = ScriptedMeter()
+    meter.now_bytes = 5000
+    monitor = MemoryMonitor(meter, 1.0)
+    monitor.begin(weight_bytes=300)
+    meter.recent_bytes = 5000
+    for _ in range(2):
+        assert monitor.check("i", 0, 300) is None
+    meter.recent_bytes = 5001
+    assert monitor.check("i", 0, 300) == PressureData(301, 300)
+
+
+def test_an_allocator_that_had_to_free_its_cache_is_pressure() -> None:
+    meter = ScriptedMeter()
+    monitor = MemoryMonitor(meter, 1.0)
+    monitor.begin(0)
+    meter.recent_bytes = 10
+    assert [monitor.check("i", 0, 100) for _ in range(3)] == [None] * 3
+    meter.retries = 1
+    assert monitor.check("i", 0, 100) == PressureData(101, 100)
+
+
+def test_a_share_of_zero_is_off() -> None:
+    monitor = MemoryMonitor(MemoryMeter(torch.device("cpu")), 0.0)
+    monitor.begin(0)
+    assert [monitor.check("i", 0, 1) for _ in range(3)] == [None] * 3
+
+
+def test_the_meter_sees_a_peak_that_has_passed() -> None:
+    meter = MemoryMeter(torch.device("cpu"))
+    meter.mark()
+    before = meter.recent_peak_bytes()
+    np.ones(200 * MB // 8).sum()
+    assert meter.recent_peak_bytes() - before > 150 * MB
+    whole = meter.peak_bytes()
+    meter.mark()
+    assert meter.recent_peak_bytes() < before + 100 * MB
+    assert meter.peak_bytes() >= whole
+
+
+class Ballast(StepListener):
+    """Takes memory in the middle of a plan, as a leak or a neighbour would, and gives it back when
+    the next plan has taken over."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step, self.steps = at_step, 0
+        self.held: np.ndarray | None = None
+
+    def on_step(self, record: object) -> None:
+        self.steps += 1
+        if self.steps == self.at_step:
+            self.held = np.ones(BALLAST_BYTES // 8)
+
+    def on_event(self, event: Event) -> None:
+        if event.kind is EventKind.MEMORY_PRESSURE:
+            self.held = None
+
+
+class Telling(TorchExecutor):
+    """Hands its events to the ballast too."""
+
+    ballast: Ballast
+
+    def wait(self, until_ns: int) -> list[Event]:
+        events = super().wait(until_ns)
+        for event in events:
+            self.ballast.on_event(event)
+        return events
+
+
+def train(
+    store: BackboneStore, folder: Path, at_step: int
+) -> tuple[TorchExecutor, tuple[JournalBatch, ...]]:
+    ballast = Ballast(at_step)
+    options = TorchOptions(folder, evaluate_tokens=0)
+    executor = Telling(StepBuilder(), store, DrawnText(), options, [ballast])
+    executor.ballast = ballast
+    instance = InstanceSpec("i0", "tiny", "cpu", LIMIT_BYTES)
+    folder.mkdir()
+    with Journal(folder / "journal.jsonl") as journal:
+        totals = Engine(
+            FifoShared(), MuxTunePlanner(BOOK), executor, TASKS, [instance], journal
+        ).run()
+    executor.close()
+    assert totals.num_done == len(TASKS)
+    return executor, read_journal(folder / "journal.jsonl").batches
+
+
+def largest_pass_tokens(plan: Plan) -> int:
+    return max(shape.padded_tokens for htask in plan.htasks for shape in htask.shapes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
+def test_pressure_makes_micro_batches_smaller_and_changes_no_adapter(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    calm, calm_batches = train(store, tmp_path / "calm", at_step=0)
+    pressed, batches = train(store, tmp_path / "pressed", at_step=20)
+    assert not told(calm_batches)
+    (event,) = told(batches)
+    assert isinstance(event.data, PressureData)
+    assert event.data.used_bytes > BALLAST_BYTES > event.data.limit_bytes
+    plans = {plan.epoch: plan for batch in batches for plan in batch.plans}
+    assert largest_pass_tokens(plans[event.epoch + 1]) < largest_pass_tokens(plans[event.epoch])
+    for task in TASKS:
+        gap = worst_gap(weights(pressed, task.task_id), weights(calm, task.task_id))
+        assert gap <= 1e-5, task.task_id
+    assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
+
+
+def told(batches: tuple[JournalBatch, ...]) -> list[Event]:
+    events = [event for batch in batches for event in batch.events]
+    return [event for event in events if event.kind is EventKind.MEMORY_PRESSURE]
+
+
+def weights(executor: TorchExecutor, task_id: str) -> dict[tuple[str, str], torch.Tensor]:
+    state = executor.tasks[task_id].state
+    assert state is not None
+    return {key: values.param for key, values in state.tensors.items()}

@@ -1,0 +1,112 @@
+"""`muxtune simulate` of a fleet: mean times, plans that can be made again, the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxtune import codec
+from muxtune.cli import main
+from muxtune.commands import simulate as simulate_command
+from muxtune.cost.book import CostBook
+from muxtune.registry import PLANNERS
+from muxtune.report.recording import PlanSample
+from muxtune.types import EventKind
+
+PLAN_APPLIED, PROGRESS = EventKind.PLAN_APPLIED, EventKind.PROGRESS
+FLEET = ["workload=philly", "cluster=h100_x64", "cluster.num_gpus=8", "workload.limit=700"]
+LOADS = {"exclusive": 0.8, "batched": 4, "muxtune": 8}
+
+
+@pytest.fixture(autouse=True)
+def small_fleets_count(monkeypatch: pytest.MonkeyPatch):
+    """What a fleet of more than 2,000 tasks does, from 100 on."""
+    monkeypatch.setattr(simulate_command, "MAX_EXACT_TASKS", 100)
+
+
+def simulate(folder: Path, planner: str, *words: str) -> dict[str, Any]:
+    given = [*FLEET, f"planner={planner}", f"workload.load={LOADS[planner]}", *words]
+    assert main(["simulate", *given, f"output_dir={folder}"]) == 0
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("planner", ["batched", "muxtune"])
+def test_100_sampled_plans_are_what_a_fresh_planner_answers(planner: str, tmp_path: Path):
+    summary = simulate(tmp_path / "run", planner, "plan_samples=100")
+    assert summary["times"] == "mean" and summary["num_done"] == 700
+    lines = (tmp_path / "run" / "plan_samples.jsonl").read_text().splitlines()
+    samples = [PlanSample.loads(line) for line in lines]
+    assert len(samples) == 100 and max(len(sample.view.tasks) for sample in samples) >= 8
+    for sample in samples:
+        again = PLANNERS.get(planner)(costs=CostBook()).plan(sample.view, sample.previous)
+        assert codec.dumps(again) == codec.dumps(sample.plan)
+
+
+def test_muxtune_plan_answers_a_sampled_state_with_the_same_plan(tmp_path: Path):
+    simulate(tmp_path / "run", "muxtune", "plan_samples=100")
+    state = f"state={tmp_path / 'run' / 'plan_samples.jsonl'}"
+    for index in (0, 57, 99):
+        folder = tmp_path / f"plan-{index}"
+        assert main(["plan", state, f"index={index}", f"output_dir={folder}"]) == 0
+        assert json.loads((folder / "summary.json").read_text())["same"] is True
+
+
+@pytest.mark.parametrize("planner", list(LOADS))
+def test_the_same_seed_gives_the_same_bytes(planner: str, tmp_path: Path):
+    for name in ("a", "b"):
+        simulate(tmp_path / name, planner)
+    for file in ("tasks.csv", "plan_samples.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_mean_times_end_tasks_when_exact_ones_do(tmp_path: Path):
+    """Completion times of single tasks agree closely, and the run's means more so."""
+    mean = simulate(tmp_path / "mean", "muxtune")
+    exact = simulate(tmp_path / "exact", "muxtune", "backend.times=exact")
+    assert (mean["times"], exact["times"]) == ("mean", "exact")
+    assert mean["effective_tokens"] == exact["effective_tokens"]
+    for key in ("makespan_s", "mean_completion_time_s", "p95_completion_time_s"):
+        assert mean[key] == pytest.approx(exact[key], rel=0.02)
+    assert mean["padded_tokens_per_s"] == pytest.approx(exact["padded_tokens_per_s"], rel=0.02)
+
+
+def test_leaving_out_takeovers_changes_nothing_but_the_first_start(tmp_path: Path):
+    simulate(tmp_path / "quiet", "muxtune")
+    simulate(tmp_path / "told", "muxtune", "backend.emit_plan_applied=true")
+    rows = {
+        name: list(csv.DictReader((tmp_path / name / "tasks.csv").open()))
+        for name in ("quiet", "told")
+    }
+    assert all(row.pop("first_start_s") == "" for row in rows["quiet"])
+    assert all(row.pop("first_start_s") for row in rows["told"])
+    assert rows["quiet"] == rows["told"]
+
+
+def test_a_journal_keeps_all_events(tmp_path: Path):
+    summary = simulate(tmp_path / "run", "muxtune", "workload.limit=120", "journal=true")
+    journal = (tmp_path / "run" / "journal.jsonl").read_text()
+    kinds = [f'"kind":{{"_":"EventKind","v":{kind.value}}}' for kind in (PLAN_APPLIED, PROGRESS)]
+    assert summary["times"] == "mean" and all(kind in journal for kind in kinds)
+
+
+def test_a_sweep_of_planners_and_loads_ends_in_one_table_and_one_plot(tmp_path: Path):
+    words = ["workload=philly", "workload.limit=40", "cluster.num_gpus=4", "plan_samples=0"]
+    varied = ["planner=exclusive,batched,muxtune", "workload.load=0.5,1,2"]
+    assert main(["simulate", "-m", *words, *varied, f"output_dir={tmp_path / 'sweep'}"]) == 0
+    names = [path.name for path in (tmp_path / "sweep").iterdir() if path.is_file()]
+    tables = [name for name in names if name.endswith(".csv")]
+    plots = [name for name in names if name.endswith(".png")]
+    assert len(tables) == len(plots) == 1
+    rows = list(csv.DictReader((tmp_path / "sweep" / tables[0]).open()))
+    assert len(rows) == 9 and {row["status"] for row in rows} == {"ok"}
+    assert {row["planner"] for row in rows} == {"exclusive", "batched", "muxtune"}
+
+
+def test_unknown_times_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["simulate", *FLEET, "backend.times=median", f"output_dir={tmp_path / 'run'}"]
+    assert main(words) != 0
+    assert "backend.times" in capsys.readouterr().err
