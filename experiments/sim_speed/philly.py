@@ -25,6 +25,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOADS = {"exclusive": 0.8, "batched": 4.0, "muxtune": 12.0}
+# Capped so that a busy instance has 8 to 10 tasks, whatever the backlog.
+SHARED = ("cluster_policy.max_tasks_per_instance=10",)
 SHOWN = (
     *("num_tasks", "num_done", "num_refused", "num_instances", "offered_load", "times"),
     *("concurrent_tasks_per_instance", "utilisation", "makespan_s", "mean_completion_time_s"),
@@ -42,6 +44,7 @@ def words_of(planner: str, arguments: argparse.Namespace) -> list[str]:
         "workload=philly",
         f"workload.load={arguments.load.get(planner, LOADS[planner])}",
         "plan_samples=100",
+        *(SHARED if planner != "exclusive" else ()),
         *arguments.override,
     ]
     return [*words, f"workload.limit={arguments.tasks}"] if arguments.tasks else words

@@ -253,9 +253,9 @@ class ComposedCostModel(ABC):
     def _captures(
         self, shapes: tuple[ShapeKey, ...], replica: ReplicaShape
     ) -> tuple[dict[int, Estimate], Estimate]:
-        """``capture_s`` of each shape by a number that equal shapes share, and of all. Remembered by the
-        identity of the tuple, which plans of one arrangement share, because ShapeKeys are deep
-        and hash slowly."""
+        """``capture_s`` of each shape by a number that equal shapes share, and of all. Remembered
+        by the identity of the tuple, which plans of one arrangement share, because ShapeKeys are
+        deep and hash slowly."""
         found = self._capture_sets.get(id(shapes))
         if found is not None and found[1] == replica:
             return found[2:]

@@ -127,6 +127,7 @@ class MuxTunePlanner(PlannerBase):
         self._padded.lengths = self.lengths
         self.hysteresis, self.orchestration = hysteresis, orchestration
         self._groups: dict[tuple[Hashable, ...], Group] = {}
+        self._carried_groups: dict[tuple[Hashable, ...], tuple[tuple[ShapeKey, ...], Group]] = {}
         self._captures: dict[int, tuple[Answer, float]] = {}
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
         self._class_tables: dict[tuple[TaskClass, tuple[int, ...], int], ClassTable] = {}
@@ -259,18 +260,34 @@ class MuxTunePlanner(PlannerBase):
     def _carried(
         self, site: Site, classes: Sequence[TaskClass], ids: Sequence[str], htask: HTask
     ) -> Group:
-        """A running hTask, some of whose slots may be empty."""
-        members = tuple(ids.index(name) for name in htask.quota)
-        quota, shapes = tuple(htask.quota.values()), htask.shapes
-        chunk = shapes[0].chunk_tokens
-        loads = [
-            self.load(classes[i], chunk, n, PackRule.CHUNK)
-            for i, n in zip(members, quota, strict=True)
-        ]
+        """A running hTask, some of whose slots may be empty. Its cost is that of the classes and
+        quotas in it; which slots they have makes no difference."""
+        at = {name: i for i, name in enumerate(ids)}
+        members = sorted((self._keys[classes[at[n]]], q, at[n]) for n, q in htask.quota.items())
+        key = (id(htask.shapes), site, tuple([(kind, quota) for kind, quota, _ in members]))
+        known = self._carried_groups.get(key)
+        if known is None:
+            if len(self._carried_groups) >= MEMO_GROUPS:
+                self._carried_groups.clear()
+            chosen = [(classes[i], quota) for _, quota, i in members]
+            slots = [htask.slot_of[ids[i]] for _, _, i in members]
+            # The entry keeps the shapes alive, so that their id stays theirs.
+            known = htask.shapes, self._carried_group(site, htask.shapes, chosen, slots)
+            self._carried_groups[key] = known
+        return known[1].over([i for _, _, i in members])
+
+    def _carried_group(
+        self,
+        site: Site,
+        shapes: tuple[ShapeKey, ...],
+        chosen: Sequence[tuple[TaskClass, int]],
+        slots: Sequence[int],
+    ) -> Group:
+        chunk, quota = shapes[0].chunk_tokens, tuple(n for _, n in chosen)
+        loads = [self.load(task, chunk, n, PackRule.CHUNK) for task, n in chosen]
         fill = Fill.of([load.chunk_shares for load in loads], sum(quota))
         shares = fill.shares_of([shape.num_chunks for shape in shapes])
-        shape = GroupShape(members, quota, shapes, PackRule.CHUNK)
-        slots = [htask.slot_of[name] for name in htask.quota]
+        shape = GroupShape(tuple(range(len(chosen))), quota, shapes, PackRule.CHUNK)
         cost = group_cost(shape, loads, self.cost(site), site, shares, slots)
         need = self.cost(site).pass_bytes(shapes[-1], site.replica)
         return Group(shape, cost, max(cost.passes_per_step), need)

@@ -21,6 +21,17 @@ INSTANCE = InstanceSpec("gpu0", "tiny", "cpu", 8_000_000_000)
 BOOK = CostBook(models={"tiny": TINY})
 
 
+class Ticks:
+    """A clock that moves a millisecond whenever it is read, however fast the machine is."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def __call__(self) -> int:
+        self.now_ns += 1_000_000
+        return self.now_ns
+
+
 def planner_and_policy() -> tuple[MuxTunePlanner, FifoShared]:
     return MuxTunePlanner(BOOK), FifoShared()
 
@@ -54,7 +65,7 @@ def batches(
     library = DrawnText()
     fails_in_the_middle(library)
     options = TorchOptions(output_dir=folder, evaluate_tokens=0)
-    executor = TorchExecutor(StepBuilder(), store, library, options)
+    executor = TorchExecutor(StepBuilder(), store, library, options, clock_ns=Ticks())
     planner, policy = planner_and_policy()
     with Journal(folder / "journal.jsonl", {}, {}) as journal:
         totals = Engine(policy, planner, executor, tasks, [INSTANCE], journal).run()
@@ -70,7 +81,8 @@ def test_the_run_had_what_a_replay_must_survive(batches: tuple[JournalBatch, ...
     assert sum(time_ns > applied[0] for time_ns in arrivals) >= 3, "arrivals while it trained"
     kinds = {event.kind for event in events}
     assert {EventKind.TASK_CANCELLED, EventKind.TASK_FAILED} <= kinds
-    assert sum(len(batch.plans) for batch in batches) >= 6, "the first plan and five changes"
+    plans = [plan for batch in batches for plan in batch.plans if plan.htasks]
+    assert len(plans) >= 6, "the first plan and five changes"
 
 
 def test_recorded_events_give_the_same_plans(batches: tuple[JournalBatch, ...]):
