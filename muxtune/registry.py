@@ -11,11 +11,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from muxtune.errors import ConfigError
 
 Factory = Callable[..., Any]
+_Registered = TypeVar("_Registered", bound=Factory)
 
 
 class Registry:
@@ -26,10 +27,10 @@ class Registry:
         self._factories: dict[str, Factory] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[Factory], Factory]:
+    def register(self, name: str) -> Callable[[_Registered], _Registered]:
         """Decorator: makes a class or function buildable by ``name``."""
 
-        def add(factory: Factory) -> Factory:
+        def add(factory: _Registered) -> _Registered:
             known = self._factories.get(name)
             if known is not None and known is not factory:
                 raise ConfigError(self.field, f"'{name}' is registered twice", "rename one of them")

@@ -210,8 +210,9 @@ def planning_time(setting: Setting, expected: Buckets) -> list[dict]:
                 setting.times, setting.published.configurations, num_gpus, batch
             )
             seconds = time.perf_counter() - begin
-            rows.append({"gpus": num_gpus, "batch_growth": growth, "seconds": seconds}
-                        | describe(found))  # fmt: skip
+            row = {"gpus": num_gpus, "batch_growth": growth, "seconds": seconds}
+            rows.append(row | describe(found))
+            print(f"planned {num_gpus} GPUs, batch x {growth}: {seconds:.1f} s", flush=True)
     return rows
 
 

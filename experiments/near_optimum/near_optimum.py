@@ -35,7 +35,8 @@ def exclusive_s(costs: CostBook, view: InstanceView) -> float | None:
     """One task after the other as HF PEFT runs them: padded, eager, alone on the instance."""
     planner = ExclusivePlanner(costs.with_options(AnalyticOptions.eager()))
     alone = [step_s(planner, view._replace(tasks=(task,))) for task in view.tasks]
-    return None if None in alone else sum(alone)
+    known = [seconds for seconds in alone if seconds is not None]
+    return sum(known) if len(known) == len(alone) else None
 
 
 def examine(seed: int, costs: CostBook, most_tasks: int = 8) -> dict:

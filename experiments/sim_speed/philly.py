@@ -66,7 +66,7 @@ def measure(planner: str, arguments: argparse.Namespace) -> dict[str, Any]:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         summary = json.loads((folder / "summary.json").read_text())
-        same = planned_again(planner, folder / "plan_samples.jsonl")
+        same = planned_again(folder)
         parts = json.loads(parts_file.read_text()) if arguments.parts else None
     return {
         "planner": planner,
@@ -82,21 +82,25 @@ def measure(planner: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def planned_again(planner: str, samples: Path) -> tuple[int, int]:
-    """Samples, and how many of them a fresh planner answers with the same plan."""
-    from muxtune import codec
+def planned_again(folder: Path) -> tuple[int, int]:
+    """Samples of a run, and how many of them a fresh planner with the run's own options answers
+    with the same plan."""
+    from omegaconf import OmegaConf
+
+    from muxtune import build, codec
     from muxtune.cost.analytic import AnalyticOptions
     from muxtune.cost.book import CostBook
-    from muxtune.registry import PLANNERS
     from muxtune.report.recording import PlanSample
 
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     book = CostBook()
-    if planner == "exclusive":
+    if config["cost"]["style"] == "eager":
         book = book.with_options(AnalyticOptions.eager())
-    made = [PlanSample.loads(line) for line in samples.read_text().splitlines()]
+    lines = (folder / "plan_samples.jsonl").read_text().splitlines()
+    made = [PlanSample.loads(line) for line in lines]
     same = 0
     for sample in made:
-        again = PLANNERS.get(planner)(costs=book).plan(sample.view, sample.previous)
+        again = build.planner(config["planner"], book).plan(sample.view, sample.previous)
         same += codec.dumps(again) == codec.dumps(sample.plan)
     return len(made), same
 

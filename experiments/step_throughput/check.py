@@ -2,6 +2,9 @@
 plain bf16 autograd of the same model; and a task alone against the same task among neighbours,
 bit for bit, in deterministic mode."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any

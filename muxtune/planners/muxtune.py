@@ -127,6 +127,7 @@ class MuxTunePlanner(PlannerBase):
         self._padded.lengths = self.lengths
         self.hysteresis, self.orchestration = hysteresis, orchestration
         self._groups: dict[tuple[Hashable, ...], Group] = {}
+        self._searched: dict[tuple[Hashable, ...], list[Group] | None] = {}
         self._carried_groups: dict[tuple[Hashable, ...], tuple[tuple[ShapeKey, ...], Group]] = {}
         self._captures: dict[int, tuple[Answer, float]] = {}
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
@@ -180,7 +181,13 @@ class MuxTunePlanner(PlannerBase):
         groups = []
         for subset in subsets:
             chosen = tuple(classes[i] for i in subset)
-            found = self._search(site, chosen, self.chunk_lengths(chosen), limit)
+            key = (site, limit, chosen)
+            if key not in self._searched:
+                if len(self._searched) >= MEMO_GROUPS:
+                    self._searched.clear()
+                chunks = self.chunk_lengths(chosen)
+                self._searched[key] = self._search(site, chosen, chunks, limit)
+            found = self._searched[key]
             if found is None:
                 return None
             groups += [group.over(subset) for group in found]
@@ -188,7 +195,8 @@ class MuxTunePlanner(PlannerBase):
 
     def forget_plans(self) -> None:
         super().forget_plans()
-        self._groups.clear()
+        for memo in (self._groups, self._searched, self._carried_groups):
+            memo.clear()
 
     def orchestrate(self, site: Site, answer: Answer) -> Answer:
         """An order of subgraphs, where a replica has several GPUs and all turns are counted."""
@@ -424,8 +432,9 @@ class MuxTunePlanner(PlannerBase):
 
 
 def _turns(groups: Sequence[Group], site: Site) -> Turns:
-    passes = [group.passes for group in groups]
-    return round_of(passes, [group.cost.pass_time_s for group in groups], site.replica.pp)
+    passes = tuple([group.passes for group in groups])
+    pass_times_s = tuple([group.cost.pass_time_s for group in groups])
+    return round_of(passes, pass_times_s, site.replica.pp)
 
 
 def _demand(group: Group, least_s: Sequence[float]) -> Demand:

@@ -9,6 +9,7 @@ only after its optimizer may its next step enter: (n + S - 1) passes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_TURNS = 64
@@ -27,8 +28,9 @@ class Turns(NamedTuple):
     step_time_s: float
 
 
+@lru_cache(maxsize=32_768)
 def round_of(
-    passes_per_step: Sequence[float], pass_times_s: Sequence[float], num_stages: int
+    passes_per_step: tuple[float, ...], pass_times_s: tuple[float, ...], num_stages: int
 ) -> Turns:
     """The round of least time until every task has taken a step.
 

@@ -8,6 +8,9 @@ Shape suffixes: T rows of the micro-batch, H query heads, K key-value heads, E h
 N sequences, L tokens of one sequence.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import functools

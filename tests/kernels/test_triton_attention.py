@@ -1,5 +1,8 @@
 """Packed attention in Triton against torch, forward and gradients, sequence by sequence."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ try:
     import triton  # noqa: F401
 except ImportError:
     pytest.skip("triton is not installed", allow_module_level=True)
+
+import itertools
 
 from muxtune_kernels.block import Heads
 from muxtune_kernels.packed_attention import attention_tiles, packed_attention_reference
@@ -20,7 +25,7 @@ def inputs(heads: Heads, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     dout = torch.randn(BOUNDS[-1], heads.num_heads * heads.head_dim, generator=generator).to(dtype)
     half = heads.head_dim // 2
     angle = torch.arange(160)[:, None] * torch.linspace(0.01, 1, half)[None]
-    lengths = [b - a for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(BOUNDS)]
     position = torch.cat([torch.arange(n) for n in lengths]).int()
     return qkv, dout, angle.cos(), angle.sin(), position, torch.tensor(BOUNDS, dtype=torch.int32)
 

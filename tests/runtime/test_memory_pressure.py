@@ -25,7 +25,7 @@ from tests.runtime.runtime_helpers import TINY, DrawnText, make_task, worst_gap
 
 MB = 1_000_000
 LIMIT_BYTES, BALLAST_BYTES = 400 * MB, 700 * MB
-# A ledger in which what a plan can change weighs as in a real model, where activations dominate: the
+# A ledger in which what a plan can change weighs as much as in a real model, because the
 # engine's limits are whole percents of an instance's memory, of which the tiny model needs less.
 BOOK = CostBook(
     models={"tiny": TINY}, memory=MemoryOptions(4, 8, framework_bytes=0, activation_factor=60)

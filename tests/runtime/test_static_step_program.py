@@ -117,8 +117,9 @@ def test_a_nan_stays_with_its_task() -> None:
     after = steps.program.pools.save(0, 4)
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(before[name].a[0], after[name].a[0])
-    assert all(x.isfinite().all() for s in (1, 2)
-               for state in steps.program.pools.save(s, 2).values() for x in (*state.a, *state.b))  # fmt: skip
+    for slot in (1, 2):
+        for state in steps.program.pools.save(slot, 2).values():
+            assert all(tensor.isfinite().all() for tensor in (*state.a, *state.b))
 
 
 def test_dropout_depends_on_the_token_and_not_on_its_row() -> None:

@@ -3,6 +3,11 @@
 Shape suffixes as in `op`.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +28,7 @@ def packed_attention_reference(
     angles = cos_LP[index_T][:, None], sin_LP[index_T][:, None]
     query_THE, key_TKE = rotated(query_THE, *angles), rotated(key_TKE, *angles)
     bounds, out = cu_seqlens_N.tolist(), []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         if start < stop:
             rows = [part[start:stop].transpose(0, 1) for part in (query_THE, key_TKE, value_TKE)]
             out_HLE = functional.scaled_dot_product_attention(

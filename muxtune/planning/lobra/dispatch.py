@@ -127,6 +127,8 @@ def dispatch_balanced(
 
     Raises ConfigError when a bucket is longer than every group holds, naming both.
     """
+    if len(groups) == 1:  # nothing to choose
+        return dispatch_by_length(times, groups, buckets)
     found = dispatch_within(times, groups, buckets, np.inf, options)
     # No solution before the node limit: dispatch by length is sound, only not balanced.
     return found or dispatch_by_length(times, groups, buckets)

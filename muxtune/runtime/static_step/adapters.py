@@ -6,6 +6,9 @@ holds zeros there, which get zero gradients and stay zero.
 Shape suffixes as in the package.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

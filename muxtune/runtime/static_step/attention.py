@@ -3,8 +3,12 @@
 Shape suffixes as in the package; C features of a QKV row.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +95,7 @@ def _reference(
 ) -> Tensor:
     bounds = cu_seqlens_N.tolist()
     parts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         if start < stop:
             rows = [part[start:stop].transpose(0, 1) for part in (query_THE, key_TKE, value_TKE)]
             shares = query_THE.shape[1] != key_TKE.shape[1]

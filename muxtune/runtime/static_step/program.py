@@ -7,6 +7,9 @@ gradients, which nobody waits for, run beside the next product on a second strea
 Shape suffixes as in the package.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import contextlib
