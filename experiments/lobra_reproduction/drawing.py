@@ -78,6 +78,6 @@ def _planning(axes: Axes, rows: list[dict]) -> None:
     axes.set_yscale("log")
     axes.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
     axes.set_xlabel("GPUs")
-    axes.set_ylabel("planning time (s, one core)")
+    axes.set_ylabel("planning time (processor s, one core)")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,6 +1,8 @@
 """Random questions for a planner: up to 8 tasks with mixed lengths, ranks and batch sizes on 1 to
 4 stages, with memory from barely enough for the neediest task alone to plenty."""
 
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import random

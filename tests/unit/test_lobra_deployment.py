@@ -58,6 +58,14 @@ def random_buckets(generator: np.random.Generator, longest: int, most: int) -> B
     return Buckets(tuple(map(int, lengths)), tuple(map(int, counts)), 0)
 
 
+def skewed_buckets(generator: np.random.Generator) -> Buckets:
+    """Many short sequences and a few long ones: replicas of different shapes are best."""
+    lengths = np.unique([*generator.choice(range(256, 4096, 256), 3), 6144])
+    counts = generator.integers(10, 120, len(lengths))
+    counts[-1] = generator.integers(1, 4)
+    return Buckets(tuple(map(int, lengths)), tuple(map(int, counts)), 0)
+
+
 def random_groups(generator: np.random.Generator) -> list[ReplicaGroup]:
     small = CONFIGURATIONS[int(generator.integers(0, 4))]
     counts = generator.integers(1, 4, 2)
@@ -130,7 +138,7 @@ def best_of_all(times: ReplicaTimes, num_gpus: int, buckets: Buckets) -> float:
 @pytest.mark.parametrize("seed", range(8))
 def test_pruning_keeps_the_optimum(seed):
     generator = np.random.default_rng(200 + seed)
-    times, buckets = random_times(generator), random_buckets(generator, 6144, 40)
+    times, buckets = random_times(generator), skewed_buckets(generator)
     options = DeploymentOptions(tolerance=0.0, most_programs=10**6, solver=EXACT)
     pruned = plan_deployment(times, CONFIGURATIONS, 8, buckets, options)
     every = plan_deployment(times, CONFIGURATIONS, 8, buckets, options._replace(prune_share=None))
@@ -145,7 +153,7 @@ def test_pruning_keeps_the_optimum(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_bounds_are_bounds(seed):
     generator = np.random.default_rng(300 + seed)
-    times, buckets = random_times(generator), random_buckets(generator, 6144, 40)
+    times, buckets = random_times(generator), skewed_buckets(generator)
     plans = partitions([c.num_gpus for c in CONFIGURATIONS], 8)
     loose_s, tight_s = lower_bounds_s(times, CONFIGURATIONS, plans, buckets)
     assert (loose_s <= tight_s * (1 + 1e-12)).all()

@@ -1,5 +1,9 @@
 """What the muxtune planner promises: bounds on slowdown, hysteresis, switches, honest refusals."""
 
+# The hand-made cost model has only what planners ask for.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math

@@ -82,7 +82,7 @@ def rms_norm_backward_cuda(
 
 
 def _warps(width: int) -> int:
-    return max(1, min(16, triton.next_power_of_2(width) // 512))
+    return max(1, min(16, int(triton.next_power_of_2(width)) // 512))
 
 
 @triton.jit

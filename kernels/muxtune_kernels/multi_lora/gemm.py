@@ -101,7 +101,10 @@ def _linear_tile(
     acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for k in range(steps_k):
         x_TK = x_desc.load([t_0, k * BLOCK_K])
-        w_KN = w_desc.load([n_0, k * BLOCK_K]).T if WEIGHT_NK else w_desc.load([k * BLOCK_K, n_0])
+        if WEIGHT_NK:  # noqa: SIM108 (the form that was measured on CUDA)
+            w_KN = w_desc.load([n_0, k * BLOCK_K]).T
+        else:
+            w_KN = w_desc.load([k * BLOCK_K, n_0])
         acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
     if uniform:
         acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
@@ -177,18 +180,19 @@ def linear_kernel(
             WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, BIAS, BLOCK_T, BLOCK_N, BLOCK_K,
             HALVES,
         )  # fmt: skip
-    if TAIL and tl.program_id(0) < 2 * (num_tiles - whole):
-        tile = whole + tl.program_id(0) // 2
-        group = tile // (GROUP_T * tiles_n)
-        size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
-        t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
-        n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
-        n_0 += (tl.program_id(0) % 2) * (BLOCK_N // 2)
-        if n_0 < num_out:
-            _linear_tile(
-                t_0, n_0, x_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr,
-                slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows,
-                num_out, num_in, total_rank, h_stride, h_stride_split, factor_stride_row,
-                factor_stride_n, WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, BIAS,
-                BLOCK_T, BLOCK_N // 2, BLOCK_K, False,
-            )  # fmt: skip
+    if TAIL:  # noqa: SIM102 (a constexpr branch of its own: what is inside must not compile)
+        if tl.program_id(0) < 2 * (num_tiles - whole):
+            tile = whole + tl.program_id(0) // 2
+            group = tile // (GROUP_T * tiles_n)
+            size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+            t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
+            n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
+            n_0 += (tl.program_id(0) % 2) * (BLOCK_N // 2)
+            if n_0 < num_out:
+                _linear_tile(
+                    t_0, n_0, x_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr,
+                    slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows,
+                    num_out, num_in, total_rank, h_stride, h_stride_split, factor_stride_row,
+                    factor_stride_n, WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, BIAS,
+                    BLOCK_T, BLOCK_N // 2, BLOCK_K, False,
+                )  # fmt: skip

@@ -1,9 +1,8 @@
 """Explicit forward and backward of packed causal attention on CUDA.
 
-Made for fine-tuning batches: many sequences of tens of tokens. One program computes a whole
-short sequence of a head, so the backward of a sequence of one tile needs neither the forward's
-output nor its normalisers, no second kernel and no atomics; queries and keys are rotated as they are
-read, so no rotated copy is ever written.
+Made for fine-tuning batches: many sequences of tens of tokens. One program computes a whole short
+sequence of a head, so its backward needs neither the forward's output nor its normalisers, and no
+atomics; queries and keys are rotated as they are read, so no rotated copy is ever written.
 
 Shape suffixes: T rows, C features of a QKV row, H query heads, K key-value heads, E head features,
 P half of them, L positions of the rotary tables, W tiles.

@@ -50,7 +50,7 @@ class SolverOptions(NamedTuple):
     """
 
     relative_gap: float = 0.005
-    node_limit: int = 2000
+    node_limit: int = 500
 
 
 class Dispatch(NamedTuple):
