@@ -24,7 +24,7 @@ MIXED = LengthSummary(
 
 
 def planner_of(cost: HandCost, **options) -> MuxTunePlanner:
-    return MuxTunePlanner(lambda model, device: cost, **options)
+    return MuxTunePlanner(lambda model, device: cost, **{"hysteresis": True, **options})
 
 
 # ------------------------------------------------------------------------------ max_slowdown
