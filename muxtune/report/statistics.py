@@ -21,6 +21,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 4_000
+Numbers = Sequence[float] | np.ndarray
 
 
 class Interval(NamedTuple):
@@ -44,7 +45,7 @@ def mean_of(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values: Sequence[float],
+    values: Numbers,
     statistic: Statistic = mean_of,
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
@@ -55,7 +56,7 @@ def bootstrap_interval(
 
 
 def paired_interval(
-    columns: Sequence[Sequence[float]],
+    columns: Sequence[Numbers],
     statistic: Statistic,
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
@@ -94,7 +95,7 @@ def relative_saving(baseline: np.ndarray, ours: np.ndarray) -> np.ndarray:
 
 
 def paired_saving(
-    baseline: Sequence[float], ours: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
+    baseline: Numbers, ours: Numbers, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
     """The relative saving with its interval; entry i of both is of one seed."""
     return paired_interval([baseline, ours], relative_saving, confidence, seed=seed)
@@ -127,7 +128,7 @@ class Survival(NamedTuple):
         return float((np.diff(edges) * heights).sum())
 
 
-def kaplan_meier(times_s: Sequence[float], ended: Sequence[bool]) -> Survival:
+def kaplan_meier(times_s: Numbers, ended: Sequence[bool] | np.ndarray) -> Survival:
     """``times_s[i]`` is the time task i took, or, where not ``ended[i]``, has taken so far.
 
     A task that is cut off at the very time another ends counts as still there. Raises ValueError
