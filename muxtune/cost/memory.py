@@ -250,4 +250,4 @@ def _input_of(linear_name: str) -> str:
     leaf = linear_name.rsplit(".", 1)[-1]
     if leaf in {"q_proj", "k_proj", "v_proj"}:
         return "attention"
-    return "mlp" if leaf in {"gate_proj", "up_proj"} else leaf
+    return "mlp" if leaf in {"gate_proj", "up_proj"} else linear_name

@@ -84,9 +84,10 @@ def _linears(model: ModelShape, rows: float, dtype_bytes: int, tp: int) -> list[
 
 def gradient_sums(model: ModelShape) -> int:
     """Additions of width D in a block's backward where a tensor feeds several consumers: the
-    queries, keys and values share an input (2), gate and up share one (1, gated only), and each of
-    the two residual branches joins its main path (2)."""
-    return 5 if model.gated_mlp else 4
+    queries, keys and values share an input (2, none where they are fused), gate and up share one
+    (1, gated only), and each of the two residual branches joins its main path (2)."""
+    shared_qkv = 0 if model.fused_qkv else 2
+    return shared_qkv + (3 if model.gated_mlp else 2)
 
 
 def _memory_bound(
@@ -150,13 +151,15 @@ def block_ops(model: ModelShape, rows: float, dtype_bytes: int, tp: int = 1) -> 
 
 
 def edge_ops(model: ModelShape, rows: float, dtype_bytes: int, pp: int = 1) -> list[Op]:
-    """Once a pass: embedding (2 T D numbers, no gradient: it is frozen and first), final norm,
-    the pass's own overhead, and, between stages, one transfer each way."""
+    """Once a pass: embedding (2 T D numbers, 3 T D more with learned positions; no gradient: it is
+    frozen and first), final norm, the pass's own overhead, and, between stages, one transfer each
+    way."""
     hidden = rows * model.hidden
+    embedding = (2 if model.rotary else 5) * hidden
     ops = [
         Op(
             f"embedding.{model.hidden}", BACKBONE, False, 1, (rows,),
-            0.0, 2 * hidden * dtype_bytes, 0.0, 1,
+            0.0, embedding * dtype_bytes, 0.0, 1,
         ),
         _memory_bound(f"norm_forward.{model.hidden}", False, 1, rows, 2 * hidden, 8, dtype_bytes),
         _memory_bound(f"norm_backward.{model.hidden}", True, 1, rows, 3 * hidden, 14, dtype_bytes),

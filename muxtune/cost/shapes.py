@@ -15,6 +15,9 @@ from muxtune.errors import ConfigError
 RMSNORM, LAYERNORM = "rmsnorm", "layernorm"
 _VARIANTS = re.compile(r"-(instruct|chat|base|it|hf|v\d+(\.\d+)?)(?=-|$)")
 _GATED_TYPES = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi3", "olmo2"}
+# How a block's linears are named and fused, as transformers names them.
+LLAMA, OPT, GPT2, GPT_NEOX = "llama", "opt", "gpt2", "gpt_neox"
+FAMILIES = (LLAMA, OPT, GPT2, GPT_NEOX)
 
 
 class Linear(NamedTuple):
@@ -40,6 +43,8 @@ class Linear(NamedTuple):
 class ModelShape(NamedTuple):
     """Dimensions of a dense decoder. ``weight_bytes``: bytes per parameter as GPUs hold it (the
     CPU runtime computes in fp32). ``position_rows``: learned position embeddings, 0 for rotary.
+    ``family``: one of ``FAMILIES``; llama (gated) and opt (plain) have separate queries, keys and
+    values, gpt2 and gpt_neox fuse them into one linear.
     """
 
     name: str
@@ -57,6 +62,11 @@ class ModelShape(NamedTuple):
     qkv_bias: bool = False
     linear_bias: bool = False
     position_rows: int = 0
+    family: str = LLAMA
+
+    @property
+    def fused_qkv(self) -> bool:
+        return self.family in (GPT2, GPT_NEOX)
 
     @property
     def query_dim(self) -> int:
@@ -138,6 +148,8 @@ def _matches(name: str, target: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _block_linears(shape: ModelShape) -> tuple[Linear, ...]:
+    if shape.fused_qkv:
+        return _fused_linears(shape)
     hidden, inner = shape.hidden, shape.intermediate
     qkv_bias, bias = shape.qkv_bias or shape.linear_bias, shape.linear_bias
     output_name, mlp = ("o_proj", "mlp.") if shape.gated_mlp else ("out_proj", "")
@@ -161,11 +173,46 @@ def _block_linears(shape: ModelShape) -> tuple[Linear, ...]:
     )
 
 
+_FUSED_NAMES = {
+    GPT2: ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    GPT_NEOX: (
+        "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h",
+    ),
+}  # fmt: skip
+
+
+def _fused_linears(shape: ModelShape) -> tuple[Linear, ...]:
+    hidden, inner, bias = shape.hidden, shape.intermediate, shape.linear_bias
+    qkv, out, up, down = _FUSED_NAMES[shape.family]
+    width = shape.query_dim + 2 * shape.kv_dim
+    return (
+        Linear(qkv, hidden, width, "out", shape.qkv_bias or bias),
+        Linear(out, shape.query_dim, hidden, "in", bias),
+        Linear(up, hidden, inner, "out", bias),
+        Linear(down, inner, hidden, "in", bias),
+    )
+
+
 def _opt(name: str, layers: int, hidden: int, heads: int) -> ModelShape:
     return ModelShape(
         name, layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272,
         gated_mlp=False, tied_embeddings=True, norm=LAYERNORM, qkv_bias=True, linear_bias=True,
-        position_rows=2050,
+        position_rows=2050, family=OPT,
+    )  # fmt: skip
+
+
+def _gpt2(name: str, layers: int, hidden: int, heads: int) -> ModelShape:
+    return ModelShape(
+        name, layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50257,
+        gated_mlp=False, tied_embeddings=True, norm=LAYERNORM, qkv_bias=True, linear_bias=True,
+        position_rows=1024, family=GPT2,
+    )  # fmt: skip
+
+
+def _neox(name: str, layers: int, hidden: int, heads: int, vocab: int) -> ModelShape:
+    return ModelShape(
+        name, layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab,
+        gated_mlp=False, norm=LAYERNORM, qkv_bias=True, linear_bias=True, family=GPT_NEOX,
     )  # fmt: skip
 
 
@@ -173,16 +220,26 @@ _TABLE = (
     ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, tied_embeddings=True),
     ModelShape("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000),
     ModelShape("llama-2-13b", 40, 5120, 40, 40, 128, 13824, 32000),
+    ModelShape("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000),
     ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
     ModelShape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
     ModelShape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32000),
     ModelShape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True),
+    _opt("opt-125m", 12, 768, 12),
+    _opt("opt-1.3b", 24, 2048, 32),
     _opt("gpt-2.7b", 32, 2560, 32),
+    _opt("opt-6.7b", 32, 4096, 32),
+    _opt("opt-13b", 40, 5120, 40),
     _opt("opt-30b", 48, 7168, 56),
+    _gpt2("gpt2", 12, 768, 12),
+    _gpt2("gpt2-xl", 48, 1600, 25),
+    _neox("pythia-1.4b", 24, 2048, 16, 50304),
+    _neox("gpt-neox-20b", 44, 6144, 64, 50432),
 )
 MODEL_SHAPES: dict[str, ModelShape] = {shape.name: shape for shape in _TABLE}
 _ALIASES = {
-    "llama2-7b": "llama-2-7b", "llama2-13b": "llama-2-13b", "llama-3-8b": "llama-3.1-8b",
+    "llama2-7b": "llama-2-7b", "llama2-13b": "llama-2-13b", "llama2-70b": "llama-2-70b",
+    "llama-3-8b": "llama-3.1-8b",
     "llama3-8b": "llama-3.1-8b", "llama3.1-8b": "llama-3.1-8b", "llama3-70b": "llama-3-70b",
     "llama-3.1-70b": "llama-3-70b", "gpt2.7b": "gpt-2.7b", "gpt3-2.7b": "gpt-2.7b",
     "opt-2.7b": "gpt-2.7b", "smollm2": "smollm2-135m", "meta-llama-3.1-8b": "llama-3.1-8b",
@@ -221,8 +278,10 @@ def from_hf_config(config: object, name: str = "") -> ModelShape:
     heads = _field(config, "num_attention_heads", "n_head")
     model_type = str(getattr(config, "model_type", ""))
     gated = _is_gated(config, model_type)
-    layer_norm = not gated and hasattr(config, "layer_norm_elementwise_affine")
-    learned = model_type in {"opt", "gpt2"}
+    learned = model_type in {OPT, GPT2}
+    plain = learned or model_type == GPT_NEOX
+    layer_norm = plain or (not gated and hasattr(config, "layer_norm_elementwise_affine"))
+    attention_bias = bool(getattr(config, "attention_bias", False))
     positions = _field(config, "max_position_embeddings", "n_positions") if learned else 0
     shape = ModelShape(
         name=name or str(getattr(config, "_name_or_path", "")) or model_type or "model",
@@ -235,10 +294,11 @@ def from_hf_config(config: object, name: str = "") -> ModelShape:
         vocab=_field(config, "vocab_size"),
         gated_mlp=gated,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        norm=LAYERNORM if layer_norm or learned else RMSNORM,
-        qkv_bias=learned or model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
-        linear_bias=learned,
-        position_rows=positions + 2 if model_type == "opt" else positions,
+        norm=LAYERNORM if layer_norm else RMSNORM,
+        qkv_bias=learned or model_type == "qwen2" or attention_bias,
+        linear_bias=plain,
+        position_rows=positions + 2 if model_type == OPT else positions,
+        family=model_type if plain else LLAMA if gated else OPT,
     )
     return checked_shape(shape)
 
@@ -272,6 +332,10 @@ def checked_shape(shape: ModelShape) -> ModelShape:
     for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "intermediate"):
         if getattr(shape, name) < 1:
             raise ConfigError(f"model.{name}", f"is {getattr(shape, name)}", "give at least 1")
+    if shape.family not in FAMILIES:
+        raise ConfigError(
+            "model.family", f"is '{shape.family}'", f"choose one of: {', '.join(FAMILIES)}"
+        )
     if shape.num_heads % shape.num_kv_heads:
         raise ConfigError(
             "model.num_kv_heads",

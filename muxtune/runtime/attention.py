@@ -112,6 +112,9 @@ def packed_attention(
         raise ValueError("packed attention needs the rows' layout in 'packed' and no mask")
     if kwargs.get("sliding_window") and packed.max_seqlen > kwargs["sliding_window"]:
         raise ValueError("sliding-window attention is not supported; lower max_length")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"this model's attention needs '{name}', which is not supported")
     query_THE, key_TKE, value_TKE = (
         tensor.squeeze(0).transpose(0, 1) for tensor in (query_1HTE, key_1KTE, value_1KTE)
     )

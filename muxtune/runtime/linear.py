@@ -10,7 +10,7 @@ Shape suffixes: T rows, D input features, O output features.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 class LinearSite(NamedTuple):
-    """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines."""
+    """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines.
+    ``fan_in_fan_out``: it is a Conv1D, whose own weight is [D, O]."""
 
     name: str
     in_features: int
     out_features: int
     key: int
+    fan_in_fan_out: bool = False
 
 
 class BaseLinear(NamedTuple):
@@ -41,18 +43,31 @@ def module_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "big") >> 1
 
 
+def is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """The linear of GPT-2 in transformers, with the weight the other way round."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 class MultiTaskLinear(nn.Module):
     """A frozen linear that adds each row's own adapter. ``state`` is shared by all of them."""
 
-    def __init__(self, name: str, linear: nn.Linear, state: PassState) -> None:
+    def __init__(self, name: str, linear: nn.Module, state: PassState) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.state = state
-        site = LinearSite(name, linear.in_features, linear.out_features, module_key(name))
-        self.base = BaseLinear(
-            site, self.weight.detach(), None if self.bias is None else self.bias.detach()
-        )
+        source: Any = linear
+        swapped = _is_conv1d(linear)
+        weight_OD = source.weight.detach()
+        if swapped:
+            # One copy, in the order that the kernels read; the model's own name keeps its order.
+            weight_OD = weight_OD.T.contiguous()
+            source.weight.data = weight_OD.T
+        self.weight, self.bias, self.state = source.weight, source.bias, state
+        self.out_features, self.in_features = weight_OD.shape
+        site = LinearSite(name, self.in_features, self.out_features, module_key(name), swapped)
+        self.base = BaseLinear(site, weight_OD, None if self.bias is None else self.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., O]; leading dimensions together are the rows of the pass."""

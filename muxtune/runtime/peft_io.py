@@ -68,9 +68,12 @@ def _config(task: TaskSpec, backbone: Backbone) -> dict[str, object]:
     spec = task.adapter
     if spec.targets == ALL_LINEAR:
         spec = spec._replace(targets=backbone.target_names)
+    own = adapter_method(spec.method).peft_config(spec)
+    if any(site.fan_in_fan_out for site in backbone.matching_sites(spec.targets)):
+        own["fan_in_fan_out"] = True
     return {
         "base_model_name_or_path": backbone.name,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        **adapter_method(spec.method).peft_config(spec),
+        **own,
     }

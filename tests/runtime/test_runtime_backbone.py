@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from muxtune.cost.shapes import MODEL_SHAPES, from_hf_config
+from muxtune.cost.shapes import from_hf_config
 from muxtune.errors import ConfigError
 from muxtune.runtime.attention import pack_rows
 from muxtune.runtime.backbone import (
@@ -99,7 +99,8 @@ def test_a_saved_folder_is_found_by_its_path(store: BackboneStore, tmp_path: Pat
         (lambda folder: local_folder(folder), "holds no config.json"),
         (lambda folder: gguf_file(folder / "x.gguf"), r"x.gguf' does not exist"),
         (lambda folder: packaged_gguf("no_such_package"), "no-such-package.*not installed"),
-        (lambda folder: random_weights(MODEL_SHAPES["opt-30b"]), "no Llama-like shape"),
+        (lambda folder: random_weights(TINY._replace(gated_mlp=False)), "no llama blocks"),
+        (lambda folder: random_weights(TINY._replace(family="gpt2")), "no gpt2 blocks"),
         (lambda folder: BackboneStore().get("nothing"), "neither a folder, nor a GGUF file"),
         (lambda folder: BackboneStore().get(str(folder)), "holds no config.json"),
         (lambda folder: BackboneStore().get("random:nothing"), "is not known"),
