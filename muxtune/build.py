@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from muxtune.errors import ConfigError
 from muxtune.fleet import task_view
 from muxtune.protocols import ClusterPolicy, InstancePlanner, TaskLibrary
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
+from muxtune.report.metrics import PowerDraw
 from muxtune.types import InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
@@ -154,6 +156,21 @@ def figures_of(cluster: ClusterConfig) -> DeviceFigures:
         local = GENERIC_CPU._replace(memory_bytes=physical_memory_bytes())
         return checked_figures(local._replace(**cluster.figures))
     return device_figures(cluster.device, cluster.figures)
+
+
+def power_draw(
+    config: CommonConfig, instances: Sequence[InstanceSpec], costs: CostBook
+) -> PowerDraw:
+    """What the devices of a fleet draw, from their thermal design power."""
+    share = config.cluster.idle_power_share
+    if not 0 <= share <= 1:
+        raise ConfigError("cluster.idle_power_share", f"is {share}", "Give a number in [0, 1]")
+    devices = {spec.device for spec in instances}
+    power_w = {}
+    for device in devices:
+        with suppress(ConfigError):  # a profiled device that no table knows
+            power_w[device] = costs.figures(device).power_w
+    return PowerDraw(power_w, share)
 
 
 def device_name(cluster: ClusterConfig, cost: CostConfig) -> str:

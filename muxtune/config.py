@@ -48,7 +48,8 @@ class ClusterConfig:
     """The fleet. ``device``: a name of the device table, or local: this machine.
 
     ``memory_limit_gb``: of each GPU, in units of 1e9 bytes, or auto: ``memory_share`` of what
-    the device has. ``figures`` replaces single figures of the device.
+    the device has. ``figures`` replaces single figures of the device. ``idle_power_share``: of its
+    thermal design power, what an idle GPU draws; an assumption that energy depends on.
     """
 
     device: str = MISSING
@@ -59,6 +60,7 @@ class ClusterConfig:
     memory_limit_gb: Any = "auto"
     memory_share: float = 0.9
     figures: dict[str, float] = field(default_factory=dict)
+    idle_power_share: float = 0.1
 
 
 @dataclass

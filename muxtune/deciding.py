@@ -65,7 +65,9 @@ class EngineOptions(NamedTuple):
 
 class TaskOutcome(NamedTuple):
     """One row a task, told when the task ends. ``first_start_ns`` is None unless the executor
-    tells when plans take over; ``solo_time_s`` is the planner's prediction for all its steps."""
+    tells when plans take over; ``solo_time_s`` is the planner's prediction for all its steps.
+    ``num_placements``: one more than how often it was moved, preempted or thrown back by a failure;
+    ``lost_steps``: optimizer steps that failures undid."""
 
     task_id: str
     tenant: str
@@ -85,6 +87,10 @@ class TaskOutcome(NamedTuple):
     final_loss: float | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    priority: int = 0
+    deadline_ns: int | None = None
+    num_placements: int = 0
+    lost_steps: int = 0
 
 
 class Command(NamedTuple):
@@ -278,7 +284,8 @@ class Decider:
             task_id = task.spec.task_id
             self._count_in_vain(task_id, name)
             self.fleet.unplace(task)
-            if task.placed_ns == self.fleet.now_ns:
+            task.num_placements -= 1
+            if not task.num_placements:
                 task.placed_ns = None
             self.fleet.enqueue(task)
         gave_way = bool(task_id) or self._shed_youngest(record)
@@ -485,6 +492,10 @@ class Decider:
                 result.final_loss,
                 result.perplexity_before,
                 result.perplexity_after,
+                spec.priority,
+                spec.deadline_ns,
+                task.num_placements,
+                task.lost_steps,
             )
         )
 

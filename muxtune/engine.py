@@ -8,7 +8,7 @@ the same decisions in a test. All times are integer nanoseconds since the start 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from muxtune.deciding import Command, Decider, Decision, EngineOptions, TaskOutcome
@@ -34,6 +34,7 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "Observer",
+    "QuietObserver",
     "RunTotals",
     "TaskOutcome",
     "fold",
@@ -79,6 +80,17 @@ class BatchLog(Protocol):
 
 class Observer(Protocol):
     """Progress displays and result files, called after a batch was carried out, in this order."""
+
+    def on_plan(self, plan: Plan) -> None: ...
+
+    def on_task_end(self, outcome: TaskOutcome) -> None: ...
+
+    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None: ...
+
+
+class QuietObserver:
+    """Listens to nothing. A subclass says what it listens to; the engine does not call the rest,
+    which at a million tasks is worth it."""
 
     def on_plan(self, plan: Plan) -> None: ...
 
@@ -182,6 +194,17 @@ class Engine:
     def fleet(self) -> Fleet:
         return self._decider.fleet
 
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        return self._observers
+
+    @observers.setter
+    def observers(self, observers: tuple[Observer, ...]) -> None:
+        self._observers = observers
+        self._on_plan = listeners(observers, "on_plan")
+        self._on_task_end = listeners(observers, "on_task_end")
+        self._on_batch = listeners(observers, "on_batch")
+
     def run(self) -> RunTotals:
         """Runs until every task has ended; goes on where a resumed engine stands."""
         decider, timetable, fleet = self._decider, self._timetable, self.fleet
@@ -264,12 +287,14 @@ class Engine:
         for outcome in decision.outcomes:
             self._ended[outcome.state] += 1
             counts["tokens"] += outcome.effective_tokens
-        for observer in self.observers:
-            for plan in batch.plans:
-                observer.on_plan(plan)
-            for outcome in decision.outcomes:
-                observer.on_task_end(outcome)
-            observer.on_batch(batch.time_ns, batch.events)
+        for plan in batch.plans:
+            for on_plan in self._on_plan:
+                on_plan(plan)
+        for outcome in decision.outcomes:
+            for on_task_end in self._on_task_end:
+                on_task_end(outcome)
+        for on_batch in self._on_batch:
+            on_batch(batch.time_ns, batch.events)
 
     def _refold(self, record: JournalBatch) -> list[Command]:
         decision = redecide(self._decider, record)
@@ -345,6 +370,15 @@ def compare(recorded: JournalBatch, replayed: JournalBatch) -> list[Difference]:
         return []
     pairs = zip(JournalBatch._fields, recorded, replayed, strict=True)
     return [Difference(recorded.index, *part) for part in pairs if part[1] != part[2]]
+
+
+def listeners(observers: Iterable[Observer], method: str) -> list[Callable[..., None]]:
+    """The bound methods of those that do something with what ``method`` tells."""
+    return [
+        getattr(observer, method)
+        for observer in observers
+        if getattr(type(observer), method, None) is not getattr(QuietObserver, method)
+    ]
 
 
 def duplicate_error(task_ids: Sequence[str]) -> ConfigError:

@@ -38,6 +38,8 @@ class TaskRecord:
         "cancelling",
         "first_start_ns",
         "instance_id",
+        "lost_steps",
+        "num_placements",
         "placed_ns",
         "ready_ns",
         "spec",
@@ -54,6 +56,7 @@ class TaskRecord:
         self.placed_ns: int | None = None
         self.first_start_ns: int | None = None
         self.cancelling = False
+        self.num_placements = self.lost_steps = 0
 
     @property
     def ready_view(self) -> TaskView:
@@ -283,6 +286,7 @@ class Fleet:
         task.state, task.instance_id = TaskState.PLACED, record.spec.instance_id
         if task.placed_ns is None:
             task.placed_ns = self.now_ns
+        task.num_placements += 1
         self._move(record, task, joins=True)
 
     def unplace(self, task: TaskRecord) -> InstanceRecord:

@@ -13,16 +13,17 @@ from muxtune import build
 from muxtune.config import SimulateConfig
 from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
+from muxtune.report.metrics import TaskMetrics, fleet_summary
 from muxtune.report.progress import FleetProgress
-from muxtune.report.recording import CompletionTimes, RecordingPlanner, TaskRows, Troubles
+from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, InstanceSpec
 
-NS_PER_HOUR = 3_600 * NS_PER_S
 EXACT_TIMES, MEAN_TIMES = "exact", "mean"
 MAX_EXACT_TASKS = 2_000
-TASKS_FILE, SAMPLES_FILE, JOURNAL_FILE = "tasks.csv", "plan_samples.jsonl", "journal.jsonl"
+TASKS_FILE, TENANTS_FILE = "tasks.csv", "tenants.csv"
+SAMPLES_FILE, JOURNAL_FILE = "plan_samples.jsonl", "journal.jsonl"
 
 
 def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
@@ -40,16 +41,19 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         build.simulator_book(config, config.simulator_cost, costs),
         build.sim_library(config, tasks),
     )
-    times, troubles = CompletionTimes(), Troubles()
-    observers = (times, troubles)
+    metrics, troubles = TaskMetrics(), Troubles()
+    observers = (metrics, troubles)
     totals = _run_engine(config, folder, planner, executor, tasks, instances, observers)
     with folder.stream(SAMPLES_FILE) as file:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
+    with folder.stream(TENANTS_FILE) as file:
+        metrics.write_tenants(file)
+    power = build.power_draw(config, instances, costs)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
-        **times.summary(),
-        **fleet_summary(instances, executor.instance_totals(), totals.end_ns),
+        **metrics.summary(),
+        **fleet_summary(instances, executor.instance_totals(), totals.end_ns, power),
         "num_plans": totals.num_plans,
         "num_planner_calls": planner.num_calls,
         "mean_planning_us": planner.mean_us,
@@ -148,37 +152,6 @@ def _counts(totals: RunTotals) -> dict[str, Any]:
     }
 
 
-def fleet_summary(
-    instances: Sequence[InstanceSpec], totals: Sequence[Any], end_ns: int
-) -> dict[str, Any]:
-    """Throughput, use of the GPUs and concurrency over the whole run.
-
-    ``totals`` are ``InstanceTotals`` of the simulated executor. A GPU that several instances
-    share counts once among those held; its busy time is that of its instances, at most the run's.
-    """
-    gpu_ids = {gpu for spec in instances for gpu in spec.gpu_ids}
-    gpus_of = {spec.instance_id: spec.gpu_ids for spec in instances}
-    busy_ns = dict.fromkeys(gpu_ids, 0)
-    for item in totals:
-        for gpu in gpus_of.get(item.instance_id, ()):
-            busy_ns[gpu] = min(end_ns, busy_ns[gpu] + item.busy_ns)
-    effective = sum(item.effective_tokens for item in totals)
-    padded = sum(item.padded_tokens for item in totals)
-    instance_busy_ns = sum(item.busy_ns for item in totals)
-    held_ns = len(gpu_ids) * end_ns
-    return {
-        "effective_tokens_per_s": effective * NS_PER_S / end_ns if end_ns else None,
-        "padded_tokens_per_s": padded * NS_PER_S / end_ns if end_ns else None,
-        "effective_share": effective / padded if padded else None,
-        "utilisation": sum(busy_ns.values()) / held_ns if held_ns else None,
-        "gpu_hours": held_ns / NS_PER_HOUR,
-        "busy_gpu_hours": sum(busy_ns.values()) / NS_PER_HOUR,
-        "concurrent_tasks_per_instance": (
-            sum(item.task_ns for item in totals) / instance_busy_ns if instance_busy_ns else None
-        ),
-    }
-
-
 SHOWN = (
     ("tasks", "num_tasks", None),
     ("done", "num_done", None),
@@ -190,9 +163,16 @@ SHOWN = (
     ("p95 completion time", "p95_completion_time_s", format_seconds),
     ("p99 completion time", "p99_completion_time_s", format_seconds),
     ("mean queueing", "mean_queueing_s", format_seconds),
+    ("p95 queueing", "p95_queueing_s", format_seconds),
+    ("mean slowdown", "mean_slowdown", None),
+    ("mean finish-time ratio", "mean_finish_time_ratio", None),
+    ("deadlines met", "deadlines_met_share", "{:.1%}".format),
     ("effective tokens/s", "effective_tokens_per_s", None),
     ("padded tokens/s", "padded_tokens_per_s", None),
     ("utilisation", "utilisation", "{:.1%}".format),
+    ("effective utilisation", "effective_utilisation", "{:.1%}".format),
+    ("least memory headroom", "min_memory_headroom", "{:.1%}".format),
+    ("energy (kWh)", "energy_kwh", None),
     ("GPU hours held", "gpu_hours", None),
     ("GPU hours busy", "busy_gpu_hours", None),
     ("concurrent tasks a busy instance", "concurrent_tasks_per_instance", None),

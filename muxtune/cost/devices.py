@@ -21,6 +21,7 @@ class DeviceFigures(NamedTuple):
     ``peak_flops``: dense bf16 FLOP/s (fp32 for a CPU). ``memory_bytes``: vendor gigabytes taken
     as 1e9, a little less than the device really has. ``link_bytes_per_s``: one direction between
     two devices (NVLink where there is one, else PCIe). Prices are USD per device and hour.
+    ``power_w``: thermal design power, what it draws at most; 0 where it is not known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DeviceFigures(NamedTuple):
     usd_per_hour: tuple[float, float, float] = (0.0, 0.0, 0.0)  # low, typical, high
     price_date: str = ""
     notes: str = ""
+    power_w: float = 0.0
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -79,6 +81,7 @@ def _from_row(row: Mapping[str, str]) -> DeviceFigures:
         usd_per_hour=(prices[0], prices[1], prices[2]),
         price_date=row["price_date"],
         notes=row["notes"] or "",
+        power_w=float(row["tdp_w"] or 0.0),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from muxtune.engine import TaskOutcome
+from muxtune.engine import QuietObserver, TaskOutcome
 from muxtune.report.tables import format_seconds, make_console
 from muxtune.types import NS_PER_S, Event, Plan
 
@@ -58,7 +58,7 @@ class _Display:
         self.bars.stop()
 
 
-class FleetProgress(_Display):
+class FleetProgress(_Display, QuietObserver):
     """Observer of a simulated run: tasks ended, simulated time, real time."""
 
     def __init__(
@@ -74,9 +74,6 @@ class FleetProgress(_Display):
     def __enter__(self) -> FleetProgress:
         self.bars.start()
         return self
-
-    def on_plan(self, plan: Plan) -> None:
-        pass
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
         self.num_ended += 1
@@ -95,7 +92,7 @@ class FleetProgress(_Display):
             self.line(f"simulate: {state}")
 
 
-class TaskProgress(_Display):
+class TaskProgress(_Display, QuietObserver):
     """Per task: step, loss, tokens/s and the time left."""
 
     def __init__(
@@ -159,6 +156,3 @@ class TaskProgress(_Display):
         self.flush()
         note = outcome.message or outcome.output_path
         self.line(f"{outcome.task_id}: {outcome.state}, {outcome.steps} steps. {note}".rstrip())
-
-    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
-        pass

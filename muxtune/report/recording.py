@@ -1,7 +1,6 @@
 """Observers of a run: the planner's calls, the tasks' rows, the fleet's totals.
 
-Everything streams: memory does not grow with the number of tasks, but for two floats a task that
-the quantiles need.
+Everything streams: memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -9,18 +8,13 @@ from __future__ import annotations
 import csv
 import random
 import time
-from array import array
-from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
-import numpy as np
-
 from muxtune import codec
-from muxtune.engine import TaskOutcome
+from muxtune.engine import QuietObserver, TaskOutcome
 from muxtune.protocols import InstancePlanner
 from muxtune.types import (
     NS_PER_S,
-    Event,
     InstanceView,
     Plan,
     Refusal,
@@ -87,87 +81,90 @@ class RecordingPlanner:
 TASK_COLUMNS = (
     *("task_id", "tenant", "model", "state", "arrival_s", "placed_s", "first_start_s", "ended_s"),
     *("completion_time_s", "queueing_s", "instance_id", "steps", "effective_tokens"),
-    *("solo_time_s", "slowdown", "final_loss", "perplexity_before", "perplexity_after"),
+    *("solo_time_s", "slowdown", "finish_time_ratio", "priority", "deadline_s", "met_deadline"),
+    *("num_placements", "lost_steps", "final_loss", "perplexity_before", "perplexity_after"),
     *("output_path", "message"),
 )
 
 
-def task_row(outcome: TaskOutcome) -> dict[str, Any]:
-    """One flat row; times in seconds, None where something never happened."""
-    completion_s = (outcome.ended_ns - outcome.arrival_ns) / NS_PER_S
-    started_ns = outcome.placed_ns
-    queueing_ns = (outcome.ended_ns if started_ns is None else started_ns) - outcome.arrival_ns
-    run_s = None if started_ns is None else (outcome.ended_ns - started_ns) / NS_PER_S
-    done = outcome.state is TaskState.DONE
-    slowdown = run_s / outcome.solo_time_s if done and run_s and outcome.solo_time_s else None
-    row = outcome._asdict() | {
-        "state": str(outcome.state),
-        "arrival_s": outcome.arrival_ns / NS_PER_S,
-        "placed_s": _seconds(outcome.placed_ns),
-        "first_start_s": _seconds(outcome.first_start_ns),
-        "ended_s": outcome.ended_ns / NS_PER_S,
-        "completion_time_s": completion_s,
-        "queueing_s": queueing_ns / NS_PER_S,
-        "slowdown": slowdown,
-    }
-    return {name: row[name] for name in TASK_COLUMNS}
+def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
+    """The values of ``TASK_COLUMNS``; times in seconds, None where something never happened."""
+    arrival_ns, placed_ns, ended_ns = outcome.arrival_ns, outcome.placed_ns, outcome.ended_ns
+    queueing_ns = (ended_ns if placed_ns is None else placed_ns) - arrival_ns
+    return (
+        outcome.task_id,
+        outcome.tenant,
+        outcome.model,
+        outcome.state.value,
+        arrival_ns / NS_PER_S,
+        _seconds(placed_ns),
+        _seconds(outcome.first_start_ns),
+        ended_ns / NS_PER_S,
+        (ended_ns - arrival_ns) / NS_PER_S,
+        queueing_ns / NS_PER_S,
+        outcome.instance_id,
+        outcome.steps,
+        outcome.effective_tokens,
+        outcome.solo_time_s,
+        slowdown(outcome),
+        finish_time_ratio(outcome),
+        outcome.priority,
+        _seconds(outcome.deadline_ns),
+        met_deadline(outcome),
+        outcome.num_placements,
+        outcome.lost_steps,
+        outcome.final_loss,
+        outcome.perplexity_before,
+        outcome.perplexity_after,
+        outcome.output_path,
+        outcome.message,
+    )
+
+
+def slowdown(outcome: TaskOutcome) -> float | None:
+    """Of a task that was done: time since its first placement over its predicted time alone."""
+    solo_s = outcome.solo_time_s
+    if outcome.state is not TaskState.DONE or not solo_s or outcome.placed_ns is None:
+        return None
+    return (outcome.ended_ns - outcome.placed_ns) / NS_PER_S / solo_s or None
+
+
+def finish_time_ratio(outcome: TaskOutcome) -> float | None:
+    """Of a task that was done: time since its arrival over its predicted time alone."""
+    solo_s = outcome.solo_time_s
+    if outcome.state is not TaskState.DONE or not solo_s:
+        return None
+    return (outcome.ended_ns - outcome.arrival_ns) / NS_PER_S / solo_s
+
+
+def met_deadline(outcome: TaskOutcome) -> bool | None:
+    """None for a task without a deadline."""
+    if outcome.deadline_ns is None:
+        return None
+    return outcome.state is TaskState.DONE and outcome.ended_ns <= outcome.deadline_ns
 
 
 def _seconds(time_ns: int | None) -> float | None:
     return None if time_ns is None else time_ns / NS_PER_S
 
 
-class TaskRows:
+class TaskRows(QuietObserver):
     """Writes one CSV row a task as tasks end."""
 
     def __init__(self, file: IO[str]) -> None:
         self._writer = csv.writer(file, lineterminator="\n")
         self._writer.writerow(TASK_COLUMNS)
 
-    def on_plan(self, plan: Plan) -> None:
-        pass
-
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        self._writer.writerow(task_row(outcome).values())
-
-    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
-        pass
+        self._writer.writerow(task_row(outcome))
 
 
-class CompletionTimes:
-    """Observer that keeps when tasks that were done were started and ended."""
-
-    def __init__(self) -> None:
-        self.completion_s, self.queueing_s = array("d"), array("d")
-
-    def on_plan(self, plan: Plan) -> None:
-        pass
-
-    def on_task_end(self, outcome: TaskOutcome) -> None:
-        if outcome.state is TaskState.DONE:
-            placed_ns = outcome.ended_ns if outcome.placed_ns is None else outcome.placed_ns
-            self.completion_s.append((outcome.ended_ns - outcome.arrival_ns) / NS_PER_S)
-            self.queueing_s.append((placed_ns - outcome.arrival_ns) / NS_PER_S)
-
-    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
-        pass
-
-    def summary(self) -> dict[str, float | None]:
-        return {
-            **quantiles("completion_time_s", self.completion_s),
-            **quantiles("queueing_s", self.queueing_s),
-        }
-
-
-class Troubles:
+class Troubles(QuietObserver):
     """Observer that keeps the first messages of tasks that failed or were refused."""
 
     def __init__(self, num_kept: int = 5) -> None:
         self.num_kept, self.num_tasks = num_kept, 0
         self.messages: list[str] = []
-
-    def on_plan(self, plan: Plan) -> None:
-        pass
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
         if outcome.state in {TaskState.FAILED, TaskState.REFUSED}:
@@ -177,9 +174,6 @@ class Troubles:
                 prefix = "" if named else f"task '{outcome.task_id}': "
                 self.messages.append(f"{outcome.state}: {prefix}{outcome.message}")
 
-    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
-        pass
-
     def error(self) -> str:
         """One text for all of them; empty when there was no trouble."""
         if not self.num_tasks:
@@ -187,17 +181,3 @@ class Troubles:
         left = self.num_tasks - len(self.messages)
         more = [f"and {left} more"] if left else []
         return f"{self.num_tasks} task(s) did not end well: " + "; ".join(self.messages + more)
-
-
-def quantiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """mean, p50, p95 and p99 under ``mean_NAME`` and so on; None for no values."""
-    if not len(values):
-        return dict.fromkeys(f"{label}_{name}" for label in ("mean", "p50", "p95", "p99"))
-    data = np.asarray(values, dtype=np.float64)
-    p50, p95, p99 = (float(value) for value in np.quantile(data, (0.5, 0.95, 0.99)))
-    return {
-        f"mean_{name}": float(data.mean()),
-        f"p50_{name}": p50,
-        f"p95_{name}": p95,
-        f"p99_{name}": p99,
-    }

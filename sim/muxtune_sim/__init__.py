@@ -2,12 +2,10 @@
 
 from muxtune_sim.executor import SimExecutor
 from muxtune_sim.options import InstanceTotals, SimOptions
-from muxtune_sim.results import ResultSink
 from muxtune_sim.simulate import SimReport, simulate
 
 __all__ = [
     "InstanceTotals",
-    "ResultSink",
     "SimExecutor",
     "SimOptions",
     "SimReport",

@@ -126,7 +126,7 @@ class InstanceActor:
         for task_id, cursor in cursors.items():
             if task_id not in self.gone:
                 self._count_left(task_id, cursor)
-                self.world.park(task_id, Cursor(cursor.step))
+                self._fall_back(task_id, cursor, cursor.step)
         self.generation += 1
         self.cursors, self.plan, self._pending = {}, None, []
 
@@ -244,7 +244,7 @@ class InstanceActor:
     def _drop(self, task_id: str, cursor: Cursor, epoch: int, now_ns: int) -> None:
         """The new plan does not hold the task: its open step is lost."""
         self._count_left(task_id, cursor)
-        self.world.park(task_id, Cursor(cursor.step))
+        self._fall_back(task_id, cursor, cursor.step)
         name = self.spec.instance_id
         self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, cursor.step))
 
@@ -336,6 +336,13 @@ class InstanceActor:
         """A task leaves: what it was given here."""
         given = self.world.tokens_at(task_id, cursor) - self._tokens_before.pop(task_id)
         self._sums["effective_tokens"] += given
+
+    def _fall_back(self, task_id: str, cursor: Cursor, step: int) -> None:
+        """The task goes on from the boundary before ``step``; what it did since is lost."""
+        kept, tokens_at = Cursor(step), self.world.tokens_at
+        if cursor != kept:
+            self._sums["lost_tokens"] += tokens_at(task_id, cursor) - tokens_at(task_id, kept)
+        self.world.park(task_id, kept)
 
     def _tell_progress(self, before: dict[str, Cursor], rounds: int, now_ns: int) -> None:
         if not rounds or self.plan is None:

@@ -54,7 +54,9 @@ def make_builder(options: SimOptions) -> StepBuilder:
 
 class InstanceTotals(NamedTuple):
     """``busy_ns``: with work, transitions included. ``task_ns``: the sum over tasks of the time
-    that each was being worked on, so that ``task_ns / busy_ns`` is the mean concurrency."""
+    that each was being worked on, so that ``task_ns / busy_ns`` is the mean concurrency.
+    ``lost_tokens``: those of ``effective_tokens`` that were undone, because a failure or a dropped
+    step took them back."""
 
     instance_id: str
     busy_ns: int
@@ -65,6 +67,7 @@ class InstanceTotals(NamedTuple):
     effective_tokens: int
     padded_tokens: int
     peak_predicted_memory_bytes: int
+    lost_tokens: int
 
     @property
     def mean_tasks(self) -> float:
