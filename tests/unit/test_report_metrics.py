@@ -47,9 +47,7 @@ def outcome(task_id: str = "t", **changes: Any) -> TaskOutcome:
 
 
 def totals(name: str, **values: int) -> InstanceTotals:
-    return InstanceTotals(
-        **(dict.fromkeys(InstanceTotals._fields, 0) | values | {"instance_id": name})
-    )  # type: ignore[arg-type]
+    return InstanceTotals(name, **(dict.fromkeys(InstanceTotals._fields[1:], 0) | values))
 
 
 def metrics(*outcomes: TaskOutcome) -> TaskMetrics:
