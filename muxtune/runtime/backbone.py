@@ -100,24 +100,30 @@ class Backbone:
         return out.last_hidden_state[0]
 
     def is_target(self, site_name: str, targets: tuple[str, ...]) -> bool:
-        """PEFT's rule: a target is a module's whole name or the end of it after a dot."""
+        """See ``names_target``."""
         if targets not in self._targets:
             self._targets[targets] = frozenset(
-                name for name in self.sites if targets == ALL_LINEAR or _matches(name, targets)
+                name for name in self.sites if names_target(name, targets)
             )
         return site_name in self._targets[targets]
 
     def matching_sites(self, targets: tuple[str, ...]) -> tuple[LinearSite, ...]:
         """Raises ConfigError for a target that is no adaptable linear of this model."""
+        sites = self.all_sites
         for target in () if targets == ALL_LINEAR else targets:
-            if not any(_matches(name, (target,)) for name in self.sites):
+            if not any(names_target(name, (target,)) for name in sites):
                 known = ", ".join(self.target_names)
                 raise ConfigError(
                     "adapter.targets",
                     f"'{target}' is no linear layer of {self.name} that can be adapted",
                     f"Choose among: {known}",
                 )
-        return tuple(site for name, site in self.sites.items() if self.is_target(name, targets))
+        return tuple(site for name, site in sites.items() if names_target(name, targets))
+
+    @property
+    def all_sites(self) -> dict[str, LinearSite]:
+        """Of the whole model, also where this object holds a part of it."""
+        return self.sites
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -160,7 +166,10 @@ def check_model(name: str, model: Any) -> None:
     raise ConfigError("model", problem, "Name a dense decoder with its full weights")
 
 
-def _matches(name: str, targets: tuple[str, ...]) -> bool:
+def names_target(name: str, targets: tuple[str, ...]) -> bool:
+    """PEFT's rule: a target is a module's whole name or the end of it after a dot."""
+    if targets == ALL_LINEAR:
+        return True
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

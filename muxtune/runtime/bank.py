@@ -145,13 +145,10 @@ class AdapterBank:
 
     def create(self, task: TaskSpec, num_steps: int) -> TaskState:
         """A fresh adapter as PEFT initialises it, drawn per (task seed, module name)."""
-        method = adapter_method(task.adapter.method)
         tensors = {}
         for site in self.backbone.matching_sites(task.adapter.targets):
-            generator = torch.Generator().manual_seed(_seed(task.seed, site.name))
             weight_OD = self.backbone.model.get_submodule(site.name).base.weight_OD
-            start = method.initialise(task.adapter, site, generator, weight_OD)
-            for name, value in start.items():
+            for name, value in start_values(task, site, weight_OD).items():
                 tensors[site.name, name] = self._fresh(value)
         return TaskState(task, adapter_slot(task), num_steps, tensors)
 
@@ -276,6 +273,15 @@ def adapter_slot(task: TaskSpec) -> AdapterSlot:
     return AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0)
 
 
+def start_values(
+    task: TaskSpec, site: LinearSite, weight_OD: Tensor | None
+) -> dict[str, Tensor]:
+    """A fresh adapter at one site, in pool form: the same on every machine."""
+    generator = torch.Generator().manual_seed(_seed(task.seed, site.name))
+    method = adapter_method(task.adapter.method)
+    return method.initialise(task.adapter, site, generator, weight_OD)
+
+
 def _seed(task_seed: int, site_name: str) -> int:
     digest = hashlib.blake2s(f"{task_seed}/{site_name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -337,5 +343,6 @@ __all__ = [
     "TaskTensors",
     "adapter_slot",
     "grad_dtype_for",
+    "start_values",
     "take_out",
 ]

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 class LinearSite(NamedTuple):
     """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines.
-    ``fan_in_fan_out``: it is a Conv1D, whose own weight is [D, O]."""
+    ``fan_in_fan_out``: it is a Conv1D, whose own weight is [D, O].
+    ``first_feature``: of the whole linear's input, where this is a part of one."""
 
     name: str
     in_features: int
     out_features: int
     key: int
     fan_in_fan_out: bool = False
+    first_feature: int = 0
 
 
 class BaseLinear(NamedTuple):

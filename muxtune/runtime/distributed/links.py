@@ -1,0 +1,162 @@
+"""How ranks reach each other: process groups, and the streams that run transfers.
+
+Each direction between two stages is a group of its own, so that no transfer waits behind one that
+goes the other way. What waits (a transfer, an exchange, a receive) runs on a thread of its own,
+one a stream, so that computing goes on; on CUDA only its launch does, and events order the streams.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from muxtune.errors import MuxTuneError
+from muxtune.runtime.distributed.layout import Layout, Place
+
+# Waiting is bounded by this package, which can tell a peer that is idle from one that hangs.
+FOREVER = timedelta(days=7)
+_POLL_S = 0.2
+
+
+class DistributedError(MuxTuneError):
+    """The ranks of a run cannot go on together: says which rank, why, and the remedy."""
+
+
+class Channel(NamedTuple):
+    """One direction to or from a neighbouring stage. ``group`` has the two ranks as members."""
+
+    rank: int
+    group: Any
+
+
+class Links:
+    """This rank's groups. Made by all ranks together, in the same order.
+
+    ``tp``: the stage's ranks, for exchanges that the plan orders; ``step``: the same ranks, for
+    what an optimizer step sums; ``sends`` and ``receives``: by neighbouring stage; ``all``: every
+    rank of the instance, for gradients over replicas.
+    """
+
+    def __init__(self, layout: Layout, place: Place, device: torch.device) -> None:
+        self.layout, self.place, self.device = layout, place, device
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.tp = self.step = None
+        self.sends: dict[int, Channel] = {}
+        self.receives: dict[int, Channel] = {}
+        for replica, shape in enumerate(layout.replicas):
+            self._make_stage_groups(replica, shape.tp, shape.pp)
+            self._make_channels(replica, shape.tp, shape.pp)
+        self.all = self._group(range(layout.world_size)) if len(layout.replicas) > 1 else None
+        self.lanes = {name: Lane(name, device) for name in ("comm", "from below", "from above")}
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+
+    def send(self, tensor: Tensor, stage: int) -> None:
+        channel = self.sends[stage]
+        dist.send(tensor, channel.rank, group=channel.group)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> Tensor:
+        channel = self.receives[stage]
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        dist.recv(tensor, channel.rank, group=channel.group)
+        return tensor
+
+    def lane_from(self, stage: int) -> Lane:
+        return self.lanes["from below" if stage < self.place.stage else "from above"]
+
+    def _group(self, ranks: Sequence[int] | range) -> Any:
+        return dist.new_group(list(ranks), timeout=FOREVER, backend=self.backend)
+
+    def _make_stage_groups(self, replica: int, tp: int, pp: int) -> None:
+        for stage in range(pp if tp > 1 else 0):
+            ranks = [self.layout.rank_of(replica, stage, part) for part in range(tp)]
+            groups = [self._group(ranks) for _ in range(2)]
+            if self.place.rank in ranks:
+                self.tp, self.step = groups
+
+    def _make_channels(self, replica: int, tp: int, pp: int) -> None:
+        for stage in range(pp - 1):
+            for part in range(tp):
+                below, above = (self.layout.rank_of(replica, s, part) for s in (stage, stage + 1))
+                up, down = (self._group((below, above)) for _ in range(2))
+                if self.place.rank == below:
+                    self.sends[stage + 1] = Channel(above, up)
+                    self.receives[stage + 1] = Channel(above, down)
+                if self.place.rank == above:
+                    self.sends[stage] = Channel(below, down)
+                    self.receives[stage] = Channel(below, up)
+
+
+class Arrival(NamedTuple):
+    """What a piece of a lane's work came to, and on CUDA the event after which it is there."""
+
+    value: Any
+    event: Any
+
+
+class Lane:
+    """A stream that runs pieces of work in the order in which they are given."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix=name)
+        # Transfers are short and others wait for them.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def put(self, work: Callable[[], Any], after: Sequence[Any] = ()) -> Future[Arrival]:
+        """``after``: CUDA events that the work's stream waits for."""
+        return self._threads.submit(self._run, work, after)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, work: Callable[[], Any], after: Sequence[Any]) -> Arrival:
+        if self._stream is None:
+            return Arrival(work(), None)
+        torch.cuda.set_device(self.device)
+        with torch.cuda.stream(self._stream):
+            for event in after:
+                self._stream.wait_event(event)
+            value = work()
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return Arrival(value, event)
+
+
+class Patience:
+    """How long to wait for others. ``is_excused``: whether the others have a reason to be late,
+    as the controller has while it reads data."""
+
+    def __init__(self, timeout_s: float, is_excused: Callable[[], bool] = lambda: False) -> None:
+        self.timeout_s, self.is_excused = timeout_s, is_excused
+
+    def wait(self, future: Future[Arrival], what: str) -> Arrival:
+        """Raises DistributedError when it does not come in time or cannot come any more."""
+        deadline_s = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return future.result(timeout=_POLL_S)
+            except FutureTimeout:
+                if self.is_excused():
+                    deadline_s = time.monotonic() + self.timeout_s
+                elif time.monotonic() > deadline_s:
+                    raise DistributedError(
+                        f"{what} did not come within {self.timeout_s:g} s: another rank hangs or "
+                        "has died. Look at its last lines, then resume from the last checkpoint"
+                    ) from None
+            except RuntimeError as error:
+                detail = str(error).splitlines()[0]
+                raise DistributedError(
+                    f"{what} cannot come: another rank has died ({detail}). "
+                    "Look at its last lines, then resume from the last checkpoint"
+                ) from error

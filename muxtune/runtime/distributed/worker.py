@@ -1,0 +1,149 @@
+"""What every rank does at the controller's command, rank 0 itself included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from muxtune.runtime.bank import AdapterBank, TaskState, grad_dtype_for, take_out
+from muxtune.runtime.distributed.links import Links, Patience
+from muxtune.runtime.distributed.runner import Span, StageRunner, on_device
+from muxtune.runtime.distributed.schedule import (
+    ATTENTION,
+    MLP,
+    Schedule,
+    plan_schedule,
+    sequential_schedule,
+)
+from muxtune.runtime.distributed.sharding import StageBackbone, draw_whole, own_part
+from muxtune.runtime.distributed.team import (
+    Adopt,
+    Arrange,
+    Drop,
+    Flush,
+    Gather,
+    Gathered,
+    Round,
+    Score,
+    Scores,
+    Stop,
+    Team,
+)
+from muxtune.runtime.passes import AdapterPass
+from muxtune.types import Plan
+
+
+class Worker:
+    """One rank's part of an instance."""
+
+    def __init__(
+        self,
+        backbone: StageBackbone,
+        team: Team,
+        patience: Patience,
+        deterministic: bool = True,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        trace: Callable[[Span], None] | None = None,
+    ) -> None:
+        self.backbone, self.team, self.deterministic = backbone, team, deterministic
+        self.links = Links(backbone.layout, backbone.place, backbone.device)
+        self.bank = AdapterBank(backbone, grad_dtype_for(backbone.device, deterministic))
+        self.runner = StageRunner(
+            backbone, self.links, patience, team.report, deterministic, clock_ns, trace
+        )
+        self.plan: Plan | None = None
+        self._schedule: Schedule | None = None
+
+    def serve(self) -> None:
+        """Until the controller says stop. Raises DistributedError when it is gone."""
+        while True:
+            command = self.team.heed()
+            if isinstance(command, Stop):
+                return
+            self.obey(command)
+
+    def obey(self, command: Any) -> None:
+        """Carry one command out, up to where another rank's next one is needed."""
+        _HANDLERS[type(command)](self, command)
+
+    def adopt(self, command: Adopt) -> None:
+        whole = command.whole
+        if whole is None:
+            whole = draw_whole(command.task, command.num_steps, self.backbone)
+        self.states[command.task.task_id] = own_part(whole, self.bank)
+
+    def arrange(self, command: Arrange) -> None:
+        plan = self.plan = command.plan
+        self._schedule = plan_schedule(plan, self.backbone.shape, self.backbone.place.replica)
+        states = {task_id: self.states[task_id] for task_id in command.task_ids}
+        self.runner.begin_plan(self.bank.arrange(plan.htasks, states))
+
+    def round(self, command: Round) -> None:
+        assert self.plan is not None
+        schedule, place = self._schedule, self.backbone.place
+        if command.htasks is not None:
+            num = len(self.plan.htasks)
+            replica = self.backbone.replica
+            schedule = sequential_schedule(command.htasks, num, self.backbone.shape, replica)
+        assert schedule is not None
+        self.runner.feed(command.inputs[place.replica], schedule)
+        self.runner.run()
+
+    def flush(self, command: Flush) -> None:
+        self.runner.flush()
+
+    def gather(self, command: Gather) -> None:
+        shares = {task_id: self.runner.shares(task_id) for task_id in command.task_ids}
+        self.team.report(Gathered(self.backbone.place.rank, shares))
+
+    def drop(self, command: Drop) -> None:
+        for task_id in command.task_ids:
+            state = self.states.pop(task_id, None)
+            if state is not None:
+                take_out(state)
+
+    @property
+    def states(self) -> dict[str, TaskState]:
+        return self.runner.states
+
+    @torch.no_grad()
+    def score(self, command: Score) -> None:
+        """A forward pass through the stages of the first replica, one after another."""
+        place, stage = self.backbone.place, self.runner.stage
+        if place.replica:
+            return
+        tensors = on_device(command.tensors, self.backbone.device)
+        current = stage.begin(tensors, self.runner.pools[command.htask])
+        current.adapters = AdapterPass(
+            self.runner.pools[command.htask], tensors.rows, None, self.deterministic, None
+        )
+        received = None
+        if place.stage:
+            shape = (tensors.input_ids_T.numel(), self.backbone.shape.hidden)
+            received = self.links.receive(shape, self.backbone.dtype, place.stage - 1)
+        stage.enter(current, received)
+        for layer in self.backbone.layers:
+            for half in (ATTENTION, MLP):
+                stage.forward(current, [(layer, half)])
+                if self.links.tp is not None:
+                    dist.all_reduce(current.exchanged(False), group=self.links.tp)
+        if not self.backbone.is_last:
+            self.links.send(stage.leave(current), place.stage + 1)
+        elif place.part == 0:
+            nll_S, targets_S = stage.scores(current)
+            self.team.report(Scores(nll_S.tolist(), targets_S.tolist()))
+
+
+_HANDLERS: dict[type, Callable[[Worker, Any], None]] = {
+    Adopt: Worker.adopt,
+    Arrange: Worker.arrange,
+    Round: Worker.round,
+    Flush: Worker.flush,
+    Gather: Worker.gather,
+    Drop: Worker.drop,
+    Score: Worker.score,
+}
