@@ -273,9 +273,7 @@ def adapter_slot(task: TaskSpec) -> AdapterSlot:
     return AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0)
 
 
-def start_values(
-    task: TaskSpec, site: LinearSite, weight_OD: Tensor | None
-) -> dict[str, Tensor]:
+def start_values(task: TaskSpec, site: LinearSite, weight_OD: Tensor | None) -> dict[str, Tensor]:
     """A fresh adapter at one site, in pool form: the same on every machine."""
     generator = torch.Generator().manual_seed(_seed(task.seed, site.name))
     method = adapter_method(task.adapter.method)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from muxtune.runtime.backbone import Backbone
-from muxtune.runtime.bank import TaskState
+from muxtune.runtime.bank import SlotPool, TaskState
 from muxtune.runtime.batch import PassTensors, Placed, assemble
-from muxtune.runtime.training import score_pass
 from muxtune.workload.encoding import EncodedSequence
 
 ROWS_PER_PASS = 512
+
+# By slot: sums of negative log-likelihoods, and numbers of targets; see ``score_pass``.
+Score = Callable[[SlotPool, PassTensors], tuple[list[float], list[int]]]
 
 
 def perplexity(
@@ -21,7 +23,7 @@ def perplexity(
     state: TaskState,
     sequences: Sequence[EncodedSequence],
     max_tokens: int,
-    deterministic: bool,
+    score: Score,
 ) -> float | None:
     """exp of the mean loss over the targets of the first sequences that ``max_tokens`` allow.
 
@@ -35,7 +37,7 @@ def perplexity(
     total_nll, total_targets = 0.0, 0
     for group in _passes(chosen):
         tensors = _pack(backbone, group, slot, len(pool.slots))
-        nll_S, targets_S = score_pass(backbone, pool, tensors, deterministic)
+        nll_S, targets_S = score(pool, tensors)
         total_nll, total_targets = total_nll + nll_S[slot], total_targets + targets_S[slot]
     return _exp(total_nll / total_targets) if total_targets else None
 

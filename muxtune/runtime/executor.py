@@ -71,6 +71,7 @@ class _Job(NamedTuple):
 class TorchExecutor:
     """Executor on torch (see ``muxtune.protocols.Executor``).
 
+    ``make_instance(spec, backbone, executor)``: how instances run; by default on one device.
     ``library`` holds the tasks' text (``DatasetLibrary``). Adapters go to
     ``options.output_dir/adapters/TASK``, metrics to ``options.output_dir/metrics.jsonl``.
     Raises OutputError from ``wait`` when results cannot be written.
@@ -84,7 +85,9 @@ class TorchExecutor:
         options: TorchOptions,
         listeners: Sequence[StepListener] = (),
         clock_ns: Callable[[], int] = time.monotonic_ns,
+        make_instance: Callable[..., RunningInstance] | None = None,
     ) -> None:
+        self._make_instance = make_instance or _on_one_device
         self.builder, self.backbones, self.library = builder, backbones, library
         self.options = options
         self._metrics = MetricsWriter(options.output_dir / METRICS_NAME)
@@ -232,13 +235,13 @@ class TorchExecutor:
         if spec.instance_id not in self._instances:
             start_ns = self.now_ns
             try:
-                _check_replicas(spec)
                 backbone = self.backbones.get(spec.model)
+                instance = self._make_instance(spec, backbone, self)
             except (MuxTuneError, OSError, RuntimeError, ValueError) as error:
                 data = FailureData(str(error))
                 self.emit(EventKind.INSTANCE_FAILED, "", spec.instance_id, NO_EPOCH, data)
                 return
-            instance = self._instances[spec.instance_id] = RunningInstance(spec, backbone, self)
+            self._instances[spec.instance_id] = instance
             self.monitor.begin(backbone.weight_bytes)
             instance.span("load", start_ns, self.now_ns, ())
         self.emit(EventKind.INSTANCE_READY, "", spec.instance_id, NO_EPOCH, None)
@@ -288,10 +291,10 @@ class TorchExecutor:
 
     def join(self, task: RuntimeTask, instance: RunningInstance) -> None:
         """A fresh adapter, or the one of a checkpoint. Raises ConfigError or DataError."""
-        state = instance.bank.create(task.spec, task.num_steps)
+        state = instance.create_state(task.spec, task.num_steps)
         if self._resumes:
             self._restore(task, state)
-        task.state, task.last_step_ns = state, self.now_ns
+        task.state, task.last_step_ns = instance.adopt_state(state), self.now_ns
 
     def settle(self, task: RuntimeTask, instance: RunningInstance) -> None:
         if task.perplexity_before is None:
@@ -306,7 +309,7 @@ class TorchExecutor:
             folder = write_adapter(
                 self.options.adapter_folder(task.spec.task_id),
                 task.spec,
-                task.state.parameters(),
+                instance.whole_state(task).parameters(),
                 instance.backbone,
             )
             task.result = ResultData(
@@ -331,10 +334,10 @@ class TorchExecutor:
         place = (instance.spec.instance_id, instance.epoch)
         self.emit(EventKind.TASK_FAILED, task.spec.task_id, *place, FailureData(message, steps))
 
-    def checkpoint(self, task: RuntimeTask) -> None:
+    def checkpoint(self, task: RuntimeTask, instance: RunningInstance, step: int) -> None:
         """Called at each step boundary of a task."""
         every = self.options.checkpoint_steps
-        if not every or task.steps_done % every or task.state is None:
+        if not every or step % every or task.state is None:
             return
         start_ns = self.now_ns
         extra = {
@@ -342,7 +345,7 @@ class TorchExecutor:
             "effective_tokens": task.effective_tokens,
             "perplexity_before": task.perplexity_before,
         }
-        snapshot = take_snapshot(task.state, _fingerprint(task), extra)
+        snapshot = take_snapshot(instance.whole_state(task), _fingerprint(task), extra)
         self._checkpoints.submit(self.options.checkpoint_folder(task.spec.task_id), snapshot)
         self._tell_span("checkpoint", start_ns, task.spec.task_id)
 
@@ -399,7 +402,7 @@ class TorchExecutor:
             task.state,
             self.library.validation(task.spec.task_id),
             self.options.evaluate_tokens,
-            self.options.deterministic,
+            instance.evaluate,
         )
         instance.span("evaluate", start_ns, self.now_ns, (task.spec.task_id,))
         return value
@@ -445,6 +448,11 @@ class TorchExecutor:
         record = SpanRecord(name, "", -1, start_ns, self.now_ns - start_ns, (task_id,))
         for listener in self.listeners:
             listener.on_span(record)
+
+
+def _on_one_device(spec: InstanceSpec, backbone: Backbone, host: TorchExecutor) -> RunningInstance:
+    _check_replicas(spec)
+    return RunningInstance(spec, backbone, host)
 
 
 def _check_replicas(spec: InstanceSpec) -> None:

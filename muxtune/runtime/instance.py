@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from muxtune.errors import MuxTuneError
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import Backbone
-from muxtune.runtime.bank import AdapterBank, SlotPool, grad_dtype_for, take_out
+from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
 from muxtune.runtime.batch import (
     DropoutSeed,
     PassTensors,
@@ -29,7 +31,7 @@ from muxtune.runtime.optimizer import StepOutcome, close_steps
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
 from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFailure
-from muxtune.runtime.training import train_pass
+from muxtune.runtime.training import score_pass, train_pass
 from muxtune.types import (
     NO_EPOCH,
     Chunk,
@@ -39,6 +41,7 @@ from muxtune.types import (
     MicroBatch,
     Plan,
     ProgressData,
+    TaskSpec,
 )
 
 FILLER_CHUNK = Chunk("", -1, ())
@@ -73,7 +76,9 @@ class Host(Protocol):
 
     def fail(self, task: RuntimeTask, instance: RunningInstance, problem: str) -> None: ...
 
-    def checkpoint(self, task: RuntimeTask) -> None: ...
+    def checkpoint(self, task: RuntimeTask, instance: RunningInstance, step: int) -> None:
+        """The task has taken optimizer step ``step``."""
+        ...
 
 
 @dataclass
@@ -149,6 +154,25 @@ class RunningInstance:
             if task is not None and task.state is not None:
                 take_out(task.state)
         self.plan, self._pools = None, []
+
+    # -- tasks' states
+
+    def create_state(self, task: TaskSpec, num_steps: int) -> TaskState:
+        """A fresh one of the whole model; a checkpoint may be read into it."""
+        return self.bank.create(task, num_steps)
+
+    def adopt_state(self, state: TaskState) -> TaskState:
+        """What the task's state is here from now on."""
+        return state
+
+    def whole_state(self, task: RuntimeTask) -> TaskState:
+        """Of the whole model, at the task's last step."""
+        assert task.state is not None
+        return task.state
+
+    def evaluate(self, pool: SlotPool, tensors: PassTensors) -> tuple[list[float], list[int]]:
+        """See ``score_pass``."""
+        return score_pass(self.backbone, pool, tensors, self.host.options.deterministic)
 
     # -- plans
 
@@ -359,7 +383,11 @@ class RunningInstance:
             return train_pass(self.backbone, pool, tensors, self.host.options.deterministic, mark)
 
     def _tensors(
-        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
+        self,
+        micro_batch: MicroBatch,
+        pool: SlotPool,
+        placed: dict[str, list[Placed]],
+        device: torch.device | str | None = None,
     ) -> PassTensors:
         slot_of = self._slot_of(micro_batch, pool)
         dropouts = {
@@ -377,20 +405,24 @@ class RunningInstance:
             dropouts,
             len(pool.slots),
             self.backbone.pad_id,
-            self.backbone.device,
+            device or self.backbone.device,
         )
 
     def _take_losses(
         self, pool: SlotPool, placed: dict[str, list[Placed]], losses: Sequence[float]
     ) -> None:
         for task_id, items in placed.items():
-            task, loss = self.host.tasks[task_id], losses[items[0].slot]
-            if not math.isfinite(loss):
-                self._fail(task_id, f"its loss is {loss} in step {task.steps_done + 1}")
-                continue
-            assert task.state is not None
-            task.state.step_loss += loss
-            task.open_tokens += sum(len(item.sequence.tokens) for item in items)
+            tokens = sum(len(item.sequence.tokens) for item in items)
+            self._take_loss(task_id, losses[items[0].slot], tokens)
+
+    def _take_loss(self, task_id: str, loss: float, tokens: int) -> None:
+        task = self.host.tasks[task_id]
+        if not math.isfinite(loss):
+            self._fail(task_id, f"its loss is {loss} in step {task.steps_done + 1}")
+            return
+        assert task.state is not None
+        task.state.step_loss += loss
+        task.open_tokens += tokens
 
     # -- optimizer steps
 
@@ -408,12 +440,15 @@ class RunningInstance:
             outcomes = close_steps(pool, list(closing.values()))
         for task_id, slot in closing.items():
             if outcomes[slot].finite:
-                self._record_step(task_id, outcomes[slot], micro_batch.loss_tokens[task_id])
+                step = self.host.tasks[task_id].steps_done
+                self._record_step(task_id, outcomes[slot], micro_batch.loss_tokens[task_id], step)
             else:
                 norm, step = outcomes[slot].grad_norm, self.host.tasks[task_id].steps_done + 1
                 self._fail(task_id, f"the norm of its gradient is {norm} in step {step}")
 
-    def _record_step(self, task_id: str, outcome: StepOutcome, target_tokens: int) -> None:
+    def _record_step(
+        self, task_id: str, outcome: StepOutcome, target_tokens: int, step: int
+    ) -> None:
         task, now_ns = self.host.tasks[task_id], self.host.now_ns
         state = task.state
         assert state is not None
@@ -422,7 +457,7 @@ class RunningInstance:
             self.spec.instance_id,
             self.epoch,
             task_id,
-            state.step,
+            step,
             task.num_steps,
             state.step_loss,
             outcome.grad_norm,
@@ -436,7 +471,7 @@ class RunningInstance:
         task.open_tokens, task.last_step_ns = 0, now_ns
         for listener in self.host.listeners:
             listener.on_step(record)
-        self.host.checkpoint(task)
+        self.host.checkpoint(task, self, step)
 
     # -- telling
 

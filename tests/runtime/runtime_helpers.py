@@ -194,6 +194,8 @@ class Bench:
         library: Any = None,
         instances: Sequence[str] = (INSTANCE,),
         model: str = "tiny",
+        replicas: tuple[ReplicaShape, ...] = (ReplicaShape(),),
+        make_instance: Any = None,
         **options: Any,
     ) -> None:
         self.library = library or DrawnText()
@@ -206,10 +208,11 @@ class Bench:
             TorchOptions(folder, **settings),
             [self.recorder],
             CallClock(),
+            make_instance,
         )
         self.events: list[Event] = []
         for instance_id in instances:
-            self.executor.start(InstanceSpec(instance_id, model, "cpu", 10**12))
+            self.executor.start(InstanceSpec(instance_id, model, "cpu", 10**12, replicas))
         self.until(EventKind.INSTANCE_READY, len(instances))
 
     def prepare(self, *tasks: TaskSpec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from muxtune.runtime.evaluate import perplexity
 from muxtune.runtime.folders import find_folder, whole_folder
 from muxtune.runtime.passes import AdapterPass
 from muxtune.runtime.peft_io import read_adapter, write_adapter
+from muxtune.runtime.training import score_pass
 from muxtune.types import EventKind, ResultData, TaskSpec
 from muxtune.workload.encoding import EncodedSequence
 from muxtune_kernels import slot_rows
@@ -49,7 +51,8 @@ def test_peft_loads_it_with_the_same_logits(
         with torch.no_grad():
             theirs = loaded(input_ids=ids[None]).logits[0]
         torch.testing.assert_close(our_logits(bench, task, ids), theirs, rtol=1e-4, atol=1e-4)
-    mine = perplexity(backbone, bench.state(task), sequences, 10**6, True)
+    score = partial(score_pass, backbone, deterministic=True)
+    mine = perplexity(backbone, bench.state(task), sequences, 10**6, score)
     assert mine == pytest.approx(plain_perplexity(loaded, sequences), rel=1e-4)
     base = plain_perplexity(plain_copy(backbone.model).eval(), sequences)
     assert mine != pytest.approx(base, rel=1e-2)

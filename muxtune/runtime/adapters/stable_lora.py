@@ -91,7 +91,9 @@ def _add_adapter(
     keep_CD = None
     if rate and current.dropout is not None:
         row_key_C, first = current.dropout.row_key_T[rows], base.site.first_feature
-        keep_CD = dropout_keep_mask(row_key_C, base.site.key, first + x_TD.shape[1], rate)[:, first:]
+        keep_CD = dropout_keep_mask(row_key_C, base.site.key, first + x_TD.shape[1], rate)[
+            :, first:
+        ]
     keep_scale = 1 / (1 - rate)
     low_Cr = _dropped(x_TD[rows], keep_CD, keep_scale) @ a.param_RW[pool_rows].T
     y_TO[rows].addmm_(low_Cr, b.param_RW[pool_rows], alpha=scale)

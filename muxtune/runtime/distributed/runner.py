@@ -455,9 +455,7 @@ class StageRunner:
             start_ns = self.clock_ns()
             work()
             name = operation.action.name.lower().replace("_", " ")
-            trace(
-                Span(place.rank, place.stage, stream, htask, name, start_ns, self.clock_ns())
-            )
+            trace(Span(place.rank, place.stage, stream, htask, name, start_ns, self.clock_ns()))
 
         return run
 

@@ -84,7 +84,9 @@ class StageOptimizer:
         cut = self.backbone.cuts[site_name]
         return bool(cut.axis) and cut.of_parameter(name) is None
 
-    def _parts(self, pool: SlotPool, slots: Iterable[int], shared: bool) -> list[tuple[int, Tensor]]:
+    def _parts(
+        self, pool: SlotPool, slots: Iterable[int], shared: bool
+    ) -> list[tuple[int, Tensor]]:
         return [
             (slot, parameters.grad_RW[parameters.rows_of(slot)])
             for site_name, site in pool.sites.items()

@@ -6,13 +6,14 @@ import pickle
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from muxtune.runtime.batch import PassTensors
 from muxtune.runtime.bank import TaskState
+from muxtune.runtime.batch import PassTensors
 from muxtune.runtime.distributed.links import FOREVER, DistributedError
 from muxtune.runtime.distributed.runner import RoundInput
 from muxtune.types import Plan, TaskSpec
@@ -80,13 +81,19 @@ class Gathered(NamedTuple):
     shares: dict[str, Any]
 
 
+def _group(ranks: Iterable[int]) -> Any:
+    return dist.new_group(list(ranks), timeout=FOREVER, backend="gloo")
+
+
 class Team:
     """All ranks' channels to and from rank 0. Made by all ranks together."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self._control = dist.new_group(list(range(world_size)), timeout=FOREVER, backend="gloo")
-        self._pairs = {
+        self._control: Any = dist.new_group(
+            list(range(world_size)), timeout=FOREVER, backend="gloo"
+        )
+        self._pairs: dict[int, Any] = {
             other: dist.new_group([0, other], timeout=FOREVER, backend="gloo")
             for other in range(1, world_size)
         }

@@ -1,0 +1,202 @@
+"""Several ranks give what one process gives: tensor and pipeline parallel, replicas, any order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muxtune.runtime.backbone import BackboneStore, random_weights
+from muxtune.runtime.distributed.runner import Span
+from muxtune.types import Plan, ReplicaShape, TaskSpec
+from tests.runtime.distributed_helpers import (
+    SHAPE,
+    Ranks,
+    Weights,
+    counted_plan,
+    five_tasks,
+    random_order,
+    run_world,
+    spread,
+    whole_weights,
+)
+from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, worst_gap
+
+torch.set_num_threads(1)
+
+STEPS, ORDER_STEPS, NUM_ORDERS = 20, 4, 20
+PIPELINE, TENSOR = (ReplicaShape(1, 2),), (ReplicaShape(2, 1),)
+BOTH, UNEQUAL = (ReplicaShape(2, 2),), (ReplicaShape(1, 2), ReplicaShape(1, 1))
+LAYOUTS = {"pipeline": PIPELINE, "tensor": TENSOR, "both": BOTH, "unequal": UNEQUAL}
+
+
+def two_htasks(tasks: list[TaskSpec], replicas: Any, order_seed: int | None = None) -> Plan:
+    htasks = [make_htask(tasks[:2]), make_htask(tasks[:1:-1])]
+    if order_seed is None:
+        return spread(make_plan(htasks), replicas)
+    plan = random_order(counted_plan(htasks, replicas), order_seed)
+    assert any(ref.round_offset for refs in plan.order.values() for ref in refs)
+    return plan
+
+
+class Outcome:
+    """What a run left: weights and losses by task; the first gradient times 1 - beta1."""
+
+    def __init__(self, weights: Mapping[str, Weights], losses: Mapping[str, list[float]]) -> None:
+        self.weights, self.losses = dict(weights), dict(losses)
+
+
+def train(bench: Bench, plan: Plan, tasks: list[TaskSpec], kind: str = "param") -> Outcome:
+    bench.run(plan, *tasks)
+    return Outcome(
+        {task.task_id: whole_weights(bench, task, kind) for task in tasks},
+        {task.task_id: bench.recorder.losses(task.task_id) for task in tasks},
+    )
+
+
+def on_one_process(folder: Path, tasks: list[TaskSpec], kind: str = "param") -> Outcome:
+    store = BackboneStore({"tiny": random_weights(SHAPE, 0)})
+    return train(Bench(folder, store), two_htasks(tasks, (ReplicaShape(),)), tasks, kind)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("one")
+    first = five_tasks(1, max_grad_norm=0.0)
+    return {
+        "whole": on_one_process(folder / "whole", five_tasks(STEPS)),
+        "first": on_one_process(folder / "first", first, "exp_avg"),
+        "short": on_one_process(folder / "short", five_tasks(ORDER_STEPS)),
+    }
+
+
+# ------------------------------------------------------------------------- what the ranks do
+
+
+def same_run(ranks: Ranks, folder: Path, name: str) -> None:
+    """The two runs that are compared with one process."""
+    if ranks.rank:
+        ranks.serve()
+        return
+    tasks = five_tasks(STEPS)
+    bench = ranks.bench(folder / name)
+    out = {"whole": train(bench, two_htasks(tasks, ranks.replicas), tasks)}
+    tasks = five_tasks(1, max_grad_norm=0.0)
+    bench = ranks.bench(folder / f"{name}-first")
+    out["first"] = train(bench, two_htasks(tasks, ranks.replicas), tasks, "exp_avg")
+    torch.save(out, folder / f"{name}.pt")
+    ranks.stop()
+
+
+def alone(ranks: Ranks, folder: Path, name: str) -> None:
+    """Each task by itself on this layout."""
+    if ranks.rank:
+        ranks.serve()
+        return
+    weights = {}
+    for task in five_tasks(STEPS):
+        bench = ranks.bench(folder / f"{name}-{task.task_id}")
+        plan = spread(make_plan([make_htask([task])]), ranks.replicas)
+        weights.update(train(bench, plan, [task]).weights)
+    torch.save(weights, folder / f"{name}-alone.pt")
+    ranks.stop()
+
+
+def any_order(ranks: Ranks, folder: Path) -> None:
+    if ranks.rank:
+        ranks.serve()
+        return
+    found = []
+    for seed in range(NUM_ORDERS):
+        tasks = five_tasks(ORDER_STEPS)
+        bench = ranks.bench(folder / f"order-{seed}")
+        found.append(train(bench, two_htasks(tasks, ranks.replicas, seed), tasks))
+    torch.save(found, folder / "orders.pt")
+    ranks.stop()
+
+
+def traced(rank: int, folder: Path) -> None:
+    spans: list[Span] = []
+    ranks = Ranks(rank, PIPELINE, spans.append)
+    if rank:
+        ranks.serve()
+    else:
+        tasks = five_tasks(8)
+        train(ranks.bench(folder / "traced"), two_htasks(tasks, PIPELINE, 3), tasks)
+        ranks.stop()
+    torch.save(spans, folder / f"spans-{rank}.pt")
+
+
+def two_ranks(rank: int, folder: Path) -> None:
+    for name in ("pipeline", "tensor"):
+        same_run(Ranks(rank, LAYOUTS[name]), folder, name)
+        alone(Ranks(rank, LAYOUTS[name]), folder, name)
+    any_order(Ranks(rank, PIPELINE), folder)
+    traced(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all worlds have left."""
+    path = tmp_path_factory.mktemp("ranks")
+    run_world(2, two_ranks, path)
+    for name in ("both", "unequal"):
+        size = sum(shape.num_gpus for shape in LAYOUTS[name])
+        run_world(size, lambda rank, name=name: same_run(Ranks(rank, LAYOUTS[name]), path, name))
+    return path
+
+
+# ------------------------------------------------------------------------------------ checks
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_ranks_train_what_one_process_trains(
+    folder: Path, reference: dict[str, Outcome], name: str
+) -> None:
+    found = torch.load(folder / f"{name}.pt", weights_only=False)
+    for task_id, weights in reference["first"].weights.items():
+        assert worst_gap(found["first"].weights[task_id], weights) <= 1e-5, task_id
+    whole = found["whole"]
+    for task_id, weights in reference["whole"].weights.items():
+        assert worst_gap(whole.weights[task_id], weights) <= 1e-3, task_id
+        assert whole.losses[task_id] == pytest.approx(
+            reference["whole"].losses[task_id], rel=1e-4
+        ), task_id
+        assert len(whole.losses[task_id]) == STEPS
+
+
+@pytest.mark.parametrize("name", ["pipeline", "tensor"])
+def test_a_task_cannot_tell_its_neighbours_on_ranks_either(folder: Path, name: str) -> None:
+    together = torch.load(folder / f"{name}.pt", weights_only=False)["whole"].weights
+    by_itself = torch.load(folder / f"{name}-alone.pt", weights_only=False)
+    for task_id, weights in by_itself.items():
+        assert worst_gap(together[task_id], weights) <= 1e-6, task_id
+
+
+def test_any_valid_order_trains_the_same(folder: Path, reference: dict[str, Outcome]) -> None:
+    orders = torch.load(folder / "orders.pt", weights_only=False)
+    assert len(orders) == NUM_ORDERS
+    for found in orders:
+        for task_id, weights in reference["short"].weights.items():
+            assert worst_gap(found.weights[task_id], weights) <= 1e-4, task_id
+            assert found.losses[task_id] == pytest.approx(
+                reference["short"].losses[task_id], rel=1e-4
+            )
+
+
+def test_two_stages_are_busy_with_different_htasks_at_once(folder: Path) -> None:
+    first, second = (
+        [s for s in torch.load(folder / f"spans-{rank}.pt", weights_only=False)
+         if s.stream == "compute"]
+        for rank in (0, 1)
+    )  # fmt: skip
+    together = sum(
+        max(0, min(a.stop_ns, b.stop_ns) - max(a.start_ns, b.start_ns))
+        for a in first
+        for b in second
+        if a.htask != b.htask
+    )
+    assert together > 0
