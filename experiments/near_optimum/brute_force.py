@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from muxtune.planners.base import GroupShape, Site, TaskClass, group_cost
+from muxtune.planners.base import GroupCost, GroupShape, Site, TaskClass, group_cost
 from muxtune.planners.ladder import Fill
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.types import PackRule, ShapeKey
@@ -21,6 +21,14 @@ class Option(NamedTuple):
 
     time_s: float
     latency_s: float
+
+
+class GroupOption(NamedTuple):
+    """The same with what it is made of, for judges other than the closed form."""
+
+    option: Option
+    group: GroupShape
+    cost: GroupCost
 
 
 class Optimum(NamedTuple):
@@ -63,6 +71,14 @@ def group_options(
     planner: MuxTunePlanner, site: Site, classes: Sequence[TaskClass], members: tuple[int, ...]
 ) -> list[Option]:
     """Options that fit in memory and that no other beats in both numbers."""
+    found = all_group_options(planner, site, classes, members)
+    return _undominated([item.option for item in found])
+
+
+def all_group_options(
+    planner: MuxTunePlanner, site: Site, classes: Sequence[TaskClass], members: tuple[int, ...]
+) -> list[GroupOption]:
+    """Every chunk length and number of micro-batches a step that fits in memory."""
     limit = site.memory_limit_bytes * 100 // site.memory_percent
     limit -= planner.resident_bytes(site, classes)
     found = []
@@ -76,10 +92,10 @@ def group_options(
                 option = _option(planner, site, classes, members, chunk, chosen, limit)
                 if option is not None:
                     found.append(option)
-    return _undominated(found)
+    return found
 
 
-def _option(planner, site, classes, members, chunk, chosen, limit) -> Option | None:
+def _option(planner, site, classes, members, chunk, chosen, limit) -> GroupOption | None:
     quota, loads = zip(*chosen, strict=True)
     slots = tuple(classes[i].slot for i in members)
     model = planner.cost(site)
@@ -92,7 +108,8 @@ def _option(planner, site, classes, members, chunk, chosen, limit) -> Option | N
     cost = group_cost(group, loads, model, site, fill.shares_of(sizes))
     passes = max(cost.passes_per_step)
     waits = site.replica.pp - 1
-    return Option(passes * cost.pass_time_s, (passes + waits) * cost.pass_time_s)
+    option = Option(passes * cost.pass_time_s, (passes + waits) * cost.pass_time_s)
+    return GroupOption(option, group, cost)
 
 
 def _undominated(options: list[Option]) -> list[Option]:

@@ -40,11 +40,17 @@ from muxtune.planners.pacing import Demand, paced_turns
 from muxtune.planners.rounds import Turns, round_of
 from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
-from muxtune.planning.orchestration import TemplateOptions, ordered
-from muxtune.protocols import CostBook
+from muxtune.planning.orchestration import (
+    InFlightLimits,
+    TemplateOptions,
+    ordered,
+    pipeline_limits,
+)
+from muxtune.protocols import CostBook, CostModel
 from muxtune.registry import PLANNERS
 from muxtune.types import (
     AdapterSlot,
+    Estimate,
     HTask,
     InstanceView,
     PackRule,
@@ -206,8 +212,11 @@ class MuxTunePlanner(PlannerBase):
         names = tuple(map(str, range(len(answer.step_times_s))))
         nameless = InstanceView("", 0, (), None, 0, replicas=(site.replica,))
         plan = bind(nameless, names, answer, None)
-        times = self.cost(site).subgraph_times_s(plan)
-        return answer._replace(order=ordered(plan, [times], options=ORDER_SEARCH)[0].order)
+        model = self.cost(site)
+        limits, answer = _in_flight(model, site, plan, answer)
+        times = model.subgraph_times_s(plan)
+        found, _ = ordered(plan, [times], [limits], ORDER_SEARCH)
+        return answer._replace(order=found.order)
 
     def settle(
         self, instance: InstanceView, plan: Plan, answer: Answer, previous: Plan | None
@@ -429,6 +438,30 @@ class MuxTunePlanner(PlannerBase):
             turns.round_time_s,
             peak * site.memory_percent // 100,
         )
+
+
+def _in_flight(
+    model: CostModel, site: Site, plan: Plan, answer: Answer
+) -> tuple[InFlightLimits, Answer]:
+    """What an order may hold on each stage: the micro-batches that ``pass_bytes`` counts. Without
+    stages tensor parallelism overlaps two of them, where the memory for a second one is there; the
+    answer's peak then says so."""
+    held = [
+        [ledger.items["activations"] // (site.replica.pp - ledger.stage) for ledger in ledgers]
+        for ledgers in (
+            model.memory_ledger_bytes(plan._replace(htasks=(htask,))).ledgers
+            for htask in plan.htasks
+        )
+    ]
+    spare, costed = 0, answer.costed
+    if site.replica.pp == 1:
+        more = max(row[0] for row in held) * site.memory_percent // 100
+        if costed.peak_bytes + more <= site.memory_limit_bytes:
+            spare, peak = 1, costed.peak_bytes + more
+            estimate = Estimate(float(peak), float(peak), float(peak))
+            prediction = answer.prediction._replace(peak_memory_bytes=estimate)
+            answer = answer._replace(costed=costed._replace(peak_bytes=peak), prediction=prediction)
+    return pipeline_limits(held, site.replica.pp, spare), answer
 
 
 def _turns(groups: Sequence[Group], site: Site) -> Turns:
