@@ -40,6 +40,7 @@ from muxtune.types import (
     TaskState,
     WakeAt,
 )
+from muxtune.waiting import must_wait
 
 NO_ESTIMATE = Estimate(0.0, 0.0, 0.0)
 EMPTY_PREDICTION = Prediction(NO_ESTIMATE, 0.0, 0.0, NO_ESTIMATE, {}, {}, {}, 0.0)
@@ -91,6 +92,7 @@ class TaskOutcome(NamedTuple):
     deadline_ns: int | None = None
     num_placements: int = 0
     lost_steps: int = 0
+    predicted_start_ns: int | None = None  # told when the task had to wait
 
 
 class Command(NamedTuple):
@@ -192,6 +194,7 @@ class Decider:
         self._new_plans: dict[str, Plan] = {}
         self._placed: dict[str, list[TaskRecord]] = {}
         self._in_vain: dict[tuple[str, str], int] = {}
+        self._new_in_queue: list[str] = []
 
     def _decision(self, events: tuple[Event, ...]) -> Decision:
         plans: tuple[Plan, ...] = ()
@@ -202,6 +205,8 @@ class Decider:
         if self._raised:
             data = (event.data for event in self._raised)
             refusals = tuple(item for item in data if isinstance(item, Refusal))
+        if self._new_in_queue:
+            refusals += tuple(must_wait(self.fleet, self._new_in_queue))
         batch = JournalBatch(
             self.num_batches, self.fleet.now_ns, events, tuple(self._actions), plans, refusals
         )
@@ -293,13 +298,14 @@ class Decider:
         return gave_way, Event(self.fleet.now_ns, kind, task_id, name, record.epoch, refusal)
 
     def _shed_youngest(self, record: InstanceRecord) -> bool:
-        """Under pressure: a task leaves at the next round boundary, losing its open step."""
+        """Under pressure: of the least urgent tasks the youngest leaves at the next round boundary,
+        losing its open step."""
         candidates = [
             task.ready_view for name, task in record.tasks.items() if name not in record.shed
         ]
         if len(candidates) < 2:
             return False
-        task_id = max(candidates, key=arrival_order).task_id
+        task_id = max(candidates, key=lambda task: (-task.priority, arrival_order(task))).task_id
         record.draining.add(task_id)
         record.shed.add(task_id)
         self.fleet.touch(record)
@@ -400,6 +406,7 @@ class Decider:
         if task is None or task.state is not TaskState.ARRIVED:
             return False
         self.fleet.make_ready(task, data)
+        self._new_in_queue.append(event.task_id)
         if task.cancelling:
             self.fleet.queue.remove(event.task_id)
         return True
@@ -496,6 +503,7 @@ class Decider:
                 spec.deadline_ns,
                 task.num_placements,
                 task.lost_steps,
+                task.predicted_start_ns,
             )
         )
 
@@ -653,6 +661,10 @@ def refusal_text(refusal: Refusal) -> str:
     if refusal.needed_bytes:
         needed, available = refusal.needed_bytes, refusal.available_bytes
         parts.append(f"needs {needed:,} bytes, available are {available:,}")
+    if refusal.needed_s:
+        parts.append(
+            f"would take {refusal.needed_s:.3g} s a step, allowed are {refusal.available_s:.3g} s"
+        )
     if refusal.remedy:
         parts.append(refusal.remedy)
     return "; ".join(parts)

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
 
+import numpy as np
+
 from muxtune.types import (
     NO_EPOCH,
     AdapterSlot,
@@ -41,9 +43,11 @@ class TaskRecord:
         "lost_steps",
         "num_placements",
         "placed_ns",
+        "predicted_start_ns",
         "ready_ns",
         "spec",
         "state",
+        "steps_ns",
         "view",
     )
 
@@ -55,6 +59,8 @@ class TaskRecord:
         self.ready_ns: int | None = None
         self.placed_ns: int | None = None
         self.first_start_ns: int | None = None
+        self.predicted_start_ns: int | None = None  # of a task that had to wait
+        self.steps_ns = 0  # as of when the view's steps_done is known
         self.cancelling = False
         self.num_placements = self.lost_steps = 0
 
@@ -71,6 +77,7 @@ class InstanceRecord:
     __slots__ = (
         "corrections",
         "draining",
+        "ends",
         "memory_limit_bytes",
         "plan",
         "plan_corrections",
@@ -93,6 +100,7 @@ class InstanceRecord:
         self.shed: set[str] = set()  # draining tasks that no plan can hold any longer
         self.unstarted: set[str] = set()
         self.plan: Plan | None = None
+        self.ends: tuple[Plan, np.ndarray] | None = None  # predicted ends of the plan's tasks
         self.corrections = self.plan_corrections = Corrections()
         self.memory_limit_bytes = self.plan_limit_bytes = spec.memory_limit_bytes
         self.view: InstanceView | None = None
@@ -164,6 +172,9 @@ class TaskQueue(Collection[TaskView]):
             del lanes[priority]
         if not lanes:
             del self._lanes[model]
+
+    def num_waiting(self, model: str) -> int:
+        return sum(map(len, self._lanes.get(model, {}).values()))
 
     @property
     def models(self) -> Collection[str]:
@@ -287,6 +298,7 @@ class Fleet:
         if task.placed_ns is None:
             task.placed_ns = self.now_ns
         task.num_placements += 1
+        task.steps_ns = self.now_ns
         self._move(record, task, joins=True)
 
     def unplace(self, task: TaskRecord) -> InstanceRecord:
@@ -304,6 +316,7 @@ class Fleet:
         del self.tasks[task.spec.task_id]
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
+        task.steps_ns = self.now_ns
         if task.view is None or task.view.steps_done == steps:
             return
         view = task.view

@@ -276,7 +276,8 @@ class Plan(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """The planner's answer when nothing fits; never another epoch."""
+    """The planner's answer when nothing fits; never another epoch. The engine also records with it
+    that a task has to wait, and until when: ``predicted_start_ns``, None where nobody can tell."""
 
     reason: str
     task_ids: tuple[str, ...]
@@ -284,6 +285,9 @@ class Refusal(NamedTuple):
     available_bytes: int = 0
     predicted_slowdown: float = 0.0
     remedy: str = ""
+    needed_s: float = 0.0  # a step as it would be, and as it may be at most
+    available_s: float = 0.0
+    predicted_start_ns: int | None = None
 
 
 class Corrections(NamedTuple):

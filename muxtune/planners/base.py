@@ -17,6 +17,7 @@ from muxtune.planning.expected import ExpectedLoad, expected_load
 from muxtune.protocols import CostBook, CostModel
 from muxtune.types import (
     NO_EPOCH,
+    NS_PER_S,
     AdapterSlot,
     DispatchRule,
     Estimate,
@@ -38,6 +39,8 @@ from muxtune.types import (
 
 MEMO_ARRANGEMENTS = 200_000
 MEMO_TASKS = 20_000
+# Slowdowns that deadlines are rounded down to; beyond the last a deadline binds nobody.
+DEADLINE_STEPS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
 
 class TaskClass(NamedTuple):
@@ -144,6 +147,42 @@ class PlannerBase:
         """See ``InstancePlanner.plan``. Returns ``previous`` itself when nothing changes."""
         if not instance.tasks:
             return Refusal("an instance without tasks needs no plan", ())
+        for task in instance.tasks:
+            if task.deadline_ns is not None:
+                return self._plan_in_time(instance, previous)
+        return self._plan(instance, previous)
+
+    def _plan_in_time(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
+        """With deadlines as bounds on the slowdown. They keep a task out that would break them;
+        where none came and they cannot all be kept any more, they are let go."""
+        answer = self._plan(self._with_deadlines(instance), previous)
+        if isinstance(answer, Plan) or not answer.predicted_slowdown:
+            return answer
+        running = {} if previous is None else previous.predicted.step_time_s
+        if any(task.task_id not in running for task in instance.tasks):
+            remedy = f"{answer.remedy}, or give the task with a deadline a later one"
+            return answer._replace(remedy=remedy)
+        return self._plan(instance, previous)
+
+    def _with_deadlines(self, instance: InstanceView) -> InstanceView:
+        site = site_of(instance)
+        tasks = tuple([self._in_time(site, task, instance.now_ns) for task in instance.tasks])
+        return instance._replace(tasks=tasks)
+
+    def _in_time(self, site: Site, task: TaskView, now_ns: int) -> TaskView:
+        """``max_slowdown`` such that the task ends by its deadline, in steps so that classes stay
+        few; none where it would be late even alone."""
+        if task.deadline_ns is None:
+            return task
+        alone_s = self.solo_step_time_s(site, self.class_of_view(task._replace(max_slowdown=None)))
+        left_s = (task.deadline_ns - now_ns) / NS_PER_S
+        slack = left_s / max(1e-12, alone_s * max(1, task.num_steps - task.steps_done))
+        bound = max((step for step in DEADLINE_STEPS if step <= slack), default=None)
+        if bound is None or (task.max_slowdown is not None and task.max_slowdown <= bound):
+            return task
+        return task._replace(max_slowdown=bound)
+
+    def _plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
         keys, ids = zip(*keyed, strict=True)
         site = site_of(instance)
@@ -303,6 +342,8 @@ def refuse_slow(
                 (),
                 predicted_slowdown=step_s / alone_s,
                 remedy="place it on a less loaded instance",
+                needed_s=step_s,
+                available_s=task.max_slowdown * alone_s,
             )
     return None
 

@@ -83,7 +83,7 @@ TASK_COLUMNS = (
     *("completion_time_s", "queueing_s", "instance_id", "steps", "effective_tokens"),
     *("solo_time_s", "slowdown", "finish_time_ratio", "priority", "deadline_s", "met_deadline"),
     *("num_placements", "lost_steps", "final_loss", "perplexity_before", "perplexity_after"),
-    *("output_path", "message"),
+    *("output_path", "message", "predicted_start_s"),
 )
 
 
@@ -118,6 +118,7 @@ def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
         outcome.perplexity_after,
         outcome.output_path,
         outcome.message,
+        _seconds(outcome.predicted_start_ns),
     )
 
 

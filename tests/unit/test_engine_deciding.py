@@ -20,14 +20,15 @@ from muxtune.types import (
 from tests.sim.fakes import GB, SUMMARY, FakePlanner, instance, seconds, task
 
 
-def started(num_tasks: int, memory_gb: int = 8) -> Decider:
+def started(num_tasks: int, memory_gb: int = 8, priorities: tuple[int, ...] = ()) -> Decider:
     """One instance with tasks t0, t1, ... of one GB each, placed at times 0, 1, ... seconds."""
     policy = CLUSTER_POLICIES.get("fifo_shared")()
     decider = Decider(policy, FakePlanner(), EngineOptions())
     decider.begin([instance(memory_gb=memory_gb)])
     tell(decider, 0, EventKind.INSTANCE_READY)
     for index in range(num_tasks):
-        spec = task(f"t{index}", 10, arrival_s=index)
+        priority = priorities[index] if priorities else 0
+        spec = task(f"t{index}", 10, arrival_s=index, priority=priority)
         now_ns = spec.arrival_ns
         decider.decide(now_ns, [Event(now_ns, EventKind.TASK_ARRIVED, spec.task_id, data=spec)])
         ready = Event(now_ns, EventKind.TASK_READY, spec.task_id, data=TaskReadyData(10, SUMMARY))
@@ -61,6 +62,12 @@ def test_pressure_lowers_the_limit_and_sheds_the_youngest_task():
     tell(decider, 6, EventKind.TASK_RELEASED, 2, task_id="t3")
     waiting = decider.fleet.tasks["t3"]
     assert waiting.state is TaskState.QUEUED and waiting.ready_view.steps_done == 2
+
+
+def test_pressure_sheds_the_least_urgent_first():
+    decider = started(4, priorities=(1, 0, 1, 2))
+    tell(decider, 5, EventKind.MEMORY_PRESSURE, PressureData(10 * GB, 8 * GB))
+    assert decider.fleet.records["i0"].shed == {"t1"}
 
 
 def test_pressure_of_a_superseded_epoch_is_not_acted_on():
