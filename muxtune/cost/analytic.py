@@ -157,7 +157,7 @@ class AnalyticCostModel(ComposedCostModel):
         """Gaps between adapter kernels: grouped kernels run once a linear for all slots."""
         if self._eager or not slots:
             return 0.0
-        launched = [{t.name for t in self.model.target_linears(slot.targets)} for slot in slots]
+        launched = [_sites(self.model, slot) for slot in slots]
         if self.options.grouped_adapters:
             count = len(set().union(*launched))
         else:
@@ -207,3 +207,10 @@ def _checked(options: AnalyticOptions) -> AnalyticOptions:
         if not 0 < getattr(options, name) <= 1:
             raise ConfigError(f"cost.{name}", f"is {getattr(options, name)}", "give 0 < x <= 1")
     return options
+
+
+def _sites(model: ModelShape, slot: AdapterSlot) -> set[str]:
+    """Where a block runs kernels of the slot's method; those of prefixes and prompts are one."""
+    if ops.is_prepended(slot):
+        return {"attention"}
+    return {linear.name for linear in ops.target_linears(model, slot)}

@@ -323,10 +323,12 @@ class ComposedCostModel(ABC):
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
     ) -> PassParts:
-        tally, rows = Tally(), shape.padded_tokens
+        rows = shape.padded_tokens + ops.prompt_rows(shape.slots)
+        tally = Tally()
         tally.merge(self._block(rows, replica.tp), layers)
         for slot in shape.slots:
-            tally.merge(self._slot(slot, rows / len(shape.slots), replica.tp), layers)
+            own_rows = shape.padded_tokens / len(shape.slots)
+            tally.merge(self._slot(slot, own_rows, replica.tp), layers)
         if first or last:
             tally.merge(self._edges(rows, replica.pp), 1)
         pair_rates = self._add_attention(tally, shape, layers, replica.tp)
@@ -348,10 +350,14 @@ class ComposedCostModel(ABC):
     def _add_attention(
         self, tally: Tally, shape: ShapeKey, layers: int, tp: int
     ) -> tuple[Rates, Rates]:
-        # The number of sequences is not part of a load; one a chunk is the usual case.
+        # The number of sequences is not part of a load; one a chunk is the usual case. What
+        # virtual tokens add does not depend on the load either.
         rates = self.attention_rates(tp)
+        rows = shape.padded_tokens + ops.prompt_rows(shape.slots)
+        pairs = ops.prepended_pairs(shape.slots, shape.padded_tokens)
         for rate, backward in zip(rates, (False, True), strict=True):
-            fixed = shape.num_chunks * rate.per_call_s + shape.padded_tokens * rate.per_row_s
+            fixed = shape.num_chunks * rate.per_call_s + rows * rate.per_row_s
+            fixed += pairs * rate.per_unit_s
             tally.put(ops.ATTENTION, backward, layers * fixed)
             tally.half_width_s += layers * fixed * rate.relative_error
             tally.extrapolated |= shape.chunk_tokens > rate.max_size

@@ -9,6 +9,8 @@ token row (D model width, Q queries, K keys, F MLP width, r rank):
 - a linear keeps NO input, because its weight is frozen, UNLESS an adapter sits on it: then its
   input (once for all linears that read the same tensor: the normed hidden state D for q/k/v and
   for gate/up, Q for the output projection, F for down) and the adapter's own numbers (r for LoRA);
+- a prompt's virtual tokens are rows of the pass; rows that attend to virtual tokens keep their
+  keys and values twice and the attention's output before it is merged;
 - dropout in a slot adds a mask (one byte a number) and the dropped input, per adapted linear.
 
 A pass stages its adapter gradients apart while the activations are let go, so that the larger of
@@ -120,7 +122,8 @@ class MemoryModel:
         layers = self.model.num_layers
         if replica.pp > 1:
             layers = stage_layers(self.model, replica.pp)[stage]
-        return self._tasks[key] * layers
+        edge = sum(ops.edge_tensors(self.model, slot)) if stage == 0 else 0
+        return self._tasks[key] * layers + edge * self.options.trained_bytes
 
     def resident_bytes(self, slots: Sequence[AdapterSlot], replica: ReplicaShape = _SOLO) -> int:
         """Backbone, adapters with their optimizer state, and framework on the fullest stage."""
@@ -148,7 +151,7 @@ class MemoryModel:
         return parts
 
     def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
-        model, rows = self.model, shape.padded_tokens
+        model, rows = self.model, shape.padded_tokens + ops.prompt_rows(shape.slots)
         layers = stage_layers(model, replica.pp)[stage]
         recomputed = min(layers, -(-shape.recompute * layers // model.num_layers))
         kept = self.saved_numbers_per_row(shape.slots, replica.tp)
@@ -193,7 +196,10 @@ class MemoryModel:
         inputs: dict[str, float] = {}
         for slot in slots:
             method = ops.adapter_method(slot)
-            for linear in model.target_linears(slot.targets):
+            if ops.is_prepended(slot):
+                # Keys and values once more, behind the virtual tokens'; the merged output.
+                numbers += (2 * keys + queries) / len(slots)
+            for linear in ops.target_linears(model, slot):
                 shard = linear.sharded(tp)
                 inputs[_input_of(linear.name)] = shard.in_features
                 own: float = method.saved_numbers(shard, slot.rank)

@@ -11,7 +11,7 @@ its forward, and no weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from muxtune.cost.shapes import Linear, ModelShape
@@ -207,8 +207,12 @@ def attention_work(model: ModelShape, dtype_bytes: int, tp: int = 1) -> tuple[At
 # ----------------------------------------------------------------------------------- adapters
 
 
+PREFIX, PROMPT = "prefix", "prompt"
+
+
 class AdapterMethod(NamedTuple):
-    """How a PEFT method costs on one linear (already sharded).
+    """How a PEFT method costs on one linear (already sharded); nothing there for the two that put
+    virtual tokens before the sequences (``is_prepended``).
 
     ``parameters(linear, rank)``: trained numbers, one entry per tensor.
     ``ops(linear, rank, rows, dtype_bytes)``: forward and backward of one layer's linear.
@@ -308,6 +312,32 @@ def bottleneck_ops(linear: Linear, rank: int, rows: float, dtype_bytes: int) -> 
     )
 
 
+def is_prepended(slot: AdapterSlot) -> bool:
+    """Whether the slot's tokens attend to ``rank`` virtual tokens before them."""
+    return slot.method in (PREFIX, PROMPT)
+
+
+def prompt_rows(slots: Sequence[AdapterSlot]) -> int:
+    """Rows that a pass computes beside its chunks: each prompt's virtual tokens, once."""
+    return sum(slot.rank for slot in slots if slot.method == PROMPT)
+
+
+def prepended_pairs(slots: Sequence[AdapterSlot], rows: float) -> float:
+    """Query-key pairs of a pass of ``rows`` rows besides those inside its sequences: every row of
+    a slot with every virtual token of it (rows spread evenly over the slots), and the prompts' own
+    causal attention."""
+    virtual = sum(slot.rank for slot in slots if is_prepended(slot))
+    own = sum(slot.rank * (slot.rank + 1) / 2 for slot in slots if slot.method == PROMPT)
+    return virtual * rows / max(1, len(slots)) + own
+
+
+def target_linears(model: ModelShape, slot: AdapterSlot) -> tuple[Linear, ...]:
+    return () if is_prepended(slot) else model.target_linears(slot.targets)
+
+
+_NOWHERE = AdapterMethod(
+    lambda linear, rank: (), lambda linear, rank, rows, dtype_bytes: (), lambda linear, rank: 0
+)
 _LORA = AdapterMethod(lora_parameters, lora_ops, lambda _linear, rank: rank)
 # rsLoRA differs from LoRA in a constant factor only.
 ADAPTER_METHODS: dict[str, AdapterMethod] = {
@@ -320,6 +350,8 @@ ADAPTER_METHODS: dict[str, AdapterMethod] = {
     "bottleneck": AdapterMethod(
         bottleneck_parameters, bottleneck_ops, lambda linear, rank: rank + linear.out_features
     ),
+    PREFIX: _NOWHERE,
+    PROMPT: _NOWHERE,
 }
 
 
@@ -342,7 +374,12 @@ def adapter_ops(
     """One slot's adapter operations in one block."""
     method = adapter_method(slot)
     found: list[Op] = []
-    for linear in model.target_linears(slot.targets):
+    if is_prepended(slot):
+        # The outputs of the attention to the virtual tokens and to the own ones become one.
+        moved = 3 * rows * model.hidden
+        merge = _memory_bound(f"add.{model.hidden}", False, 1, rows, moved, 8, dtype_bytes)
+        found.append(merge._replace(category=ADAPTERS))
+    for linear in target_linears(model, slot):
         shard = linear.sharded(tp)
         found.extend(method.ops(shard, slot.rank, rows, dtype_bytes))
         if slot.dropout:
@@ -368,18 +405,27 @@ def dropout_ops(in_features: int, rows: float, dtype_bytes: int) -> tuple[Op, Op
 
 
 def adapter_tensors(model: ModelShape, slot: AdapterSlot, tp: int = 1) -> list[int]:
-    """Sizes of the trained tensors of one block."""
+    """Sizes of the trained tensors of one block: a prefix has keys and values of its virtual
+    tokens, r K each."""
     method = adapter_method(slot)
+    if slot.method == PREFIX:
+        return [slot.rank * model.kv_dim // tp] * 2
     return [
         size
-        for linear in model.target_linears(slot.targets)
+        for linear in target_linears(model, slot)
         for size in method.parameters(linear.sharded(tp), slot.rank)
     ]
 
 
+def edge_tensors(model: ModelShape, slot: AdapterSlot) -> list[int]:
+    """Sizes of the trained tensors that are in no block: a prompt's r D, on the first stage."""
+    return [slot.rank * model.hidden] if slot.method == PROMPT else []
+
+
 def adapter_parameters(model: ModelShape, slot: AdapterSlot) -> int:
     """Trained numbers of one adapter over all layers, unsharded."""
-    return model.num_layers * sum(adapter_tensors(model, slot))
+    blocks = model.num_layers * sum(adapter_tensors(model, slot))
+    return blocks + sum(edge_tensors(model, slot))
 
 
 # ----------------------------------------------------------------------------- loss, optimizer
@@ -410,6 +456,8 @@ def optimizer_ops(model: ModelShape, slot: AdapterSlot, layers: int, tp: int = 1
     sizes: dict[int, int] = {}
     for size in adapter_tensors(model, slot, tp):
         sizes[size] = sizes.get(size, 0) + layers
+    for size in edge_tensors(model, slot):
+        sizes[size] = sizes.get(size, 0) + 1
     return [
         Op("adamw", OPTIMIZER, False, count, (float(size),), 14.0 * size, 32.0 * size, 0.0, 12)
         for size, count in sizes.items()

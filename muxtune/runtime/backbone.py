@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
 from muxtune.errors import ConfigError
+from muxtune.runtime.adapters.contract import Place
 from muxtune.runtime.attention import ATTENTION_NAME, PackedRows
-from muxtune.runtime.linear import LinearSite, MultiTaskLinear, is_adaptable
+from muxtune.runtime.linear import LinearSite, MultiTaskLinear, is_adaptable, module_key
 from muxtune.runtime.passes import PassState
+from muxtune.runtime.prepended import gather_rows
 from muxtune.runtime.random_models import check_random, random_model
 from muxtune.runtime.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from muxtune.workload.encoding import Tokenizer
@@ -65,6 +67,7 @@ class Backbone:
         self.model.config._attn_implementation = ATTENTION_NAME
         self.state = PassState()
         self.sites = self._replace_linears()
+        self.attention_sites = self._attention_sites()
         self._targets: dict[tuple[str, ...], frozenset[str]] = {}
         pad_id = getattr(self.model.config, "pad_token_id", None)
         self.pad_id = int(pad_id) if isinstance(pad_id, int) and pad_id >= 0 else 0
@@ -90,14 +93,32 @@ class Backbone:
 
     def hidden_TD(self, input_ids_T: Tensor, position_ids_T: Tensor, packed: PackedRows) -> Tensor:
         """Final hidden states, before the language-model head."""
+        embedded_TD = self._embedded_TD(input_ids_T, packed)
         out = self.model.base_model(
-            input_ids=input_ids_T[None],
+            inputs_embeds=embedded_TD[None],
             position_ids=position_ids_T[None],
             attention_mask=None,
             use_cache=False,
             packed=packed,
         )
         return out.last_hidden_state[0]
+
+    @property
+    def embedding_site(self) -> LinearSite:
+        embedding = self.model.get_input_embeddings()
+        (name,) = (name for name, module in self.model.named_modules() if module is embedding)
+        return LinearSite(name, embedding.embedding_dim, embedding.embedding_dim, module_key(name))
+
+    def sites_of(self, place: Place, targets: tuple[str, ...]) -> tuple[LinearSite, ...]:
+        """Where an adapter sits. Raises ConfigError for targets, or a method, that do not fit."""
+        if place is Place.EMBEDDING:
+            return (self.embedding_site,)
+        if place is Place.LINEAR:
+            return self.matching_sites(targets)
+        if not self.attention_sites:
+            problem = f"{self.name} has attention modules that no prefix is known for"
+            raise ConfigError("adapter.method", problem, "Choose another method")
+        return self.attention_sites
 
     def is_target(self, site_name: str, targets: tuple[str, ...]) -> bool:
         """See ``names_target``."""
@@ -129,6 +150,31 @@ class Backbone:
     def target_names(self) -> tuple[str, ...]:
         """Last parts of the adaptable linears' names, such as q_proj, in model order."""
         return tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.sites))
+
+    def _embedded_TD(self, input_ids_T: Tensor, packed: PackedRows) -> Tensor:
+        """The tokens' embeddings, with the prompts' own in the rows below the micro-batch."""
+        embedding, shared = self.model.get_input_embeddings(), packed.shared
+        if shared is None or shared.prompt_rows is None:
+            return embedding(input_ids_T)
+        current = self.state.current
+        assert current is not None
+        (pool,) = current.pool.sites[self.embedding_site.name].parameters.values()
+        prompts_PD = gather_rows(None, pool, shared.prompt_rows, current, self.dtype)
+        return torch.cat([embedding(input_ids_T[: -len(prompts_PD)]), prompts_PD])
+
+    def _attention_sites(self) -> tuple[LinearSite, ...]:
+        """The attention modules in layer order, each told its name for ``packed_attention``."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        sites = []
+        for name, module in self.model.named_modules():
+            if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+                module.shared_keys_site = (name, self.state)
+                sites.append(LinearSite(name, width, width, module_key(name), num_heads=heads))
+        return tuple(sites) if len(sites) == config.num_hidden_layers else ()
 
     def _replace_linears(self) -> dict[str, LinearSite]:
         head = self.model.get_output_embeddings()

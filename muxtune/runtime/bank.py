@@ -20,9 +20,11 @@ from torch import Tensor
 
 from muxtune.errors import TaskError
 from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.adapters.contract import Place
 from muxtune.runtime.adapters.site import SiteMethods
 from muxtune.runtime.backbone import Backbone
 from muxtune.runtime.linear import LinearSite
+from muxtune.runtime.prepended import VirtualTokens
 from muxtune.types import AdapterSlot, HTask, TaskSpec
 from muxtune_kernels import AdamWPool, AdamWSlots
 
@@ -120,6 +122,7 @@ class SlotPool:
     def __post_init__(self) -> None:
         self.occupants = [None] * len(self.slots)
         self.scales = [0.0] * len(self.slots)
+        self.virtual: dict[int, VirtualTokens] = {}
         self.rates = [0.0] * len(self.slots)
         self.optimizer_pools = [
             parameters.optimizer_pool()
@@ -146,8 +149,10 @@ class AdapterBank:
     def create(self, task: TaskSpec, num_steps: int) -> TaskState:
         """A fresh adapter as PEFT initialises it, drawn per (task seed, module name)."""
         tensors = {}
-        for site in self.backbone.matching_sites(task.adapter.targets):
-            weight_OD = self.backbone.model.get_submodule(site.name).base.weight_OD
+        place = adapter_method(task.adapter.method).place
+        for site in self.backbone.sites_of(place, task.adapter.targets):
+            base = getattr(self.backbone.model.get_submodule(site.name), "base", None)
+            weight_OD = None if base is None else base.weight_OD
             for name, value in start_values(task, site, weight_OD).items():
                 tensors[site.name, name] = self._fresh(value)
         return TaskState(task, adapter_slot(task), num_steps, tensors)
@@ -190,11 +195,13 @@ class AdapterBank:
 
     def _pool(self, slots: tuple[AdapterSlot, ...]) -> SlotPool:
         device, count = self.backbone.device, len(slots)
+        used = [self._sites_of(slot) for slot in slots]
         sites = {}
-        for site in self.backbone.sites.values():
-            users = [self.backbone.is_target(site.name, slot.targets) for slot in slots]
+        for name in dict.fromkeys([*self.backbone.sites, *(name for each in used for name in each)]):
+            users = [name in each for each in used]
             if any(users):
-                sites[site.name] = self._site_pool(site, slots, users)
+                site = next(each[name] for each in used if name in each)
+                sites[name] = self._site_pool(site, slots, users)
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -205,6 +212,13 @@ class AdapterBank:
             active_S=zeros(torch.bool),
         )
         return SlotPool(slots, sites, settings, zeros(torch.float32), zeros(torch.float32))
+
+    def _sites_of(self, slot: AdapterSlot) -> dict[str, LinearSite]:
+        place, backbone = adapter_method(slot.method).place, self.backbone
+        if place is not Place.LINEAR:
+            return {site.name: site for site in backbone.sites_of(place, ())}
+        named = backbone.sites.items()
+        return {name: site for name, site in named if backbone.is_target(name, slot.targets)}
 
     def _site_pool(
         self, site: LinearSite, slots: Sequence[AdapterSlot], users: Sequence[bool]
@@ -252,6 +266,11 @@ class AdapterBank:
         adapter = state.task.adapter
         scale = adapter_method(adapter.method).scale(adapter)
         pool.describe_slot(slot, scale, adapter.dropout)
+        place = adapter_method(adapter.method).place
+        if place is not Place.LINEAR:
+            site_name, name = next(iter(state.tensors))
+            first = pool.sites[site_name].parameters[name].rows_of(slot).start
+            pool.virtual[slot] = VirtualTokens(adapter.rank, first, place is Place.EMBEDDING)
         pool.settings.step_S[slot] = state.step
         pool.occupants[slot] = state
         state.place = (pool, slot)
@@ -265,6 +284,7 @@ def take_out(state: TaskState) -> None:
     state.tensors = {key: tensors.detached_copy() for key, tensors in state.tensors.items()}
     pool.occupants[slot] = None
     pool.describe_slot(slot, 0.0, 0.0)
+    pool.virtual.pop(slot, None)
     state.place = None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from muxtune.protocols import TaskLibrary
 from muxtune.runtime.attention import PackedRows, pack_rows
+from muxtune.runtime.prepended import KeySource, VirtualPlan, VirtualTokens, plan_virtual
 from muxtune.types import MicroBatch, PackRule
 from muxtune.workload.encoding import EncodedSequence
 from muxtune_kernels import RowDropout, SlotRows, row_keys, slot_rows
@@ -89,6 +90,7 @@ def lay_out(
     num_slots: int,
     pad_id: int,
     device: torch.device | str = "cpu",
+    virtual: Mapping[int, VirtualTokens] | None = None,
 ) -> PassTensors:
     """Tensors of a whole micro-batch. A slot's chunks are its span, their filler included, so
     that shapes depend on the plan alone. Under the PAD rule each row is one causal sequence."""
@@ -102,7 +104,7 @@ def lay_out(
     for task_id, tokens in micro_batch.loss_tokens.items():
         if task_id in slot_of:
             scale_S[slot_of[task_id]] = 1 / max(tokens, 1)
-    return assemble(placed, sequences, spans, scale_S, dropouts, num_rows, pad_id, device)
+    return assemble(placed, sequences, spans, scale_S, dropouts, num_rows, pad_id, device, virtual)
 
 
 def assemble(
@@ -114,14 +116,21 @@ def assemble(
     num_rows: int,
     pad_id: int,
     device: torch.device | str,
+    virtual: Mapping[int, VirtualTokens] | None = None,
 ) -> PassTensors:
     """``sequences``: (first row, rows) of what attends to itself; ``spans``: (slot, start, stop),
-    the rows of each slot."""
+    the rows of each slot; ``virtual``: what comes before the sequences of a slot. Prompts get
+    rows below the ``num_rows`` of the micro-batch."""
+    spans = list(spans)
+    plan = plan_virtual(virtual or {}, (slot for slot, *_ in spans), num_rows)
+    sequences, sources = _with_sources(sorted(sequences), spans, plan)
+    num_rows = plan.num_rows
     input_ids = np.full(num_rows, pad_id, dtype=np.int64)
     labels = np.full(num_rows, IGNORED_LABEL, dtype=np.int64)
     position_ids = np.zeros(num_rows, dtype=np.int64)
-    for row, count in sequences:
-        position_ids[row : row + count] = np.arange(count)
+    for (row, count), source in zip(sequences, sources, strict=True):
+        first = 0 if source is None else source.count
+        position_ids[row : row + count] = np.arange(first, first + count)
     for item in placed:
         tokens, target_mask = item.sequence
         input_ids[item.row : item.row + len(tokens)] = tokens
@@ -131,11 +140,25 @@ def assemble(
         torch.from_numpy(input_ids).to(device),
         torch.from_numpy(position_ids).to(device),
         torch.from_numpy(labels).to(device),
-        pack_rows(sorted(sequences), num_rows, device),
+        pack_rows(sequences, num_rows, device, plan, sources),
         slot_rows(spans, num_rows, num_slots, device),
         _row_dropout(placed, dropouts, num_rows, num_slots, device),
         loss_scale_S.to(device),
     )
+
+
+def _with_sources(
+    sequences: list[tuple[int, int]], spans: Sequence[tuple[int, int, int]], plan: VirtualPlan
+) -> tuple[list[tuple[int, int]], list[KeySource | None]]:
+    """The sequences with the prompts behind them, and which shared keys come before each."""
+    if not plan.sources:
+        return sequences, [None] * len(sequences)
+    slot_of_row = np.full(max(stop for *_, stop in spans), -1)
+    for slot, start, stop in spans:
+        slot_of_row[start:stop] = slot
+    slots = [slot_of_row[row] if row < len(slot_of_row) else -1 for row, _ in sequences]
+    sources = [plan.sources.get(int(slot)) for slot in slots]
+    return [*sequences, *plan.prompts], [*sources, *[None] * len(plan.prompts)]
 
 
 def _label(labels: np.ndarray, tokens: np.ndarray, target_mask: np.ndarray) -> None:

@@ -36,7 +36,7 @@ def perplexity(
     pool, slot = state.place
     total_nll, total_targets = 0.0, 0
     for group in _passes(chosen):
-        tensors = _pack(backbone, group, slot, len(pool.slots))
+        tensors = pack_for_slot(backbone, group, pool, slot)
         nll_S, targets_S = score(pool, tensors)
         total_nll, total_targets = total_nll + nll_S[slot], total_targets + targets_S[slot]
     return _exp(total_nll / total_targets) if total_targets else None
@@ -68,9 +68,10 @@ def _passes(sequences: Sequence[EncodedSequence]) -> Iterator[list[EncodedSequen
     yield group
 
 
-def _pack(
-    backbone: Backbone, sequences: Sequence[EncodedSequence], slot: int, num_slots: int
+def pack_for_slot(
+    backbone: Backbone, sequences: Sequence[EncodedSequence], pool: SlotPool, slot: int
 ) -> PassTensors:
+    """Sequences one after another, all in one slot."""
     placed, row = [], 0
     for sequence in sequences:
         placed.append(Placed(slot, row, 0, sequence))
@@ -79,9 +80,10 @@ def _pack(
         placed,
         [(item.row, len(item.sequence.tokens)) for item in placed],
         [(slot, 0, row)],
-        torch.ones(num_slots),
+        torch.ones(len(pool.slots)),
         {},
         row,
         backbone.pad_id,
         backbone.device,
+        pool.virtual,
     )

@@ -20,6 +20,7 @@ from muxtune.errors import ConfigError, DataError, MuxTuneError, TaskError
 from muxtune.planning.journal import JournalBatch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.adapters.contract import Place
 from muxtune.runtime.backbone import Backbone, BackboneStore
 from muxtune.runtime.bank import TaskState, take_out
 from muxtune.runtime.batch import TextLibrary
@@ -467,9 +468,11 @@ def _check_replicas(spec: InstanceSpec) -> None:
 
 def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
     """What only the model can tell. Raises ConfigError."""
-    adapter_method(spec.adapter.method).check(spec.adapter)
-    backbone.matching_sites(spec.adapter.targets)
-    _check_positions(spec, backbone)
+    method = adapter_method(spec.adapter.method)
+    method.check(spec.adapter)
+    backbone.sites_of(method.place, spec.adapter.targets)
+    virtual_tokens = 0 if method.place is Place.LINEAR else spec.adapter.rank
+    _check_positions(spec, backbone, virtual_tokens)
     if spec.optimizer.schedule not in SCHEDULES:
         raise ConfigError(
             "optimizer.schedule",
@@ -478,12 +481,14 @@ def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
         )
 
 
-def _check_positions(spec: TaskSpec, backbone: Backbone) -> None:
+def _check_positions(spec: TaskSpec, backbone: Backbone, virtual_tokens: int) -> None:
     """A learned position that does not exist cannot be looked up; a rotation can."""
-    positions, needed = backbone.learned_positions, spec.data.max_length_tokens
-    if positions is not None and needed > positions:
-        problem = f"{needed} tokens are more than the {positions} positions of {spec.model}"
-        raise ConfigError("data.max_length_tokens", problem, f"Give at most {positions}")
+    positions, longest = backbone.learned_positions, spec.data.max_length_tokens
+    if positions is not None and longest + virtual_tokens > positions:
+        before = f" after {virtual_tokens} virtual ones" if virtual_tokens else ""
+        problem = f"{longest} tokens{before} are more than the {positions} positions of "
+        remedy = f"Give at most {positions - virtual_tokens}"
+        raise ConfigError("data.max_length_tokens", problem + spec.model, remedy)
 
 
 def _fingerprint(task: RuntimeTask) -> str:

@@ -406,6 +406,7 @@ class RunningInstance:
             len(pool.slots),
             self.backbone.pad_id,
             device or self.backbone.device,
+            pool.virtual,
         )
 
     def _take_losses(

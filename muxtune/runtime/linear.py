@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 class LinearSite(NamedTuple):
     """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines.
     ``fan_in_fan_out``: it is a Conv1D, whose own weight is [D, O].
-    ``first_feature``: of the whole linear's input, where this is a part of one."""
+    ``first_feature``: of the whole linear's input, where this is a part of one.
+
+    Methods that adapt no linear have sites of the same form: an attention module, as wide as a
+    token's keys in all their ``num_heads`` heads, or the embedding, as wide as its rows."""
 
     name: str
     in_features: int
@@ -30,6 +33,7 @@ class LinearSite(NamedTuple):
     key: int
     fan_in_fan_out: bool = False
     first_feature: int = 0
+    num_heads: int = 0
 
 
 class BaseLinear(NamedTuple):

@@ -29,9 +29,7 @@ def write_adapter(
     Raises OutputError when it cannot be written.
     """
     method = adapter_method(task.adapter.method)
-    tensors: dict[str, Tensor] = {}
-    for site_name, site_parameters in parameters.items():
-        tensors.update(method.to_peft(site_name, site_parameters))
+    tensors = method.save(parameters)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_folder(Path(folder)) as partial:
         _save_tensors(whole, partial / WEIGHTS_NAME)
@@ -43,10 +41,10 @@ def write_adapter(
 def read_adapter(folder: Path, task: TaskSpec, backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     """Site name -> parameter name -> weights in pool form. Raises DataError for a bad folder."""
     method, slot = adapter_method(task.adapter.method), adapter_slot(task)
-    sites = backbone.matching_sites(task.adapter.targets)
+    sites = backbone.sites_of(method.place, task.adapter.targets)
     try:
         tensors = load_file(Path(folder) / WEIGHTS_NAME)
-        return {site.name: method.from_peft(slot, site, tensors) for site in sites}
+        return method.load(slot, sites, tensors)
     except KeyError as missing:
         remedy = "Name the folder of an adapter with the same targets"
         raise DataError(str(folder), f"holds no tensor {missing}", remedy) from None
@@ -68,8 +66,10 @@ def _config(task: TaskSpec, backbone: Backbone) -> dict[str, object]:
     spec = task.adapter
     if spec.targets == ALL_LINEAR:
         spec = spec._replace(targets=backbone.target_names)
-    own = adapter_method(spec.method).peft_config(spec)
-    if any(site.fan_in_fan_out for site in backbone.matching_sites(spec.targets)):
+    method = adapter_method(spec.method)
+    sites = backbone.sites_of(method.place, spec.targets)
+    own = method.peft_config(spec, sites)
+    if any(site.fan_in_fan_out for site in sites):
         own["fan_in_fan_out"] = True
     return {
         "base_model_name_or_path": backbone.name,

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-METHODS: tuple[str, ...] = ("lora", "dora", "ia3", "bottleneck")
+METHODS: tuple[str, ...] = ("lora", "dora", "ia3", "bottleneck", "prefix", "prompt")
 METHOD_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "lora": ("use_rslora",),
     "dora": ("use_rslora",),
     "ia3": ("feedforward_modules",),
     "bottleneck": (),
+    "prefix": (),
+    "prompt": (),
 }
+# They adapt no linear, so a task's targets do not apply; rank is the number of virtual tokens.
+WITHOUT_TARGETS: tuple[str, ...] = ("prefix", "prompt")
+
+
+def own_targets(method: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """``targets`` for a method that adapts linears, none for one that does not."""
+    return () if method in WITHOUT_TARGETS else targets

@@ -332,6 +332,7 @@ def _spec(values: Mapping[str, Any], folder: Path) -> TaskSpec:
 
 def _adapter(values: Mapping[str, Any]) -> AdapterSpec:
     adapter = AdapterSpec(**_renamed(values, {key: key for key in AdapterSpec._fields}))
+    adapter = adapter._replace(targets=methods.own_targets(adapter.method, adapter.targets))
     return adapter if "alpha" in values else adapter._replace(alpha=2.0 * adapter.rank)
 
 

@@ -37,6 +37,7 @@ import numpy as np
 
 from muxtune.errors import ConfigError, DataError
 from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, TaskSpec
+from muxtune.workload.methods import own_targets
 from muxtune.workload.mix import MIX_FIELDS, Draws, TaskMix
 from muxtune.workload.synthetic import histogram, tokenizer_of
 from muxtune.workload.tasks import check_id
@@ -432,7 +433,8 @@ def _kinds(draws: Draws, resolve: Callable[[TaskSpec], TaskSpec] | None) -> _Kin
 
 
 def _template(values: Mapping[str, Any]) -> TaskSpec:
-    rank = values["rank"]
+    rank, method = values["rank"], values["method"]
+    targets = own_targets(method, values["targets"])
     tokenizer = tokenizer_of(values["histogram"], values["tokenizer"], "trace: tokenizer")
     data = DataSpec(
         max_length_tokens=values["max_length_tokens"],
@@ -442,7 +444,7 @@ def _template(values: Mapping[str, Any]) -> TaskSpec:
     return TaskSpec(
         task_id="",
         model=values["model"],
-        adapter=AdapterSpec(values["method"], rank, 2.0 * rank, targets=values["targets"]),
+        adapter=AdapterSpec(method, rank, 2.0 * rank, targets=targets),
         data=data,
         batch_size=values["batch_size"],
         accumulation=values["accumulation"],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,17 +15,18 @@ from torch.nn import functional
 
 from muxtune.errors import ConfigError
 from muxtune.runtime.adapters import METHODS, adapter_method
-from muxtune.runtime.attention import pack_rows
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.bank import AdapterBank
+from muxtune.runtime.bank import AdapterBank, adapter_slot
+from muxtune.runtime.evaluate import pack_for_slot
 from muxtune.runtime.passes import AdapterPass
 from muxtune.runtime.peft_io import read_adapter
 from muxtune.types import AdapterSlot, AdapterSpec, EventKind, PackRule, ResultData, TaskSpec
 from muxtune.workload import methods as task_file
 from muxtune.workload.encoding import EncodedSequence
+from muxtune.workload.methods import WITHOUT_TARGETS
 from muxtune_kernels import slot_rows
 from tests.runtime.peft_reference import Batch, plain_copy
-from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, make_task, worst_gap
+from tests.runtime.runtime_helpers import TINY, Bench, make_htask, make_plan, make_task, worst_gap
 
 STEPS = 20
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,6 +65,19 @@ def mixed_tasks() -> list[TaskSpec]:
             targets=("down_proj", "up_proj"),
             options={"feedforward_modules": ["up_proj"]},
         ),
+        make_task("prefix", **{**common, "lr": 3e-2}, method="prefix", rank=5, targets=()),
+        make_task(
+            "prefix 2",
+            **common,
+            method="prefix",
+            rank=2,
+            targets=(),
+            batch_size=2,
+            accumulation=2,
+            max_length_tokens=9,
+        ),
+        make_task("prompt", **{**common, "lr": 0.5}, method="prompt", rank=6, targets=()),
+        make_task("prompt 1", **common, method="prompt", rank=1, targets=(), batch_size=4),
     ]
 
 
@@ -71,8 +86,11 @@ PEFT_TASKS = [task.task_id for task in mixed_tasks()]
 
 def peft_config(spec: AdapterSpec) -> Any:
     """Written against PEFT's documentation, not against what the runtime saves."""
-    from peft import IA3Config, LoraConfig
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
+    if spec.method in WITHOUT_TARGETS:
+        kind = PrefixTuningConfig if spec.method == "prefix" else PromptTuningConfig
+        return kind(num_virtual_tokens=spec.rank, task_type="CAUSAL_LM")
     targets = list(spec.targets)
     if spec.method == "ia3":
         feedforward: Any = spec.options.get("feedforward_modules", ["down_proj"])
@@ -90,7 +108,8 @@ def peft_config(spec: AdapterSpec) -> Any:
 
 
 class PeftTraining:
-    """PEFT's own modules, autograd and torch's AdamW; only LoRA's A is taken from us."""
+    """PEFT's own modules, autograd and torch's AdamW; only what starts random (LoRA's A, prefixes,
+    prompts) is taken from us."""
 
     def __init__(self, store: BackboneStore, task: TaskSpec) -> None:
         from peft import get_peft_model
@@ -103,6 +122,9 @@ class PeftTraining:
             if hasattr(module, "lora_A") and len(module.lora_A):
                 site = name.removeprefix("base_model.model.")
                 module.lora_A["default"].weight.data.copy_(start[site]["lora_A"])
+        if task.adapter.method in WITHOUT_TARGETS:
+            whole = adapter_method(task.adapter.method).save(start)["prompt_embeddings"]
+            self.model.prompt_encoder["default"].embedding.weight.data.copy_(whole)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -111,6 +133,7 @@ class PeftTraining:
     def backward(self, sequences: Sequence[EncodedSequence]) -> float:
         batch = Batch(sequences, range(len(sequences)))
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = logits[:, -batch.input_ids.shape[1] :]  # the virtual tokens carry no loss
         total = sum(item.target_tokens for item in sequences)
         nll = functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"
@@ -150,14 +173,28 @@ def test_twenty_steps_in_company_equal_peft_alone(
         assert record.loss == pytest.approx(loss, abs=1e-4), step
         assert record.grad_norm == pytest.approx(norm, rel=1e-3), step
     theirs = our_names(run.trained)
-    assert worst_gap(together.weights(task), theirs) < 1e-3
+    assert worst_gap(as_saved(together.weights(task), task), theirs) < 1e-3
     assert abs(records[-1].loss - records[0].loss) > 1e-2
+
+
+def as_saved(weights: Weights, task: TaskSpec) -> Weights:
+    """PEFT keeps virtual tokens of all layers in one matrix; other weights stay as they are."""
+    if task.adapter.method not in WITHOUT_TARGETS:
+        return weights
+    sites: dict[str, dict[str, torch.Tensor]] = {}
+    for (site, name), value in weights.items():
+        sites.setdefault(site, {})[name] = value
+    whole = adapter_method(task.adapter.method).save(sites)["prompt_embeddings"]
+    return {("all", "virtual"): whole}
 
 
 def our_names(trained: dict[str, torch.Tensor]) -> Weights:
     """PEFT's parameters as the bank keys and shapes them."""
     out: Weights = {}
     for name, value in trained.items():
+        if name.startswith("prompt_encoder"):
+            out["all", "virtual"] = value.detach()
+            continue
         path = name.removeprefix("base_model.model.").removesuffix(".weight")
         path = path.replace(".default", "")
         site, _, kind = path.rpartition(".")
@@ -185,11 +222,16 @@ def test_peft_loads_the_folder_with_the_same_logits(
         ids = torch.from_numpy(tokens).long()
         with torch.no_grad():
             theirs, plain = loaded(input_ids=ids[None]).logits[0], base(ids[None]).logits[0]
+        theirs = theirs[-len(ids) :]
         torch.testing.assert_close(logits_of(together, task, ids), theirs, rtol=1e-4, atol=1e-4)
         assert float((theirs - plain).abs().max()) > 1e-2
     read = read_adapter(Path(folder), task, backbone)
     for (site, name), values in together.state(task).tensors.items():
         assert torch.equal(read[site][name], values.param)
+
+
+def targets_of(method: str) -> tuple[str, ...]:
+    return () if method in WITHOUT_TARGETS else ("v_proj", "down_proj")
 
 
 def folder_of(bench: Bench, task_id: str) -> str:
@@ -203,16 +245,18 @@ def logits_of(bench: Bench, task: TaskSpec, ids: torch.Tensor, exact: bool = Tru
     place = bench.state(task).place
     assert place is not None
     pool, slot = place
-    backbone, count = bench.executor.backbones.get(task.model), len(ids)
-    rows = slot_rows([(slot, 0, count)], count, len(pool.slots))
-    backbone.state.current = AdapterPass(pool, rows, None, exact)
+    backbone = bench.executor.backbones.get(task.model)
+    sequence = EncodedSequence(ids.numpy(), np.ones(len(ids), dtype=bool))
+    tensors = pack_for_slot(backbone, [sequence], pool, slot)
+    backbone.state.current = AdapterPass(pool, tensors.rows, None, exact)
     try:
         with torch.no_grad():
-            packed = pack_rows([(0, count)], count)
-            hidden_TD = backbone.hidden_TD(ids, torch.arange(count), packed)
+            hidden_TD = backbone.hidden_TD(
+                tensors.input_ids_T, tensors.position_ids_T, tensors.packed
+            )
     finally:
         backbone.state.current = None
-    return hidden_TD @ backbone.lm_head_VD.T
+    return (hidden_TD @ backbone.lm_head_VD.T)[: len(ids)]
 
 
 def train_alone(
@@ -354,7 +398,7 @@ def test_a_nan_stays_with_its_task(
 ) -> None:
     """Two tasks of one method, one of them poisoned: the other trains on as if alone with it."""
     good, bad = (
-        make_task(name, method=method, targets=("v_proj", "down_proj"), num_steps=3)
+        make_task(name, method=method, targets=targets_of(method), num_steps=3)
         for name in ("good", "bad")
     )
     kept = []
@@ -377,7 +421,7 @@ def test_ops_of_a_site_do_not_grow_with_the_tasks(store: BackboneStore) -> None:
     sizes = []
     for count in (2, 6):
         tasks = [
-            make_task(f"{method}{number}", method=method, targets=("v_proj", "down_proj"))
+            make_task(f"{method}{number}", method=method, targets=targets_of(method))
             for method in sorted(METHODS)
             for number in range(count)
         ]
@@ -410,6 +454,10 @@ def test_ops_of_a_site_do_not_grow_with_the_tasks(store: BackboneStore) -> None:
         (AdapterSpec("lora", options={"use_rslora": 1}), "use_rslora.*true or false"),
         (AdapterSpec("dora", rank=0), "adapter.rank"),
         (AdapterSpec("dora", dropout=0.1), "adapter.dropout.*takes none"),
+        (AdapterSpec("prefix"), "adapter.targets.*adapts no linear"),
+        (AdapterSpec("prompt", targets=(), rank=0), "adapter.rank"),
+        (AdapterSpec("prompt", targets=(), dropout=0.1), "adapter.dropout.*takes none"),
+        (AdapterSpec("prefix", targets=(), options={"projection": 1}), "not projection"),
         (AdapterSpec("bottleneck", dropout=0.1), "adapter.dropout.*takes none"),
         (AdapterSpec("bottleneck", options={"activation": "gelu"}), "takes none, not activation"),
         (AdapterSpec("ia3", dropout=0.1), "adapter.dropout.*takes none"),
@@ -431,3 +479,13 @@ def test_task_files_take_the_methods_that_the_runtime_has() -> None:
 
     assert set(task_file.METHODS) == set(METHODS) == set(task_file.METHOD_OPTIONS)
     assert set(METHODS) <= set(ADAPTER_METHODS)
+
+
+def test_the_cost_model_counts_the_trained_numbers(store: BackboneStore) -> None:
+    from muxtune.cost.ops import adapter_parameters
+
+    bank = AdapterBank(store.get("tiny"), torch.float32)
+    for task in all_tasks():
+        if task.adapter.method != "ia3":  # counted as the wider of its two forms
+            numbers = sum(t.param.numel() for t in bank.create(task, 1).tensors.values())
+            assert numbers == adapter_parameters(TINY, adapter_slot(task)), task.task_id

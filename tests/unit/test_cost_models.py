@@ -562,3 +562,26 @@ def test_book_with_eager_options_answers_slower_models() -> None:
     eager: ComposedCostModel = book.with_options(AnalyticOptions.eager())("llama-2-7b", "H100")
     fast = book("llama-2-7b", "H100")
     assert eager.pass_coefficients(shape, SOLO).base_s > fast.pass_coefficients(shape, SOLO).base_s
+
+
+def test_virtual_tokens_cost_pairs_rows_and_memory_but_no_effective_token() -> None:
+    """A prefix adds pairs with every row; a prompt its rows too; neither adapts a linear."""
+    model = model_shape("llama-2-7b")
+    cost = AnalyticCostModel(model, device_figures("H100-SXM"))
+    prefix, prompt = AdapterSlot("prefix", 20, ()), AdapterSlot("prompt", 20, ())
+    bare = cost.pass_coefficients(ShapeKey(256, 8, ()))
+    assert ops.prepended_pairs((prefix,), 2048) == 20 * 2048
+    assert ops.prepended_pairs((prompt, prefix), 2048) == 40 * 1024 + 20 * 21 / 2
+    for slot in (prefix, prompt):
+        found = cost.pass_coefficients(ShapeKey(256, 8, (slot,)))
+        pairs_s = ops.prepended_pairs((slot,), 2048) * bare.per_pair_s
+        assert found.base_s > bare.base_s + pairs_s
+        assert found.per_pair_s == bare.per_pair_s and found.per_loss_row_s == bare.per_loss_row_s
+    rows = cost.pass_coefficients(ShapeKey(2068, 1, ())).base_s
+    assert cost.pass_coefficients(ShapeKey(2048, 1, (prompt,))).base_s > rows
+    trained = {slot: cost.task_bytes(slot) for slot in (prefix, prompt)}
+    assert trained == {prefix: 16 * 32 * 2 * 20 * 4096, prompt: 16 * 20 * 4096}
+    assert ops.adapter_parameters(model, prefix) == 32 * 2 * 20 * 4096
+    assert ops.adapter_parameters(model, prompt) == 20 * 4096
+    plain = cost.pass_bytes(ShapeKey(2048, 1, ()))
+    assert cost.pass_bytes(ShapeKey(2048, 1, (prompt,))) > plain * 2068 / 2048

@@ -294,3 +294,14 @@ def test_target_that_matches_no_module(target: str) -> None:
     message = str(caught.value)
     assert f"task 'a': targets: model 'tiny' has no linear module '{target}'" in message
     assert "k_proj, q" in message
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_methods_of_virtual_tokens_take_the_rank_and_no_targets(method: str) -> None:
+    (task,) = tasks_from_mapping(
+        {
+            "defaults": {"targets": ["q_proj"], "steps": 1, "model": "m", "data": "a.jsonl"},
+            "tasks": [{"id": "a", "method": method, "rank": 20}],
+        }
+    )
+    assert (task.adapter.rank, task.adapter.targets) == (20, ())

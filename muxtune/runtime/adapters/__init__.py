@@ -10,8 +10,17 @@ from muxtune.runtime.adapters.contract import AdapterMethod
 from muxtune.runtime.adapters.dora import Dora
 from muxtune.runtime.adapters.ia3 import IA3
 from muxtune.runtime.adapters.lora import Lora
+from muxtune.runtime.adapters.prefix import Prefix
+from muxtune.runtime.adapters.prompt import Prompt
 
-_ALL: tuple[AdapterMethod, ...] = (Lora(), Dora(), IA3(), Bottleneck())
+_ALL: tuple[AdapterMethod, ...] = (
+    Lora(),
+    Dora(),
+    IA3(),
+    Bottleneck(),
+    Prefix(),
+    Prompt(),
+)
 METHODS: dict[str, AdapterMethod] = {method.name: method for method in _ALL}
 
 

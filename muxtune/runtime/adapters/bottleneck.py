@@ -53,9 +53,6 @@ class Bottleneck(AdapterMethod):
             UP_BIAS: (1, site.out_features),
         }
 
-    def scale(self, spec: AdapterSpec) -> float:
-        return 1.0
-
     def initialise(
         self,
         spec: AdapterSpec,
@@ -103,7 +100,7 @@ class Bottleneck(AdapterMethod):
             UP_BIAS: tensors[f"{prefix}.bottleneck_up.bias"].float()[None],
         }
 
-    def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
+    def peft_config(self, spec: AdapterSpec, sites: Sequence[LinearSite]) -> dict[str, Any]:
         return {
             "peft_type": "MUXTUNE_BOTTLENECK",
             "r": spec.rank,

@@ -23,6 +23,12 @@ def check_no_dropout(spec: AdapterSpec) -> None:
         raise ConfigError("adapter.dropout", problem, "Give 0, or leave it out")
 
 
+def check_no_targets(spec: AdapterSpec) -> None:
+    if spec.targets:
+        problem = f"names {', '.join(spec.targets)}, but {spec.method} adapts no linear"
+        raise ConfigError("adapter.targets", problem, "Give an empty list")
+
+
 def check_options(spec: AdapterSpec) -> None:
     known = METHOD_OPTIONS[spec.method]
     unknown = ", ".join(sorted(set(spec.options) - set(known)))

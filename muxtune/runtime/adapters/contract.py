@@ -15,6 +15,9 @@ At a site a pass runs three stages (``site.SiteMethods``), each once for ALL slo
 So the number of ops at a site depends on the number of methods present, not on that of tasks. A
 method touches the rows of its own slots only and leaves all others bit by bit the same.
 
+Methods that put virtual tokens before the sequences (``Place.ATTENTION``, ``Place.EMBEDDING``) have
+no stages: the attention reads their parameters (``runtime.prepended``).
+
 Parameters are matrices whose rows are concatenated over the slots of a pool (pool form). Slots of
 other methods have no rows. A slot may be larger than its task: its spare rows are zero, and at
 sites that the task does not target ``ParameterPool.owned`` is false.
@@ -24,7 +27,8 @@ Shape suffixes: T rows of the micro-batch, D input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Generator, Tensor
@@ -39,6 +43,15 @@ if TYPE_CHECKING:
 Parameters = Mapping[str, Tensor]  # parameter name -> [rows, width], pool form
 
 
+class Place(enum.Enum):
+    """Where a method's parameters sit: at the linears that a task targets, at every attention
+    (its sites are the attention modules, as wide as a token's keys), or at the embedding."""
+
+    LINEAR = enum.auto()
+    ATTENTION = enum.auto()
+    EMBEDDING = enum.auto()
+
+
 class AdapterMethod(Protocol):
     """A PEFT method in the form BaseOp + Dispatch + Adapter + Aggregate.
 
@@ -46,6 +59,7 @@ class AdapterMethod(Protocol):
     """
 
     name: str
+    place: Place = Place.LINEAR
 
     def check(self, spec: AdapterSpec) -> None:
         """Raises ConfigError for settings that the method does not take."""
@@ -58,7 +72,7 @@ class AdapterMethod(Protocol):
 
     def scale(self, spec: AdapterSpec) -> float:
         """The factor of the low-rank product; 1 for methods without one."""
-        ...
+        return 1.0
 
     def initialise(
         self,
@@ -83,16 +97,29 @@ class AdapterMethod(Protocol):
         """What leaves the site, from the frozen and low-rank products' sum; [T, O]."""
         return y_TO
 
+    def save(self, parameters: Mapping[str, Parameters]) -> dict[str, Tensor]:
+        """The saved folder's tensors, from the parameters of each site by name."""
+        tensors: dict[str, Tensor] = {}
+        for site_name, values in parameters.items():
+            tensors.update(self.to_peft(site_name, values))
+        return tensors
+
+    def load(
+        self, slot: AdapterSlot, sites: Sequence[LinearSite], tensors: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The inverse of ``save``. Raises KeyError for a tensor that is missing."""
+        return {site.name: dict(self.from_peft(slot, site, tensors)) for site in sites}
+
     def to_peft(self, site_name: str, parameters: Parameters) -> dict[str, Tensor]:
-        """State dict entries as PEFT names and shapes them, adapter name left out."""
-        ...
+        """One site's state dict entries as PEFT names and shapes them, adapter name left out."""
+        raise TypeError(f"{self.name} keeps all sites in one tensor")
 
     def from_peft(
         self, slot: AdapterSlot, site: LinearSite, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The inverse of ``to_peft``. Raises KeyError for a tensor that is missing."""
-        ...
+        raise TypeError(f"{self.name} keeps all sites in one tensor")
 
-    def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
+    def peft_config(self, spec: AdapterSpec, sites: Sequence[LinearSite]) -> dict[str, Any]:
         """The method's own entries of ``adapter_config.json``. ``spec.targets`` are names."""
         ...

@@ -81,7 +81,7 @@ class Dora(AdapterMethod):
         magnitude = tensors[f"base_model.model.{site.name}.lora_magnitude_vector"].float()
         return {**low_rank.factors_from_peft(site, tensors), MAGNITUDE: magnitude[None]}
 
-    def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
+    def peft_config(self, spec: AdapterSpec, sites: Sequence[LinearSite]) -> dict[str, Any]:
         return low_rank.lora_config(spec, use_dora=True)
 
 

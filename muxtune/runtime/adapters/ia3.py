@@ -9,7 +9,7 @@ A slot has room for both forms, so that what a slot can hold does not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +41,6 @@ class IA3(AdapterMethod):
 
     def shapes(self, slot: AdapterSlot, site: LinearSite) -> dict[str, tuple[int, int]]:
         return {IN: (1, site.in_features), OUT: (1, site.out_features)}
-
-    def scale(self, spec: AdapterSpec) -> float:
-        return 1.0
 
     def initialise(
         self,
@@ -81,7 +78,7 @@ class IA3(AdapterMethod):
             return {IN: vector}
         return {OUT: vector.T.contiguous()}
 
-    def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
+    def peft_config(self, spec: AdapterSpec, sites: Sequence[LinearSite]) -> dict[str, Any]:
         return {
             "peft_type": "IA3",
             "target_modules": list(spec.targets),

@@ -6,7 +6,7 @@ Its product is part of the site's base op (``low_rank``), so it has no stages of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Generator, Tensor
@@ -50,5 +50,5 @@ class Lora(AdapterMethod):
     ) -> dict[str, Tensor]:
         return low_rank.factors_from_peft(site, tensors)
 
-    def peft_config(self, spec: AdapterSpec) -> dict[str, Any]:
+    def peft_config(self, spec: AdapterSpec, sites: Sequence[LinearSite]) -> dict[str, Any]:
         return low_rank.lora_config(spec, use_dora=False)

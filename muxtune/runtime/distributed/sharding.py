@@ -36,6 +36,9 @@ from muxtune.runtime.static_step.model import Unsupported, check_architecture
 from muxtune.types import TaskSpec
 from muxtune.workload.encoding import Tokenizer
 
+# The magnitude needs the whole weight's norm; virtual tokens are known to no stage's attention.
+NOT_SPREAD = ("dora", "prefix", "prompt")
+
 
 class StageBackbone(Backbone):
     """What one rank holds of a Llama-family model. The model object passed in is cut.
@@ -86,12 +89,13 @@ class StageBackbone(Backbone):
     def check_task(self, task: TaskSpec) -> None:
         """Raises ConfigError for an adapter that cannot be spread over these ranks."""
         method = task.adapter.method
-        if method == "dora" or (self.replica.tp > 1 and method != "lora"):
+        if method in NOT_SPREAD or (self.replica.tp > 1 and method != "lora"):
             raise ConfigError(
                 "adapter.method",
                 f"task '{task.task_id}' asks for '{method}', which cannot be spread over "
                 f"tp={self.replica.tp} x pp={self.replica.pp} ranks",
-                "Use lora; with cluster.tp=1 all methods but dora are possible",
+                "Use lora; with cluster.tp=1 all methods are possible but "
+                + ", ".join(NOT_SPREAD),
             )
 
     def _place_sites(self) -> None:
