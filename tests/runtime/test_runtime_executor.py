@@ -256,7 +256,7 @@ def test_a_pass_that_one_task_breaks_is_computed_again_without_it(
         ({"targets": ("q_prj",)}, "'q_prj' is no linear layer of tiny.*q_proj, k_proj"),
         ({"targets": ("lm_head",)}, "'lm_head' is no linear layer"),
         ({"rank": 0}, "adapter.rank"),
-        ({"method": "prefix"}, "adapter.method: 'prefix' does not exist.*lora"),
+        ({"method": "prefixes"}, "adapter.method: 'prefixes' does not exist.*lora"),
         ({"schedule": "sometimes"}, "optimizer.schedule: 'sometimes'.*constant, linear, cosine"),
     ],
 )
