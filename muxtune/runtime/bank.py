@@ -197,7 +197,9 @@ class AdapterBank:
         device, count = self.backbone.device, len(slots)
         used = [self._sites_of(slot) for slot in slots]
         sites = {}
-        for name in dict.fromkeys([*self.backbone.sites, *(name for each in used for name in each)]):
+        for name in dict.fromkeys(
+            [*self.backbone.sites, *(name for each in used for name in each)]
+        ):
             users = [name in each for each in used]
             if any(users):
                 site = next(each[name] for each in used if name in each)

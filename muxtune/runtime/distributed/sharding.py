@@ -94,8 +94,7 @@ class StageBackbone(Backbone):
                 "adapter.method",
                 f"task '{task.task_id}' asks for '{method}', which cannot be spread over "
                 f"tp={self.replica.tp} x pp={self.replica.pp} ranks",
-                "Use lora; with cluster.tp=1 all methods are possible but "
-                + ", ".join(NOT_SPREAD),
+                "Use lora; with cluster.tp=1 all methods are possible but " + ", ".join(NOT_SPREAD),
             )
 
     def _place_sites(self) -> None:
