@@ -133,7 +133,12 @@ def _analytic_options(cost: CostConfig) -> AnalyticOptions:
     if cost.style not in styles:
         remedy = f"Choose one of: {', '.join(styles)}"
         raise ConfigError("cost.style", f"'{cost.style}' does not exist", remedy)
-    return styles[cost.style]()
+    made = styles[cost.style]()
+    grouped = {AUTO: made.grouped_adapters, "grouped": True, "separate": False}
+    if cost.adapters not in grouped:
+        remedy = f"Choose one of: {', '.join(grouped)}"
+        raise ConfigError("cost.adapters", f"'{cost.adapters}' does not exist", remedy)
+    return made._replace(grouped_adapters=grouped[cost.adapters])
 
 
 def shape_of(model: ModelConfig) -> ModelShape:

@@ -66,11 +66,18 @@ class ClusterConfig:
 @dataclass
 class CostConfig:
     """Which cost model: analytic, profile (``path``: what `muxtune profile` wrote) or, for the
-    simulator, same (as the planner). ``style`` of the analytic one: graph or eager."""
+    simulator, same (as the planner).
+
+    How a system executes is a property of the costs, not of a policy; the analytic model takes it
+    from ``style``: graph (captured passes, fused elementwise kernels) or eager (the host launches
+    every kernel), and ``adapters``: grouped (one set of kernels for all adapters of a linear),
+    separate (each adapter launches its own) or auto (grouped under graph, separate under eager).
+    """
 
     kind: str = MISSING
     path: str = ""
     style: str = "graph"
+    adapters: str = "auto"
 
 
 @dataclass

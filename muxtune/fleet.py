@@ -15,10 +15,12 @@ from operator import attrgetter
 
 import numpy as np
 
+from muxtune.planning.disciplines import WaitingLines
 from muxtune.types import (
     NO_EPOCH,
     AdapterSlot,
     Corrections,
+    Discipline,
     InstanceSpec,
     InstanceView,
     Plan,
@@ -143,6 +145,7 @@ class TaskQueue(Collection[TaskView]):
     def __init__(self) -> None:
         self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
         self._where: dict[str, tuple[str, int]] = {}
+        self.lines = WaitingLines()
 
     def __len__(self) -> int:
         return len(self._where)
@@ -160,12 +163,14 @@ class TaskQueue(Collection[TaskView]):
         in_order = not lane or arrival_order(lane[next(reversed(lane))]) <= arrival_order(task)
         lane[task.task_id] = task
         self._where[task.task_id] = (task.model, task.priority)
+        self.lines.add(task)
         if not in_order:  # a task that came back; rare, so the lane is sorted anew
             ordered = sorted(lane.values(), key=arrival_order)
             lanes[task.priority] = OrderedDict((item.task_id, item) for item in ordered)
 
     def remove(self, task_id: str) -> None:
         model, priority = self._where.pop(task_id)
+        self.lines.remove(task_id)
         lanes = self._lanes[model]
         del lanes[priority][task_id]
         if not lanes[priority]:
@@ -180,10 +185,12 @@ class TaskQueue(Collection[TaskView]):
     def models(self) -> Collection[str]:
         return self._lanes.keys() if len(self._lanes) < 2 else sorted(self._lanes)
 
-    def of_model(self, model: str, by_priority: bool) -> Iterator[TaskView]:
+    def of_model(self, model: str, discipline: Discipline) -> Iterator[TaskView]:
         lanes = self._lanes.get(model, {})
-        if not by_priority:
+        if discipline is Discipline.FIFO:
             return _merged([lane.values() for lane in lanes.values()])
+        if discipline is not Discipline.PRIORITY:
+            return self.lines.in_order(model, discipline)
         urgent_first = sorted(lanes, reverse=True)
         return chain.from_iterable(lanes[priority].values() for priority in urgent_first)
 
@@ -254,8 +261,8 @@ class Fleet:
     def waiting_models(self) -> Collection[str]:
         return self.queue.models
 
-    def waiting(self, model: str, by_priority: bool = False) -> Iterator[TaskView]:
-        return self.queue.of_model(model, by_priority)
+    def waiting(self, model: str, discipline: Discipline = Discipline.FIFO) -> Iterator[TaskView]:
+        return self.queue.of_model(model, discipline)
 
     def least_loaded(self, model: str) -> Iterator[str]:
         return self._loads.in_order(model)
@@ -350,6 +357,7 @@ class Fleet:
 
     def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
         name, model, load = record.spec.instance_id, record.spec.model, len(record.tasks)
+        self.queue.lines.note_placed(task.spec.tenant, 1 if joins else -1)
         if joins:
             record.add(task)
         else:

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from muxtune.types import (
     Action,
     AdapterSlot,
+    Discipline,
     Estimate,
     Estimates,
     Event,
@@ -71,9 +72,8 @@ class FleetView(Protocol):
         """Base models that queued tasks ask for, sorted."""
         ...
 
-    def waiting(self, model: str, by_priority: bool = False) -> Iterator[TaskView]:
-        """Queued tasks of one base model, lazily, in order of (arrival, id); ``by_priority``:
-        more urgent ones first."""
+    def waiting(self, model: str, discipline: Discipline = Discipline.FIFO) -> Iterator[TaskView]:
+        """Queued tasks of one base model, lazily, in the order of the discipline."""
         ...
 
 

@@ -107,6 +107,16 @@ class TaskState(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+class Discipline(enum.StrEnum):
+    """Who of the waiting tasks comes first; see ``muxtune.planning.disciplines``."""
+
+    FIFO = "fifo"
+    PRIORITY = "priority"
+    SHORTEST_REMAINING = "shortest_remaining"
+    EARLIEST_DEADLINE = "earliest_deadline"
+    FAIR_SHARE = "fair_share"
+
+
 class AdapterSlot(NamedTuple):
     """Capacity that one adapter occupies in a captured shape. ``dropout``: whether the adapter's
     input is dropped out, which costs time; the rate is the task's own."""

@@ -1,5 +1,7 @@
 """What the FIFO policies share: one line for each base model, refusals remembered, rejection.
 
+The line is first come, first served unless ``discipline`` says otherwise.
+
 When something changed, the head of a line goes to the first candidate instance that has room. A
 refused head tries a few others, then waits until an instance that refused it has changed. An event
 on which nothing can be placed costs a look at each head and at the least-loaded instance.
@@ -13,7 +15,17 @@ from itertools import islice
 
 from muxtune.errors import ConfigError
 from muxtune.protocols import FleetView
-from muxtune.types import Action, Event, EventKind, InstanceView, Place, Refusal, Reject, TaskView
+from muxtune.types import (
+    Action,
+    Discipline,
+    Event,
+    EventKind,
+    InstanceView,
+    Place,
+    Refusal,
+    Reject,
+    TaskView,
+)
 
 # Instances that may refuse one head before it waits, so that a full fleet is not asked all round.
 MAX_ATTEMPTS = 4
@@ -35,12 +47,12 @@ class Refused:
 
 
 class FifoPolicy:
-    """Strictly by (arrival, id); with ``by_priority``, more urgent tasks first.
+    """Strictly in the order of ``discipline`` (see ``muxtune.planning.disciplines``).
 
     ``max_tasks_per_instance``: an instance with that many tasks is full.
     """
 
-    def __init__(self, max_tasks_per_instance: int, by_priority: bool = False) -> None:
+    def __init__(self, max_tasks_per_instance: int, discipline: str = "fifo") -> None:
         if max_tasks_per_instance < 1:
             raise ConfigError(
                 "cluster_policy.max_tasks_per_instance",
@@ -48,7 +60,13 @@ class FifoPolicy:
                 "Give at least 1",
             )
         self.max_tasks_per_instance = max_tasks_per_instance
-        self.by_priority = by_priority
+        if discipline not in list(Discipline):
+            raise ConfigError(
+                "cluster_policy.discipline",
+                f"'{discipline}' does not exist",
+                f"Choose one of: {', '.join(Discipline)}",
+            )
+        self.discipline = Discipline(discipline)
         self._refused: dict[str, Refused] = {}
         self._batch_is_over = False
 
@@ -90,7 +108,7 @@ class FifoPolicy:
         candidates = self.candidates(model, fleet)
         if not candidates and not self._is_unserved(model, fleet):
             return
-        for task in fleet.waiting(model, self.by_priority):
+        for task in fleet.waiting(model, self.discipline):
             refusal = self._rejection(task, candidates, fleet)
             if refusal is not None:
                 yield Reject(task.task_id, refusal)
@@ -124,7 +142,7 @@ class FifoPolicy:
             return
         refused = self._refused.get(event.task_id)
         if refused is None:
-            line = fleet.waiting(instance.model)
+            line = fleet.waiting(instance.model, self.discipline)
             task = next((task for task in line if task.task_id == event.task_id), None)
             if task is None:
                 return

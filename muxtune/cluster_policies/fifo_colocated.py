@@ -12,8 +12,8 @@ from muxtune.types import Action, Event
 class FifoColocated(FifoPolicy):
     """FIFO onto the idle instance whose GPU has the fewest busy ones, so that GPUs fill evenly."""
 
-    def __init__(self, by_priority: bool = False) -> None:
-        super().__init__(1, by_priority)
+    def __init__(self, discipline: str = "fifo") -> None:
+        super().__init__(1, discipline)
         self._idle: dict[str, tuple[str, tuple[str, ...]]] = {}  # model and GPUs of an instance
         self._busy: dict[str, tuple[str, ...]] = {}
         self._num_busy: dict[str, int] = {}  # by GPU

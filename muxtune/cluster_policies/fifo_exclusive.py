@@ -10,5 +10,5 @@ from muxtune.registry import CLUSTER_POLICIES
 class FifoExclusive(FifoPolicy):
     """FIFO onto idle instances, lowest id first."""
 
-    def __init__(self, by_priority: bool = False) -> None:
-        super().__init__(1, by_priority)
+    def __init__(self, discipline: str = "fifo") -> None:
+        super().__init__(1, discipline)

@@ -10,5 +10,5 @@ from muxtune.registry import CLUSTER_POLICIES
 class FifoShared(FifoPolicy):
     """FIFO with head-of-line waiting; the planner decides what fits together."""
 
-    def __init__(self, max_tasks_per_instance: int = 16, by_priority: bool = False) -> None:
-        super().__init__(max_tasks_per_instance, by_priority)
+    def __init__(self, max_tasks_per_instance: int = 16, discipline: str = "fifo") -> None:
+        super().__init__(max_tasks_per_instance, discipline)

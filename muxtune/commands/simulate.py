@@ -131,6 +131,7 @@ def _choices(
         "offered_load": _finite(getattr(tasks, "offered_load", None)),
         "cost": config.cost.kind,
         "cost_style": config.cost.style,
+        "cost_adapters": config.cost.adapters,
         "simulator_cost": config.simulator_cost.kind,
         "seed": config.seed,
     }

@@ -7,6 +7,7 @@ shape) and are carried over to other devices by ratios of their figures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from muxtune.cost import ops
@@ -38,7 +39,9 @@ class AnalyticOptions(NamedTuple):
     ``eager_host_s``: host time per kernel, autograd and module calls included, such that HF PEFT's
     floor of 0.2 s at 4 x 64 tokens comes out; a bare launch is 10 microseconds.
     ``eager_traffic``: memory traffic of unfused elementwise and adapter kernels over fused ones,
-    such that HF PEFT's 16 x 256 tokens come out. ``link_efficiency``, ``collective_latency_s``:
+    such that HF PEFT's 16 x 256 tokens come out. ``grouped_adapters``: all slots of a linear share
+    their kernels (S-LoRA, LoRAFusion, tLoRA); else every adapter launches its own (HF PEFT,
+    mLoRA), which costs most where the host launches. ``link_efficiency``, ``collective_latency_s``:
     through the measured all-reduces of two H200. ``relative_error``: half-width of the interval.
     """
 
@@ -61,7 +64,7 @@ class AnalyticOptions(NamedTuple):
     relative_error: float = 0.35
 
     @classmethod
-    def eager(cls, **changes: float) -> AnalyticOptions:
+    def eager(cls, **changes: float | bool) -> AnalyticOptions:
         """Options of one eager instance, as HF PEFT runs: every adapter launches by itself."""
         return cls(style=EAGER, grouped_adapters=False)._replace(**changes)  # type: ignore[arg-type]
 
@@ -164,6 +167,12 @@ class AnalyticCostModel(ComposedCostModel):
             count = sum(len(names) for names in launched)
         # Two kernels forward (shrink, expand) and four backward.
         return 6 * count * layers * self.options.gap_s
+
+    def adapter_kernels(self, separate: Sequence[float]) -> float:
+        """Grouped kernels are launched once for all slots: as many as the most of one slot."""
+        if not self.options.grouped_adapters:
+            return sum(separate)
+        return max(separate, default=0.0)
 
     def exposed_host_s(self, kernels: float, device_s: float) -> float:
         if not self._eager:

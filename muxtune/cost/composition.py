@@ -164,6 +164,10 @@ class ComposedCostModel(ABC):
         """Time of a pass that the presence of slots adds besides their operations."""
         return 0.0
 
+    def adapter_kernels(self, separate: Sequence[float]) -> float:
+        """Launches of one layer's adapters; ``separate``: of each slot by itself."""
+        return sum(separate)
+
     def exposed_host_s(self, kernels: float, device_s: float) -> float:
         """Host time that the device's work does not hide."""
         return 0.0
@@ -326,9 +330,12 @@ class ComposedCostModel(ABC):
         rows = shape.padded_tokens + ops.prompt_rows(shape.slots)
         tally = Tally()
         tally.merge(self._block(rows, replica.tp), layers)
-        for slot in shape.slots:
-            own_rows = shape.padded_tokens / len(shape.slots)
-            tally.merge(self._slot(slot, own_rows, replica.tp), layers)
+        own_rows = shape.padded_tokens / max(1, len(shape.slots))
+        adapters = [self._slot(slot, own_rows, replica.tp) for slot in shape.slots]
+        for adapter in adapters:
+            tally.merge(adapter, layers)
+        separate = [adapter.kernels for adapter in adapters]
+        tally.kernels += layers * (self.adapter_kernels(separate) - sum(separate))
         if first or last:
             tally.merge(self._edges(rows, replica.pp), 1)
         pair_rates = self._add_attention(tally, shape, layers, replica.tp)

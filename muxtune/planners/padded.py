@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from muxtune.errors import ConfigError
 from muxtune.planners.base import (
     Arrangement,
     CostedArrangement,
+    GroupCost,
     GroupShape,
     PlannerBase,
     Site,
@@ -18,7 +20,20 @@ from muxtune.planners.base import (
 from muxtune.protocols import CostBook
 from muxtune.types import PackRule, Refusal, ShapeKey
 
+ALL_BLOCKS = 1 << 16  # a shape counts no more blocks than the model has
 PAD_TO = ("longest_of_batch", "longest_of_tasks")
+
+
+class PaddedGroup(NamedTuple):
+    """One padded hTask, its cost, and the memory peak with it."""
+
+    shape: GroupShape
+    cost: GroupCost
+    peak_bytes: int
+    fits: bool
+
+    def step_time_s(self) -> float:
+        return max(self.cost.passes_per_step) * self.cost.pass_time_s
 
 
 class PaddedPlanner(PlannerBase):
@@ -27,47 +42,95 @@ class PaddedPlanner(PlannerBase):
     ``pad_to``: "longest_of_batch" pads each micro-batch to its longest sequence (rounded up to
     ``pad_multiple``, as tokenizers do for tensor cores); "longest_of_tasks" pads to the longest
     sequence that any of the tasks has, so that shapes never change. Batches that do not fit in
-    memory are split into micro-batches of fewer rows.
+    memory are split into micro-batches of fewer rows; with ``recompute`` the activations of all
+    blocks may be recomputed instead, where that is predicted to take less time (for simulations:
+    the real executor does not recompute).
     """
 
     def __init__(
-        self, costs: CostBook, pad_to: str = "longest_of_batch", pad_multiple: int = 8
+        self,
+        costs: CostBook,
+        pad_to: str = "longest_of_batch",
+        pad_multiple: int = 8,
+        recompute: bool = False,
     ) -> None:
         super().__init__(costs)
         if pad_to not in PAD_TO:
             raise ConfigError("planner.pad_to", f"unknown '{pad_to}'", f"choose one of {PAD_TO}")
         if pad_multiple < 1:
             raise ConfigError("planner.pad_multiple", f"is {pad_multiple}", "give at least 1")
-        self.pad_to, self.pad_multiple = pad_to, pad_multiple
+        self.pad_to, self.pad_multiple, self.recompute = pad_to, pad_multiple, recompute
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
-        longest = max(self._padded(self.longest_tokens(task)) for task in classes)
         resident = self.resident_bytes(site, classes)
-        needed = 0
-        for split in _splits(max(task.sequences_per_step for task in classes)):
-            quota = tuple(math.ceil(task.sequences_per_step / split) for task in classes)
-            group = self._group(classes, quota, longest)
-            needed = resident + self.cost(site).pass_bytes(group.shapes[-1], site.replica)
-            needed = needed * site.memory_percent // 100
-            if needed <= site.memory_limit_bytes:
-                return self._costed(site, classes, group, needed)
-        return self.refuse_memory(site, classes, needed)
+        found = self.padded_group(site, classes, range(len(classes)), resident)
+        if not found.fits:
+            return self.refuse_memory(site, classes, found.peak_bytes)
+        rows = sum(found.shape.quota)
+        padded_to = self.pad_to.replace("_", " ")
+        reason = f"{len(classes)} task(s) padded to {padded_to}, {rows} rows"
+        passes = max(found.cost.passes_per_step)
+        return CostedArrangement(
+            Arrangement((found.shape,), (None,), reason),
+            (found.cost,),
+            (passes,),
+            found.cost.pass_time_s * (passes + site.replica.pp - 1),  # empties every step
+            found.peak_bytes,
+        )
+
+    # -- for planners
+
+    def padded_group(
+        self, site: Site, classes: Sequence[TaskClass], members: Sequence[int], resident: int
+    ) -> PaddedGroup:
+        """``members`` of the classes in one padded batch, split into as few micro-batches as fit
+        beside ``resident`` bytes; where none fits, into single rows."""
+        found = [self._least_split(site, classes, members, resident, 0)]
+        if self.recompute and not (found[0].fits and max(found[0].cost.passes_per_step) <= 1):
+            found.append(self._least_split(site, classes, members, resident, ALL_BLOCKS))
+        fitting = [group for group in found if group.fits]
+        return min(fitting or found[-1:], key=PaddedGroup.step_time_s)
+
+    # -- inside
+
+    def _least_split(
+        self,
+        site: Site,
+        classes: Sequence[TaskClass],
+        members: Sequence[int],
+        resident: int,
+        recompute: int,
+    ) -> PaddedGroup:
+        chosen = [classes[i] for i in members]
+        longest = max(self._padded(self.longest_tokens(task)) for task in chosen)
+        shape, peak, fits = None, 0, False
+        for split in _splits(max(task.sequences_per_step for task in chosen)):
+            quota = tuple(math.ceil(task.sequences_per_step / split) for task in chosen)
+            shape = self._group(chosen, quota, longest, recompute)
+            peak = resident + self.cost(site).pass_bytes(shape.shapes[-1], site.replica)
+            peak = peak * site.memory_percent // 100
+            fits = peak <= site.memory_limit_bytes
+            if fits:
+                break
+        assert shape is not None  # there is always a split
+        cost = self._cost_of(site, chosen, shape)
+        return PaddedGroup(shape._replace(members=tuple(members)), cost, peak, fits)
 
     def _padded(self, tokens: int) -> int:
         return math.ceil(tokens / self.pad_multiple) * self.pad_multiple
 
-    def _group(self, classes: Sequence[TaskClass], quota: tuple[int, ...], longest: int):
+    def _group(
+        self, classes: Sequence[TaskClass], quota: tuple[int, ...], longest: int, recompute: int
+    ) -> GroupShape:
         slots = tuple(task.slot for task in classes)
         shortest = self.pad_multiple if self.pad_to == "longest_of_batch" else longest
         shapes = tuple(
-            ShapeKey(tokens, sum(quota), slots)
+            ShapeKey(tokens, sum(quota), slots, recompute)
             for tokens in range(shortest, longest + 1, self.pad_multiple)
         )
         return GroupShape(tuple(range(len(classes))), quota, shapes, PackRule.PAD)
 
-    def _costed(
-        self, site: Site, classes: Sequence[TaskClass], group: GroupShape, peak_bytes: int
-    ) -> CostedArrangement:
+    def _cost_of(self, site: Site, classes: Sequence[TaskClass], group: GroupShape) -> GroupCost:
         loads = [
             self.load(task, group.shapes[-1].chunk_tokens, quota, PackRule.PAD)
             for task, quota in zip(classes, group.quota, strict=True)
@@ -76,17 +139,7 @@ class PaddedPlanner(PlannerBase):
         typical = next(
             s for s in group.shapes if s.chunk_tokens >= min(longest, group.shapes[-1].chunk_tokens)
         )
-        cost = group_cost(group._replace(shapes=(typical,)), loads, self.cost(site), site)
-        passes = max(cost.passes_per_step)
-        rows = sum(group.quota)
-        reason = f"{len(classes)} task(s) padded to {self.pad_to.replace('_', ' ')}, {rows} rows"
-        return CostedArrangement(
-            Arrangement((group,), (None,), reason),
-            (cost,),
-            (passes,),
-            cost.pass_time_s * (passes + site.replica.pp - 1),  # the pipeline empties every step
-            peak_bytes,
-        )
+        return group_cost(group._replace(shapes=(typical,)), loads, self.cost(site), site)
 
 
 def _splits(rows: int) -> list[int]:

@@ -34,8 +34,8 @@ def test_tasks_start_in_order_of_arrival_then_id(name: str):
 
 def test_priority_counts_only_when_asked_for():
     tasks = [task("first", 5), task("plain", 5, 1.0), task("urgent", 5, 2.0, priority=3)]
-    for by_priority, order in ((False, "plain"), (True, "urgent")):
-        run = Run(make("fifo_exclusive", by_priority=by_priority), tasks, [instance()])
+    for discipline, order in (("fifo", "plain"), ("priority", "urgent")):
+        run = Run(make("fifo_exclusive", discipline=discipline), tasks, [instance()])
         run.run()
         assert run.told.outcomes[1].task_id == order
 
@@ -163,7 +163,7 @@ class CountingFleet:
         self.looks += 1
         return 16
 
-    def waiting(self, model: str, by_priority: bool = False) -> Any:
+    def waiting(self, model: str, discipline: Any = None) -> Any:
         for _ in self.queue:
             self.looks += 1
             yield None
