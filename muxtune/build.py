@@ -266,12 +266,13 @@ def _instances_per_gpu(config: CommonConfig, costs: CostBook, tasks: Tasks) -> i
 def _colocated(config: CommonConfig, costs: CostBook, tasks: Tasks) -> int:
     """As many instances a GPU as fit when each runs the most demanding task."""
     solo = Solo(config, costs)
-    kinds = {_kind_of(task): task for task in tasks}
+    kinds = {kind_of(task): task for task in tasks}
     needed = max((solo.peak_bytes(task) for task in kinds.values()), default=0)
     return max(1, int(gpu_memory_limit_bytes(config.cluster) // needed)) if needed else 1
 
 
-def _kind_of(task: TaskSpec) -> tuple[object, ...]:
+def kind_of(task: TaskSpec) -> tuple[object, ...]:
+    """Tasks of one kind differ in id, tenant, times and steps only."""
     data = task.data
     return (
         *(task.model, task.adapter.method, task.adapter.rank, task.adapter.targets),

@@ -24,6 +24,7 @@ TRACEBACK = "MUXTUNE_TRACEBACK"
 COMMANDS = {
     "plan": "show the plan for a set of tasks on one instance, and why",
     "simulate": "run a workload on a simulated fleet",
+    "capacity": "the smallest fleet that keeps a service level, and what it costs",
     "train": "fine-tune real tasks on this machine; PEFT adapters come out",
     "profile": "measure this machine, for predictions that hold on it",
     "compare": "the same tasks on both backends: predicted beside measured",

@@ -16,7 +16,7 @@ from typing import Any
 import muxtune
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
-COMMANDS = ("plan", "simulate", "train", "profile", "compare")
+COMMANDS = ("plan", "simulate", "train", "profile", "compare", "capacity")
 
 
 def conf_dir() -> Path:
@@ -188,12 +188,63 @@ class CompareConfig(SimulateConfig):
     torch: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class ServiceLevelConfig:
+    """``share`` of the tasks start within ``max_start_delay_s`` of their arrival and end within
+    ``max_slowdown`` times what they take alone under HF PEFT on the device of ``cluster``, counted
+    from their start (``slowdown_from=start``) or from their arrival."""
+
+    share: float = 0.95
+    max_start_delay_s: float = 600.0
+    max_slowdown: float = 3.0
+    slowdown_from: str = "start"
+
+
+@dataclass
+class SensitivityConfig:
+    """How far the assumptions are moved, one at a time, around the answer. ``load``, ``lengths``
+    and ``times`` (what the cost model says): relative changes; null for ``times``: the cost
+    model's own 90% interval. ``price``: null takes the low and high price of the device table.
+    ``num_seeds``: draws to average over, the first of those of the answer; 0: none of this."""
+
+    load: float = 0.2
+    lengths: float = 0.2
+    times: float | None = None
+    price: float | None = None
+    num_seeds: int = 2
+
+
+@dataclass
+class CapacityConfig(SimulateConfig):
+    """The question of `muxtune capacity`. ``cluster`` is the reference: the device on which a
+    task's time alone is counted and, for a workload with a load, the fleet that it loads.
+
+    ``policies``: options of the group planner, or {name: ..., settings: [...]}; "all" for every
+    one. ``devices``: kinds to choose from; empty: that of ``cluster``. ``prices``: USD per GPU and
+    hour; what is not given comes from the device table, with its date. ``num_seeds``: draws of
+    the tasks. ``max_gpus``: of one base model. ``warmup_share``: first part of the arrivals that
+    is not counted. ``workers``: processes; 0: one a core."""
+
+    policies: list[Any] = field(default_factory=lambda: ["exclusive", "batched", "muxtune"])
+    baseline: str = "exclusive"
+    devices: list[str] = field(default_factory=list)
+    prices: dict[str, float] = field(default_factory=dict)
+    service_level: ServiceLevelConfig = field(default_factory=ServiceLevelConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    num_seeds: int = 5
+    max_gpus: int = 512
+    warmup_share: float = 0.1
+    hours_per_month: float = 730.0
+    workers: int = 0
+
+
 _COMMAND_SCHEMAS: dict[str, type[CommonConfig]] = {
     "plan": PlanConfig,
     "simulate": SimulateConfig,
     "train": TrainConfig,
     "profile": ProfileConfig,
     "compare": CompareConfig,
+    "capacity": CapacityConfig,
 }
 _GROUP_SCHEMAS: tuple[tuple[str, str, type[Any]], ...] = (
     ("model", "base_model", ModelConfig),
@@ -214,7 +265,7 @@ def register_schemas() -> None:
 
     store = ConfigStore.instance()
     for command, schema in _COMMAND_SCHEMAS.items():
-        store.store(name=f"base_{command}", node=schema)
+        store.store(name=f"base_{command}", node=_schema(schema))
     for group, name, schema in _GROUP_SCHEMAS:
         store.store(group=group, name=name, node=schema)
     for group in OPEN_GROUPS:
@@ -222,6 +273,16 @@ def register_schemas() -> None:
     for group, entry_group in _ENTRY_POINTS.items():
         for entry in entry_points(group=entry_group):
             store.store(group=group, name=entry.name, node=_open({"name": entry.name}))
+
+
+def _schema(schema: type[Any]) -> Any:
+    """Prices are of devices that no schema knows by name."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(schema)
+    if issubclass(schema, CapacityConfig):
+        OmegaConf.set_struct(node.prices, False)
+    return node
 
 
 def _open(content: dict[str, Any]) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from muxtune import build
 from muxtune.config import SimulateConfig
 from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
+from muxtune.report.collecting import few_collections
 from muxtune.report.metrics import TaskMetrics, fleet_summary
 from muxtune.report.progress import FleetProgress
 from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
@@ -88,20 +88,6 @@ def _run_engine(
         engine = Engine(policy, planner, executor, tasks, instances, journal, told)
         with few_collections():
             return engine.run()
-
-
-@contextmanager
-def few_collections() -> Iterator[None]:
-    """A run makes many long-lived tuples and hardly any cycles: looking for cycles after every
-    few hundred of them took 6% of it."""
-    thresholds = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(200_000, 50, 1_000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 def fleet_options(config: SimulateConfig, num_tasks: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class DeviceFigures(NamedTuple):
     kind: str = "gpu"
     usd_per_hour: tuple[float, float, float] = (0.0, 0.0, 0.0)  # low, typical, high
     price_date: str = ""
+    price_source: str = ""
     notes: str = ""
     power_w: float = 0.0
 
@@ -80,6 +81,7 @@ def _from_row(row: Mapping[str, str]) -> DeviceFigures:
         host_link_bytes_per_s=pcie / 2 * GB,
         usd_per_hour=(prices[0], prices[1], prices[2]),
         price_date=row["price_date"],
+        price_source=row["price_source"],
         notes=row["notes"] or "",
         power_w=float(row["tdp_w"] or 0.0),
     )

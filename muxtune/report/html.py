@@ -27,6 +27,16 @@ pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; border-radius:
 """
 
 
+class Traced(NamedTuple):
+    """A figure as shown, and the cell of a CSV file that it comes from; ``row`` is the value of
+    that file's first column."""
+
+    text: str
+    file: str
+    row: int
+    column: str
+
+
 class HtmlTable(NamedTuple):
     """Rows of cells; a cell that is not a string is shown with four significant digits."""
 
@@ -43,13 +53,15 @@ class Image(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One part of a report; ``text`` holds paragraphs parted by empty lines."""
+    """One part of a report; ``text`` holds paragraphs parted by empty lines; ``stories`` are
+    paragraphs in pieces, of which some may be traced figures."""
 
     title: str
     text: str = ""
     tables: Sequence[HtmlTable] = ()
     images: Sequence[Image] = ()
     code: str = ""
+    stories: Sequence[Sequence[str | Traced]] = ()
 
 
 def write_report(
@@ -86,6 +98,7 @@ def format_cell(value: object) -> str:
 def _section(section: Section) -> str:
     parts = [f"<h2>{escape(section.title)}</h2>"]
     parts += [f"<p>{escape(text)}</p>" for text in section.text.split("\n\n") if text.strip()]
+    parts += [f"<p>{''.join(map(_piece, story))}</p>" for story in section.stories]
     parts += [_table(table) for table in section.tables]
     parts += [_image(image) for image in section.images]
     if section.code:
@@ -93,11 +106,17 @@ def _section(section: Section) -> str:
     return "\n".join(parts)
 
 
+def _piece(cell: object) -> str:
+    if not isinstance(cell, Traced):
+        return escape(format_cell(cell))
+    where = f'data-csv="{escape(cell.file)}" data-row="{cell.row}"'
+    return f'<data {where} data-column="{escape(cell.column)}">{escape(cell.text)}</data>'
+
+
 def _table(table: HtmlTable) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>"
-        for row in table.rows
+        "<tr>" + "".join(f"<td>{_piece(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     return (

@@ -156,3 +156,25 @@ class TaskProgress(_Display, QuietObserver):
         self.flush()
         note = outcome.message or outcome.output_path
         self.line(f"{outcome.task_id}: {outcome.state}, {outcome.steps} steps. {note}".rstrip())
+
+
+class StageProgress(_Display):
+    """Work in stages of known numbers of jobs: which stage, how far, what is left."""
+
+    def __init__(
+        self, console: Console | None = None, plain_interval_s: float = PLAIN_INTERVAL_S
+    ) -> None:
+        super().__init__(console, plain_interval_s, "{task.completed}/{task.total}")
+        self._bar_of: dict[str, Any] = {}
+
+    def __enter__(self) -> StageProgress:
+        self.bars.start()
+        return self
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        if self.live:
+            if stage not in self._bar_of:
+                self._bar_of[stage] = self.bars.add_task(stage, total=total)
+            self.bars.update(self._bar_of[stage], completed=done)
+        elif self.ticker.due():
+            self.line(f"{stage}: {done}/{total}")

@@ -93,13 +93,24 @@ class SyntheticLibrary:
 
     ``num_variants``: tasks of a class whose seeds differ modulo this number get other draws.
     A sequence of n tokens has n - 1 target tokens, as plain text has. ``epochs`` count the size
-    of the original data set. The same seed gives the same lengths, in whatever order tasks come.
+    of the original data set. ``length_scale`` multiplies every drawn length, before it is cut to
+    the task's own longest. The same seed gives the same lengths, in whatever order tasks come.
     """
 
-    def __init__(self, seed: int = 0, period_steps: int = 16, num_variants: int = 1) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        period_steps: int = 16,
+        num_variants: int = 1,
+        length_scale: float = 1.0,
+    ) -> None:
         for field, value in (("period_steps", period_steps), ("num_variants", num_variants)):
             if value < 1:
                 raise ConfigError(field, f"{value} is out of range", "Give at least 1")
+        if not (math.isfinite(length_scale) and length_scale > 0):
+            problem = f"{length_scale} is out of range"
+            raise ConfigError("length_scale", problem, "Give a number above 0")
+        self._length_scale = length_scale
         self._seed, self._period_steps, self._num_variants = seed, period_steps, num_variants
         self._classes: dict[tuple[str, str, int, int, int], _Class] = {}
         self._tasks: dict[str, tuple[_Class, TaskReadyData]] = {}
@@ -144,7 +155,7 @@ class SyntheticLibrary:
         tokenizer = tokenizer_of(name, tokenizer, where)
         label = f"{name}/{tokenizer}/b{sequences_per_step}/m{max_length_tokens}/v{variant}"
         lengths = self._lengths(label, histogram(name, tokenizer), sequences_per_step)
-        tokens = np.clip(lengths, 2, max_length_tokens)
+        tokens = np.clip(lengths, 2, max_length_tokens).astype(np.int64)
         digest = hashlib.blake2b(tokens.astype("<i8").tobytes(), digest_size=8).hexdigest()
         batches = _batches(tokens.tolist(), sequences_per_step)
         drawn = _Class(f"{label}/{digest}", batches, summarise(tokens, tokens - 1, digest))
@@ -161,7 +172,8 @@ class SyntheticLibrary:
         ranks = (np.arange(size) + random.random(size)) / size
         cumulative = np.cumsum(table.counts) / table.counts.sum()
         at = np.minimum(np.searchsorted(cumulative, ranks, side="right"), len(cumulative) - 1)
-        return random.permutation(table.lengths_tokens[at])
+        drawn = random.permutation(table.lengths_tokens[at])
+        return drawn if self._length_scale == 1.0 else np.rint(drawn * self._length_scale)
 
 
 def _batches(tokens: list[int], sequences_per_step: int) -> tuple[tuple[Sample, ...], ...]:

@@ -1,0 +1,258 @@
+"""The report of a capacity answer: one HTML file, pictures first, tables after.
+
+Every figure in the text and in the tables is a ``Traced`` cell of one of the CSV files beside it;
+nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pa_parquet
+
+from muxtune.report.capacity_figures import Drawing
+from muxtune.report.html import HtmlTable, Section, Traced, format_cell, write_report
+from muxtune.report.run_folder import RunFolder
+from muxtune.report.tables import format_seconds
+
+Row = dict[str, Any]
+Tables = Mapping[str, Sequence[Row]]
+Piece = str | Traced
+NOTHING = "–"
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_tables(folder: RunFolder, tables: Tables) -> list[Path]:
+    """Each table as NAME.csv and NAME.parquet; an empty one leaves no file."""
+    paths = []
+    for name, rows in tables.items():
+        if rows:
+            paths.append(folder.write_text(f"{name}.csv", csv_text(rows)))
+            paths.append(_write_parquet(folder, f"{name}.parquet", rows))
+    return paths
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_parquet(folder: RunFolder, name: str, rows: Sequence[Row]) -> Path:
+    with folder.stream(name, "wb") as file:
+        pa_parquet.write_table(pa.Table.from_pylist(list(rows)), file)
+    return folder.path / name
+
+
+# --------------------------------------------------------------------------------------- formatting
+
+
+def shown(column: str, value: Any) -> str:
+    """A value in the unit that its column's name tells."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return format_cell(value)
+    if column.startswith("usd_") or column.endswith("usd_per_month"):
+        return f"${value:,.0f}" if abs(value) >= 1_000 else f"${value:.4g}"
+    if column.endswith("_share") or "share" in column or column.startswith(_PERCENTS):
+        return f"{value:.1%}"
+    if column.endswith("_s"):
+        return format_seconds(value)
+    return format_cell(value)
+
+
+_PERCENTS = ("saving", "change", "gain", "effective_utilisation")
+
+
+def cell(file: str, row: Row, column: str) -> Piece:
+    """A number with where it comes from; text as it is."""
+    value = row[column]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Traced(shown(column, value), f"{file}.csv", row["row"], column)
+    return shown(column, value)
+
+
+def table_of(
+    file: str, rows: Sequence[Row], columns: Sequence[tuple[str, str]], caption: str = ""
+) -> HtmlTable:
+    """``columns``: (name in the file, heading)."""
+    body = [[cell(file, row, name) for name, _ in columns] for row in rows]
+    note = f"{caption} {file}.csv, {file}.parquet".strip()
+    return HtmlTable([heading for _, heading in columns], body, note)
+
+
+# ------------------------------------------------------------------------------------------ content
+
+OPTION = (("policy", "policy"), ("device", "device"))
+MONEY = (
+    *OPTION,
+    *(("feasible", "keeps the level"), ("num_gpus", "GPUs"), ("figures", "device figures")),
+    *(("gpu_hours_per_month", "GPU hours a month"), ("usd_per_month", "cost a month")),
+    ("usd_per_million_tokens", "per million effective tokens"),
+    ("saving_same_device", "saving, same device"),
+    *(("saving_same_device_low", "from"), ("saving_same_device_high", "to")),
+    ("saving_best_baseline", "saving, baseline's best device"),
+    *(("saving_best_baseline_low", "from"), ("saving_best_baseline_high", "to")),
+)
+TIMES = (
+    *OPTION,
+    ("served_share", "served as promised"),
+    *(("mean_start_delay_s", "queue, mean"), ("p50_start_delay_s", "p50")),
+    *(("p95_start_delay_s", "p95"), ("p99_start_delay_s", "p99")),
+    *(("mean_completion_time_s", "completion, mean"), ("p50_completion_time_s", "p50")),
+    *(("p95_completion_time_s", "p95"), ("p99_completion_time_s", "p99")),
+)
+FARE = (
+    *OPTION,
+    *(("mean_slowdown", "slowdown, mean"), ("p95_slowdown", "p95"), ("p99_slowdown", "p99")),
+    *(("mean_finish_time_ratio", "finish-time ratio, mean"), ("p99_finish_time_ratio", "p99")),
+    *(("fairness_index", "fairness (Jain)"), ("deadlines_met_share", "deadlines met")),
+)
+USE = (
+    *OPTION,
+    *(("busy_share", "GPUs busy"), ("effective_share", "effective of padded tokens")),
+    *(("effective_utilisation", "effective utilisation"), ("memory_headroom_share", "memory free")),
+    *(("mean_tasks_per_busy_instance", "tasks a busy instance"),),
+    ("energy_kwh_per_month", "energy, kWh a month"),
+)
+LIMITS = (
+    *(*OPTION, ("model", "base model"), ("num_gpus", "GPUs (too few)"), ("relaxed", "relaxed")),
+    *(("served_share", "served as promised"), ("busy_share", "GPUs busy")),
+    *(("gain", "gain"), ("limits", "limits most")),
+)
+SENSITIVITY = (
+    *(("assumption", "assumption"), ("side", "moved"), ("moved_to", "times")),
+    *(("num_gpus", "GPUs, mean of draws"), ("usd_per_month", "cost a month"), ("change", "change")),
+    ("served_share_of_answer", "served by the answer's fleet"),
+)
+SEEDS = (
+    *(*OPTION, ("model", "base model"), ("seed", "draw"), ("num_gpus", "GPUs")),
+    ("monotone", "larger never worse"),
+)
+QUESTION = (("name", "what"), ("value", "value"), ("text", "text, or source and date"))
+WORKLOAD = (
+    *(("model", "base model"), ("num_tasks", "tasks"), ("horizon_s", "arrive within")),
+    ("busy_gpus_alone", "reference GPUs busy, one task each"),
+)
+DEFINITIONS = (
+    "Every policy serves the same tasks: a draw has one seed, and all fleets and policies see it. "
+    "The reference of a promise is the task alone, padded and eager as under HF PEFT, on the "
+    "reference device, whatever policy and device serve it.",
+    "Costs of a month are those of GPUs that are held all the time. The savings compare the "
+    "smallest fleets of each draw in pairs; their intervals are bootstrapped over the draws. "
+    "GPUs of one base model serve no other. A fleet that gets more work than it has time for is "
+    "too small, whatever its trace shows before it ends.",
+    "Slowdown counts from a task's start, the finish-time ratio from its arrival, both over the "
+    "reference. Fairness is Jain's index over the tenants' mean finish-time ratios. Effective "
+    "utilisation is the share of GPU time held that goes into tokens a task needs. Energy is that "
+    "of the GPU boards at their rated power.",
+    "What limits is found by relaxing one thing at a time for a fleet that is one step too small: "
+    "memory doubled, everything a fifth faster, or the same tasks arriving evenly.",
+)
+ANALYTIC = (
+    "ANALYTIC: times come from a roofline over published figures of the devices. Nothing was "
+    "measured on them; the error of the cost model below is what it says of itself. Measure with "
+    "`muxtune profile` and give cost=profile cost.path=FILE."
+)
+
+
+def write_page(
+    folder: Path, tables: Tables, drawings: Sequence[Drawing], notes: Sequence[str]
+) -> Path:
+    """Writes report.html into the folder of the tables. Raises OutputError."""
+    sections = [
+        Section("Answer", stories=[*_answer(tables), *([note] for note in notes)]),
+        Section("Pictures", images=[drawing.image for drawing in drawings]),
+        *_table_sections(tables),
+    ]
+    lead = "The smallest fleet that keeps a service level, policy by policy"
+    return write_report(folder, "Capacity", sections, lead)
+
+
+def _answer(tables: Tables) -> list[list[Piece]]:
+    answers = tables["answers"]
+    best = next((row for row in answers if row["recommended"]), None)
+    stories: list[list[Piece]] = [_best(best) if best else ["No fleet asked about will do."]]
+    for row in answers:
+        if not row["feasible"]:
+            stories.append(_infeasible(row))
+    if best:
+        stories += [_limit(row) for row in tables["limits"] if _is_of(row, best) and row["limits"]]
+    if any(row["figures"] == "analytic" for row in answers):
+        stories.append([ANALYTIC])
+    return stories
+
+
+def _is_of(row: Row, answer: Row) -> bool:
+    return (row["policy"], row["device"]) == (answer["policy"], answer["device"])
+
+
+def _best(row: Row) -> list[Piece]:
+    def at(column: str) -> Piece:
+        return cell("answers", row, column)
+
+    story: list[Piece] = [at("num_gpus"), f" GPUs of kind {row['device']} under the policy "]
+    story += [f"{row['policy']} keep the service level for ", at("usd_per_month"), " a month ("]
+    story += [at("usd_per_million_tokens"), " per million effective tokens)."]
+    if row["saving_best_baseline"] is not None:
+        story += [" That saves ", at("saving_best_baseline"), " against one instance a task"]
+        if row["saving_best_baseline_low"] is not None:
+            low, high = at("saving_best_baseline_low"), at("saving_best_baseline_high")
+            story += [" (interval over the draws: ", low, " to ", high, ")"]
+        story += [", on the device where that costs least."]
+    return story
+
+
+def _infeasible(row: Row) -> list[Piece]:
+    story: list[Piece] = [f"No fleet of {row['device']} under {row['policy']} keeps the level: "]
+    story += [f"{row['reason']}. The best that can be had: "]
+    story += [cell("answers", row, "served_share"), " of the tasks, with "]
+    return [*story, cell("answers", row, "num_gpus"), " GPUs."]
+
+
+def _limit(row: Row) -> list[Piece]:
+    return [
+        f"What limits {row['model']}: {row['relaxed']}. With ",
+        cell("limits", row, "num_gpus"),
+        " GPUs, relaxing it serves ",
+        cell("limits", row, "served_share"),
+        " of the tasks as promised (GPUs busy: ",
+        cell("limits", row, "busy_share"),
+        ").",
+    ]
+
+
+def _table_sections(tables: Tables) -> list[Section]:
+    answers = tables["answers"]
+    made = [
+        Section("Cost and savings", tables=[table_of("answers", answers, MONEY)]),
+        Section("Queue and completion", tables=[table_of("answers", answers, TIMES)]),
+        Section("Slowdown and fairness", tables=[table_of("answers", answers, FARE)]),
+        Section("Use of the GPUs", tables=[table_of("answers", answers, USE)]),
+    ]
+    if len(tables["workload"]) > 1:
+        columns = (*OPTION, ("model", "base model"), *MONEY[3:4], *MONEY[6:8], *TIMES[2:3])
+        table = table_of("base_models", tables["base_models"], columns)
+        made.append(Section("By base model", tables=[table]))
+    if tables["limits"]:
+        made.append(Section("What limits", tables=[table_of("limits", tables["limits"], LIMITS)]))
+    if tables["sensitivity"]:
+        table = table_of("sensitivity", tables["sensitivity"], SENSITIVITY)
+        made.append(Section("What the answer hangs on", tables=[table]))
+    made += [
+        Section("Smallest fleet of each draw", tables=[table_of("seeds", tables["seeds"], SEEDS)]),
+        Section("Workload", tables=[table_of("workload", tables["workload"], WORKLOAD)]),
+        Section("Question and prices", tables=[table_of("question", tables["question"], QUESTION)]),
+        Section("How to read it", text="\n\n".join(DEFINITIONS)),
+    ]
+    return made
