@@ -332,7 +332,7 @@ class _Student:
             "first draw": config.seed,
             "share of arrivals not counted": config.warmup_share,
             "hours a month": config.hours_per_month,
-            "power of an idle GPU over a busy one": config.idle_power_share,
+            "power of an idle GPU over a busy one": config.cluster.idle_power_share,
             "largest fleet of a base model": config.max_gpus,
         }
         rows: list[Row] = [
