@@ -205,7 +205,11 @@ class MemoryModel:
                 own: float = method.saved_numbers(shard, slot.rank)
                 if slot.dropout:
                     # A mask of one byte, and the autograd form's dropped input.
-                    own += shard.in_features * (1 + 1 / self.options.dtype_bytes)
+                    behind = slot.method == "bottleneck"
+                    width = shard.out_features if behind else shard.in_features
+                    own += width * (1 + 1 / self.options.dtype_bytes)
+                    # DoRA keeps what the second frozen product gives.
+                    own += shard.out_features if slot.method == "dora" else 0
                 numbers += own / len(slots)
         return numbers + sum(inputs.values())
 

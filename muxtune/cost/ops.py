@@ -383,7 +383,12 @@ def adapter_ops(
         shard = linear.sharded(tp)
         found.extend(method.ops(shard, slot.rank, rows, dtype_bytes))
         if slot.dropout:
-            found.extend(dropout_ops(shard.in_features, rows, dtype_bytes))
+            width = shard.out_features if slot.method == "bottleneck" else shard.in_features
+            found.extend(dropout_ops(width, rows, dtype_bytes))
+        if slot.dropout and slot.method == "dora":
+            # The frozen product once more, of the dropped input.
+            again = linear_ops(shard, rows, dtype_bytes)
+            found.extend(op._replace(category=ADAPTERS) for op in again)
     return found
 
 

@@ -36,7 +36,7 @@ class Batch:
 class SeededDropout(torch.nn.Module):
     """Our mask in the place of torch's: a function of seed, step, sequence, token and module."""
 
-    def __init__(self, module_key: int, rate: float, run: PeftRun) -> None:
+    def __init__(self, module_key: int, rate: float, run: Any) -> None:
         super().__init__()
         self.module_key, self.rate, self.run = module_key, rate, run
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,7 @@ from muxtune.types import AdapterSlot, AdapterSpec, EventKind, PackRule, ResultD
 from muxtune.workload import methods as task_file
 from muxtune.workload.encoding import EncodedSequence
 from muxtune.workload.methods import WITHOUT_TARGETS
-from muxtune_kernels import slot_rows
-from tests.runtime.peft_reference import Batch, plain_copy
+from tests.runtime.peft_reference import Batch, SeededDropout, plain_copy
 from tests.runtime.runtime_helpers import TINY, Bench, make_htask, make_plan, make_task, worst_gap
 
 STEPS = 20
@@ -64,6 +63,9 @@ def mixed_tasks() -> list[TaskSpec]:
             method="ia3",
             targets=("down_proj", "up_proj"),
             options={"feedforward_modules": ["up_proj"]},
+        ),
+        make_task(
+            "dora dropped", **common, method="dora", rank=3, targets=ALL, dropout=0.3, batch_size=2
         ),
         make_task("prefix", **{**common, "lr": 3e-2}, method="prefix", rank=5, targets=()),
         make_task(
@@ -122,6 +124,13 @@ class PeftTraining:
             if hasattr(module, "lora_A") and len(module.lora_A):
                 site = name.removeprefix("base_model.model.")
                 module.lora_A["default"].weight.data.copy_(start[site]["lora_A"])
+        self.now = SimpleNamespace(task=task, step=0, batch=None)
+        if task.adapter.dropout:
+            for name, module in self.model.named_modules():
+                if hasattr(module, "lora_dropout") and len(module.lora_dropout):
+                    key = backbone.sites[name.removeprefix("base_model.model.")].key
+                    dropout = SeededDropout(key, task.adapter.dropout, self.now)
+                    module.lora_dropout["default"] = dropout
         if task.adapter.method in WITHOUT_TARGETS:
             whole = adapter_method(task.adapter.method).save(start)["prompt_embeddings"]
             self.model.prompt_encoder["default"].embedding.weight.data.copy_(whole)
@@ -131,7 +140,7 @@ class PeftTraining:
         )
 
     def backward(self, sequences: Sequence[EncodedSequence]) -> float:
-        batch = Batch(sequences, range(len(sequences)))
+        batch = self.now.batch = Batch(sequences, range(len(sequences)))
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         logits = logits[:, -batch.input_ids.shape[1] :]  # the virtual tokens carry no loss
         total = sum(item.target_tokens for item in sequences)
@@ -147,6 +156,7 @@ class PeftTraining:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.now.step += 1
         return loss, float(norm)
 
 
@@ -280,6 +290,7 @@ def all_tasks() -> list[TaskSpec]:
         *mixed_tasks(),
         make_task("houlsby", **common, rank=5, targets=("o_proj", "down_proj")),
         make_task("after some", **common, rank=2, targets=some, batch_size=1, accumulation=3),
+        make_task("dropped", **common, rank=4, targets=("o_proj", "down_proj"), dropout=0.4),
     ]
 
 
@@ -329,25 +340,34 @@ def test_fast_mode_is_equal_to_rounding(
 class HandMadeBottleneck(torch.nn.Module):
     """Two ``nn.Linear`` behind a frozen linear, by the definition."""
 
-    def __init__(self, frozen: torch.nn.Module, rank: int) -> None:
+    def __init__(
+        self, frozen: torch.nn.Module, rank: int, dropout: torch.nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.frozen = frozen
+        self.frozen, self.dropout = frozen, dropout or torch.nn.Identity()
         width: Any = frozen.out_features
         self.bottleneck_down = torch.nn.Linear(width, rank)
         self.bottleneck_up = torch.nn.Linear(rank, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.frozen(x)
-        return y + self.bottleneck_up(torch.relu(self.bottleneck_down(y)))
+        inner = torch.relu(self.bottleneck_down(self.dropout(y)))
+        return y + self.bottleneck_up(inner)
 
 
-def hand_made(store: BackboneStore, task: TaskSpec, tensors: dict[str, torch.Tensor]) -> Any:
+def hand_made(
+    store: BackboneStore, task: TaskSpec, tensors: dict[str, torch.Tensor], now: Any = None
+) -> Any:
     """A plain model with bottlenecks at the targets, holding ``tensors`` of a saved folder."""
     model = plain_copy(store.get("tiny").model).requires_grad_(False)
+    rate = task.adapter.dropout if now is not None else 0.0
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in task.adapter.targets:
             parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], HandMadeBottleneck(module, task.adapter.rank))
+            key = store.get("tiny").sites[name].key
+            dropout = SeededDropout(key, rate, now) if rate else None
+            made = HandMadeBottleneck(module, task.adapter.rank, dropout)
+            setattr(parent, name.rpartition(".")[2], made)
     own = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
     wrong = model.load_state_dict(own, strict=False)
     assert not wrong.unexpected_keys
@@ -355,7 +375,7 @@ def hand_made(store: BackboneStore, task: TaskSpec, tensors: dict[str, torch.Ten
     return model
 
 
-@pytest.mark.parametrize("task_id", ["houlsby", "after some"])
+@pytest.mark.parametrize("task_id", ["houlsby", "after some", "dropped"])
 def test_a_bottleneck_equals_two_linears_by_hand(
     store: BackboneStore, tmp_path: Path, task_id: str
 ) -> None:
@@ -365,12 +385,14 @@ def test_a_bottleneck_equals_two_linears_by_hand(
     method, backbone = adapter_method("bottleneck"), store.get("tiny")
     start = AdapterBank(backbone, torch.float32).create(task, STEPS).parameters()
     tensors = {k: v for site in start for k, v in method.to_peft(site, start[site]).items()}
-    model = hand_made(store, task, tensors)
+    now = SimpleNamespace(task=task, step=0, batch=None)
+    model = hand_made(store, task, tensors, now)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=task.optimizer.lr, weight_decay=0.0)
     for step, record in enumerate(r for r in bench.recorder.steps if r.task_id == task_id):
         sequences = bench.library.step_sequences(task_id, step)
-        batch = Batch(sequences, range(len(sequences)))
+        now.step, now.batch = step, Batch(sequences, range(len(sequences)))
+        batch = now.batch
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         loss.backward()
@@ -416,49 +438,17 @@ def test_a_nan_stays_with_its_task(
     assert worst_gap(kept[1], kept[0]) <= (0.0 if deterministic else 1e-5)
 
 
-def test_ops_of_a_site_do_not_grow_with_the_tasks(store: BackboneStore) -> None:
-    """The fast form of all stages around the low-rank product, which is the kernels' business."""
-    sizes = []
-    for count in (2, 6):
-        tasks = [
-            make_task(f"{method}{number}", method=method, targets=targets_of(method))
-            for method in sorted(METHODS)
-            for number in range(count)
-        ]
-        bank = AdapterBank(store.get("tiny"), torch.float32)
-        states = {task.task_id: bank.create(task, 1) for task in tasks}
-        (pool,) = bank.arrange([make_htask(tasks)], states)
-        spans = [(slot, 2 * slot, 2 * slot + 2) for slot in range(len(tasks))]
-        rows = slot_rows(spans, 2 * len(tasks), len(tasks))
-        current = AdapterPass(pool, rows, None, False, torch.zeros((), requires_grad=True))
-        name = "model.layers.0.mlp.down_proj"
-        base, site = store.get("tiny").model.get_submodule(name).base, pool.sites[name]
-        y_TO = torch.ones(rows.slot_of_row_T.numel(), base.site.out_features)
-        with torch.profiler.profile() as profile:
-            for method in site.method.methods:
-                y_TO = method.aggregate(y_TO, base, site, current)
-            x_TD = torch.ones(rows.slot_of_row_T.numel(), base.site.in_features)
-            for method in site.method.methods:
-                x_TD = method.dispatch(x_TD, base, site, current)
-        # Views of single slots' rows launch nothing.
-        views = {"aten::slice", "aten::as_strided"}
-        names = Counter(event.name for event in profile.events() or ())
-        sizes.append({name: count for name, count in names.items() if name not in views})
-    assert sizes[0] == sizes[1]
-    assert sizes[0]["aten::bmm"] >= 3
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (AdapterSpec("lora", options={"use_rslora": 1}), "use_rslora.*true or false"),
         (AdapterSpec("dora", rank=0), "adapter.rank"),
-        (AdapterSpec("dora", dropout=0.1), "adapter.dropout.*takes none"),
+        (AdapterSpec("dora", dropout=1.0), "adapter.dropout.*number in"),
         (AdapterSpec("prefix"), "adapter.targets.*adapts no linear"),
         (AdapterSpec("prompt", targets=(), rank=0), "adapter.rank"),
         (AdapterSpec("prompt", targets=(), dropout=0.1), "adapter.dropout.*takes none"),
         (AdapterSpec("prefix", targets=(), options={"projection": 1}), "not projection"),
-        (AdapterSpec("bottleneck", dropout=0.1), "adapter.dropout.*takes none"),
+        (AdapterSpec("bottleneck", dropout=-0.1), "adapter.dropout.*number in"),
         (AdapterSpec("bottleneck", options={"activation": "gelu"}), "takes none, not activation"),
         (AdapterSpec("ia3", dropout=0.1), "adapter.dropout.*takes none"),
         (AdapterSpec("ia3", options={"colour": 1}), "colour"),

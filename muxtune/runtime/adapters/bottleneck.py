@@ -4,14 +4,15 @@
 
 with the targets o_proj and down_proj that is Houlsby's place: after attention and after the MLP,
 before the residual sums. D is [rank, O]; U, kept transposed, is [rank, O]. U and both biases
-start at zero, so a fresh adapter changes nothing. Alpha has no meaning; no dropout.
+start at zero, so a fresh adapter changes nothing. Alpha has no meaning. Dropout falls on what D
+reads: relu(dropout(y) D^T + d).
 
 PEFT has no such method, so no PEFT model loads the folder. Its format is PEFT's otherwise:
 ``peft_type`` is MUXTUNE_BOTTLENECK, and a site has the tensors ``bottleneck_down.weight``
 [rank, O], ``bottleneck_down.bias`` [rank], ``bottleneck_up.weight`` [O, rank] and
 ``bottleneck_up.bias`` [O], as two ``nn.Linear`` of these names would.
 
-Shape suffixes: T rows, N spans, L rows of the longest span, C rows of one span, r rank, O outputs.
+Shape suffixes: T rows, C rows of one span, r rank, O outputs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from muxtune.runtime.adapters.checks import check_no_dropout, check_options, check_rank
+from muxtune.runtime.adapters.checks import check_dropout, check_options, check_rank
 from muxtune.runtime.adapters.contract import AdapterMethod, Parameters
+from muxtune.runtime.adapters.stable_lora import dropped, keep_rows
 from muxtune.runtime.linear import BaseLinear, LinearSite
 from muxtune.types import AdapterSlot, AdapterSpec
+from muxtune_kernels.bottleneck import multi_task_bottleneck
 
 if TYPE_CHECKING:
     from muxtune.runtime.bank import ParameterPool, SitePool
@@ -42,7 +45,7 @@ class Bottleneck(AdapterMethod):
 
     def check(self, spec: AdapterSpec) -> None:
         check_rank(spec)
-        check_no_dropout(spec)
+        check_dropout(spec)
         check_options(spec)
 
     def shapes(self, slot: AdapterSlot, site: LinearSite) -> dict[str, tuple[int, int]]:
@@ -70,15 +73,29 @@ class Bottleneck(AdapterMethod):
         }
 
     def aggregate(
-        self, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
+        self, x_TD: Tensor, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
     ) -> Tensor:
         pools = [pool.parameters[name] for name in NAMES]
         spans = [span for span in current.rows.spans if pools[0].owned[span[0]]]
         if not spans:
             return y_TO
-        if current.deterministic:
-            return _Spans.apply(y_TO, current.anchor, spans, pools, current)
-        return _batched(y_TO, spans, pools, current)
+        if current.deterministic and not y_TO.is_cuda:
+            return _Spans.apply(y_TO, base.site.key, current.anchor, spans, pools, current)
+        down, down_bias, up, up_bias = (current.leaf(parameters) for parameters in pools)
+        rows_S = pools[0].row_of_slot_S
+        return multi_task_bottleneck(
+            y_TO,
+            down,
+            down_bias.squeeze(1),
+            up,
+            up_bias,
+            rows_S[:-1] < rows_S[-1],
+            pools[0].slot_rows,
+            current.rows,
+            current.dropout,
+            base.site.key,
+            current.deterministic,
+        )
 
     def to_peft(self, site_name: str, parameters: Parameters) -> dict[str, Tensor]:
         prefix = f"base_model.model.{site_name}"
@@ -115,6 +132,8 @@ class _Span(NamedTuple):
     rows: slice
     pool_rows: list[slice]
     inner_Cr: Tensor
+    keep_CO: Tensor | None
+    keep_scale: float
 
 
 class _Spans(torch.autograd.Function):
@@ -124,6 +143,7 @@ class _Spans(torch.autograd.Function):
     def forward(
         ctx: Any,
         y_TO: Tensor,
+        key: int,
         anchor: Tensor | None,
         spans: Sequence[tuple[int, int, int]],
         pools: Sequence[ParameterPool],
@@ -135,9 +155,11 @@ class _Spans(torch.autograd.Function):
             pool_rows = [pool.rows_of(slot) for pool in pools]
             down_rO, down_bias_r1, up_rO, up_bias_1O = _weights(pools, pool_rows, y_TO)
             rows = slice(start, stop)
-            inner_Cr = (y_TO[rows] @ down_rO.T + down_bias_r1.T).relu_()
+            keep_CO, keep_scale = keep_rows(current, slot, rows, key, y_TO.shape[1])
+            kept_CO = dropped(y_TO[rows], keep_CO, keep_scale)
+            inner_Cr = (kept_CO @ down_rO.T + down_bias_r1.T).relu_()
             z_TO[rows] += inner_Cr @ up_rO + up_bias_1O
-            ctx.spans.append(_Span(rows, pool_rows, inner_Cr))
+            ctx.spans.append(_Span(rows, pool_rows, inner_Cr, keep_CO, keep_scale))
         ctx.save_for_backward(y_TO)
         ctx.operands = pools, current
         return z_TO
@@ -149,66 +171,25 @@ class _Spans(torch.autograd.Function):
         grad_TO = grad_outputs[0]
         grad_y_TO = grad_TO.clone()
         dtype = pools[0].grad_RW.dtype
-        for rows, pool_rows, inner_Cr in ctx.spans:
+        for rows, pool_rows, inner_Cr, keep_CO, keep_scale in ctx.spans:
             down_rO, _, up_rO, _ = _weights(pools, pool_rows, y_TO)
             grad_CO = grad_TO[rows]
             grad_inner_Cr = (grad_CO @ up_rO.T).masked_fill_(inner_Cr <= 0, 0)
-            grad_y_TO[rows] += grad_inner_Cr @ down_rO
+            grad_y_TO[rows] += dropped(grad_inner_Cr @ down_rO, keep_CO, keep_scale)
+            kept_CO = dropped(y_TO[rows], keep_CO, keep_scale)
             exact_Cr, exact_CO = grad_inner_Cr.to(dtype), grad_CO.to(dtype)
             sums = (
-                exact_Cr.T @ y_TO[rows].to(dtype),
+                exact_Cr.T @ kept_CO.to(dtype),
                 exact_Cr.sum(0)[:, None],
                 inner_Cr.to(dtype).T @ exact_CO,
                 exact_CO.sum(0, keepdim=True),
             )
             for pool, pool_row, total in zip(pools, pool_rows, sums, strict=True):
                 current.stage(pool, pool_row, total)
-        return grad_y_TO, None, None, None, None
+        return grad_y_TO, None, None, None, None, None
 
 
 def _weights(
     pools: Sequence[ParameterPool], pool_rows: Sequence[slice], y_TO: Tensor
 ) -> list[Tensor]:
     return [pool.param_RW[rows].to(y_TO.dtype) for pool, rows in zip(pools, pool_rows, strict=True)]
-
-
-def _batched(
-    y_TO: Tensor,
-    spans: Sequence[tuple[int, int, int]],
-    pools: Sequence[ParameterPool],
-    current: AdapterPass,
-) -> Tensor:
-    """All spans in two batched products, padded to the longest span and the largest rank. A
-    batch entry sees one slot only, so a NaN stays where it is."""
-    down_NrO, down_bias_Nr1, up_NrO, up_bias_N1O = (
-        _gathered(pool, spans, current).to(y_TO.dtype) for pool in pools
-    )
-    longest = max(stop - start for _, start, stop in spans)
-    places = [place for _, start, stop in spans for place in range(start, stop)]
-    padded = [
-        min(start + row, stop - 1) for _, start, stop in spans for row in range(longest)
-    ]  # past its end a span repeats its last row, which is dropped below
-    kept = [n * longest + row for n, (_, a, b) in enumerate(spans) for row in range(b - a)]
-    place_T, padded_NL, kept_T = (
-        torch.tensor(index, device=y_TO.device) for index in (places, padded, kept)
-    )
-    y_NLO = y_TO.index_select(0, padded_NL).view(len(spans), longest, -1)
-    inner_NLr = (torch.bmm(y_NLO, down_NrO.mT) + down_bias_Nr1.mT).relu()
-    change_NLO = torch.bmm(inner_NLr, up_NrO) + up_bias_N1O
-    return y_TO.index_add(0, place_T, change_NLO.flatten(0, 1).index_select(0, kept_T))
-
-
-def _gathered(
-    pool: ParameterPool, spans: Sequence[tuple[int, int, int]], current: AdapterPass
-) -> Tensor:
-    """[N, rows, width] of the spans' slots, zero below those with fewer rows."""
-    leaf_RW = current.leaf(pool)
-    most, none = max(pool.slot_rows), leaf_RW.shape[0]
-    padded_RW = torch.cat([leaf_RW, leaf_RW.new_zeros(1, leaf_RW.shape[1])])
-    index = [
-        pool.rows_of(slot).start + row if row < pool.slot_rows[slot] else none
-        for slot, _, _ in spans
-        for row in range(most)
-    ]
-    picked = padded_RW.index_select(0, torch.tensor(index, device=leaf_RW.device))
-    return picked.view(len(spans), most, -1)

@@ -92,9 +92,10 @@ class AdapterMethod(Protocol):
         return x_TD
 
     def aggregate(
-        self, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
+        self, x_TD: Tensor, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
     ) -> Tensor:
-        """What leaves the site, from the frozen and low-rank products' sum; [T, O]."""
+        """What leaves the site, from the frozen and low-rank products' sum; [T, O]. ``x_TD``: what
+        the frozen product has read."""
         return y_TO
 
     def save(self, parameters: Mapping[str, Parameters]) -> dict[str, Tensor]:

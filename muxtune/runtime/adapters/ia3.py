@@ -60,7 +60,7 @@ class IA3(AdapterMethod):
         return scale_rows(x_TD, vectors, current) if any(vectors.owned) else x_TD
 
     def aggregate(
-        self, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
+        self, x_TD: Tensor, y_TO: Tensor, base: BaseLinear, pool: SitePool, current: AdapterPass
     ) -> Tensor:
         vectors = pool.parameters[OUT]
         return scale_rows(y_TO, vectors, current) if any(vectors.owned) else y_TO

@@ -30,5 +30,5 @@ class SiteMethods:
             x_TD = method.dispatch(x_TD, base, pool, current)
         y_TO = base_linear(x_TD, base, pool, current)
         for method in self.methods:
-            y_TO = method.aggregate(y_TO, base, pool, current)
+            y_TO = method.aggregate(x_TD, y_TO, base, pool, current)
         return y_TO

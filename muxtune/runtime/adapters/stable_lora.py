@@ -87,15 +87,11 @@ def _add_adapter(
 ) -> _Span:
     slot, start, stop = span
     rows, pool_rows = slice(start, stop), a.rows_of(slot)
-    rate, scale = current.pool.rates[slot], current.pool.scales[slot]
-    keep_CD = None
-    if rate and current.dropout is not None:
-        row_key_C, first = current.dropout.row_key_T[rows], base.site.first_feature
-        keep_CD = dropout_keep_mask(row_key_C, base.site.key, first + x_TD.shape[1], rate)[
-            :, first:
-        ]
-    keep_scale = 1 / (1 - rate)
-    low_Cr = _dropped(x_TD[rows], keep_CD, keep_scale) @ a.param_RW[pool_rows].T
+    scale = current.pool.scales[slot]
+    first = base.site.first_feature
+    keep_CD, keep_scale = keep_rows(current, slot, rows, base.site.key, first + x_TD.shape[1])
+    keep_CD = None if keep_CD is None else keep_CD[:, first:]
+    low_Cr = dropped(x_TD[rows], keep_CD, keep_scale) @ a.param_RW[pool_rows].T
     y_TO[rows].addmm_(low_Cr, b.param_RW[pool_rows], alpha=scale)
     return _Span(rows, pool_rows, scale, keep_scale, keep_CD, low_Cr)
 
@@ -112,13 +108,24 @@ def _backward_span(
     rows, pool_rows = span.rows, span.pool_rows
     grad_CO = grad_TO[rows]
     grad_low_Cr = (grad_CO @ b.param_RW[pool_rows].T).mul_(span.scale)
-    kept_CD = _dropped(x_TD[rows], span.keep_CD, span.keep_scale)
+    kept_CD = dropped(x_TD[rows], span.keep_CD, span.keep_scale)
     current.stage(a, pool_rows, grad_low_Cr.double().T @ kept_CD.double())
     current.stage(b, pool_rows, (span.low_Cr.double() * span.scale).T @ grad_CO.double())
     if grad_x_TD is not None:
         grad_kept_CD = grad_low_Cr @ a.param_RW[pool_rows]
-        grad_x_TD[rows] += _dropped(grad_kept_CD, span.keep_CD, span.keep_scale)
+        grad_x_TD[rows] += dropped(grad_kept_CD, span.keep_CD, span.keep_scale)
 
 
-def _dropped(x_CD: Tensor, keep_CD: Tensor | None, keep_scale: float) -> Tensor:
+def keep_rows(
+    current: AdapterPass, slot: int, rows: slice, key: int, width: int
+) -> tuple[Tensor | None, float]:
+    """One span's dropout: which numbers of [C, width] are kept (None: all), and their factor."""
+    rate = current.pool.rates[slot]
+    if not rate or current.dropout is None:
+        return None, 1.0
+    row_key_C = current.dropout.row_key_T[rows]
+    return dropout_keep_mask(row_key_C, key, width, rate), 1 / (1 - rate)
+
+
+def dropped(x_CD: Tensor, keep_CD: Tensor | None, keep_scale: float) -> Tensor:
     return x_CD if keep_CD is None else (x_CD * keep_CD).mul_(keep_scale)
