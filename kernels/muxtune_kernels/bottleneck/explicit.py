@@ -214,7 +214,8 @@ def _reference_backward(
 ) -> tuple[Tensor, BottleneckGrads]:  # fmt: skip
     leaves = [tensor.detach().requires_grad_() for tensor in (y_TO, *pool[:4])]
     with torch.enable_grad():
-        z_TO = _reference(leaves[0], BottleneckPool(*leaves[1:], *pool[4:]), rows, dropout)
+        own = BottleneckPool(leaves[1], leaves[2], leaves[3], leaves[4], *pool[4:])
+        z_TO = _reference(leaves[0], own, rows, dropout)
     dy_TO, *found = torch.autograd.grad(z_TO, leaves, dz_TO, allow_unused=True)
     whole = (torch.zeros_like(p) if g is None else g for g, p in zip(found, pool[:4], strict=True))
     grads = BottleneckGrads(*whole)
