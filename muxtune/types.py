@@ -267,7 +267,11 @@ class Prediction(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The decision as data, valid for many rounds; replaces the older epoch at a round boundary."""
+    """The decision as data, valid for many rounds; replaces the older epoch at a round boundary.
+
+    ``interleaves``: what a pipeline without an order does: different hTasks' micro-batches enter
+    as soon as they may, or each turn drains before the next begins.
+    """
 
     instance_id: str
     epoch: int
@@ -279,6 +283,7 @@ class Plan(NamedTuple):
     predicted: Prediction
     order: Mapping[RankStream, tuple[SubgraphRef, ...]] = {}
     reason: str = ""  # one line for people: why this plan
+    interleaves: bool = True
 
     @property
     def task_ids(self) -> tuple[str, ...]:
@@ -431,11 +436,13 @@ class Subgraph(NamedTuple):
 
 
 class SubgraphTimes(NamedTuple):
-    """Per hTask: its subgraphs and their seconds, in index order."""
+    """Per hTask: its subgraphs and their seconds, in index order. ``contention``: factors by
+    which a compute, and a communication kernel take longer while the other stream is busy."""
 
     subgraphs: tuple[tuple[Subgraph, ...], ...]
     times_s: tuple[tuple[float, ...], ...]
     extrapolated: bool
+    contention: tuple[float, float] = (1.0, 1.0)
 
 
 # ----------------------------------------------------------------------------------- instances

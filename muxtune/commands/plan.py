@@ -12,9 +12,20 @@ from muxtune.config import PlanConfig
 from muxtune.cost.book import CostBook
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.fleet import task_view
-from muxtune.planners.explanation import Alternative, Padding, alternatives, padding, remedies
+from muxtune.planners.explanation import (
+    Alternative,
+    Fusion,
+    Padding,
+    alternatives,
+    fusions,
+    layouts,
+    padding,
+    remedies,
+)
+from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of, played, schedule_spans
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.protocols import CostModel, InstancePlanner, LengthSource, TaskLibrary
+from muxtune.report.gantt import gantt, schedule_trace
 from muxtune.report.recording import PlanSample
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
@@ -30,7 +41,11 @@ from muxtune.types import (
 )
 
 FORMATS = ("table", "json")
-PLAN_FILE = "plan.json"
+PLAN_FILE, TRACE_FILE = "plan.json", "trace.json"
+GANTT_FILE, ZOOM_FILE = "gantt.png", "gantt_zoom.png"
+ZOOM = 24
+DRAWN_ROUNDS = 2.5
+SHOWN_APART = 3  # pairs of hTasks that come closest to being one
 MIN_HELP = 0.005
 SAMPLED_ROUNDS = 16  # of which the breakdown is the mean
 
@@ -43,10 +58,13 @@ class Refused(NamedTuple):
 
 
 class RoundSample(NamedTuple):
-    """Means over sampled rounds of real batches. ``breakdown_s``: seconds of a round by cause."""
+    """Means over sampled rounds of real batches. ``breakdown_s``: seconds of a round by cause, as
+    its passes take them one after the other; ``time_s``: of the round, in which the passes of
+    several GPUs overlap or wait for each other, as ``pace`` says."""
 
     breakdown_s: dict[str, float]
     time_s: float
+    pace: Pace
     effective_tokens: float
     padded_tokens: float
     micro_batches: float
@@ -54,6 +72,7 @@ class RoundSample(NamedTuple):
 
 
 class Explanation(NamedTuple):
+    fusions: list[Fusion]
     alternatives: list[Alternative]
     remedies: list[Alternative]
 
@@ -164,10 +183,15 @@ def sample_rounds(
         batches += made
     breakdown: dict[str, float] = {}
     replica = plan.replicas[0]
+    passes, spent_s = [0.0] * len(plan.htasks), [0.0] * len(plan.htasks)
     for batch in batches:
         parts = cost.breakdown_s(pass_load(batch, lengths), replica)
+        passes[batch.htask] += 1 / rounds
+        spent_s[batch.htask] += sum(parts.values()) / rounds
         for name, seconds in parts.items():
             breakdown[name] = breakdown.get(name, 0.0) + seconds / rounds
+    times_s = [seconds / n if n else 0.0 for seconds, n in zip(spent_s, passes, strict=True)]
+    pace = pace_of(plan, cost, passes, times_s)
     effective = sum(
         piece.stop - piece.start
         for batch in batches
@@ -176,7 +200,8 @@ def sample_rounds(
     )
     return RoundSample(
         breakdown,
-        sum(breakdown.values()),
+        pace.factor * sum(breakdown.values()),
+        pace,
         effective / rounds,
         sum(batch.shape.padded_tokens for batch in batches) / rounds,
         len(batches) / rounds,
@@ -190,7 +215,13 @@ def explain(config: PlanConfig, costs: CostBook, instance: InstanceView, plan: P
     def make(options: Mapping[str, object]) -> InstancePlanner:
         return build.planner({**config.planner, **options}, costs)
 
-    return Explanation(alternatives(instance, plan, make), remedies(instance, plan, make))
+    helpful = remedies(instance, plan, make)
+    helpful += layouts(instance, plan, make, costs.shape(instance.model))
+    return Explanation(
+        fusions(instance, plan, make({})),
+        alternatives(instance, plan, make),
+        sorted(helpful, key=lambda item: item.slower),
+    )
 
 
 # ------------------------------------------------------------------------------------- presenting
@@ -213,19 +244,23 @@ def _present(
     content = {
         "plan": codec.encode(plan),
         "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
-        "sampled_round": sample._asdict() | {"padding": sample.padding._asdict()},
+        "sampled_round": sample._asdict()
+        | {"padding": sample.padding._asdict(), "pace": sample.pace._asdict()},
+        "fusions": [item._asdict() for item in explanation.fusions],
         "alternatives": [item._asdict() for item in explanation.alternatives],
         "remedies": [item._asdict() for item in explanation.remedies],
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
         "memory_limit_bytes": spec.memory_limit_bytes,
     }
     folder.write_json(PLAN_FILE, content)
+    pictures = draw_order(folder.path, spec, plan, cost) if plan.order else []
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
         _print_plan(spec, plan, taken, refused, sample, ledgers)
         _print_explanation(explanation)
-        make_console().print(f"wrote {folder.path / PLAN_FILE}", soft_wrap=True)
+        for name in (PLAN_FILE, *pictures):
+            make_console().print(f"wrote {folder.path / name}", soft_wrap=True)
     predicted = plan.predicted
     return {
         "planner": config.planner["name"],
@@ -238,6 +273,26 @@ def _present(
         "padded_tokens_per_s": sample.padded_tokens / predicted.round_time_s.value,
         "peak_memory_bytes": ledgers.peak.value,
     }
+
+
+def draw_order(folder: Path, spec: InstanceSpec, plan: Plan, cost: CostModel) -> list[str]:
+    """The plan's rounds on every stage's streams: a Gantt chart from the cold start on, and a
+    Perfetto trace. Returns the names of the files."""
+    timeline = played(plan, cost.subgraph_times_s(plan))
+    names = [", ".join(sorted(htask.quota)) for htask in plan.htasks]
+    spans = list(schedule_spans(timeline, names))
+    until_ns = int(DRAWN_ROUNDS * timeline.period_ns)
+    replica = plan.replicas[0]
+    title = f"{spec.model} on {spec.device}, TP {replica.tp} x PP {replica.pp}"
+    caption = f"from a cold start; a steady round takes {timeline.period_ns / 1e6:.1f} ms"
+    files = [GANTT_FILE]
+    gantt(folder / GANTT_FILE, spans, title, (0, until_ns), caption)
+    if replica.tp > 1:  # whose collectives are too many to be seen in a whole round
+        window = (until_ns // 2, until_ns // 2 + int(timeline.period_ns / ZOOM))
+        gantt(folder / ZOOM_FILE, spans, title, window, f"1/{ZOOM} of a round")
+        files.append(ZOOM_FILE)
+    schedule_trace(folder / TRACE_FILE, (span for span in spans if span.start_ns < until_ns))
+    return [*files, TRACE_FILE]
 
 
 def _print_plan(
@@ -302,7 +357,6 @@ def _task_table(plan: Plan, views: list[TaskView]) -> Any:
 
 def _time_table(plan: Plan, sample: RoundSample) -> Any:
     round_s = plan.predicted.round_time_s
-    shares = sorted(sample.breakdown_s.items(), key=lambda pair: -pair[1])
     rows: list[tuple[object, ...]] = [
         ("one round, predicted", format_seconds(round_s.value), None),
         (
@@ -311,11 +365,7 @@ def _time_table(plan: Plan, sample: RoundSample) -> Any:
             None,
         ),
         ("one round, packed and costed", format_seconds(sample.time_s), "100%"),
-        *(
-            (f"  {name}", format_seconds(seconds), f"{seconds / sample.time_s:.1%}")
-            for name, seconds in shares
-            if seconds > 0
-        ),
+        *_round_rows(sample),
         ("a step of every task", format_seconds(plan.predicted.tasks_step_time_s), None),
         ("effective tokens a round", round(sample.effective_tokens), None),
         (
@@ -333,6 +383,32 @@ def _time_table(plan: Plan, sample: RoundSample) -> Any:
     return make_table("Where the time goes", ("of a round", "value", "share"), rows)
 
 
+def _round_rows(sample: RoundSample) -> list[tuple[object, ...]]:
+    """A round by cause. On several GPUs: what a GPU computes, as a mean over the stages, and why
+    it does not compute in the rest."""
+    spent = dict(sample.breakdown_s)
+    pace = sample.pace
+    if pace != ONE_GPU:
+        spent.pop("communication", None)
+        scale = pace.computing * sample.time_s / sum(spent.values())
+        spent = {name: scale * seconds for name, seconds in spent.items()}
+        spent |= {
+            "communication not hidden": pace.exposed_communication * sample.time_s,
+            "bubbles: stage imbalance": pace.imbalance * sample.time_s,
+            "bubbles: fill and drain": pace.fill_drain * sample.time_s,
+            "bubbles: stalls": pace.stalls * sample.time_s,
+        }
+    rows: list[tuple[object, ...]] = [
+        (f"  {name}", format_seconds(seconds), f"{seconds / sample.time_s:.1%}")
+        for name, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
+        if seconds > 0
+    ]
+    if pace.once:
+        once = format_seconds(pace.once * sample.time_s)
+        rows.append(("fill and drain, once a plan", once, None))
+    return rows
+
+
 def _memory_table(ledgers: StageLedgers, limit_bytes: int) -> Any:
     rows: list[tuple[object, ...]] = []
     for ledger in ledgers.ledgers:
@@ -346,6 +422,9 @@ def _memory_table(ledgers: StageLedgers, limit_bytes: int) -> Any:
 
 def _print_explanation(explanation: Explanation) -> None:
     console = make_console()
+    apart = sorted((f for f in explanation.fusions if f.apart), key=lambda item: item.slower)
+    for item in [f for f in explanation.fusions if not f.apart] + apart[:SHOWN_APART]:
+        console.print(_fusion_line(item), soft_wrap=True)
     rows = [
         (item.name, format_seconds(item.step_time_s), f"{item.slower:+.1%}")
         for item in explanation.alternatives[:4]
@@ -358,6 +437,14 @@ def _print_explanation(explanation: Explanation) -> None:
         console.print(f"would help: {item.name}: {item.slower:+.1%} time", soft_wrap=True)
     if not helpful:
         console.print("would help: neither more memory nor finer shapes; only a faster device")
+
+
+def _fusion_line(item: Fusion) -> str:
+    sets = [", ".join(names) for names in item.task_ids]
+    otherwise = f"{format_seconds(item.step_time_s)} ({item.slower:+.1%}) a step of every task"
+    if item.apart:
+        return f"kept apart: {sets[0]} | {sets[1]}: in one hTask it would be {otherwise}"
+    return f"fused: {sets[0]}: each in an hTask of its own it would be {otherwise}"
 
 
 def _print_refused(refused: list[Refused]) -> None:

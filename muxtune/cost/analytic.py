@@ -42,7 +42,13 @@ class AnalyticOptions(NamedTuple):
     such that HF PEFT's 16 x 256 tokens come out. ``grouped_adapters``: all slots of a linear share
     their kernels (S-LoRA, LoRAFusion, tLoRA); else every adapter launches its own (HF PEFT,
     mLoRA), which costs most where the host launches. ``link_efficiency``, ``collective_latency_s``:
-    through the measured all-reduces of two H200. ``relative_error``: half-width of the interval.
+    through the measured all-reduces of two H200. ``stage_link_bytes_per_s``: one direction
+    between pipeline stages, where they lie on different hosts; 0: the device's own link.
+    ``fast_link_contention``, ``slow_link_contention``: by which factors compute, and
+    communication, take longer while they overlap, over links of at least
+    ``fast_link_bytes_per_s`` and below: from the same linear with an all-reduce beside it, by
+    NVLink and without peer access (``orchestration.contention``).
+    ``relative_error``: half-width of the interval.
     """
 
     style: str = GRAPH
@@ -58,6 +64,10 @@ class AnalyticOptions(NamedTuple):
     grouped_adapters: bool = True
     link_efficiency: float = 0.62
     collective_latency_s: float = 37e-6
+    stage_link_bytes_per_s: float = 0.0
+    fast_link_bytes_per_s: float = 150e9
+    fast_link_contention: tuple[float, float] = (2.744, 1.25)
+    slow_link_contention: tuple[float, float] = (1.448, 1.05)
     adapter_load_latency_s: float = 0.05
     capture_s: float = 0.5
     capture_passes: float = 4.0
@@ -116,11 +126,13 @@ class AnalyticCostModel(ComposedCostModel):
 
     def _exchange_s(self, op: Op) -> float:
         """Ring all-reduce: 2 (n-1)/n of the bytes over each link; a transfer: all of them."""
-        share = 1.0
+        share, speed = 1.0, self.device.link_bytes_per_s
         if op.name.startswith("all_reduce.tp"):
             ranks = int(op.name.removeprefix("all_reduce.tp"))
             share = 2 * (ranks - 1) / ranks
-        speed = self.device.link_bytes_per_s * self.options.link_efficiency
+        elif self.options.stage_link_bytes_per_s:
+            speed = self.options.stage_link_bytes_per_s
+        speed *= self.options.link_efficiency
         return self.options.collective_latency_s + share * op.bytes / speed
 
     def _estimate(self, seconds: float) -> Time:
@@ -178,6 +190,10 @@ class AnalyticCostModel(ComposedCostModel):
         if not self._eager:
             return 0.0
         return max(0.0, kernels * self.options.eager_host_s - device_s)
+
+    def contention(self) -> tuple[float, float]:
+        fast = self.device.link_bytes_per_s >= self.options.fast_link_bytes_per_s
+        return self.options.fast_link_contention if fast else self.options.slow_link_contention
 
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         """Weights, gradients and optimizer state over the host link, plus a latency."""

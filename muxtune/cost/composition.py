@@ -21,6 +21,7 @@ from muxtune.cost.curves import Time
 from muxtune.cost.memory import MemoryModel, stage_layers
 from muxtune.cost.ops import Op
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.subgraphs import ComposedSubgraphCosts, pass_subgraphs
 from muxtune.types import (
     AdapterSlot,
     Estimate,
@@ -32,13 +33,11 @@ from muxtune.types import (
     ShapeKey,
     StageLedgers,
     Subgraph,
-    SubgraphKind,
     SubgraphTimes,
 )
 
 _SOLO = ReplicaShape()
 _MEMO_SIZE = 1 << 16
-LAYER_GROUPS = 4
 _Value = TypeVar("_Value")
 
 
@@ -160,6 +159,11 @@ class ComposedCostModel(ABC):
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Preparing one shape that has not run before (graph capture, compilation)."""
 
+    def contention(self) -> tuple[float, float]:
+        """Factors by which a compute kernel, and a communication kernel, take longer while the
+        other stream of their GPU is busy."""
+        return 1.0, 1.0
+
     def slot_overhead_s(self, slots: tuple[AdapterSlot, ...], layers: int) -> float:
         """Time of a pass that the presence of slots adds besides their operations."""
         return 0.0
@@ -210,17 +214,25 @@ class ComposedCostModel(ABC):
         return {category: seconds for category, seconds in result.items() if seconds}
 
     def subgraph_times_s(self, plan: Plan) -> SubgraphTimes:
-        """Subgraphs of each hTask's largest shape under ``nominal_load``, on the plan's first
-        replica: forward layer groups stage by stage, loss, backward layer groups, optimizer. For
-        one stage they sum to ``pass_times_s`` of that load."""
+        """See ``muxtune.cost.subgraphs``: of each hTask's largest shape under ``nominal_load``, on
+        the plan's first replica. For one GPU they sum to ``pass_times_s`` of that load."""
         replica = plan.replicas[0]
-        graphs, times, extrapolated = [], [], False
-        for htask in plan.htasks:
-            graph, seconds, outside = self._graph(htask.shapes[-1], replica)
-            graphs.append(graph)
-            times.append(seconds)
-            extrapolated |= outside
-        return SubgraphTimes(tuple(graphs), tuple(times), extrapolated)
+        rows = [self._subgraphs(htask.shapes[-1], replica) for htask in plan.htasks]
+        return SubgraphTimes(
+            tuple(graph for graph, _ in rows),
+            tuple(times for _, times in rows),
+            any(self.pass_coefficients(h.shapes[-1], replica).extrapolated for h in plan.htasks),
+            self.contention(),
+        )
+
+    def _subgraphs(
+        self, shape: ShapeKey, replica: ReplicaShape
+    ) -> tuple[tuple[Subgraph, ...], tuple[float, ...]]:
+        key = ("subgraphs", shape, replica)
+        if key not in self._memo:
+            costs = ComposedSubgraphCosts(self, nominal_load)
+            self._remember(key, pass_subgraphs(self.model, shape, replica, costs))
+        return self._memo[key]  # type: ignore[return-value]
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
@@ -430,26 +442,6 @@ class ComposedCostModel(ABC):
     def _load_outside(self, load: PassLoad, replica: ReplicaShape) -> bool:
         return load.loss_rows > min(rate.max_size for rate in self.loss_rates(replica.tp))
 
-    # ----------------------------------------------------------------------------- subgraphs
-
-    def _graph(
-        self, shape: ShapeKey, replica: ReplicaShape
-    ) -> tuple[tuple[Subgraph, ...], tuple[float, ...], bool]:
-        builder, load, outside = _GraphBuilder(), nominal_load(shape), False
-        stages = []
-        for stage, layers in enumerate(stage_layers(self.model, replica.pp)):
-            last = stage == replica.pp - 1
-            parts = self._stage_parts(shape, replica, layers, stage == 0, last)
-            stages.append((stage, layers, parts))
-            outside |= parts.extrapolated
-        for stage, layers, parts in stages:
-            builder.layers(stage, layers, parts, load, backward=False)
-        for stage, layers, parts in reversed(stages):
-            builder.layers(stage, layers, parts, load, backward=True)
-        for stage, _, parts in stages:
-            builder.optimizer(stage, parts, load)
-        return tuple(builder.graph), tuple(builder.times_s), outside
-
 
 _NOTHING = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
 
@@ -461,47 +453,3 @@ def pass_time_s(coefficients: PassCoefficients, load: PassLoad) -> float:
     for slot in load.optimizer_slots:
         seconds += coefficients.optimizer_s[slot]
     return seconds
-
-
-class _GraphBuilder:
-    """A chain: forward groups, loss, backward groups; then the optimizer."""
-
-    def __init__(self) -> None:
-        self.graph: list[Subgraph] = []
-        self.times_s: list[float] = []
-
-    def _append(
-        self, stage: int, kind: SubgraphKind, backward: bool, label: str, seconds: float
-    ) -> None:
-        index = len(self.graph)
-        before = (index - 1,) if index else ()
-        self.graph.append(Subgraph(index, stage, kind, backward, before, label))
-        self.times_s.append(seconds)
-
-    def layers(
-        self, stage: int, layers: int, parts: PassParts, load: PassLoad, *, backward: bool
-    ) -> None:
-        """Groups of layers, the stage's communication, and (once) the loss, in running order."""
-        side = parts.backward_s if backward else parts.forward_s
-        pairs = load.attention_pairs * parts.per_pair_s[backward]
-        loss = side.get(ops.LOSS, 0.0) + load.loss_rows * parts.per_loss_row_s[backward]
-        exchange = side.get(ops.COMMUNICATION, 0.0)
-        fixed = (ops.LOSS, ops.COMMUNICATION)
-        compute = pairs + sum(s for category, s in side.items() if category not in fixed)
-        if backward and loss:
-            self._append(stage, SubgraphKind.COMPUTE, True, "loss", loss)
-        groups = min(LAYER_GROUPS, layers)
-        order = reversed(range(groups)) if backward else range(groups)
-        for group in order:
-            label = f"layers {group + 1}/{groups}"
-            self._append(stage, SubgraphKind.COMPUTE, backward, label, compute / groups)
-            if exchange:
-                kind = SubgraphKind.COLLECTIVE
-                self._append(stage, kind, backward, "exchange", exchange / groups)
-        if not backward and loss:
-            self._append(stage, SubgraphKind.COMPUTE, False, "loss", loss)
-
-    def optimizer(self, stage: int, parts: PassParts, load: PassLoad) -> None:
-        seconds = sum(parts.optimizer_s[slot] for slot in load.optimizer_slots)
-        if seconds:
-            self._append(stage, SubgraphKind.OPTIMIZER, True, "optimizer", seconds)

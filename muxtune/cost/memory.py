@@ -217,7 +217,8 @@ class MemoryModel:
         """One ledger per stage of each different replica shape of the plan.
 
         hTasks of one instance take turns, so the largest pass counts, not their sum; stage s of
-        S has up to S - s micro-batches in flight.
+        S has up to S - s micro-batches in flight; tensor parallelism alone with an order two, one
+        of which communicates.
         """
         ledgers = tuple(
             self._ledger(plan, replica, stage)
@@ -243,12 +244,13 @@ class MemoryModel:
         ]
         activations, loss = max(passes, key=sum, default=(0, 0))
         numbers = trained // self.options.trained_bytes
+        overlaps = bool(plan.order) and replica.pp == 1
         items = {
             "backbone": weights,
             "adapter_weights": 4 * numbers,
             "adapter_gradients": self.options.gradient_bytes * numbers,
             "optimizer_state": 8 * numbers,
-            "activations": activations * (replica.pp - stage),
+            "activations": activations * (replica.pp - stage + overlaps),
             "loss": loss,
             "framework": self.options.framework_bytes,
         }

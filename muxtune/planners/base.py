@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from muxtune.errors import ConfigError
 from muxtune.planning.expected import ExpectedLoad, expected_load
+from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of
 from muxtune.protocols import CostBook, CostModel
 from muxtune.types import (
     NO_EPOCH,
@@ -121,6 +122,12 @@ class Answer(NamedTuple):
     solo_times_s: tuple[float, ...]
     turns: tuple[HTaskTurn, ...]
     order: Mapping[RankStream, tuple[SubgraphRef, ...]] = {}
+    interleaves: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Stand-ins for task ids."""
+        return tuple(map(str, range(len(self.step_times_s))))
 
 
 class PlannerBase:
@@ -246,7 +253,12 @@ class PlannerBase:
         known = self._solo.get((site, task))
         if known is None:
             costed = self.arrange(site, (task,))
-            known = 0.0 if isinstance(costed, Refusal) else step_times_s(costed, 1)[0]
+            if isinstance(costed, Refusal):
+                known = 0.0
+            elif site.replica.num_gpus > 1:
+                known = self._finished(site, costed, (0.0,)).step_times_s[0]
+            else:
+                known = step_times_s(costed, 1)[0]
             self._solo[site, task] = known
         return known
 
@@ -303,19 +315,94 @@ class PlannerBase:
         if isinstance(costed, Refusal):
             return costed
         solo = tuple(self.solo_step_time_s(site, task) for task in classes)
-        refusal = refuse_slow(classes, step_times_s(costed, len(classes)), solo)
+        answer = self._finished(site, costed, solo)
+        refusal = refuse_slow(classes, answer.step_times_s, solo)
         if refusal is not None:
-            paced = self.arrange_paced(site, classes, solo)
-            if paced is None:
-                return refusal
-            costed = paced
-        return self.orchestrate(site, answer_of(costed, solo))
+            costed = self.arrange_paced(site, classes, solo)
+            return refusal if costed is None else self._finished(site, costed, solo)
+        return answer
+
+    def _finished(self, site: Site, costed: CostedArrangement, solo: tuple[float, ...]) -> Answer:
+        """What rounds of several GPUs really take, and where the time of a round goes."""
+        answer, pace = self.orchestrate(site, answer_of(costed, solo)), ONE_GPU
+        if site.replica.num_gpus > 1:
+            plan = bind(_nameless(site), answer.names, answer, None)
+            times_s = [group.pass_time_s for group in costed.group_costs]
+            pace = pace_of(plan, self.cost(site), costed.passes, times_s)
+            answer = paced(answer, pace)
+        spent_s = round_breakdown_s(self.cost(site), site.replica, costed, pace)
+        prediction = answer.prediction
+        total_s = sum(spent_s.values())
+        if total_s:
+            scale = prediction.round_time_s.value / total_s
+            spent_s = {name: scale * seconds for name, seconds in spent_s.items()}
+        return answer._replace(prediction=prediction._replace(breakdown_s=spent_s))
 
 
 def answer_of(costed: CostedArrangement, solo_s: tuple[float, ...]) -> Answer:
     steps = tuple(step_times_s(costed, len(solo_s)))
     turns = tuple(HTaskTurn(i, n) for i, n in enumerate(costed.arrangement.counts))
     return Answer(costed, prediction_of(costed, steps), steps, solo_s, turns)
+
+
+def paced(answer: Answer, pace: Pace) -> Answer:
+    """The answer with the times that its rounds take at this pace."""
+    costed, old = answer.costed, answer.prediction
+    serial_s = sum(
+        n * group.pass_time_s for n, group in zip(costed.passes, costed.group_costs, strict=True)
+    )
+    ratio = pace.factor * serial_s / costed.round_time_s
+    estimate = old.round_time_s
+    round_time_s = estimate._replace(
+        value=ratio * estimate.value, low=ratio * estimate.low, high=ratio * estimate.high
+    )
+    return answer._replace(
+        costed=costed._replace(round_time_s=ratio * costed.round_time_s),
+        step_times_s=tuple(ratio * seconds for seconds in answer.step_times_s),
+        prediction=old._replace(
+            round_time_s=round_time_s, tasks_step_time_s=ratio * old.tasks_step_time_s
+        ),
+    )
+
+
+def _nameless(site: Site) -> InstanceView:
+    return InstanceView("", 0, (), None, 0, replicas=(site.replica,))
+
+
+def round_breakdown_s(
+    cost: CostModel, replica: ReplicaShape, costed: CostedArrangement, pace: Pace
+) -> dict[str, float]:
+    """Seconds of a round by cause, averaged over the stages: ``compute`` (the backbone),
+    ``adapters``, ``loss``, ``optimizer``, ``padding`` (the share of filler rows in compute and
+    adapters), ``exposed_communication`` and ``bubbles``."""
+    names = ("compute", "adapters", "loss", "optimizer", "padding")
+    spent: dict[str, float] = dict.fromkeys(names, 0.0)
+    for group, cost_of, passes in zip(
+        costed.arrangement.groups, costed.group_costs, costed.passes, strict=True
+    ):
+        filler = 1 - cost_of.effective_tokens / cost_of.padded_tokens
+        closing = cost.pass_coefficients(group.shapes[-1], replica).optimizer_s
+        optimizer_s = sum(s / n for s, n in zip(closing, cost_of.passes_per_step, strict=False))
+        parts = cost.breakdown_s(cost_of.load, replica)
+        working_s = sum(parts.values()) - parts.get("communication", 0.0)
+        # The load is that of the largest shape; the mean micro-batch may take a smaller one.
+        scale = passes * (cost_of.pass_time_s - optimizer_s) / sum(parts.values())
+        by_rows_s = working_s - parts.get("loss", 0.0) - parts.get("attention", 0.0)
+        by_rows_s -= parts.get("adapters", 0.0) + parts.get("overhead", 0.0)
+        padding_s = filler * (by_rows_s + parts.get("adapters", 0.0))
+        adapters_s = (1 - filler) * parts.get("adapters", 0.0)
+        spent["adapters"] += scale * adapters_s
+        spent["loss"] += scale * parts.get("loss", 0.0)
+        spent["padding"] += scale * padding_s
+        spent["compute"] += scale * (working_s - adapters_s - parts.get("loss", 0.0) - padding_s)
+        spent["optimizer"] += passes * optimizer_s
+    working_s = sum(spent.values())
+    for name, share in (
+        ("exposed_communication", pace.exposed_communication),
+        ("bubbles", pace.bubbles),
+    ):
+        spent[name] = working_s * share / pace.computing
+    return {name: seconds for name, seconds in spent.items() if seconds}
 
 
 def refuse_impossible(classes: Sequence[TaskClass]) -> Refusal | None:
@@ -397,6 +484,7 @@ def bind(
         prediction,
         answer.order,
         arrangement.reason,
+        answer.interleaves,
     )
 
 

@@ -6,14 +6,17 @@ All of it is asked on demand, by planning the same tasks again under other optio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import combinations
+from typing import NamedTuple, Protocol, cast
 
+from muxtune.cost.shapes import ModelShape
 from muxtune.errors import MuxTuneError
 from muxtune.protocols import InstancePlanner
-from muxtune.types import InstanceView, MicroBatch, PackRule, Plan
+from muxtune.types import InstanceView, MicroBatch, PackRule, Plan, ReplicaShape
 
 MakePlanner = Callable[[Mapping[str, object]], InstancePlanner]
 
+MAX_PAIRED = 4
 ALTERNATIVES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("all tasks in one hTask", {"fusion": "all_spatial"}),
     ("every task in an hTask of its own", {"fusion": "all_temporal"}),
@@ -26,6 +29,17 @@ class Alternative(NamedTuple):
     """``slower``: its time for a step of every task over the plan's, less one."""
 
     name: str
+    step_time_s: float
+    slower: float
+
+
+class Fusion(NamedTuple):
+    """Why tasks share an hTask, or do not: seconds until every task of the instance has taken a
+    step, were only these otherwise. ``task_ids``: of the hTasks concerned; ``apart``: these are
+    hTasks that could be one, else one that could be an hTask a task."""
+
+    task_ids: tuple[tuple[str, ...], ...]
+    apart: bool
     step_time_s: float
     slower: float
 
@@ -51,6 +65,49 @@ def alternatives(
     return sorted((item for item in found if item is not None), key=lambda item: item.slower)
 
 
+class Partitioner(Protocol):
+    """A planner that can say what another partition into hTasks would take."""
+
+    def partition_step_s(
+        self, instance: InstanceView, partition: Sequence[Sequence[str]]
+    ) -> float | None: ...
+
+
+def fusions(instance: InstanceView, plan: Plan, planner: InstancePlanner) -> list[Fusion]:
+    """Each hTask of several tasks, and each two of the first ``MAX_PAIRED`` hTasks; empty for
+    planners that cannot choose. What does not fit in memory is left out."""
+    if not hasattr(planner, "partition_step_s"):
+        return []
+    ask = cast(Partitioner, planner).partition_step_s
+    groups = [tuple(sorted(htask.quota)) for htask in plan.htasks]
+    found: list[tuple[tuple[tuple[str, ...], ...], bool, list[Sequence[str]]]] = []
+    for group in groups:
+        if len(group) > 1:
+            others = [other for other in groups if other != group]
+            found.append(((group,), False, [*others, *((name,) for name in group)]))
+    for one, two in combinations(groups[:MAX_PAIRED], 2):
+        others = [other for other in groups if other not in (one, two)]
+        found.append(((one, two), True, [*others, (*one, *two)]))
+    now_s = plan.predicted.tasks_step_time_s
+    asked = [(names, apart, ask(instance, cut)) for names, apart, cut in found]
+    return [Fusion(names, apart, s, s / now_s - 1) for names, apart, s in asked if s is not None]
+
+
+def layouts(
+    instance: InstanceView, plan: Plan, make_planner: MakePlanner, model: ModelShape
+) -> list[Alternative]:
+    """The same tasks on as many GPUs in every other layout that the model can be cut to."""
+    num_gpus = instance.replicas[0].num_gpus
+    found = []
+    for tp in range(1, num_gpus + 1):
+        replica = ReplicaShape(tp, num_gpus // tp)
+        if num_gpus % tp or replica == instance.replicas[0] or replica.pp > model.num_layers:
+            continue
+        other = instance._replace(replicas=(replica,))
+        found.append(_alternative(f"TP {tp} x PP {replica.pp}", other, plan, make_planner, {}))
+    return sorted((item for item in found if item is not None), key=lambda item: item.slower)
+
+
 def remedies(instance: InstanceView, plan: Plan, make_planner: MakePlanner) -> list[Alternative]:
     """What would help, most helpful first: ``slower`` is negative where it does."""
     roomy = instance._replace(memory_limit_bytes=2 * instance.memory_limit_bytes)
@@ -73,7 +130,9 @@ def _alternative(
         other = make_planner(options).plan(instance, None)
     except MuxTuneError:  # an option that this planner does not have, or that does not fit
         return None
-    if not isinstance(other, Plan) or other.htasks == plan.htasks:
+    if not isinstance(other, Plan):
+        return None
+    if other.htasks == plan.htasks and other.replicas == plan.replicas:
         return None
     step_s = other.predicted.tasks_step_time_s
     return Alternative(name, step_s, step_s / plan.predicted.tasks_step_time_s - 1)

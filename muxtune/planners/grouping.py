@@ -75,20 +75,59 @@ def split_tasks(
 
     ``classes`` and ``slots``: of each task; equal classes are the same objects.
     """
+    known = _sorted_tasks(classes, slots, tables, rules)
+    found = _search(known.costs, [known.kind_of[i] for i in known.order], rules)
+    if found is None:
+        return []
+    near = _near(known.costs, found) if rules.fusion == "planned" else [found]
+    return [known.costs.parts(groups, known.tasks_of) for groups in near]
+
+
+def cut_tasks(
+    classes: Sequence[ClassTable],
+    slots: Sequence[AdapterSlot],
+    tables: PassTables,
+    rules: Rules,
+    partition: Sequence[Sequence[int]],
+) -> list[Part]:
+    """This partition of the tasks, each group at its best; empty where it does not fit. Equal
+    tasks may change places."""
+    known = _sorted_tasks(classes, slots, tables, rules)
+    costs, kinds = known.costs, range(len(known.tasks_of))
+    groups = [
+        tuple(sum(known.kind_of[i] == kind for i in group) for kind in kinds) for group in partition
+    ]
+    total_s = float(costs.times_EK(groups).sum(axis=0).min())
+    if not math.isfinite(total_s):
+        return []
+    if rules.num_stages > 1:
+        costs.set_bounds(total_s, total_s * rules.num_stages)
+    return costs.parts(groups, known.tasks_of)
+
+
+class _SortedTasks(NamedTuple):
+    """``order``: task indexes by tokens a step; ``kind_of``: class number of each task."""
+
+    costs: GroupCosts
+    order: list[int]
+    kind_of: list[int]
+    tasks_of: list[list[int]]
+
+
+def _sorted_tasks(
+    classes: Sequence[ClassTable], slots: Sequence[AdapterSlot], tables: PassTables, rules: Rules
+) -> _SortedTasks:
     order = sorted(range(len(classes)), key=lambda i: (classes[i].step_tokens, i))
     kinds = list(dict.fromkeys(id(classes[i]) for i in order))
     number = {kind: at for at, kind in enumerate(kinds)}
+    kind_of = [number[id(each)] for each in classes]
     tasks_of: list[list[int]] = [[] for _ in kinds]
     for i in order:
-        tasks_of[number[id(classes[i])]].append(i)
+        tasks_of[kind_of[i]].append(i)
     first = [tasks[0] for tasks in tasks_of]
     costs = GroupCosts([classes[i] for i in first], [slots[i] for i in first],
                        [len(tasks) for tasks in tasks_of], tables, rules)  # fmt: skip
-    found = _search(costs, [number[id(classes[i])] for i in order], rules)
-    if found is None:
-        return []
-    near = _near(costs, found) if rules.fusion == "planned" else [found]
-    return [costs.parts(groups, tasks_of) for groups in near]
+    return _SortedTasks(costs, order, kind_of, tasks_of)
 
 
 def _near(costs: GroupCosts, found: list[Counts]) -> list[list[Counts]]:

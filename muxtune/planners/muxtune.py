@@ -33,7 +33,7 @@ from muxtune.planners.base import (
 )
 from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
-from muxtune.planners.grouping import Part, Rules, split_tasks
+from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
 from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
@@ -41,6 +41,7 @@ from muxtune.planners.rounds import Turns, round_of
 from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
 from muxtune.planning.orchestration import (
+    Contention,
     InFlightLimits,
     TemplateOptions,
     ordered,
@@ -66,6 +67,7 @@ FREE_SHAPES = 16  # of a ladder where preparing a shape costs nothing
 COSTLY_SHAPES = 4  # where it is a graph capture
 ORDER_SEARCH = TemplateOptions(evaluations=8, node_budget=15_000)
 MEMO_GROUPS = 20_000
+BUCKETS = (2, 4)  # tried on several GPUs
 SPARE_MEMORY = 0.97  # what is searched for again, where interpolated bytes were too few
 
 
@@ -154,7 +156,82 @@ class MuxTunePlanner(PlannerBase):
         if needed > limit:
             needed = (resident + needed) * site.memory_percent // 100
             return self.refuse_memory(site, classes, needed)
-        return self._costed(site, groups, _turns(groups, site), resident)
+        costed = self._costed(site, groups, _turns(groups, site, self.orchestration), resident)
+        if site.replica.num_gpus == 1 or self.fusion != "planned" or len(classes) == 1:
+            return costed
+        others = self._other_groups(site, classes, chunks, limit)
+        candidates = [costed] + [
+            self._costed(site, found, _turns(found, site, self.orchestration), resident)
+            for found in others
+        ]
+        return min(candidates, key=lambda each: self._played_step_s(site, each, len(classes)))
+
+    def _other_groups(
+        self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...], limit: float
+    ) -> list[list[Group]]:
+        """Plain partitions that compete by their played time, because the dynamic program does
+        not know how much communication an order hides: all tasks in one hTask, an hTask each, and
+        2 or 4 equal buckets."""
+        everyone = range(len(classes))
+        partitions = [[list(everyone)], [[i] for i in everyone]]
+        if self.orchestration:
+            partitions += [self._buckets(classes, n) for n in BUCKETS if n < len(classes)]
+        found = [self._cut(site, classes, chunks, limit, each) for each in partitions]
+        return [groups for groups in found if groups is not None]
+
+    def _buckets(self, classes: Sequence[TaskClass], count: int) -> list[list[int]]:
+        """Longest processing time first, by tokens a step."""
+        tokens = [
+            task.sequences_per_step * self.lengths[task.lengths_hash].mean_tokens
+            for task in classes
+        ]
+        buckets: list[list[int]] = [[] for _ in range(count)]
+        totals = [0.0] * count
+        for index in sorted(range(len(classes)), key=lambda i: (-tokens[i], i)):
+            least = totals.index(min(totals))
+            buckets[least].append(index)
+            totals[least] += tokens[index]
+        return buckets
+
+    def partition_step_s(
+        self, instance: InstanceView, partition: Sequence[Sequence[str]]
+    ) -> float | None:
+        """Seconds until every task has taken a step, were these sets of task ids the hTasks; None
+        where that does not fit in memory, or where the planner does not choose hTasks."""
+        if self.alignment == "pad" or self.fusion == "off":
+            return None
+        site, at = site_of(instance), {task.task_id: i for i, task in enumerate(instance.tasks)}
+        classes = tuple([self._classes[self._key_of(task)] for task in instance.tasks])
+        resident = self.resident_bytes(site, classes)
+        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        cut = [[at[name] for name in names] for names in partition]
+        groups = self._cut(site, classes, self.chunk_lengths(classes), limit, cut)
+        if groups is None:
+            return None
+        costed = self._costed(site, groups, _turns(groups, site, self.orchestration), resident)
+        return self._played_step_s(site, costed, len(classes))
+
+    def _cut(
+        self,
+        site: Site,
+        classes: tuple[TaskClass, ...],
+        chunks: tuple[int, ...],
+        limit: float,
+        partition: Sequence[Sequence[int]],
+    ) -> list[Group] | None:
+        """This partition as hTasks, each at its best; None where it does not fit."""
+        slots = [task.slot for task in classes]
+        num_shapes = self.num_shapes(site, slots[0])
+        tables = [self._class_table(task, chunks, num_shapes) for task in classes]
+        rules = Rules(limit * SPARE_MEMORY, num_shapes, self.fusion, site.replica.pp)
+        parts = cut_tasks(tables, slots, self._pass_tables(site, chunks), rules, partition)
+        groups = [self._group(site, classes, chunks, part) for part in parts]
+        fits = groups and all(group.need_bytes <= limit for group in groups)
+        return groups if fits else None
+
+    def _played_step_s(self, site: Site, costed: CostedArrangement, num_tasks: int) -> float:
+        answer = self._finished(site, costed, (0.0,) * num_tasks)
+        return answer.prediction.tasks_step_time_s
 
     def arrange_paced(
         self, site: Site, classes: tuple[TaskClass, ...], solo_s: Sequence[float]
@@ -206,16 +283,20 @@ class MuxTunePlanner(PlannerBase):
 
     def orchestrate(self, site: Site, answer: Answer) -> Answer:
         """An order of subgraphs, where a replica has several GPUs and all turns are counted."""
+        if not self.orchestration:
+            return answer._replace(interleaves=False)
         counts = answer.costed.arrangement.counts
-        if not self.orchestration or site.replica.num_gpus == 1 or None in counts:
+        if site.replica.num_gpus == 1 or None in counts:
             return answer
-        names = tuple(map(str, range(len(answer.step_times_s))))
         nameless = InstanceView("", 0, (), None, 0, replicas=(site.replica,))
-        plan = bind(nameless, names, answer, None)
+        plan = bind(nameless, answer.names, answer, None)
         model = self.cost(site)
         limits, answer = _in_flight(model, site, plan, answer)
+        if limits is None:
+            return answer
         times = model.subgraph_times_s(plan)
-        found, _ = ordered(plan, [times], [limits], ORDER_SEARCH)
+        contention = Contention(*times.contention)
+        found, _ = ordered(plan, [times], [limits], ORDER_SEARCH, contention)
         return answer._replace(order=found.order)
 
     def settle(
@@ -312,7 +393,11 @@ class MuxTunePlanner(PlannerBase):
     # -- candidates
 
     def _search(
-        self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...], limit: float
+        self,
+        site: Site,
+        classes: tuple[TaskClass, ...],
+        chunks: tuple[int, ...],
+        limit: float,
     ) -> list[Group] | None:
         """The dynamic program's groups; again with less memory where exact bytes exceed it."""
         slots = [task.slot for task in classes]
@@ -326,7 +411,9 @@ class MuxTunePlanner(PlannerBase):
             ]
             fitting = [p for p in partitions if all(group.need_bytes <= limit for group in p)]
             if fitting:
-                return min(fitting, key=lambda groups: _turns(groups, site).step_time_s)
+                return min(
+                    fitting, key=lambda groups: _turns(groups, site, self.orchestration).step_time_s
+                )
             if not found:
                 return None
         return None
@@ -442,10 +529,10 @@ class MuxTunePlanner(PlannerBase):
 
 def _in_flight(
     model: CostModel, site: Site, plan: Plan, answer: Answer
-) -> tuple[InFlightLimits, Answer]:
+) -> tuple[InFlightLimits | None, Answer]:
     """What an order may hold on each stage: the micro-batches that ``pass_bytes`` counts. Without
     stages tensor parallelism overlaps two of them, where the memory for a second one is there; the
-    answer's peak then says so."""
+    answer's peak then says so. None where it is not, so that nothing can overlap."""
     held = [
         [ledger.items["activations"] // (site.replica.pp - ledger.stage) for ledger in ledgers]
         for ledgers in (
@@ -453,21 +540,22 @@ def _in_flight(
             for htask in plan.htasks
         )
     ]
-    spare, costed = 0, answer.costed
-    if site.replica.pp == 1:
-        more = max(row[0] for row in held) * site.memory_percent // 100
-        if costed.peak_bytes + more <= site.memory_limit_bytes:
-            spare, peak = 1, costed.peak_bytes + more
-            estimate = Estimate(float(peak), float(peak), float(peak))
-            prediction = answer.prediction._replace(peak_memory_bytes=estimate)
-            answer = answer._replace(costed=costed._replace(peak_bytes=peak), prediction=prediction)
-    return pipeline_limits(held, site.replica.pp, spare), answer
+    if site.replica.pp > 1:
+        return pipeline_limits(held, site.replica.pp), answer
+    costed = answer.costed
+    peak = costed.peak_bytes + max(row[0] for row in held) * site.memory_percent // 100
+    if peak > site.memory_limit_bytes:
+        return None, answer
+    estimate = Estimate(float(peak), float(peak), float(peak))
+    prediction = answer.prediction._replace(peak_memory_bytes=estimate)
+    answer = answer._replace(costed=costed._replace(peak_bytes=peak), prediction=prediction)
+    return pipeline_limits(held, 1, spare=1.0), answer
 
 
-def _turns(groups: Sequence[Group], site: Site) -> Turns:
+def _turns(groups: Sequence[Group], site: Site, interleaves: bool = True) -> Turns:
     passes = tuple([group.passes for group in groups])
     pass_times_s = tuple([group.cost.pass_time_s for group in groups])
-    return round_of(passes, pass_times_s, site.replica.pp)
+    return round_of(passes, pass_times_s, site.replica.pp, interleaves)
 
 
 def _demand(group: Group, least_s: Sequence[float]) -> Demand:

@@ -32,8 +32,9 @@ class PaddedGroup(NamedTuple):
     peak_bytes: int
     fits: bool
 
-    def step_time_s(self) -> float:
-        return max(self.cost.passes_per_step) * self.cost.pass_time_s
+    def step_time_s(self, num_stages: int = 1) -> float:
+        """By itself in a pipeline, which empties every step."""
+        return (max(self.cost.passes_per_step) + num_stages - 1) * self.cost.pass_time_s
 
 
 class PaddedPlanner(PlannerBase):
@@ -42,7 +43,8 @@ class PaddedPlanner(PlannerBase):
     ``pad_to``: "longest_of_batch" pads each micro-batch to its longest sequence (rounded up to
     ``pad_multiple``, as tokenizers do for tensor cores); "longest_of_tasks" pads to the longest
     sequence that any of the tasks has, so that shapes never change. Batches that do not fit in
-    memory are split into micro-batches of fewer rows; with ``recompute`` the activations of all
+    memory are split into micro-batches of fewer rows (in a pipeline into as many as are fastest);
+    with ``recompute`` the activations of all
     blocks may be recomputed instead, where that is predicted to take less time (for simulations:
     the real executor does not recompute).
     """
@@ -63,7 +65,8 @@ class PaddedPlanner(PlannerBase):
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         resident = self.resident_bytes(site, classes)
-        found = self.padded_group(site, classes, range(len(classes)), resident)
+        stages = site.replica.pp
+        found = self.padded_group(site, classes, range(len(classes)), resident, stages)
         if not found.fits:
             return self.refuse_memory(site, classes, found.peak_bytes)
         rows = sum(found.shape.quota)
@@ -74,47 +77,61 @@ class PaddedPlanner(PlannerBase):
             Arrangement((found.shape,), (None,), reason),
             (found.cost,),
             (passes,),
-            found.cost.pass_time_s * (passes + site.replica.pp - 1),  # empties every step
+            found.step_time_s(stages),
             found.peak_bytes,
         )
 
     # -- for planners
 
     def padded_group(
-        self, site: Site, classes: Sequence[TaskClass], members: Sequence[int], resident: int
-    ) -> PaddedGroup:
-        """``members`` of the classes in one padded batch, split into as few micro-batches as fit
-        beside ``resident`` bytes; where none fits, into single rows."""
-        found = [self._least_split(site, classes, members, resident, 0)]
-        if self.recompute and not (found[0].fits and max(found[0].cost.passes_per_step) <= 1):
-            found.append(self._least_split(site, classes, members, resident, ALL_BLOCKS))
-        fitting = [group for group in found if group.fits]
-        return min(fitting or found[-1:], key=PaddedGroup.step_time_s)
-
-    # -- inside
-
-    def _least_split(
         self,
         site: Site,
         classes: Sequence[TaskClass],
         members: Sequence[int],
         resident: int,
+        num_stages: int = 1,
+    ) -> PaddedGroup:
+        """``members`` of the classes in one padded batch, split into as few micro-batches as fit
+        beside ``resident`` bytes, or the fastest number where a pipeline of ``num_stages`` empties
+        every step; where none fits, into single rows."""
+
+        def split(recompute: int) -> PaddedGroup:
+            return self._best_split(site, classes, members, resident, num_stages, recompute)
+
+        found = [split(0)]
+        if self.recompute and not (found[0].fits and max(found[0].cost.passes_per_step) <= 1):
+            found.append(split(ALL_BLOCKS))
+        fitting = [group for group in found if group.fits]
+        return min(fitting or found[-1:], key=lambda group: group.step_time_s(num_stages))
+
+    # -- inside
+
+    def _best_split(
+        self,
+        site: Site,
+        classes: Sequence[TaskClass],
+        members: Sequence[int],
+        resident: int,
+        num_stages: int,
         recompute: int,
     ) -> PaddedGroup:
         chosen = [classes[i] for i in members]
         longest = max(self._padded(self.longest_tokens(task)) for task in chosen)
-        shape, peak, fits = None, 0, False
+        found: list[PaddedGroup] = []
         for split in _splits(max(task.sequences_per_step for task in chosen)):
             quota = tuple(math.ceil(task.sequences_per_step / split) for task in chosen)
             shape = self._group(chosen, quota, longest, recompute)
             peak = resident + self.cost(site).pass_bytes(shape.shapes[-1], site.replica)
             peak = peak * site.memory_percent // 100
             fits = peak <= site.memory_limit_bytes
-            if fits:
+            if fits or sum(quota) == len(quota):
+                cost = self._cost_of(site, chosen, shape)
+                members_shape = shape._replace(members=tuple(members))
+                found.append(PaddedGroup(members_shape, cost, peak, fits))
+            if fits and num_stages == 1:
                 break
-        assert shape is not None  # there is always a split
-        cost = self._cost_of(site, chosen, shape)
-        return PaddedGroup(shape._replace(members=tuple(members)), cost, peak, fits)
+        fitting = [group for group in found if group.fits]
+        return min(fitting or found, key=lambda group: group.step_time_s(num_stages))
 
     def _padded(self, tokens: int) -> int:
         return math.ceil(tokens / self.pad_multiple) * self.pad_multiple

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from muxtune.planning.orchestration import round_time_s
+
 MAX_TURNS = 64
 _PAYS = 0.999  # more turns make a round longer, so they must bring something
 _ORDER_IS_WORTH = 1.03
@@ -30,12 +32,19 @@ class Turns(NamedTuple):
 
 @lru_cache(maxsize=32_768)
 def round_of(
-    passes_per_step: tuple[float, ...], pass_times_s: tuple[float, ...], num_stages: int
+    passes_per_step: tuple[float, ...],
+    pass_times_s: tuple[float, ...],
+    num_stages: int,
+    interleaves: bool = True,
 ) -> Turns:
     """The round of least time until every task has taken a step.
 
     ``passes_per_step``: of each hTask's slowest task. ``pass_times_s``: of the busiest stage.
+    ``interleaves``: see ``Plan``.
     """
+    if num_stages > 1 and not interleaves:
+        whole_s = round_time_s(passes_per_step, pass_times_s, num_stages, interleaves)
+        return Turns((None,) * len(passes_per_step), passes_per_step, whole_s, whole_s)
     if num_stages > 1:
         return _pipelined(passes_per_step, pass_times_s, num_stages)
     counts = turn_counts(passes_per_step, pass_times_s)
@@ -52,10 +61,7 @@ def _pipelined(
     passes = tuple(passes_per_step)
     once_s = max(sum(pass_times_s), num_stages * max(pass_times_s))
     counted = Turns((1,) * len(passes), (1.0,) * len(passes), once_s, max(passes) * once_s)
-    latency = max(
-        (n + num_stages - 1) * time_s for n, time_s in zip(passes, pass_times_s, strict=True)
-    )
-    whole_s = max(_sum(passes, pass_times_s), latency)
+    whole_s = round_time_s(passes, pass_times_s, num_stages)
     if counted.step_time_s <= _ORDER_IS_WORTH * whole_s:
         return counted
     return Turns((None,) * len(passes), passes, whole_s, whole_s)

@@ -25,6 +25,7 @@ from muxtune.types import (
     ProgressData,
 )
 from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
+from muxtune_sim.pacing import Pacer
 
 
 class World(Protocol):
@@ -33,6 +34,7 @@ class World(Protocol):
     builder: StepBuilder
     library: TaskLibrary
     options: SimOptions
+    pacer: Pacer
 
     def emit(self, event: Event) -> None: ...
 
@@ -68,6 +70,7 @@ class InstanceActor:
 
     def __init__(self, spec: InstanceSpec, cost: CostModel, world: World) -> None:
         self.spec, self.cost, self.world = spec, cost, world
+        self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment
         self.gone: set[str] = set()  # tasks of the plan that contribute no more
@@ -199,7 +202,7 @@ class InstanceActor:
             self._rest_idle()
             return
         world = self.world
-        self._forecast = world.builder.forecast(plan, self.cursors, world.library, self.cost)
+        self._forecast = world.builder.forecast(plan, self.cursors, world.library, self._pass_cost)
         if not self._forecast.task_ids:
             self._rest_idle()
             return
@@ -224,8 +227,11 @@ class InstanceActor:
                 self.world.forget(task_id)
             else:
                 self._drop(task_id, cursor, plan.epoch, now_ns)
+        timed = self.world.pacer.timed(plan, self.cursors, self.cost)
+        self._pass_cost = timed.cost
         if plan.htasks and self.world.options.charge_transitions:
-            self._transition_ns = to_ns(self.cost.transition_s(previous, plan).value)
+            transition_s = self.cost.transition_s(previous, plan).value
+            self._transition_ns = to_ns(transition_s + timed.once_s)
         self._round_tokens = padded_round_tokens(plan)
         self._sums["plans"] += 1
         peak_bytes = round(plan.predicted.peak_memory_bytes.value)
@@ -270,7 +276,7 @@ class InstanceActor:
             return
         world, worked_ns = self.world, max(1, self._work_ns - self._transition_ns)
         rounds, work_ns = world.builder.rounds_until(
-            self.plan, self.cursors, world.library, self.cost, worked_ns
+            self.plan, self.cursors, world.library, self._pass_cost, worked_ns
         )
         if rounds < self._target_rounds:
             self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns
@@ -314,7 +320,7 @@ class InstanceActor:
         worked_ns = self._work_ns - self._transition_ns
         builder, library = self.world.builder, self.world.library
         rounds, end_ns = builder.rounds_until(
-            self.plan, self.cursors, library, self.cost, max(0, worked_ns)
+            self.plan, self.cursors, library, self._pass_cost, max(0, worked_ns)
         )
         self._target_rounds = rounds if end_ns == worked_ns else max(0, rounds - 1)
         return self._target_rounds

@@ -31,6 +31,7 @@ from muxtune.types import (
 )
 from muxtune_sim.actor import InstanceActor, departure
 from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, to_ns
+from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
 
 event_order = Event.sort_key.fget
@@ -51,6 +52,7 @@ class SimExecutor:
         options: SimOptions = DEFAULT_SIM_OPTIONS,
     ) -> None:
         self.builder, self.library, self.options = builder, library, options
+        self.pacer = Pacer(builder, library)
         self.now_ns = 0
         self._costs = costs
         self._env = Environment(0)

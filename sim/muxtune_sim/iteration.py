@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from muxtune.planning.orchestration import (
     NO_CONTENTION,
     BubbleAccount,
@@ -25,13 +23,14 @@ from muxtune.planning.orchestration import (
     Timeline,
     bubble_account,
     checked_sequences,
+    communication_shares,
     play_contended,
     round_bounds,
     round_problem,
     schedule_spans,
     utilisation,
 )
-from muxtune.types import NS_PER_S, Plan, SubgraphKind, SubgraphTimes
+from muxtune.types import NS_PER_S, Plan, SubgraphTimes
 
 
 class IterationOptions(NamedTuple):
@@ -107,66 +106,3 @@ def report_of(timeline: Timeline) -> IterationReport:
         overlapped,
         utilisation(timeline),
     )
-
-
-def communication_shares(timeline: Timeline) -> tuple[float, float]:
-    """(exposed, overlapped) shares of the makespan, averaged over stages. A transfer counts on
-    its sender and on its receiver."""
-    stages = range(timeline.graph.num_stages)
-    total = max(timeline.makespan_ns, 1) * len(stages)
-    exposed = overlapped = 0
-    for stage in stages:
-        computing = _union(_intervals(timeline, _compute_ops(timeline.graph, stage)))
-        communicating = _union(_intervals(timeline, _comm_ops(timeline.graph, stage)))
-        both = _overlap_ns(computing, communicating)
-        overlapped += both
-        exposed += int((communicating[:, 1] - communicating[:, 0]).sum()) - both
-    return exposed / total, overlapped / total
-
-
-def _compute_ops(graph: RoundGraph, stage: int) -> list[int]:
-    return [op for op, stream in enumerate(graph.stream_of) if stream == 2 * stage]
-
-
-def _comm_ops(graph: RoundGraph, stage: int) -> list[int]:
-    sent = [op for op, stream in enumerate(graph.stream_of) if stream == 2 * stage + 1]
-    received = [
-        op
-        for op, item in enumerate(graph.subgraphs)
-        if item.kind is SubgraphKind.P2P
-        and item.stage != stage
-        and any(graph.stage_of[after] == stage for after in graph.successors[op])
-    ]
-    return sent + received
-
-
-def _intervals(timeline: Timeline, ops: Sequence[int]) -> np.ndarray:
-    """[intervals, 2] by start."""
-    starts, ends = timeline.start_ns[:, ops].ravel(), timeline.end_ns[:, ops].ravel()
-    order = starts.argsort(kind="stable")
-    return np.stack([starts[order], ends[order]], axis=1)
-
-
-def _union(intervals: np.ndarray) -> np.ndarray:
-    """Disjoint intervals that cover the same time."""
-    if not len(intervals):
-        return intervals
-    reach = np.maximum.accumulate(intervals[:, 1])
-    first = np.concatenate([[True], intervals[1:, 0] > reach[:-1]])
-    last = np.concatenate([first[1:], [True]])
-    return np.stack([intervals[first, 0], reach[last]], axis=1)
-
-
-def _overlap_ns(left: np.ndarray, right: np.ndarray) -> int:
-    """Time covered by both of two disjoint covers: at each start in one, count the other."""
-
-    def covered_before(cover: np.ndarray, times: np.ndarray) -> np.ndarray:
-        lengths = cover[:, 1] - cover[:, 0]
-        cumulative = np.concatenate([[0], np.cumsum(lengths)])
-        index = np.searchsorted(cover[:, 0], times, side="right")
-        inside = np.where(index > 0, cover[np.maximum(index - 1, 0), 1] - times, 0)
-        return cumulative[index] - np.maximum(inside, 0)
-
-    if not len(left) or not len(right):
-        return 0
-    return int((covered_before(left, right[:, 1]) - covered_before(left, right[:, 0])).sum())

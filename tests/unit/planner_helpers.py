@@ -33,6 +33,9 @@ class HandCost:
         base += self.rank_row_s * ranks * rows
         return PassCoefficients(base, 0.0, 0.0, (0.0,) * len(shape.slots), 0.1)
 
+    def breakdown_s(self, load, replica):
+        return {"backbone": self.pass_coefficients(load.shape, replica).base_s}
+
     def capture_s(self, shape, replica):
         return Estimate(1.0, 1.0, 1.0)
 

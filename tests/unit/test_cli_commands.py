@@ -149,6 +149,43 @@ def test_plan_prints_hashes_out_into_a_table_and_json(
     )
 
 
+FEW_TASKS = ("model=tiny", "workload.limit=4")
+
+
+@pytest.mark.parametrize("layout", [("cluster.tp=2",), ("cluster.pp=2", "planner.chunk_tokens=64")])
+def test_plan_explains_several_gpus_and_draws_their_order(
+    layout: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["cluster=a40_x4", "planner.fusion=all_temporal", *layout, *FEW_TASKS]
+    assert run("plan", *words, f"output_dir={tmp_path}") == 0
+    told = capsys.readouterr().out
+    for text in ("communication not hidden", "kept apart:", "Next best plans"):
+        assert text in told
+    assert ("stage 1: activations" in told) == ("cluster.pp=2" in layout)
+    content = json.loads((tmp_path / "plan.json").read_text())
+    pace = content["sampled_round"]["pace"]
+    shares = ("computing", "exposed_communication", "fill_drain", "imbalance", "stalls")
+    assert sum(pace[name] for name in shares) == pytest.approx(1)
+    plan = codec.decode(content["plan"])
+    assert isinstance(plan, Plan)
+    spent = plan.predicted.breakdown_s
+    assert sum(spent.values()) == pytest.approx(plan.predicted.round_time_s.value)
+    assert plan.order
+    assert (tmp_path / "gantt.png").stat().st_size > 10_000
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event["ph"] == "X" for event in trace)
+
+
+def test_switches_of_the_levels_are_one_multirun(tmp_path: Path):
+    words = ["-m", "cluster=a40_x4", "cluster.pp=2", "planner.orchestration=true,false", *FEW_TASKS]
+    assert run("plan", *words, f"output_dir={tmp_path}") == 0
+    on, off = (
+        json.loads(file.read_text())["tasks_step_time_s"]
+        for file in sorted(tmp_path.glob("*/summary.json"))
+    )
+    assert on < off
+
+
 def test_plan_shows_what_is_refused_and_plans_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -191,7 +191,7 @@ def test_subgraphs_of_a_pipeline_visit_the_stages_there_and_back() -> None:
     compute = [(node.stage, node.backward) for node in graph if node.kind.value == "compute"]
     order = list(dict.fromkeys(compute))
     assert order == [(0, False), (1, False), (1, True), (0, True)]
-    assert {node.kind.value for node in graph} == {"compute", "collective", "optimizer"}
+    assert {node.kind.value for node in graph} == {"compute", "collective", "p2p", "optimizer"}
 
 
 @pytest.mark.parametrize("make", MODELS)

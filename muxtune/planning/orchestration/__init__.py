@@ -10,6 +10,7 @@ from muxtune.planning.orchestration.accounting import (
     RoundBounds,
     bound_ratio,
     bubble_account,
+    communication_shares,
     compute_work_ns,
     contended_bound_ns,
     round_bounds,
@@ -26,6 +27,7 @@ from muxtune.planning.orchestration.contention import (
 )
 from muxtune.planning.orchestration.dispatch import DispatchOptions, dispatch
 from muxtune.planning.orchestration.orchestrate import InFlightLimits, ordered, pipeline_limits
+from muxtune.planning.orchestration.pace import ONE_GPU, Pace, pace_of, played, round_time_s
 from muxtune.planning.orchestration.player import Timeline, checked_sequences, play
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem, round_problem
 from muxtune.planning.orchestration.spans import ScheduleSpan, schedule_spans
@@ -34,11 +36,13 @@ from muxtune.planning.orchestration.template import Template, TemplateOptions, p
 __all__ = [
     "NO_CONTENTION",
     "NVLINK_H200",
+    "ONE_GPU",
     "SLOW_LINK_H200",
     "BubbleAccount",
     "Contention",
     "DispatchOptions",
     "InFlightLimits",
+    "Pace",
     "RoundBounds",
     "RoundGraph",
     "RoundProblem",
@@ -49,6 +53,7 @@ __all__ = [
     "bound_ratio",
     "bubble_account",
     "checked_sequences",
+    "communication_shares",
     "compute_work_ns",
     "contended_bound_ns",
     "contention_of",
@@ -56,12 +61,15 @@ __all__ = [
     "lorapp",
     "one_f_one_b",
     "ordered",
+    "pace_of",
     "periodic_template",
     "pipeline_limits",
     "play",
     "play_contended",
+    "played",
     "round_bounds",
     "round_problem",
+    "round_time_s",
     "schedule_spans",
     "utilisation",
 ]

@@ -1,0 +1,153 @@
+"""Instances of several GPUs: planner, fleet simulation and iteration player agree on a round."""
+
+from __future__ import annotations
+
+import pytest
+
+from muxtune.cost import CostBook
+from muxtune.planners.base import PlannerBase
+from muxtune.planners.batched import BatchedPlanner
+from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.planning.orchestration import played, round_time_s
+from muxtune.planning.rates import MeanStepBuilder
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.types import (
+    AdapterSlot,
+    Cursor,
+    HTaskTurn,
+    InstanceView,
+    LengthSummary,
+    Plan,
+    ReplicaShape,
+    Sample,
+    TaskView,
+)
+from muxtune_sim.pacing import Pacer
+
+COSTS = CostBook()
+SLOT = AdapterSlot("lora", 16, ("q_proj", "v_proj"))
+ROUNDS = 40
+
+
+class EqualLengths:
+    """Every sequence has 128 tokens, all with a loss, so that a full chunk is what a step holds."""
+
+    def __init__(self, sequences: int) -> None:
+        self.sequences = sequences
+
+    def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
+        return tuple(Sample(index, 128, 128) for index in range(self.sequences))
+
+    def num_steps(self, task_id: str) -> int:
+        return ROUNDS
+
+    def period_steps(self, task_id: str) -> int:
+        return 1
+
+    def lengths_key(self, task_id: str) -> str:
+        return "equal"
+
+
+def view_of(replica: ReplicaShape, num_tasks: int, sequences: int) -> InstanceView:
+    lengths = LengthSummary(100, 128, 128, 128**2, 128, (128,) * 33, "equal")
+    tasks = tuple(
+        TaskView(f"t{i}", "t", "llama-2-7b", SLOT, sequences, 128, lengths, ROUNDS, 0, 0)
+        for i in range(num_tasks)
+    )
+    return InstanceView(
+        "i", 0, tasks, None, 70 * 10**9, model="llama-2-7b", device="H100-SXM", replicas=(replica,)
+    )
+
+
+def planned(
+    replica: ReplicaShape,
+    num_tasks: int,
+    sequences: int,
+    planner: type[PlannerBase] = MuxTunePlanner,
+    **options,
+):
+    plan = planner(COSTS, **options).plan(view_of(replica, num_tasks, sequences), None)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def round_s(plan: Plan, sequences: int, builder: StepBuilder) -> tuple[float, float]:
+    """(simulated seconds of a round, of filling and draining once)."""
+    lengths, cursors = EqualLengths(sequences), {name: Cursor() for name in plan.task_ids}
+    timed = Pacer(builder, lengths).timed(plan, cursors, COSTS("llama-2-7b", "H100-SXM"))
+    forecast = builder.forecast(plan, cursors, lengths, timed.cost)
+    return forecast.duration_ns / forecast.rounds / 1e9, timed.once_s
+
+
+@pytest.mark.parametrize("builder", [StepBuilder, MeanStepBuilder])
+@pytest.mark.parametrize("replica", [ReplicaShape(1, 4), ReplicaShape(2, 1), ReplicaShape(2, 2)])
+def test_an_ordered_plan_is_simulated_at_the_players_pace(replica, builder):
+    plan = planned(replica, 8, 8, fusion="all_temporal", chunk_tokens=128, max_shapes=1)
+    assert plan.order
+    times = COSTS("llama-2-7b", "H100-SXM").subgraph_times_s(plan)
+    timeline = played(plan, times, 30)
+    simulated, once_s = round_s(plan, 8, builder())
+    assert simulated == pytest.approx(timeline.period_ns / 1e9, rel=1e-6)
+    assert simulated == pytest.approx(plan.predicted.round_time_s.value, rel=1e-3)
+    whole_s = 30 * simulated + once_s
+    assert whole_s == pytest.approx(timeline.makespan_ns / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_one_task_at_a_time_waits_for_its_optimizer(stages):
+    plan = planned(ReplicaShape(1, stages), 1, 4, chunk_tokens=128, max_shapes=1)._replace(order={})
+    htask = plan.htasks[0]
+    plan = plan._replace(
+        htasks=(htask._replace(quota={"t0": 1}, shapes=(htask.shapes[0]._replace(num_chunks=1),)),),
+        round=(HTaskTurn(0, None),),
+    )
+    cost = COSTS("llama-2-7b", "H100-SXM")
+    serial = StepBuilder().forecast(plan, {"t0": Cursor()}, EqualLengths(4), cost)
+    simulated, _ = round_s(plan, 4, StepBuilder())
+    passes_s = serial.duration_ns / serial.rounds / 1e9
+    assert simulated == pytest.approx(passes_s * (4 + stages - 1) / 4, rel=1e-6)
+
+
+def test_padded_planners_predict_what_is_simulated():
+    plan = planned(ReplicaShape(1, 4), 4, 8, BatchedPlanner)
+    simulated, _ = round_s(plan, 8, StepBuilder())
+    assert simulated == pytest.approx(plan.predicted.round_time_s.value, rel=1e-3)
+
+
+def test_without_interleaving_every_turn_drains():
+    replica, tasks = ReplicaShape(1, 4), 8
+    on = planned(replica, tasks, 8, fusion="all_temporal")
+    off = planned(replica, tasks, 8, fusion="all_temporal", orchestration=False)
+    assert off.interleaves is False and not off.order
+    assert off.predicted.round_time_s.value > 2 * on.predicted.round_time_s.value
+    simulated, _ = round_s(off, 8, StepBuilder())
+    assert simulated == pytest.approx(off.predicted.round_time_s.value, rel=0.05)
+
+
+def test_closed_forms():
+    assert round_time_s([1, 1], [2.0, 3.0], 1) == 5.0
+    assert round_time_s([1, 1], [2.0, 3.0], 4) == 12.0  # the larger waits for its own optimizer
+    assert round_time_s([1] * 8, [1.0] * 8, 4) == 8.0
+    assert round_time_s([1] * 8, [1.0] * 8, 4, interleaves=False) == 32.0
+
+
+@pytest.mark.parametrize("replica", [ReplicaShape(), ReplicaShape(1, 4), ReplicaShape(2, 1)])
+def test_the_breakdown_adds_up_to_the_round(replica):
+    predicted = planned(replica, 8, 8, fusion="all_temporal").predicted
+    spent = predicted.breakdown_s
+    assert sum(spent.values()) == pytest.approx(predicted.round_time_s.value)
+    assert {"compute", "adapters", "loss", "optimizer"} <= spent.keys()
+    assert min(spent.values()) >= 0
+    assert ("exposed_communication" in spent) == (replica.num_gpus > 1)
+    assert ("bubbles" in spent) == (replica.pp > 1)
+
+
+@pytest.mark.parametrize("orchestration", [True, False])
+@pytest.mark.parametrize("replica", [ReplicaShape(1, 4), ReplicaShape(2, 1)])
+def test_the_planned_partition_is_never_slower_than_a_plain_one(replica, orchestration):
+    def step_s(fusion: str) -> float:
+        plan = planned(replica, 6, 8, fusion=fusion, orchestration=orchestration)
+        return plan.predicted.tasks_step_time_s
+
+    best = step_s("planned")
+    assert best <= min(step_s("all_spatial"), step_s("all_temporal")) * (1 + 1e-9)
