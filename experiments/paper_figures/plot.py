@@ -42,7 +42,7 @@ def draw_ratios(path: Path, results: Mapping) -> None:
         panel.set_title(f"over {NAMES[name]}", fontsize=10)
         panel.set_xlabel("throughput ratio")
         panel.axvline(1.0, color="#bbbbbb", linewidth=0.8, zorder=0)
-        panel.margins(x=0.16)
+        panel.margins(x=0.16, y=0.01)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(
         range(len(rows)), [f"{r['label']}, {r['testbed']}, {r['data']}" for r in rows], fontsize=7
@@ -115,6 +115,7 @@ def draw_sensitivity(path: Path, cases: Sequence[Mapping]) -> None:
         panel.axvline(0.0, color="black", linewidth=0.8)
         panel.set_title(f"over {NAMES[baseline]}", fontsize=10)
         panel.set_xlabel("change of the ratio (%)")
+        panel.margins(y=0.01)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
