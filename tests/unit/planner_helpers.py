@@ -14,6 +14,9 @@ from muxtune.types import (
     LengthSummary,
     PassCoefficients,
     Plan,
+    Subgraph,
+    SubgraphKind,
+    SubgraphTimes,
     TaskView,
 )
 
@@ -35,6 +38,18 @@ class HandCost:
 
     def breakdown_s(self, load, replica):
         return {"backbone": self.pass_coefficients(load.shape, replica).base_s}
+
+    def subgraph_times_s(self, plan):
+        """On each stage a pass of its own, a third forward; no communication."""
+        stages = plan.replicas[0].pp
+        visits = [(s, False) for s in range(stages)] + [(s, True) for s in reversed(range(stages))]
+        graph = tuple(
+            Subgraph(i, stage, SubgraphKind.COMPUTE, back, (i - 1,) if i else (), "")
+            for i, (stage, back) in enumerate(visits)
+        )
+        bases = [self.pass_coefficients(h.shapes[-1], None).base_s for h in plan.htasks]
+        times = tuple(tuple(base * (1 + back) / 3 for _, back in visits) for base in bases)
+        return SubgraphTimes((graph,) * len(bases), times, False)
 
     def capture_s(self, shape, replica):
         return Estimate(1.0, 1.0, 1.0)
