@@ -24,7 +24,7 @@ from muxtune import build
 from muxtune.commands.simulate import few_collections, fleet_options, fleet_summary
 from muxtune.config import SimulateConfig, conf_dir, register_schemas
 from muxtune.engine import Engine, TaskOutcome
-from muxtune.types import NS_PER_S, Event, Plan, TaskState
+from muxtune.types import NS_PER_S, Event, InstanceSpec, Plan, TaskState
 from muxtune.workload.traces import PHILLY, Trace, read_trace
 
 WARM_UP_SHARE, COOL_DOWN_SHARE = 0.2, 0.2
@@ -160,7 +160,7 @@ def simulate(cell: Cell, window: Path) -> dict[str, Any]:
     key = (config.cost.style, config.cost.adapters)
     costs = _BOOKS.setdefault(key, build.cost_book(config))
     tasks: Any = build.tasks(config, costs)
-    instances = build.instances(config, costs, tasks)
+    instances = joined(build.instances(config, costs, tasks), cell.system.replicas)
     executor = build.sim_executor(
         fleet_options(config, len(tasks)), costs, build.sim_library(config, tasks)
     )
@@ -198,6 +198,18 @@ def simulate(cell: Cell, window: Path) -> dict[str, Any]:
         **spread("queueing_s", score.queueing_s),
         **spread("slowdown", score.slowdown),
     }
+
+
+def joined(instances: Sequence[InstanceSpec], replicas: int) -> list[InstanceSpec]:
+    """Every ``replicas`` neighbours as one instance."""
+    groups = [instances[at : at + replicas] for at in range(0, len(instances), replicas)]
+    return [
+        group[0]._replace(
+            replicas=tuple(each.replicas[0] for each in group),
+            gpu_ids=tuple(gpu for each in group for gpu in each.gpu_ids),
+        )
+        for group in groups
+    ]
 
 
 def solo_durations(window: Path) -> list[tuple[str, float]]:

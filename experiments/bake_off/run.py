@@ -23,20 +23,21 @@ from experiments.bake_off.systems import SYSTEMS
 from muxtune.report.tables import make_console
 
 PLAIN_INTERVAL_S = 20.0
+FIRST_LOADS = (0.5, 1.0, 1.5, 8.0)
 
 
 def cells_of(given: argparse.Namespace) -> list[Cell]:
-    """All systems at all their loads of a seed, seed by seed, so that a stopped run has whole
-    seeds."""
-    return [
+    """All systems at all their loads: a few loads first, seed by seed, so that a run which was
+    stopped has whole comparisons."""
+    cells = [
         Cell(system, load, seed, given.tasks, given.gpus, given.max_hours)
         for seed in range(given.seeds)
-        for load in sorted({load for system in SYSTEMS for load in system.loads})
         for system in SYSTEMS
-        if load in system.loads
-        and (not given.systems or system.name in given.systems)
+        for load in system.loads
+        if (not given.systems or system.name in given.systems)
         and (not given.loads or load in given.loads)
     ]
+    return sorted(cells, key=lambda cell: (cell.load not in FIRST_LOADS, cell.seed, cell.load))
 
 
 def run_all(given: argparse.Namespace) -> None:

@@ -18,13 +18,15 @@ FAST_LOADS = (3.0, 8.0)
 
 
 class System(NamedTuple):
-    """``panels``: where it is drawn; ``loads``: at which it is run."""
+    """``panels``: where it is drawn; ``loads``: at which it is run; ``replicas``: GPUs that are
+    joined to one instance, each holding a replica."""
 
     name: str
     label: str
     words: tuple[str, ...]
     panels: tuple[str, ...]
     loads: tuple[float, ...]
+    replicas: int = 1
 
 
 _EAGER = LOADS
@@ -73,6 +75,7 @@ SYSTEMS: tuple[System, ...] = (
         _VARIANT,
     ),
     System("tlora_fast", "tLoRA", ("planner=tlora", *_CAPTURED), (SAME_KERNELS,), _VARIANT),
+    System("lobra", "LobRA, 2 replicas", ("planner=lobra", *_CAPTURED), BOTH, LOADS, replicas=2),
     System("muxtune", "MuxTune", ("planner=muxtune",), BOTH, _FAST),
 )
 

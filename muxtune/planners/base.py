@@ -63,6 +63,7 @@ class Site(NamedTuple):
     memory_limit_bytes: int
     time_percent: int
     memory_percent: int
+    others: tuple[ReplicaShape, ...] = ()  # replicas beside the first, for planners that use them
 
 
 class GroupShape(NamedTuple):
@@ -480,7 +481,7 @@ def bind(
         instance.replicas,
         htasks,
         answer.turns,
-        DispatchRule.SINGLE,
+        DispatchRule.SINGLE if len(instance.replicas) == 1 else DispatchRule.BALANCED,
         prediction,
         answer.order,
         arrangement.reason,
@@ -506,6 +507,7 @@ def site_of(instance: InstanceView) -> Site:
         instance.memory_limit_bytes,
         instance.corrections.time_percent,
         instance.corrections.memory_percent,
+        instance.replicas[1:],
     )
 
 

@@ -147,11 +147,23 @@ class PaddedPlanner(PlannerBase):
         )
         return GroupShape(tuple(range(len(classes))), quota, shapes, PackRule.PAD)
 
-    def _cost_of(self, site: Site, classes: Sequence[TaskClass], group: GroupShape) -> GroupCost:
+    def _cost_of(
+        self, site: Site, classes: Sequence[TaskClass], group: GroupShape, share: float = 1.0
+    ) -> GroupCost:
+        """``share``: of the sequences that this pass computes."""
         loads = [
             self.load(task, group.shapes[-1].chunk_tokens, quota, PackRule.PAD)
             for task, quota in zip(classes, group.quota, strict=True)
         ]
+        if share < 1:
+            loads = [
+                load._replace(
+                    attention_pairs_per_step=share * load.attention_pairs_per_step,
+                    loss_rows_per_step=share * load.loss_rows_per_step,
+                    effective_tokens_per_step=share * load.effective_tokens_per_step,
+                )
+                for load in loads
+            ]
         longest = max(load.longest_row_tokens for load in loads)
         typical = next(
             s for s in group.shapes if s.chunk_tokens >= min(longest, group.shapes[-1].chunk_tokens)

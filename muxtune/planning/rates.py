@@ -110,6 +110,8 @@ class MeanStepBuilder(StepBuilder):
     def _mean_course(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource
     ) -> _MeanCourse | None:
+        if len(plan.replicas) > 1:
+            return None
         key = (id(plan), id(lengths))  # a course keeps both alive, so the ids stay theirs
         course = self._courses.get(key)
         if course is None or list(map(cursors.get, course.task_ids)) != course.start:

@@ -18,6 +18,7 @@ from operator import mul
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
+from muxtune.planning.dealt import DealtCourse
 from muxtune.planning.facts import (
     Cursors,
     HTaskFacts,
@@ -186,7 +187,7 @@ class StepBuilder:
         key = (id(plan), id(lengths))  # what is known keeps both alive, so the ids stay theirs
         return self._plans.get(key) or self._plans.put(key, _KnownPlan(plan_facts(plan, lengths)))
 
-    def _course(self, plan: Plan, cursors: Cursors, lengths: LengthSource) -> _Course:
+    def _course(self, plan: Plan, cursors: Cursors, lengths: LengthSource) -> _Course | DealtCourse:
         """The course from these cursors on; the last one of each plan is remembered."""
         known = self._known(plan, lengths)
         try:
@@ -197,7 +198,10 @@ class StepBuilder:
             known.course = self._new_course(known, start)
         return known.course
 
-    def _new_course(self, known: _KnownPlan, start: tuple[Cursor, ...]) -> _Course:
+    def _new_course(self, known: _KnownPlan, start: tuple[Cursor, ...]) -> _Course | DealtCourse:
+        if len(known.facts.plan.replicas) > 1:
+            lengths = known.facts.lengths
+            return DealtCourse(known.facts, start, lambda each: pass_load(each, lengths))
         book = self._book(known.facts.lengths)
         if known.tables is None:
             known.tables = [
@@ -248,7 +252,7 @@ class _KnownPlan:
     def __init__(self, facts: PlanFacts) -> None:
         self.facts = facts
         self.tables: list[list[StepTable] | None] | None = None
-        self.course: _Course | None = None
+        self.course: _Course | DealtCourse | None = None
         self._cost: CostModel | None = None
         self._seconds: list[list[float]] = []
 

@@ -18,6 +18,7 @@ from muxtune.planning.lobra.dispatch import (
     SolverOptions,
     dispatch_balanced,
     dispatch_by_length,
+    dispatch_step,
     fill,
     slowest_s,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "SolverOptions",
     "dispatch_balanced",
     "dispatch_by_length",
+    "dispatch_step",
     "fill",
     "fill_buckets",
     "fit_communication",

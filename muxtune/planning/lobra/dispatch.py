@@ -317,6 +317,23 @@ def fill(
     return filled
 
 
+def dispatch_step(
+    times: ReplicaTimes,
+    groups: Sequence[ReplicaGroup],
+    buckets: Buckets,
+    options: SolverOptions = _DEFAULTS,
+) -> list[ReplicaLoad]:
+    """A step's loads: balanced, unless dealing whole sequences makes dispatch by length faster."""
+    found = [
+        fill(times, groups, buckets, dispatch)
+        for dispatch in (
+            dispatch_balanced(times, groups, buckets, options),
+            dispatch_by_length(times, groups, buckets),
+        )
+    ]
+    return min(found, key=lambda loads: slowest_s(times, loads))
+
+
 Rule = Callable[[int, int, int], list[int]]  # (sequences, of a full micro-batch, replicas)
 
 
