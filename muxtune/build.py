@@ -36,7 +36,9 @@ from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.report.metrics import PowerDraw
 from muxtune.types import InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
+from muxtune.workload.encoding import EncodedSequence
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
+from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary, tokenizer_of
 from muxtune.workload.tasks import load_tasks, tasks_from_mapping, with_model_targets
 from muxtune.workload.traces import poisson_tasks, read_trace, trace_tasks
@@ -453,6 +455,18 @@ class Library:
         return self._home[task_id].lengths_key(task_id)
 
 
+class TextLibrary(Library):
+    """A Library whose tasks have text to train on."""
+
+    def sequence(self, task_id: str, index: int) -> EncodedSequence:
+        home: Any = self._home[task_id]
+        return home.sequence(task_id, index)
+
+    def validation(self, task_id: str) -> tuple[EncodedSequence, ...]:
+        home: Any = self._home[task_id]
+        return home.validation(task_id)
+
+
 def library(config: CommonConfig, store: BackboneStore | None = None) -> Library:
     """``store`` is made when it is needed, for its tokenizer."""
 
@@ -515,20 +529,55 @@ def dataset_library(store: BackboneStore) -> Any:
     return DatasetLibrary(store.tokenizer)
 
 
+def text_library(config: CommonConfig, store: BackboneStore) -> Any:
+    """What real tasks train on: their data; random tokens of drawn lengths where the base model
+    is random too."""
+    if not config.model.random:
+        return dataset_library(store)
+    drawn = RandomTexts(shape_of(config.model).vocab, config.seed)
+    return TextLibrary(drawn, lambda: dataset_library(store))
+
+
 def backbone_store(config: CommonConfig) -> BackboneStore:
     """Where the real executor and the tokenizers find the base model. Needs the train extra."""
     need_torch()
     from muxtune.runtime import backbone
 
     model = config.model
+    device, dtype = _where_to_compute(config)
     sources: dict[str, Any] = {}
     if model.random:
-        sources[model.name] = backbone.random_weights(shape_of(model), model.seed)
+        shape = shape_of(model)
+        sources[model.name] = backbone.random_weights(shape, model.seed, device, dtype)
     elif model.path:
         is_file = Path(model.path).suffix == ".gguf"
         make = backbone.gguf_file if is_file else backbone.local_folder
         sources[model.name] = make(model.path)
-    return backbone.BackboneStore(sources)
+    return backbone.BackboneStore(sources, device, dtype)
+
+
+def _where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
+    """Device and dtype of the base model, by the real executor's options.
+
+    Raises ConfigError for one that does not exist, or CUDA where torch sees none.
+    """
+    import torch
+
+    chosen = getattr(config, "torch", None) or getattr(config, "backend", None) or {}
+    device, dtype = str(chosen.get("device", AUTO)), str(chosen.get("dtype", AUTO))
+    has_cuda = torch.cuda.is_available()
+    if device == AUTO:
+        wants_gpu = figures_of(config.cluster).kind == "gpu"
+        device = "cuda" if wants_gpu and has_cuda else "cpu"
+    if device not in {"cpu", "cuda"} or (device == "cuda" and not has_cuda):
+        problem = f"torch sees no '{device}'"
+        raise ConfigError("backend.device", problem, "Choose cpu, or auto")
+    if dtype == AUTO:
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in {"float32", "bfloat16", "float16"}:
+        remedy = "Choose float32, bfloat16 or auto"
+        raise ConfigError("backend.dtype", f"'{dtype}' is no type to train with", remedy)
+    return torch.device(device), getattr(torch, dtype)
 
 
 def need_torch() -> None:

@@ -109,7 +109,7 @@ def _compare(
             {**config.torch, "evaluate_tokens": 0},
             output_dir / name,
             store,
-            build.dataset_library(store),
+            build.text_library(config, store),
             (listener,),
             field="torch",
         )

@@ -42,6 +42,7 @@ class TorchListener:
     def __init__(self, display: TaskProgress | None = None, trace: TraceWriter | None = None):
         self.display, self.trace = display, trace
         self.effective_tokens = self.padded_tokens = self.busy_ns = 0
+        self.notices: list[str] = []
 
     def on_step(self, record: Any) -> None:
         if self.display is not None:
@@ -53,6 +54,11 @@ class TorchListener:
         self.effective_tokens += record.effective_tokens
         self.padded_tokens += record.padded_tokens
         self.busy_ns += record.duration_ns
+
+    def on_notice(self, text: str) -> None:
+        self.notices.append(text)
+        if self.display is not None:
+            self.display.line(text)
 
     def on_span(self, record: Any) -> None:
         if self.trace is not None:
@@ -111,7 +117,7 @@ def run(
         rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
         listener = TorchListener(display, trace)
         executor = build.torch_executor(
-            config.backend, folder.path, store, build.dataset_library(store), (listener,)
+            config.backend, folder.path, store, build.text_library(config, store), (listener,)
         )
         stack.callback(executor.close)
         journal, past = _journal(config, folder.path, tasks)
@@ -173,10 +179,11 @@ def _journal(
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:
-    """Raises ConfigError when a task has no text to train on."""
+    """Raises ConfigError when a task has no text to train on. A random base model may be given
+    random tokens, as many as a histogram says."""
     tasks = list(build.tasks(config, costs))
     for task in tasks:
-        if not task.data.path:
+        if not task.data.path and not (config.model.random and task.data.histogram):
             raise ConfigError(
                 f"task '{task.task_id}': data",
                 "has drawn lengths only, and there is nothing to train on",
@@ -210,6 +217,7 @@ def _summary(
         "num_plans": totals.num_plans,
         "mean_planning_us": planner.mean_us,
         "seed": config.seed,
+        "notices": "; ".join(listener.notices),
     }
 
 

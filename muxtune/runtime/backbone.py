@@ -187,13 +187,10 @@ class Backbone:
             parent = self.model.get_submodule(name.rpartition(".")[0])
             replaced = MultiTaskLinear(name, linear, self.state)
             setattr(parent, name.rpartition(".")[2], replaced)
-        sites = {
+        return {
             name: cast(MultiTaskLinear, self.model.get_submodule(name)).base.site
             for name, _ in found
         }
-        if len({site.key for site in sites.values()}) != len(sites):
-            raise ConfigError("model", f"two linears of {self.name} share a key", "Rename one")
-        return sites
 
 
 def check_model(name: str, model: Any) -> None:
@@ -257,10 +254,20 @@ def packaged_gguf(module: str, pattern: str = "*.gguf") -> BackboneSource:
     return gguf_file(files[0])
 
 
-def random_weights(shape: ModelShape, seed: int = 0) -> BackboneSource:
-    """Random weights of this shape and family, with a tokenizer of bytes."""
+def random_weights(
+    shape: ModelShape,
+    seed: int = 0,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> BackboneSource:
+    """Random weights of this shape and family, with a tokenizer of bytes; see ``random_model``."""
     check_random(shape)
-    return lambda: _random(shape, seed)
+
+    def load() -> Loaded:
+        model, longest = random_model(shape, seed, device, dtype)
+        return Loaded(model, ByteTokenizer(shape.vocab, longest))
+
+    return load
 
 
 def _from_pretrained(folder: Path, **options: Any) -> Loaded:
@@ -298,11 +305,6 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _random(shape: ModelShape, seed: int) -> Loaded:
-    model, longest = random_model(shape, seed)
-    return Loaded(model, ByteTokenizer(shape.vocab, longest))
-
-
 # ----------------------------------------------------------------------------------------- store
 
 
@@ -338,7 +340,8 @@ class BackboneStore:
         if name in self._sources:
             return self._sources[name]
         if name.startswith(RANDOM_PREFIX):
-            return random_weights(model_shape(name.removeprefix(RANDOM_PREFIX)))
+            shape = model_shape(name.removeprefix(RANDOM_PREFIX))
+            return random_weights(shape, 0, self.device, self.dtype)
         path = Path(name)
         if path.is_dir():
             return local_folder(path)

@@ -2,8 +2,11 @@
 
 A task owns, for every parameter of its adapter, four matrices: weights, accumulated gradient and
 AdamW's two moments. While the task is placed they are rows of its hTask's pool; otherwise they
-are tensors of their own. A plan change moves rows between pools, bit by bit the same, so neither
-the model nor an open accumulation notices.
+are tensors of their own, in host memory. A plan change moves rows between pools, bit by bit the
+same, so neither the model nor an open accumulation notices.
+
+There are two kinds of pools: ``SlotPool``, for the eager pass, and ``static_pool.StaticPool``,
+whose rows are laid out for the captured step.
 
 Shape suffixes: R pool rows (the sum of the slots' rows), W width of a parameter, S slots.
 """
@@ -11,9 +14,9 @@ Shape suffixes: R pool rows (the sum of the slots' rows), W width of a parameter
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,22 +35,31 @@ ParameterKey = tuple[str, str]  # (site name, parameter name)
 
 
 class TaskTensors(NamedTuple):
-    """One parameter of one task, each [rows, width]: float32; the gradient as the bank keeps it."""
+    """One parameter of one task, each [rows, width]: float32; the gradient as its pool keeps it.
+
+    What is zero all over may be a single zero, expanded: read it, write to a pool's rows only.
+    """
 
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
-    def detached_copy(self) -> TaskTensors:
-        return TaskTensors(*(tensor.clone() for tensor in self))
+    def detached_copy(self, with_grad: bool) -> TaskTensors:
+        """In host memory, for a GPU's is what pools are made of."""
+        grad = _host_copy(self.grad) if with_grad else no_gradient(self.grad)
+        param, exp_avg, exp_avg_sq = (
+            _host_copy(tensor) for tensor in (self.param, self.exp_avg, self.exp_avg_sq)
+        )
+        return TaskTensors(param, grad, exp_avg, exp_avg_sq)
 
 
 @dataclass
 class TaskState:
     """All that training has made of a task, kept in one place: what a checkpoint holds.
 
-    ``step``: optimizer steps applied. ``step_loss``: the loss of the open step so far.
+    ``step``: optimizer steps applied, as far as results are known. ``step_loss``: the loss of the
+    open step so far. ``is_open``: whether gradients of a step that is not closed are accumulated.
     """
 
     task: TaskSpec
@@ -56,7 +68,8 @@ class TaskState:
     tensors: dict[ParameterKey, TaskTensors]
     step: int = 0
     step_loss: float = 0.0
-    place: tuple[SlotPool, int] | None = None
+    is_open: bool = False
+    place: tuple[AdapterPool, int] | None = None
 
     def parameters(self) -> dict[str, dict[str, Tensor]]:
         """Site name -> parameter name -> weights [rows, width]."""
@@ -64,6 +77,25 @@ class TaskState:
         for (site_name, name), tensors in self.tensors.items():
             out.setdefault(site_name, {})[name] = tensors.param
         return out
+
+
+class AdapterPool(Protocol):
+    """The adapters of one hTask, a slot each. Its tensors keep their addresses as long as the
+    slots' shapes hold; tasks only fill them."""
+
+    @property
+    def slots(self) -> tuple[AdapterSlot, ...]: ...
+
+    @property
+    def occupants(self) -> list[TaskState | None]: ...
+
+    def put(self, state: TaskState, slot: int) -> None:
+        """Copy a task that has no place into a slot that fits; its tensors become the slot's."""
+        ...
+
+    def vacate(self, slot: int) -> None:
+        """Nobody's from now on; what is in it may stay."""
+        ...
 
 
 class ParameterPool(NamedTuple):
@@ -109,8 +141,7 @@ class SitePool(NamedTuple):
 
 @dataclass
 class SlotPool:
-    """The adapters of one hTask. Its tensors keep their addresses as long as the slots' shapes
-    hold; tasks only fill them."""
+    """The pool of the eager pass; see ``AdapterPool``."""
 
     slots: tuple[AdapterSlot, ...]
     sites: dict[str, SitePool]
@@ -135,16 +166,74 @@ class SlotPool:
         self.scales[slot], self.rates[slot] = scale, rate
         self.scale_S[slot], self.rate_S[slot] = scale, rate
 
+    def put(self, state: TaskState, slot: int) -> None:
+        for (site_name, name), parameters in self._parameters():
+            parameters.set_owned(slot, (site_name, name) in state.tensors)
+            for tensor in parameters[:4]:
+                tensor[parameters.rows_of(slot)] = 0
+        for (site_name, name), old in state.tensors.items():
+            parameters = self.sites[site_name].parameters[name]
+            new = parameters.task_tensors(slot, old.param.shape[0])
+            for target, source in zip(new, old, strict=True):
+                target.copy_(source)
+            state.tensors[site_name, name] = new
+        self._describe(state, slot, state.task.adapter.dropout)
+        self.settings.step_S[slot] = state.step
+
+    def vacate(self, slot: int) -> None:
+        self.describe_slot(slot, 0.0, 0.0)
+        self.virtual.pop(slot, None)
+
+    def fill_weights(self, state: TaskState, slot: int) -> None:
+        """A copy of a task's weights alone, to compute with; the task stays where it is."""
+        for key, parameters in self._parameters():
+            tensors = state.tensors.get(key)
+            parameters.set_owned(slot, tensors is not None)
+            if tensors is not None:
+                start, count = parameters.rows_of(slot).start, tensors.param.shape[0]
+                parameters.param_RW[start : start + count].copy_(tensors.param)
+        self._describe(state, slot, 0.0)
+
+    def _describe(self, state: TaskState, slot: int, rate: float) -> None:
+        adapter = state.task.adapter
+        method = adapter_method(adapter.method)
+        self.describe_slot(slot, method.scale(adapter), rate)
+        if method.place is not Place.LINEAR:
+            site_name, name = next(iter(state.tensors))
+            first = self.sites[site_name].parameters[name].rows_of(slot).start
+            self.virtual[slot] = VirtualTokens(adapter.rank, first, method.place is Place.EMBEDDING)
+
+    def _parameters(self) -> Iterator[tuple[ParameterKey, ParameterPool]]:
+        for site_name, site in self.sites.items():
+            for name, parameters in site.parameters.items():
+                yield (site_name, name), parameters
+
+
+class PoolKinds(Protocol):
+    def other_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool | None:
+        """An empty pool for these slots, or None where a ``SlotPool`` is wanted."""
+        ...
+
+    def keep(self, pools: Sequence[AdapterPool]) -> None:
+        """The others of its pools are not needed any more."""
+        ...
+
 
 class AdapterBank:
     """Makes, places and moves adapter state on one backbone.
 
-    ``grad_dtype``: float64 for deterministic sums on the CPU, else float32.
+    ``grad_dtype``: float64 for deterministic sums on the CPU, else float32. ``kinds``: who makes
+    pools of other kinds.
     """
 
-    def __init__(self, backbone: Backbone, grad_dtype: torch.dtype) -> None:
-        self.backbone, self.grad_dtype = backbone, grad_dtype
-        self.pools: list[SlotPool] = []
+    def __init__(
+        self,
+        backbone: Backbone,
+        grad_dtype: torch.dtype,
+        kinds: PoolKinds | None = None,
+    ) -> None:
+        self.backbone, self.grad_dtype, self._kinds = backbone, grad_dtype, kinds
+        self.pools: list[AdapterPool] = []
 
     def create(self, task: TaskSpec, num_steps: int) -> TaskState:
         """A fresh adapter as PEFT initialises it, drawn per (task seed, module name)."""
@@ -157,43 +246,51 @@ class AdapterBank:
                 tensors[site.name, name] = self._fresh(value)
         return TaskState(task, adapter_slot(task), num_steps, tensors)
 
-    def arrange(self, htasks: Sequence[HTask], states: Mapping[str, TaskState]) -> list[SlotPool]:
+    def arrange(
+        self, htasks: Sequence[HTask], states: Mapping[str, TaskState]
+    ) -> list[AdapterPool]:
         """Pools for these hTasks with their tasks in them; other tasks leave the bank's pools.
 
         A pool whose slots' shapes still fit is kept, and so are tasks that stay in their slot.
-        Raises TaskError when a task does not fit its slot.
+        Pools that nobody needs are let go before new ones are made, so that the two need not fit
+        into the memory together. Raises TaskError when a task does not fit its slot.
         """
-        wanted = _match_pools(htasks, self.pools)
-        pools = [
-            pool if pool is not None else self._pool(htask.shapes[0].slots)
-            for htask, pool in zip(htasks, wanted, strict=True)
-        ]
-        target = {
+        matched = _match_pools(htasks, self.pools)
+        stay = {
             task_id: (pool, slot)
-            for htask, pool in zip(htasks, pools, strict=True)
+            for htask, pool in zip(htasks, matched, strict=True)
             for task_id, slot in htask.slot_of.items()
-            if task_id in states
+            if task_id in states and pool is not None
         }
         for pool in self.pools:
             for state in [state for state in pool.occupants if state is not None]:
-                if not _is_at(state, target.get(state.task.task_id)):
+                if not _is_at(state, stay.get(state.task.task_id)):
                     take_out(state)
-        for task_id, (pool, slot) in target.items():
-            if not _is_at(states[task_id], (pool, slot)):
-                self._put_in(states[task_id], pool, slot)
+            del pool
+        self.pools = [pool for pool in matched if pool is not None]
+        if self._kinds is not None:
+            self._kinds.keep(self.pools)
+        pools: list[AdapterPool] = []
+        for htask, pool in zip(htasks, matched, strict=True):
+            pools.append(pool if pool is not None else self._new_pool(htask.shapes[0].slots))
+            for task_id, slot in htask.slot_of.items():
+                if task_id in states and not _is_at(states[task_id], (pools[-1], slot)):
+                    _put_in(states[task_id], pools[-1], slot)
         self.pools = pools
         return pools
 
     def _fresh(self, value: Tensor) -> TaskTensors:
-        param = value.to(self.backbone.device, torch.float32)
-        return TaskTensors(
-            param,
-            torch.zeros_like(param, dtype=self.grad_dtype),
-            torch.zeros_like(param),
-            torch.zeros_like(param),
-        )
+        param = value.to("cpu", torch.float32)
+        nothing = no_gradient(param)
+        return TaskTensors(param, nothing.to(self.grad_dtype), nothing, nothing)
 
-    def _pool(self, slots: tuple[AdapterSlot, ...]) -> SlotPool:
+    def _new_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool:
+        other = None if self._kinds is None else self._kinds.other_pool(slots)
+        return other if other is not None else self.slot_pool(slots)
+
+    def slot_pool(self, slots: tuple[AdapterSlot, ...], trains: bool = True) -> SlotPool:
+        """An empty pool of the eager kind, beside those that the bank keeps; without gradients
+        and moments unless it ``trains``."""
         device, count = self.backbone.device, len(slots)
         used = [self._sites_of(slot) for slot in slots]
         sites = {}
@@ -203,7 +300,7 @@ class AdapterBank:
             users = [name in each for each in used]
             if any(users):
                 site = next(each[name] for each in used if name in each)
-                sites[name] = self._site_pool(site, slots, users)
+                sites[name] = self._site_pool(site, slots, users, trains)
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -223,7 +320,11 @@ class AdapterBank:
         return {name: site for name, site in named if backbone.is_target(name, slot.targets)}
 
     def _site_pool(
-        self, site: LinearSite, slots: Sequence[AdapterSlot], users: Sequence[bool]
+        self,
+        site: LinearSite,
+        slots: Sequence[AdapterSlot],
+        users: Sequence[bool],
+        trains: bool,
     ) -> SitePool:
         used = [slot for slot, uses in zip(slots, users, strict=True) if uses]
         shapes = [
@@ -232,62 +333,74 @@ class AdapterBank:
         ]
         widths = {name: width for shape in shapes for name, (_, width) in shape.items()}
         parameters = {
-            name: self._parameter_pool(tuple(shape.get(name, (0, 0))[0] for shape in shapes), width)
+            name: self._parameter_pool(
+                tuple(shape.get(name, (0, 0))[0] for shape in shapes), width, trains
+            )
             for name, width in widths.items()
         }
         names = sorted({slot.method for slot in used})
         return SitePool(SiteMethods(adapter_method(name) for name in names), parameters)
 
-    def _parameter_pool(self, slot_rows: tuple[int, ...], width: int) -> ParameterPool:
+    def _parameter_pool(
+        self, slot_rows: tuple[int, ...], width: int, trains: bool
+    ) -> ParameterPool:
         shape, device = (sum(slot_rows), width), self.backbone.device
         starts = [sum(slot_rows[:slot]) for slot in range(len(slot_rows))]
+        trained = shape if trains else (0, width)
         return ParameterPool(
             torch.zeros(shape, device=device),
-            torch.zeros(shape, device=device, dtype=self.grad_dtype),
-            torch.zeros(shape, device=device),
-            torch.zeros(shape, device=device),
+            torch.zeros(trained, device=device, dtype=self.grad_dtype),
+            torch.zeros(trained, device=device),
+            torch.zeros(trained, device=device),
             slot_rows,
             tuple(slice(a, a + n) for a, n in zip(starts, slot_rows, strict=True)),
             [False] * len(slot_rows),
             torch.full((len(slot_rows) + 1,), shape[0], dtype=torch.int64, device=device),
         )
 
-    def _put_in(self, state: TaskState, pool: SlotPool, slot: int) -> None:
-        _check_fit(state, pool.slots[slot], slot)
-        for site_name, site in pool.sites.items():
-            for name, parameters in site.parameters.items():
-                parameters.set_owned(slot, (site_name, name) in state.tensors)
-                for tensor in parameters[:4]:
-                    tensor[parameters.rows_of(slot)] = 0
-        for (site_name, name), old in state.tensors.items():
-            parameters = pool.sites[site_name].parameters[name]
-            new = parameters.task_tensors(slot, old.param.shape[0])
-            for target, source in zip(new, old, strict=True):
-                target.copy_(source)
-            state.tensors[site_name, name] = new
-        adapter = state.task.adapter
-        scale = adapter_method(adapter.method).scale(adapter)
-        pool.describe_slot(slot, scale, adapter.dropout)
-        place = adapter_method(adapter.method).place
-        if place is not Place.LINEAR:
-            site_name, name = next(iter(state.tensors))
-            first = pool.sites[site_name].parameters[name].rows_of(slot).start
-            pool.virtual[slot] = VirtualTokens(adapter.rank, first, place is Place.EMBEDDING)
-        pool.settings.step_S[slot] = state.step
-        pool.occupants[slot] = state
-        state.place = (pool, slot)
+
+def _put_in(state: TaskState, pool: AdapterPool, slot: int) -> None:
+    _check_fit(state, pool.slots[slot], slot)
+    pool.put(state, slot)
+    pool.occupants[slot] = state
+    state.place = (pool, slot)
 
 
 def take_out(state: TaskState) -> None:
     """Give a task storage of its own and free its slot; nothing happens to one without a place."""
     if state.place is None:
         return
-    pool, slot = state.place
-    state.tensors = {key: tensors.detached_copy() for key, tensors in state.tensors.items()}
-    pool.occupants[slot] = None
-    pool.describe_slot(slot, 0.0, 0.0)
-    pool.virtual.pop(slot, None)
-    state.place = None
+    # In a pool of another kind, what is left of a step that is closed is not cleared.
+    with_grad = state.is_open or isinstance(state.place[0], SlotPool)
+    state.tensors = {
+        key: tensors.detached_copy(with_grad) for key, tensors in state.tensors.items()
+    }
+    _vacate(state)
+
+
+def drop(state: TaskState) -> None:
+    """Free a task's slot and its memory: nobody wants it any more."""
+    state.tensors.clear()
+    _vacate(state)
+
+
+def no_gradient(like: Tensor) -> Tensor:
+    """Zeros in host memory of a tensor's shape and dtype that take none."""
+    return torch.zeros(1, dtype=like.dtype).expand(like.shape)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()
+
+
+def _vacate(state: TaskState) -> None:
+    if state.place is not None:
+        pool, slot = state.place
+        pool.vacate(slot)
+        pool.occupants[slot] = None
+        state.place = None
 
 
 def adapter_slot(task: TaskSpec) -> AdapterSlot:
@@ -307,17 +420,17 @@ def _seed(task_seed: int, site_name: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _is_at(state: TaskState, place: tuple[SlotPool, int] | None) -> bool:
+def _is_at(state: TaskState, place: tuple[AdapterPool, int] | None) -> bool:
     if state.place is None or place is None:
         return state.place is place
     return state.place[0] is place[0] and state.place[1] == place[1]
 
 
-def _match_pools(htasks: Sequence[HTask], pools: Sequence[SlotPool]) -> list[SlotPool | None]:
+def _match_pools(htasks: Sequence[HTask], pools: Sequence[AdapterPool]) -> list[AdapterPool | None]:
     """For each hTask a pool with the same slots, each pool once; the one that already holds most
     of its tasks in their slots comes first."""
     free = list(pools)
-    matched: list[SlotPool | None] = []
+    matched: list[AdapterPool | None] = []
     for htask in htasks:
         fitting = [pool for pool in free if pool.slots == htask.shapes[0].slots]
         best = max(fitting, key=lambda pool: _num_staying(htask, pool), default=None)
@@ -327,7 +440,7 @@ def _match_pools(htasks: Sequence[HTask], pools: Sequence[SlotPool]) -> list[Slo
     return matched
 
 
-def _num_staying(htask: HTask, pool: SlotPool) -> int:
+def _num_staying(htask: HTask, pool: AdapterPool) -> int:
     return sum(
         state is not None and htask.slot_of.get(state.task.task_id) == slot
         for slot, state in enumerate(pool.occupants)
@@ -356,13 +469,16 @@ def grad_dtype_for(device: torch.device, deterministic: bool) -> torch.dtype:
 
 __all__ = [
     "AdapterBank",
+    "AdapterPool",
     "ParameterPool",
     "SitePool",
     "SlotPool",
     "TaskState",
     "TaskTensors",
     "adapter_slot",
+    "drop",
     "grad_dtype_for",
+    "no_gradient",
     "start_values",
     "take_out",
 ]

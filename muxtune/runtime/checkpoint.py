@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from muxtune import codec
 from muxtune.errors import DataError
-from muxtune.runtime.bank import TaskState, TaskTensors
+from muxtune.runtime.bank import TaskState, TaskTensors, no_gradient
 from muxtune.runtime.folders import PARTIAL, REPLACED, find_folder, whole_folder
 from muxtune.types import TaskSpec
 
@@ -41,43 +41,45 @@ def fingerprint(task: TaskSpec, content_hash: str) -> str:
     return hashlib.sha256(f"{codec.dumps(training)}{content_hash}".encode()).hexdigest()
 
 
-class Snapshot(NamedTuple):
-    """A task at a step boundary, in host memory of its own. ``copied``: on a GPU, the event after
-    which the copies are there."""
+class HostCopy(NamedTuple):
+    """A task's weights and moments in host memory of their own. ``copied``: on a GPU, the event
+    after which they are there."""
 
     tensors: dict[str, torch.Tensor]
-    meta: dict[str, Any]
     copied: torch.cuda.Event | None = None
 
 
-def take_snapshot(state: TaskState, print_of: str, extra: dict[str, Any]) -> Snapshot:
-    """Costs a copy, and on a GPU only its launch. ``extra``: JSON values that come back.
+class Snapshot(NamedTuple):
+    """A task at a step boundary."""
 
-    Raises ValueError in the middle of a step.
-    """
-    if state.step_loss:
-        raise ValueError("a checkpoint is taken at a step boundary")
+    copy: HostCopy
+    meta: dict[str, Any]
+
+
+def copy_to_host(state: TaskState) -> HostCopy:
+    """As the task is when the work that was given to the device so far is done; on a GPU it costs
+    the launch of a copy."""
     tensors = {
         f"{site_name}/{name}/{kind}": _host_copy(getattr(values, kind))
         for (site_name, name), values in state.tensors.items()
         for kind in ("param", "exp_avg", "exp_avg_sq")
     }
-    meta = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": print_of,
-        "step": state.step,
-        "extra": extra,
-    }
-    return Snapshot(tensors, meta, _copied_event(state))
+    return HostCopy(tensors, _copied_event(state))
+
+
+def make_snapshot(copy: HostCopy, step: int, print_of: str, extra: dict[str, Any]) -> Snapshot:
+    """``copy``: as optimizer step ``step`` left the task. ``extra``: JSON values that come back."""
+    meta = {"schema_version": SCHEMA_VERSION, "fingerprint": print_of, "step": step, "extra": extra}
+    return Snapshot(copy, meta)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """In place of the folder's last one, whole or not at all. Raises OutputError."""
-    if snapshot.copied is not None:
-        snapshot.copied.synchronize()
+    if snapshot.copy.copied is not None:
+        snapshot.copy.copied.synchronize()
     with whole_folder(folder) as partial:
         try:
-            save_file(snapshot.tensors, partial / _TENSORS)
+            save_file(snapshot.copy.tensors, partial / _TENSORS)
         except OSError:
             raise
         except Exception as error:  # safetensors has errors of its own
@@ -205,11 +207,10 @@ def load_checkpoint(folder: Path, state: TaskState, print_of: str) -> dict[str, 
         raise DataError(str(found), "the checkpoint is of a task with other settings", remedy)
     for (site_name, name), old in state.tensors.items():
         param, exp_avg, exp_avg_sq = (
-            tensors[f"{site_name}/{name}/{kind}"].to(old.param.device)
-            for kind in ("param", "exp_avg", "exp_avg_sq")
+            tensors[f"{site_name}/{name}/{kind}"] for kind in ("param", "exp_avg", "exp_avg_sq")
         )
         state.tensors[site_name, name] = TaskTensors(
-            param, torch.zeros_like(old.grad), exp_avg, exp_avg_sq
+            param, no_gradient(old.grad), exp_avg, exp_avg_sq
         )
     state.step = meta["step"]
     return meta["extra"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from muxtune.runtime.backbone import Backbone
-from muxtune.runtime.bank import SlotPool, TaskState
+from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState
 from muxtune.runtime.batch import PassTensors, Placed, assemble
 from muxtune.workload.encoding import EncodedSequence
 
@@ -33,13 +33,24 @@ def perplexity(
     chosen = _within(sequences, max_tokens)
     if not chosen or state.place is None:
         return None
-    pool, slot = state.place
+    pool, slot = _scoring_place(backbone, state)
     total_nll, total_targets = 0.0, 0
     for group in _passes(chosen):
         tensors = pack_for_slot(backbone, group, pool, slot)
         nll_S, targets_S = score(pool, tensors)
         total_nll, total_targets = total_nll + nll_S[slot], total_targets + targets_S[slot]
     return _exp(total_nll / total_targets) if total_targets else None
+
+
+def _scoring_place(backbone: Backbone, state: TaskState) -> tuple[SlotPool, int]:
+    """The task's own place, or where it is laid out for training only, a copy of its weights."""
+    assert state.place is not None
+    pool, slot = state.place
+    if isinstance(pool, SlotPool):
+        return pool, slot
+    alone = AdapterBank(backbone, torch.float32).slot_pool((state.slot,), trains=False)
+    alone.fill_weights(state, 0)
+    return alone, 0
 
 
 def _exp(mean_loss: float) -> float:

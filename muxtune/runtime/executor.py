@@ -14,7 +14,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
+
+import torch
 
 from muxtune.errors import ConfigError, DataError, MuxTuneError, TaskError
 from muxtune.planning.journal import JournalBatch
@@ -22,14 +25,14 @@ from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.adapters.contract import Place
 from muxtune.runtime.backbone import Backbone, BackboneStore
-from muxtune.runtime.bank import TaskState, take_out
+from muxtune.runtime.bank import TaskState, drop
 from muxtune.runtime.batch import TextLibrary
 from muxtune.runtime.checkpoint import (
     CheckpointWriter,
     checkpointed_steps,
     fingerprint,
     load_checkpoint,
-    take_snapshot,
+    make_snapshot,
 )
 from muxtune.runtime.continuing import Past, keep_metrics, read_past
 from muxtune.runtime.evaluate import perplexity
@@ -104,6 +107,8 @@ class TorchExecutor:
         self._instances: dict[str, RunningInstance] = {}
         self._jobs: deque[_Job] = deque()
         self._events: list[Event] = []
+        self._notices: list[str] = []
+        self._stream: torch.cuda.Stream | None = None
         self._turn: str = ""  # the instance that ran last
         self._last_event_ns = 0
 
@@ -123,7 +128,8 @@ class TorchExecutor:
         self._jobs = deque(job for job in self._jobs if job.instance_id != instance_id)
         instance = self._instances.pop(instance_id, None)
         if instance is not None:
-            instance.release_all()
+            with self._on_stream():
+                instance.release_all()
         self.emit(EventKind.INSTANCE_STOPPED, "", instance_id, NO_EPOCH, None)
 
     def prepare(self, task: TaskSpec) -> None:
@@ -159,6 +165,10 @@ class TorchExecutor:
         for job in waiting:
             self._jobs.remove(job)
         task = self.tasks.get(task_id)
+        with self._on_stream():
+            for instance in self._instances.values():
+                if instance.holds(task_id):
+                    instance.settle_all()
         if task is not None and task.phase is Phase.LIVE:
             instance_id, epoch = self._where(task_id)
             self._end(task)
@@ -172,6 +182,10 @@ class TorchExecutor:
 
         Raises OutputError when results, or the checkpoints before, cannot be written.
         """
+        with self._on_stream():
+            return self._wait(until_ns)
+
+    def _wait(self, until_ns: int) -> list[Event]:
         self._forget_told()
         self._checkpoints.check()
         while not self._events:
@@ -335,10 +349,13 @@ class TorchExecutor:
         place = (instance.spec.instance_id, instance.epoch)
         self.emit(EventKind.TASK_FAILED, task.spec.task_id, *place, FailureData(message, steps))
 
+    def wants_checkpoint(self, task: RuntimeTask, step: int) -> bool:
+        every = self.options.checkpoint_steps
+        return bool(every) and step % every == 0 and task.state is not None
+
     def checkpoint(self, task: RuntimeTask, instance: RunningInstance, step: int) -> None:
         """Called at each step boundary of a task."""
-        every = self.options.checkpoint_steps
-        if not every or step % every or task.state is None:
+        if not self.wants_checkpoint(task, step):
             return
         start_ns = self.now_ns
         extra = {
@@ -346,9 +363,15 @@ class TorchExecutor:
             "effective_tokens": task.effective_tokens,
             "perplexity_before": task.perplexity_before,
         }
-        snapshot = take_snapshot(instance.whole_state(task), _fingerprint(task), extra)
+        snapshot = make_snapshot(instance.copy_of(task, step), step, _fingerprint(task), extra)
         self._checkpoints.submit(self.options.checkpoint_folder(task.spec.task_id), snapshot)
         self._tell_span("checkpoint", start_ns, task.spec.task_id)
+
+    def notice(self, text: str) -> None:
+        if text not in self._notices:
+            self._notices.append(text)
+            for listener in self.listeners:
+                listener.on_notice(text)
 
     def _restore(self, task: RuntimeTask, state: TaskState) -> None:
         folder = self.options.checkpoint_folder(task.spec.task_id)
@@ -361,6 +384,15 @@ class TorchExecutor:
         task.perplexity_before = extra["perplexity_before"]
 
     # -- inside
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """All work on a GPU goes to one stream, and to one that can be captured: then passes,
+        copies of checkpoints and moves of adapters keep the order in which they are asked for."""
+        if self.backbones.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.backbones.device, priority=-1)
+        return torch.cuda.stream(self._stream)
 
     @property
     def _resumes(self) -> bool:
@@ -389,8 +421,7 @@ class TorchExecutor:
     def _end(self, task: RuntimeTask) -> None:
         """Failed or cancelled: its slot is free at once, its memory with it."""
         if task.state is not None:
-            take_out(task.state)
-            task.state.tensors.clear()
+            drop(task.state)
         task.end(Phase.GONE)
 
     def _perplexity(self, task: RuntimeTask, instance: RunningInstance) -> float | None:

@@ -2,6 +2,10 @@
 
 ``advance`` does one unit of work (at most one micro-batch), so that whoever drives several
 instances on one device can take turns and stop between micro-batches.
+
+Passes are started ahead of their results by as many as their runner allows (``PassRunner.depth``);
+a task's losses, steps and failures are told when the result is there. What needs the tasks as they
+stand (a new plan, a task's end) waits for all results first (``settle_all``).
 """
 
 from __future__ import annotations
@@ -11,27 +15,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import torch
+from typing import NamedTuple, Protocol
 
 from muxtune.errors import MuxTuneError
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import Backbone
-from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
-from muxtune.runtime.batch import (
-    DropoutSeed,
-    PassTensors,
-    Placed,
-    TextLibrary,
-    lay_out,
-    place_task,
+from muxtune.runtime.bank import (
+    AdapterBank,
+    AdapterPool,
+    SlotPool,
+    TaskState,
+    grad_dtype_for,
+    take_out,
 )
-from muxtune.runtime.optimizer import StepOutcome, close_steps
+from muxtune.runtime.batch import PassTensors, Placed, TextLibrary, place_task
+from muxtune.runtime.checkpoint import HostCopy, copy_to_host
+from muxtune.runtime.optimizer import StepOutcome
 from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
 from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
+from muxtune.runtime.runners import Runners
 from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFailure
-from muxtune.runtime.training import score_pass, train_pass
+from muxtune.runtime.training import score_pass
 from muxtune.types import (
     NO_EPOCH,
     Chunk,
@@ -76,9 +81,26 @@ class Host(Protocol):
 
     def fail(self, task: RuntimeTask, instance: RunningInstance, problem: str) -> None: ...
 
+    def wants_checkpoint(self, task: RuntimeTask, step: int) -> bool:
+        """Whether the task's state after optimizer step ``step`` is to be kept."""
+        ...
+
     def checkpoint(self, task: RuntimeTask, instance: RunningInstance, step: int) -> None:
         """The task has taken optimizer step ``step``."""
         ...
+
+    def notice(self, text: str) -> None:
+        """Something that a user should know, once."""
+        ...
+
+
+class _Started(NamedTuple):
+    """A pass whose result has not been read."""
+
+    work: PassWork
+    pending: PendingPass
+    start_ns: int
+    is_timed: bool
 
 
 @dataclass
@@ -109,10 +131,15 @@ class RunningInstance:
     def __init__(self, spec: InstanceSpec, backbone: Backbone, host: Host) -> None:
         self.spec, self.backbone, self.host = spec, backbone, host
         grad_dtype = grad_dtype_for(backbone.device, host.options.deterministic)
-        self.bank = AdapterBank(backbone, grad_dtype)
+        self.runners = Runners(backbone, host.options, host.notice)
+        self.bank = AdapterBank(backbone, grad_dtype, self.runners)
         self.plan: Plan | None = None
         self.next_plan: Plan | None = None
-        self._pools: list[SlotPool] = []
+        self._runners: list[PassRunner] = []
+        self._started: deque[_Started] = deque()
+        self._settled_ns = 0  # when the last result was read
+        # By task and step: as the pass that took the step left them, until its result is read.
+        self._copies: dict[tuple[str, int], HostCopy] = {}
         self._round: _Round | None = None
         self._is_idle = True
         self._reported: set[str] = set()
@@ -148,12 +175,13 @@ class RunningInstance:
 
     def release_all(self) -> None:
         """Give every task storage of its own; the instance stops in the middle of anything."""
+        self.settle_all()
         self._round, self.next_plan, self._is_idle = None, None, True
         for task_id in () if self.plan is None else self.plan.task_ids:
             task = self.host.tasks.get(task_id)
             if task is not None and task.state is not None:
                 take_out(task.state)
-        self.plan, self._pools = None, []
+        self.plan, self._runners = None, []
 
     # -- tasks' states
 
@@ -170,6 +198,11 @@ class RunningInstance:
         assert task.state is not None
         return task.state
 
+    def copy_of(self, task: RuntimeTask, step: int) -> HostCopy:
+        """The whole state as optimizer step ``step`` left it; called when that is told."""
+        kept = self._copies.pop((task.spec.task_id, step), None)
+        return copy_to_host(self.whole_state(task)) if kept is None else kept
+
     def evaluate(self, pool: SlotPool, tensors: PassTensors) -> tuple[list[float], list[int]]:
         """See ``score_pass``."""
         return score_pass(self.backbone, pool, tensors, self.host.options.deterministic)
@@ -177,6 +210,7 @@ class RunningInstance:
     # -- plans
 
     def _take_over(self, plan: Plan) -> None:
+        self.settle_all()
         self._tell_progress()
         self._forget_ended(plan)
         self.plan, self.next_plan = plan, None
@@ -205,9 +239,17 @@ class RunningInstance:
     def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
         states = {key: task.state for key, task in tasks.items() if task.state is not None}
         is_new = {key for key, state in states.items() if state.place is None and not state.step}
-        self._pools = self.bank.arrange(plan.htasks, states)
+        self._runners = []  # nothing may hold on to pools that are not needed any more
+        pools = self.bank.arrange(plan.htasks, states)
         for task_id in is_new:
             self.host.settle(tasks[task_id], self)
+        self._prepare_runners(plan, pools)
+
+    def _prepare_runners(self, plan: Plan, pools: Sequence[AdapterPool]) -> None:
+        start_ns = self.host.now_ns
+        self._runners = self.runners.arrange(plan.htasks, pools)
+        if self.runners.prepared:
+            self.span("capture", start_ns, self.host.now_ns, plan.task_ids)
 
     # -- rounds
 
@@ -229,6 +271,10 @@ class RunningInstance:
 
     def _end_round(self, round_: _Round) -> None:
         assert self.plan is not None
+        if any(self._may_end(task_id, cursor) for task_id, cursor in round_.cursors.items()):
+            start_ns = self.host.now_ns
+            self.settle_all()
+            round_.duration_ns += self.host.now_ns - start_ns
         self._round = None
         for task_id, cursor in round_.cursors.items():
             task = self.host.tasks[task_id]
@@ -244,6 +290,14 @@ class RunningInstance:
         interval_ns = self.host.options.progress_interval_s * 1e9
         if self._is_idle or self.host.now_ns - self._progress.since_ns >= interval_ns:
             self._tell_progress()
+
+    def _may_end(self, task_id: str, cursor: Cursor) -> bool:
+        """Whether the task is told as finished or released at the end of the round."""
+        assert self.plan is not None
+        if task_id in self._reported:
+            return False
+        drains = task_id in self.plan.drains and cursor.left is None
+        return drains or cursor.step >= self.host.tasks[task_id].num_steps
 
     def _report_end(self, task: RuntimeTask) -> None:
         """A finished or released task is reported once per plan that holds it."""
@@ -297,19 +351,19 @@ class RunningInstance:
     def _run(self, micro_batch: MicroBatch, round_: _Round) -> None:
         """A micro-batch without what has failed or was cancelled since the round was made."""
         start_ns = self.host.now_ns
-        pool = self._pools[micro_batch.htask]
-        placed = self._place(micro_batch, pool)
-        micro_batch = self._without_gone(micro_batch)
+        runner = self._runners[micro_batch.htask]
+        placed = self._place(micro_batch, runner.pool)
+        work = self._work(self._without_gone(micro_batch), placed, runner.pool)
         if placed:
-            self._train(micro_batch, pool, placed)
             tokens = sum(len(item.sequence.tokens) for items in placed.values() for item in items)
             round_.effective_tokens += tokens
             round_.padded_tokens += micro_batch.shape.padded_tokens
             round_.num_micro_batches += 1
-        self._close_steps(micro_batch, pool)
+        if placed or work.closing:
+            self._train(work, runner)
         round_.duration_ns += self.host.now_ns - start_ns
 
-    def _place(self, micro_batch: MicroBatch, pool: SlotPool) -> dict[str, list[Placed]]:
+    def _place(self, micro_batch: MicroBatch, pool: AdapterPool) -> dict[str, list[Placed]]:
         """Each live task's sequences. A task whose data raises fails here, before any work."""
         placed = {}
         slot_of = self._slot_of(micro_batch, pool)
@@ -323,14 +377,25 @@ class RunningInstance:
                 placed[task_id] = items
         return placed
 
-    def _slot_of(self, micro_batch: MicroBatch, pool: SlotPool) -> dict[str, int]:
+    def _work(
+        self, micro_batch: MicroBatch, placed: dict[str, list[Placed]], pool: AdapterPool
+    ) -> PassWork:
+        slot_of = self._slot_of(micro_batch, pool)
+        closing = tuple(task_id for task_id in slot_of if task_id in micro_batch.closes_step)
+        return PassWork(micro_batch, placed, slot_of, closing)
+
+    def _slot_of(self, micro_batch: MicroBatch, pool: AdapterPool) -> dict[str, int]:
         """Slots of the micro-batch's live tasks, in order of appearance."""
         present = dict.fromkeys([*(c.task_id for c in micro_batch.chunks), *micro_batch.steps])
         slots = {}
         for slot, state in enumerate(pool.occupants):
             if state is not None:
                 slots[state.task.task_id] = slot
-        return {task_id: slots[task_id] for task_id in present if task_id in slots}
+        return {
+            task_id: slots[task_id]
+            for task_id in present
+            if task_id in slots and self.host.tasks[task_id].phase is Phase.LIVE
+        }
 
     def _without_gone(self, micro_batch: MicroBatch) -> MicroBatch:
         """Their chunks become filler, so that everybody else's rows stay where they are."""
@@ -342,79 +407,69 @@ class RunningInstance:
             closes_step=micro_batch.closes_step & live,
         )
 
-    def _train(
-        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
-    ) -> None:
+    def _train(self, work: PassWork, runner: PassRunner) -> None:
         try:
-            losses = self._pass(micro_batch, pool, placed)
+            started = self._start(work, runner)
         except Exception as error:
-            self._train_apart(micro_batch, pool, placed, error)
-            return
-        self._take_losses(pool, placed, losses)
+            self._train_apart(work, runner, error)
+        else:
+            self._await(started)
+        while len(self._started) > runner.depth:
+            self._settle(self._started.popleft())
 
-    def _train_apart(
-        self,
-        micro_batch: MicroBatch,
-        pool: SlotPool,
-        placed: dict[str, list[Placed]],
-        error: Exception,
-    ) -> None:
+    def _train_apart(self, work: PassWork, runner: PassRunner, error: Exception) -> None:
         """A pass has failed without leaving a trace. Whose fault was it? Each task is computed
         again on its own, and only those that fail alone end."""
-        if len(placed) == 1:
-            self._fail(next(iter(placed)), _describe(error))
+        if len(work.task_ids) == 1:
+            self._fail(work.task_ids[0], _describe(error))
             return
-        for task_id in placed:
-            part = _only(micro_batch, task_id)
-            slot_of = self._slot_of(part, pool)
+        for task_id in work.task_ids:
+            part = _only(work.micro_batch, task_id)
+            slot_of = self._slot_of(part, runner.pool)
             try:
-                own = {task_id: place_task(part, task_id, self.host.library, slot_of)}
-                losses = self._pass(part, pool, own)
+                items = place_task(part, task_id, self.host.library, slot_of)
+                own = {task_id: items} if items else {}
+                started = self._start(self._work(part, own, runner.pool), runner)
             except Exception as own_error:
                 self._fail(task_id, _describe(own_error))
-                continue
-            self._take_losses(pool, own, losses)
+            else:
+                self._await(started)
 
-    def _pass(
-        self, micro_batch: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
-    ) -> list[float]:
-        tensors = self._tensors(micro_batch, pool, placed)
-        with self._phases(micro_batch.htask, tuple(placed)) as mark:
-            return train_pass(self.backbone, pool, tensors, self.host.options.deterministic, mark)
+    def _start(self, work: PassWork, runner: PassRunner) -> _Started:
+        start_ns = self.host.now_ns
+        with self._phases(work.micro_batch.htask, work.task_ids) as mark:
+            pending = runner.start(work, mark)
+        return _Started(work, pending, start_ns, not runner.phases)
 
-    def _tensors(
-        self,
-        micro_batch: MicroBatch,
-        pool: SlotPool,
-        placed: dict[str, list[Placed]],
-        device: torch.device | str | None = None,
-    ) -> PassTensors:
-        slot_of = self._slot_of(micro_batch, pool)
-        dropouts = {
-            slot_of[task_id]: DropoutSeed(
-                self.host.tasks[task_id].spec.seed,
-                micro_batch.steps[task_id],
-                self.host.tasks[task_id].spec.adapter.dropout,
-            )
-            for task_id in placed
-        }
-        return lay_out(
-            micro_batch,
-            [item for items in placed.values() for item in items],
-            slot_of,
-            dropouts,
-            len(pool.slots),
-            self.backbone.pad_id,
-            device or self.backbone.device,
-            pool.virtual,
-        )
+    def _await(self, started: _Started) -> None:
+        """Tasks to be checkpointed are copied now, before anything else runs."""
+        for task_id in started.work.closing:
+            task, step = self.host.tasks[task_id], started.work.micro_batch.steps[task_id] + 1
+            if self.host.wants_checkpoint(task, step):
+                assert task.state is not None
+                self._copies[task_id, step] = copy_to_host(task.state)
+        self._started.append(started)
 
-    def _take_losses(
-        self, pool: SlotPool, placed: dict[str, list[Placed]], losses: Sequence[float]
-    ) -> None:
-        for task_id, items in placed.items():
-            tokens = sum(len(item.sequence.tokens) for item in items)
-            self._take_loss(task_id, losses[items[0].slot], tokens)
+    def settle_all(self) -> None:
+        """Read the result of every pass that was started."""
+        while self._started:
+            self._settle(self._started.popleft())
+
+    def _settle(self, started: _Started) -> None:
+        work = started.work
+        result = started.pending.result()
+        if started.is_timed:  # the device computes one pass after another
+            begin_ns = max(started.start_ns, self._settled_ns)
+            self._settled_ns = self.host.now_ns
+            self.span("step", begin_ns, self._settled_ns, work.task_ids, work.micro_batch.htask)
+        for task_id, items in work.placed.items():
+            if self.host.tasks[task_id].phase is Phase.LIVE:
+                tokens = sum(len(item.sequence.tokens) for item in items)
+                self._take_loss(task_id, result.losses[task_id], tokens)
+        for task_id in work.closing:
+            if self.host.tasks[task_id].phase is Phase.LIVE:
+                self._take_outcome(task_id, result.outcomes[task_id], work.micro_batch)
+            self._copies.pop((task_id, work.micro_batch.steps[task_id] + 1), None)
 
     def _take_loss(self, task_id: str, loss: float, tokens: int) -> None:
         task = self.host.tasks[task_id]
@@ -425,27 +480,13 @@ class RunningInstance:
         task.state.step_loss += loss
         task.open_tokens += tokens
 
-    # -- optimizer steps
-
-    def _close_steps(self, micro_batch: MicroBatch, pool: SlotPool) -> None:
-        slot_of = self._slot_of(micro_batch, pool)
-        closing = {
-            task_id: slot
-            for task_id, slot in slot_of.items()
-            if task_id in micro_batch.closes_step and self.host.tasks[task_id].phase is Phase.LIVE
-        }
-        if not closing:
-            return
-        with self._phases(micro_batch.htask, tuple(closing)) as mark:
-            mark("optimizer")
-            outcomes = close_steps(pool, list(closing.values()))
-        for task_id, slot in closing.items():
-            if outcomes[slot].finite:
-                step = self.host.tasks[task_id].steps_done
-                self._record_step(task_id, outcomes[slot], micro_batch.loss_tokens[task_id], step)
-            else:
-                norm, step = outcomes[slot].grad_norm, self.host.tasks[task_id].steps_done + 1
-                self._fail(task_id, f"the norm of its gradient is {norm} in step {step}")
+    def _take_outcome(self, task_id: str, outcome: StepOutcome, micro_batch: MicroBatch) -> None:
+        step = micro_batch.steps[task_id] + 1
+        if outcome.finite:
+            self._record_step(task_id, outcome, micro_batch.loss_tokens[task_id], step)
+        else:
+            norm = outcome.grad_norm
+            self._fail(task_id, f"the norm of its gradient is {norm} in step {step}")
 
     def _record_step(
         self, task_id: str, outcome: StepOutcome, target_tokens: int, step: int
@@ -493,7 +534,7 @@ class RunningInstance:
             yield lambda name: marks.append((name, self.host.now_ns))
         finally:
             ends = [start_ns for _, start_ns in marks[1:]] + [self.host.now_ns]
-            for (name, start_ns), end_ns in zip(marks, ends, strict=True):
+            for (name, start_ns), end_ns in zip(marks, ends, strict=False):
                 self.span(name, start_ns, end_ns, task_ids, htask)
 
     def span(
@@ -513,6 +554,7 @@ def _only(micro_batch: MicroBatch, task_id: str) -> MicroBatch:
         chunks=chunks,
         shape=micro_batch.shape._replace(num_chunks=len(chunks)),
         steps={task_id: micro_batch.steps[task_id]},
+        closes_step=micro_batch.closes_step & {task_id},
     )
 
 

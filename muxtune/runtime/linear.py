@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from muxtune.runtime.passes import PassState
 
 
+# Linears that read the same input drop the same features of it, so that they can be computed as
+# one: each counts as the first of them.
+_SHARES_MASK = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
 class LinearSite(NamedTuple):
-    """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines.
+    """An adaptable linear. ``key`` names it in dropout masks: stable across runs and machines,
+    and the same for linears that read the same input.
     ``fan_in_fan_out``: it is a Conv1D, whose own weight is [D, O].
     ``first_feature``: of the whole linear's input, where this is a part of one.
 
@@ -45,7 +51,9 @@ class BaseLinear(NamedTuple):
 
 
 def module_key(name: str) -> int:
-    """31 bits of the module name's hash, the ``module_key`` of the dropout masks."""
+    """31 bits of a hash of the module's name, the ``module_key`` of the dropout masks."""
+    parent, dot, last = name.rpartition(".")
+    name = parent + dot + _SHARES_MASK.get(last, last)
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "big") >> 1
 
 

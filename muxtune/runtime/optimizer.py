@@ -56,6 +56,7 @@ def close_steps(pool: SlotPool, slots: Sequence[int]) -> dict[int, StepOutcome]:
     norms, skipped = result.grad_norm_S.tolist(), result.skipped_S.tolist()
     for slot, state in states.items():
         state.step += not skipped[slot]
+        state.is_open = False
     return {slot: StepOutcome(rates[slot], norms[slot], not skipped[slot]) for slot in states}
 
 

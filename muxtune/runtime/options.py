@@ -11,7 +11,12 @@ class TorchOptions(NamedTuple):
     ``checkpoint_steps``: optimizer steps of a task between its checkpoints, 0 for none.
     ``resume``: tasks go on from the checkpoints that are there. ``skip_idle``: when nothing can
     run, move the clock to the next arrival instead of waiting for it. ``memory_pressure_share``:
-    share of its memory limit above which an instance asks for a smaller plan, 0 for never."""
+    share of its memory limit above which an instance asks for a smaller plan, 0 for never.
+
+    ``device``: cpu, cuda, or auto: CUDA for a fleet of GPUs where torch sees one. ``dtype`` of the
+    base model: float32, bfloat16, or auto: bfloat16 on CUDA. ``step``: captured (forward to
+    optimizer as one program, on CUDA a graph), eager (autograd), or auto: captured on CUDA. What
+    the program does not know runs eagerly, and the run says so."""
 
     output_dir: Path
     deterministic: bool = True
@@ -21,6 +26,9 @@ class TorchOptions(NamedTuple):
     resume: bool = False
     skip_idle: bool = False
     memory_pressure_share: float = 0.97
+    device: str = "auto"
+    dtype: str = "auto"
+    step: str = "auto"
 
     def adapter_folder(self, task_id: str) -> Path:
         return Path(self.output_dir) / "adapters" / task_id

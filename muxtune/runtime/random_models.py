@@ -10,6 +10,7 @@ from muxtune.cost.shapes import GPT2, GPT_NEOX, LLAMA, OPT, ModelShape
 from muxtune.errors import ConfigError
 
 MAX_LENGTH_TOKENS = 4096  # of rotary models; learned positions have as many as the shape says
+LARGE_PARAMETERS = 1_000_000_000
 _OPT_UNUSED_POSITIONS = 2
 
 
@@ -32,14 +33,27 @@ def check_random(shape: ModelShape) -> None:
         )
 
 
-def random_model(shape: ModelShape, seed: int) -> tuple[Any, int]:
-    """The model, and its longest sequence in tokens; leaves torch's global generator alone."""
+def random_model(
+    shape: ModelShape,
+    seed: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, int]:
+    """The model, and its longest sequence in tokens; leaves torch's global generators alone.
+
+    Weights are drawn on the CPU in float32, so that every device gets the same; those of a large
+    model where they will be used (``device`` and ``dtype``), which takes seconds, not minutes.
+    """
     config, longest = _config(shape)
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
+    if device is None or device.type != "cuda" or shape.num_parameters < LARGE_PARAMETERS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config), longest
+    with torch.random.fork_rng(devices=[device]), torch.device(device):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config), longest
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), longest
 
 
 def _config(shape: ModelShape) -> tuple[Any, int]:

@@ -41,8 +41,9 @@ class RoundRecord(NamedTuple):
 
 
 class SpanRecord(NamedTuple):
-    """A stretch of work. ``name``: forward, backward, optimizer, evaluate, load, prepare or
-    checkpoint. ``htask`` is -1 outside of a micro-batch."""
+    """A stretch of work. ``name``: forward, backward, optimizer (or step, a captured one as a
+    whole), capture, evaluate, load, prepare or checkpoint. ``htask`` is -1 outside of a
+    micro-batch."""
 
     name: str
     instance_id: str
@@ -64,6 +65,9 @@ class StepListener:
     def on_span(self, record: SpanRecord) -> None:
         """A stretch of work ended."""
 
+    def on_notice(self, text: str) -> None:
+        """Something that a user should know; each text comes once."""
+
 
 class Recorder(StepListener):
     """Keeps all records in memory, for reports and tests."""
@@ -72,6 +76,7 @@ class Recorder(StepListener):
         self.steps: list[StepRecord] = []
         self.rounds: list[RoundRecord] = []
         self.spans: list[SpanRecord] = []
+        self.notices: list[str] = []
 
     def on_step(self, record: StepRecord) -> None:
         self.steps.append(record)
@@ -81,6 +86,9 @@ class Recorder(StepListener):
 
     def on_span(self, record: SpanRecord) -> None:
         self.spans.append(record)
+
+    def on_notice(self, text: str) -> None:
+        self.notices.append(text)
 
     def losses(self, task_id: str) -> list[float]:
         return [record.loss for record in self.steps if record.task_id == task_id]

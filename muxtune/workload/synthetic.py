@@ -137,6 +137,11 @@ class SyntheticLibrary:
     def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
         return self._tasks[task_id][0].batches[step % self._period_steps]
 
+    def sample(self, task_id: str, index: int) -> Sample:
+        """The sequence that batches call ``index``."""
+        batches = self._tasks[task_id][0].batches
+        return batches[index // len(batches[0])][index % len(batches[0])]
+
     def num_steps(self, task_id: str) -> int:
         return self._tasks[task_id][1].num_steps
 

@@ -59,9 +59,14 @@ def test_targets_match_as_in_peft(store: BackboneStore) -> None:
         backbone.matching_sites(("q_proj", "proj"))
 
 
-def test_module_keys_are_distinct_and_stable(store: BackboneStore) -> None:
+def test_module_keys_are_stable_and_those_of_the_inputs(store: BackboneStore) -> None:
+    """Query, key and value, and gate and up, read the same input: they share dropout masks."""
     keys = {name: site.key for name, site in store.get("tiny").sites.items()}
-    assert len(set(keys.values())) == 14
+    assert len(keys) == 14
+    assert len(set(keys.values())) == 2 * 4
+    attention = "model.layers.1.self_attn"
+    assert keys[f"{attention}.q_proj"] == keys[f"{attention}.v_proj"]
+    assert keys[f"{attention}.q_proj"] != keys[f"{attention}.o_proj"]
     assert keys["model.layers.0.self_attn.q_proj"] == 254586338
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import cast
 
 import pytest
 import torch
 
 from muxtune.errors import TaskError
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.bank import AdapterBank, TaskState, TaskTensors, grad_dtype_for, take_out
-from muxtune.types import AdapterSlot
+from muxtune.runtime.bank import (
+    AdapterBank,
+    SlotPool,
+    TaskState,
+    TaskTensors,
+    grad_dtype_for,
+    take_out,
+)
+from muxtune.types import AdapterSlot, HTask
 from tests.runtime.runtime_helpers import make_htask, make_task
 
 TASKS = [
@@ -20,15 +28,23 @@ TASKS = [
 ]
 
 
+def arrange(bank: AdapterBank, htasks: list[HTask], states: dict[str, TaskState]) -> list[SlotPool]:
+    pools = bank.arrange(htasks, states)
+    assert all(isinstance(pool, SlotPool) for pool in pools)
+    return cast(list[SlotPool], pools)
+
+
 def fill(states: dict[str, TaskState]) -> dict[str, dict[tuple[str, str], TaskTensors]]:
     """Draws all four matrices of every parameter; copies of them."""
     generator = torch.Generator().manual_seed(0)
     copies = {}
     for task_id, state in states.items():
-        for tensors in state.tensors.values():
-            for tensor in tensors:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        copies[task_id] = {key: values.detached_copy() for key, values in state.tensors.items()}
+        for key, tensors in state.tensors.items():
+            drawn = (torch.randn(t.shape, generator=generator).to(t.dtype) for t in tensors)
+            state.tensors[key] = TaskTensors(*drawn)
+        copies[task_id] = {
+            key: values.detached_copy(with_grad=True) for key, values in state.tensors.items()
+        }
     return copies
 
 
@@ -39,12 +55,12 @@ def test_every_arrangement_keeps_every_bit(store: BackboneStore) -> None:
     for order in permutations(TASKS):
         for cut in (1, 2, 3):
             groups = [group for group in (order[:cut], order[cut:]) if group]
-            pools = bank.arrange([make_htask(group) for group in groups], states)
+            pools = arrange(bank, [make_htask(group) for group in groups], states)
             for pool, group in zip(pools, groups, strict=True):
                 for slot, task in enumerate(group):
                     assert states[task.task_id].place == (pool, slot)
                     assert pool.scales[slot] == task.adapter.alpha / task.adapter.rank
-    bank.arrange([], states)
+    arrange(bank, [], states)
     for task_id, state in states.items():
         assert state.place is None
         for key, values in state.tensors.items():
@@ -54,7 +70,7 @@ def test_every_arrangement_keeps_every_bit(store: BackboneStore) -> None:
 def test_a_placed_tasks_tensors_are_the_pools_own_rows(store: BackboneStore) -> None:
     bank = AdapterBank(store.get("tiny"), torch.float64)
     states = {task.task_id: bank.create(task, 4) for task in TASKS}
-    (pool,) = bank.arrange([make_htask(TASKS)], states)
+    (pool,) = arrange(bank, [make_htask(TASKS)], states)
     site = "model.layers.0.self_attn.q_proj"
     parameters = pool.sites[site].parameters["lora_A"]
     assert parameters.slot_rows == (4, 2, 3)
@@ -68,15 +84,15 @@ def test_a_pool_whose_slots_fit_is_kept_with_its_addresses(store: BackboneStore)
     bank = AdapterBank(store.get("tiny"), torch.float32)
     states = {task.task_id: bank.create(task, 4) for task in same}
     copies = fill(states)
-    (first,) = bank.arrange([make_htask(same[:2])], states)
-    (second,) = bank.arrange([make_htask([same[2], same[1]])], states)
+    (first,) = arrange(bank, [make_htask(same[:2])], states)
+    (second,) = arrange(bank, [make_htask([same[2], same[1]])], states)
     assert second is first
     assert [state.task.task_id for state in first.occupants if state] == ["r", "q"]
     for task in same:
         tensors = states[task.task_id].tensors
         for key, values in tensors.items():
             assert all(map(torch.equal, values, copies[task.task_id][key]))
-    (swapped,) = bank.arrange([make_htask([same[1], same[2]])], states)
+    (swapped,) = arrange(bank, [make_htask([same[1], same[2]])], states)
     assert swapped is first
     for key, values in states["q"].tensors.items():
         assert all(map(torch.equal, values, copies["q"][key]))
@@ -89,8 +105,8 @@ def test_what_a_slot_held_before_is_gone(store: BackboneStore) -> None:
     wide = AdapterSlot("lora", 8, (*store.get("tiny").target_names, "all-linear"))
     states = {task.task_id: bank.create(task, 4) for task in (big, small)}
     fill(states)
-    (pool,) = bank.arrange([make_htask([big], slots=[wide])], states)
-    (again,) = bank.arrange([make_htask([small], slots=[wide])], states)
+    (pool,) = arrange(bank, [make_htask([big], slots=[wide])], states)
+    (again,) = arrange(bank, [make_htask([small], slots=[wide])], states)
     assert again is pool and slots
     for (site, name), values in states["small" if "small" in states else "y"].tensors.items():
         parameters = pool.sites[site].parameters[name]
@@ -109,13 +125,13 @@ def test_a_slot_that_is_too_small_is_refused(store: BackboneStore, slot: Adapter
     bank = AdapterBank(store.get("tiny"), torch.float32)
     states = {"x": bank.create(TASKS[0], 4)}
     with pytest.raises(TaskError, match=r"'x'.*does not fit slot 0.*at least its rank"):
-        bank.arrange([make_htask([TASKS[0]], slots=[slot])], states)
+        arrange(bank, [make_htask([TASKS[0]], slots=[slot])], states)
 
 
 def test_taking_out_twice_is_harmless(store: BackboneStore) -> None:
     bank = AdapterBank(store.get("tiny"), torch.float32)
     states = {"x": bank.create(TASKS[0], 4)}
-    bank.arrange([make_htask([TASKS[0]])], states)
+    arrange(bank, [make_htask([TASKS[0]])], states)
     take_out(states["x"])
     take_out(states["x"])
     assert states["x"].place is None

@@ -32,6 +32,7 @@ def make_pool(store: BackboneStore, grad_dtype: torch.dtype = torch.float64) -> 
     bank = AdapterBank(store.get("tiny"), grad_dtype)
     states = {task.task_id: bank.create(task, 4) for task in tasks}
     (pool,) = bank.arrange([make_htask(tasks)], states)
+    assert isinstance(pool, SlotPool)
     generator = torch.Generator().manual_seed(0)
     for parameters in pool.sites[SITE].parameters.values():
         parameters.param_RW.copy_(torch.randn(parameters.param_RW.shape, generator=generator))

@@ -16,7 +16,7 @@ from torch.nn import functional
 from muxtune.errors import ConfigError
 from muxtune.runtime.adapters import METHODS, adapter_method
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.bank import AdapterBank, adapter_slot
+from muxtune.runtime.bank import AdapterBank, SlotPool, adapter_slot
 from muxtune.runtime.evaluate import pack_for_slot
 from muxtune.runtime.passes import AdapterPass
 from muxtune.runtime.peft_io import read_adapter
@@ -255,6 +255,7 @@ def logits_of(bench: Bench, task: TaskSpec, ids: torch.Tensor, exact: bool = Tru
     place = bench.state(task).place
     assert place is not None
     pool, slot = place
+    assert isinstance(pool, SlotPool)
     backbone = bench.executor.backbones.get(task.model)
     sequence = EncodedSequence(ids.numpy(), np.ones(len(ids), dtype=bool))
     tensors = pack_for_slot(backbone, [sequence], pool, slot)

@@ -7,7 +7,7 @@ import torch
 
 from muxtune.errors import ConfigError
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.bank import AdapterBank
+from muxtune.runtime.bank import AdapterBank, SlotPool
 from muxtune.runtime.optimizer import close_steps, learning_rate
 from muxtune.types import OptimizerSpec
 from tests.runtime.runtime_helpers import make_htask, make_task
@@ -43,6 +43,7 @@ def test_tasks_of_a_pool_step_each_by_its_own_settings(store: BackboneStore) -> 
     bank = AdapterBank(store.get("tiny"), torch.float64)
     states = {task.task_id: bank.create(task, 10) for task in tasks}
     (pool,) = bank.arrange([make_htask(tasks)], states)
+    assert isinstance(pool, SlotPool)
     mine: dict[str, list[torch.nn.Parameter]] = {}
     optimizers = {}
     for task in tasks:
@@ -86,6 +87,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_cleared(
     bank = AdapterBank(store.get("tiny"), torch.float64)
     states = {task.task_id: bank.create(task, 10) for task in tasks}
     (pool,) = bank.arrange([make_htask(tasks)], states)
+    assert isinstance(pool, SlotPool)
     for values in [*states["x"].tensors.values(), *states["y"].tensors.values()]:
         values.grad.fill_(1.0)
     key, first = next(iter(states["x"].tensors.items()))

@@ -15,6 +15,7 @@ import torch
 from muxtune.errors import DataError, OutputError
 from muxtune.runtime.attention import pack_rows
 from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.bank import SlotPool
 from muxtune.runtime.evaluate import perplexity
 from muxtune.runtime.folders import find_folder, whole_folder
 from muxtune.runtime.passes import AdapterPass
@@ -63,6 +64,7 @@ def our_logits(bench: Bench, task: TaskSpec, ids: torch.Tensor) -> torch.Tensor:
     place = bench.state(task).place
     assert place is not None
     pool, slot = place
+    assert isinstance(pool, SlotPool)
     backbone = bench.executor.backbones.get(task.model)
     rows = slot_rows([(slot, 0, len(ids))], len(ids), len(pool.slots))
     backbone.state.current = AdapterPass(pool, rows, None, True)

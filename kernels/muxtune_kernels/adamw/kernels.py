@@ -184,11 +184,14 @@ def _tables(addresses: tuple[int, ...], shapes: tuple[Shape, ...], device: torch
     )  # fmt: skip
 
 
-def _tables_of(pools: Sequence[AdamWPool], device: torch.device) -> _Tables:
+def tables_of(pools: Sequence[AdamWPool]) -> _Tables | None:
+    if not pools:
+        return None
     copies = [p.param_RD if p.compute_copy_RD is None else p.compute_copy_RD for p in pools]
     kinds = ([p.grad_RD for p in pools], [p.param_RD for p in pools],
              [p.exp_avg_RD for p in pools], [p.exp_avg_sq_RD for p in pools], copies)  # fmt: skip
     addresses = tuple(tensor.data_ptr() for kind in kinds for tensor in kind)
+    device = pools[0].param_RD.device
     return _tables(addresses, tuple((*p.param_RD.shape, p.slot_rows) for p in pools), device)
 
 
@@ -211,7 +214,8 @@ def multi_task_adamw_cuda_(
     grad_type = _TRITON_TYPES[_one({p.grad_RD.dtype for p in pools}, "gradients")]
     copies = {None if (c := p.compute_copy_RD) is None else c.dtype for p in pools}
     copy_type = _TRITON_TYPES.get(_one(copies, "compute copies"))
-    t = _tables_of(pools, device)
+    t = tables_of(pools)
+    assert t is not None
     num_blocks, num_pools = t.block_pool.numel(), len(pools)
     active_S = slots.active_S.view(torch.int8)
     place = (t.address, num_pools, t.block_pool, t.pool_start, t.pool_blocks, t.pool_row,

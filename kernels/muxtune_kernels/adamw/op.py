@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from .reference import multi_task_adamw_reference_
 from .types import AdamWPool, AdamWResult, AdamWSlots
 
-__all__ = ["AdamWPool", "AdamWResult", "AdamWSlots", "multi_task_adamw_"]
+__all__ = ["AdamWPool", "AdamWResult", "AdamWSlots", "adamw_tables", "multi_task_adamw_"]
+
+
+def adamw_tables(pools: Sequence[AdamWPool]) -> object:
+    """What a captured `multi_task_adamw_` over CUDA pools points to: hold it as long as the graph
+    lives, for the cache of these tables lets the oldest ones go."""
+    from .kernels import tables_of
+
+    return tables_of([pool for pool in pools if pool.param_RD.numel()])
 
 
 def multi_task_adamw_(

@@ -36,6 +36,7 @@ from muxtune.runtime.distributed.team import (
 from muxtune.runtime.distributed.worker import Worker
 from muxtune.runtime.instance import Host, RunningInstance, _Round
 from muxtune.runtime.optimizer import StepOutcome, learning_rate
+from muxtune.runtime.pass_runner import tensors_of
 from muxtune.runtime.tasks import Phase, RuntimeTask, TaskDataFailure
 from muxtune.types import Cursor, InstanceSpec, MicroBatch, Plan, TaskSpec
 
@@ -92,6 +93,7 @@ class DistributedInstance(RunningInstance):
             patience,
         )
         self.bank = worker.bank
+        self._pools: list[SlotPool] = []
         self._open: dict[int, _OpenRound] = {}
         self._next_number = 0
         self._ahead: dict[str, Cursor] = {}  # cursors after the last round that was told
@@ -304,7 +306,8 @@ class DistributedInstance(RunningInstance):
         assert self.plan is not None
         if len(self.plan.replicas) > 1:
             placed = self._place(part, pool)
-        return self._tensors(part, pool, placed, device="cpu")
+        work = self._work(part, placed, pool)
+        return tensors_of(work, pool, self.backbone.pad_id, "cpu")
 
     def _closing(
         self, micro_batch: MicroBatch, slot_of: Mapping[str, int]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from muxtune.runtime.bank import AdapterBank, TaskState, grad_dtype_for, take_out
+from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
 from muxtune.runtime.distributed.links import Links, Patience
 from muxtune.runtime.distributed.runner import Span, StageRunner, on_device
 from muxtune.runtime.distributed.schedule import (
@@ -80,7 +80,8 @@ class Worker:
         plan = self.plan = command.plan
         self._schedule = plan_schedule(plan, self.backbone.shape, self.backbone.place.replica)
         states = {task_id: self.states[task_id] for task_id in command.task_ids}
-        self.runner.begin_plan(self.bank.arrange(plan.htasks, states))
+        pools = self.bank.arrange(plan.htasks, states)
+        self.runner.begin_plan([pool for pool in pools if isinstance(pool, SlotPool)])
 
     def round(self, command: Round) -> None:
         assert self.plan is not None

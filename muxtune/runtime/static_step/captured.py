@@ -17,6 +17,7 @@ from torch import Tensor
 
 from muxtune.runtime.static_step.inputs import HostBuffer, Sequence, SlotInput
 from muxtune.runtime.static_step.program import StepProgram
+from muxtune_kernels.adamw import adamw_tables
 
 _DEPTH = 3
 
@@ -27,6 +28,23 @@ class HostResult(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
     skipped: list[bool]
+
+
+class CaptureMemory(NamedTuple):
+    """What programs that never run at the same time share: a stream, and the memory that one
+    uses only while it runs."""
+
+    stream: torch.cuda.Stream
+    pool: tuple[int, int]
+
+    @classmethod
+    def on_current_stream(cls) -> CaptureMemory:
+        """The current stream must not be the default one, which cannot be captured."""
+        return cls(torch.cuda.current_stream(), torch.cuda.graph_pool_handle())
+
+    @classmethod
+    def of_its_own(cls, device: torch.device) -> CaptureMemory:
+        return cls(torch.cuda.Stream(device, priority=-1), torch.cuda.graph_pool_handle())
 
 
 class Pending:
@@ -48,7 +66,13 @@ class CapturedSteps:
     On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size.
     """
 
-    def __init__(self, program: StepProgram, row_counts: Iterable[int], pad_id: int = 0) -> None:
+    def __init__(
+        self,
+        program: StepProgram,
+        row_counts: Iterable[int],
+        pad_id: int = 0,
+        memory: CaptureMemory | None = None,
+    ) -> None:
         self.program, self.pad_id = program, pad_id
         self.row_counts = sorted(row_counts)
         layout, device = program.inputs.layout, program.model.device
@@ -60,20 +84,26 @@ class CapturedSteps:
         self._metrics = [torch.zeros(shape, pin_memory=self._on_cuda) for _ in range(_DEPTH + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * _DEPTH
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._memory = torch.cuda.graph_pool_handle() if self._on_cuda else None
-        self.stream = torch.cuda.Stream(device, priority=-1) if self._on_cuda else None
+        if memory is None and self._on_cuda:
+            memory = CaptureMemory.of_its_own(device)
+        self._memory = memory
+        self.stream = None if memory is None else memory.stream
+        self._kept: list[object] = []  # what graphs point to and caches might let go
         self._num_steps = 0
         self.capture_s: dict[int, float] = {}
 
-    def capture(self) -> float:
-        """Prepare every size, largest first, so that the smaller ones find its memory. State is
-        left as it was: the trial step has filler rows only. Returns seconds."""
-        for num_rows in reversed(self.row_counts):
-            if num_rows not in self.capture_s:
-                start_s = time.perf_counter()
+    def capture(self, row_counts: Iterable[int] | None = None) -> float:
+        """Prepare these sizes (default: every one), largest first, so that the smaller ones find
+        its memory. State is left as it was: the trial step has filler rows only. Returns the
+        seconds of all that was prepared so far."""
+        wanted = self.row_counts if row_counts is None else row_counts
+        for num_rows in sorted(wanted, reverse=True):
+            if not self.is_ready(num_rows):
                 self._prepare(num_rows)
-                self.capture_s[num_rows] = time.perf_counter() - start_s
         return sum(self.capture_s.values())
+
+    def is_ready(self, num_rows: int) -> bool:
+        return not self._on_cuda or num_rows in self._graphs
 
     def size_for(self, num_tokens: int) -> int:
         for num_rows in self.row_counts:
@@ -106,7 +136,7 @@ class CapturedSteps:
             self.program.run(num_rows)
             metrics_3S.copy_(self.program.metrics)
             return Pending(metrics_3S.clone(), None)
-        if num_rows not in self._graphs:
+        if not self.is_ready(num_rows):
             self._prepare(num_rows)
         with torch.cuda.stream(self.stream):
             self._load(host)
@@ -120,21 +150,28 @@ class CapturedSteps:
         self.program.inputs.spans = host.spans
 
     def _prepare(self, num_rows: int) -> None:
-        if not self._on_cuda:
-            return
-        assert self.stream is not None
+        assert self._memory is not None
+        start_s = time.perf_counter()
         host = HostBuffer(self.program.inputs.layout, False)
         host.fill(num_rows, (), {}, self.pad_id)
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             self._load(host)
             self.program.run(num_rows)  # compiles kernels, uploads tables
-            self.stream.synchronize()
+            self._memory.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self.stream):
+            # Checkpoints are written by a thread of their own meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._memory.pool,
+                stream=self.stream,
+                capture_error_mode="thread_local",
+            ):
                 self.program.run(num_rows)
-        self.stream.synchronize()
+        self._memory.stream.synchronize()
+        self._kept.append(adamw_tables(self.program.pools.optimizer_pools))
         self._graphs[num_rows] = graph
+        self.capture_s[num_rows] = time.perf_counter() - start_s
 
 
 def _recorded() -> torch.cuda.Event:

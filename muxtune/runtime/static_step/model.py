@@ -86,6 +86,9 @@ def check_architecture(model: Any) -> None:
         raise Unsupported(f"the static step knows no '{kind}' blocks (llama, mistral, qwen2 only)")
     if getattr(model.config, "hidden_act", "silu") != "silu":
         raise Unsupported(f"the static step knows no '{model.config.hidden_act}' activation")
+    rotary = getattr(model.base_model.rotary_emb, "rope_type", "default")
+    if rotary in ("dynamic", "longrope"):
+        raise Unsupported(f"the static step knows no '{rotary}' rotary embedding")
     layer = model.base_model.layers[0]
     if hasattr(layer.self_attn, "q_norm"):
         raise Unsupported("the static step knows no query and key norms")

@@ -1,0 +1,187 @@
+"""Passes as captured steps: one program for forward, loss, backward and optimizer, replayed.
+
+Joins, leaves and data only fill buffers as long as the pool's slots and the sizes hold. In
+deterministic mode a micro-batch always has the rows of its own shape; else it takes the smallest
+of a few sizes that holds its tokens, because rows need no alignment here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.bank import TaskState
+from muxtune.runtime.optimizer import StepOutcome, learning_rate
+from muxtune.runtime.pass_runner import PassResult, PassWork, PendingPass, state_of
+from muxtune.runtime.static_step import (
+    CapturedSteps,
+    SlotInput,
+    StaticModel,
+    StepLayout,
+    StepProgram,
+)
+from muxtune.runtime.static_step import Sequence as Rows
+from muxtune.runtime.static_step.captured import CaptureMemory, Pending
+from muxtune.runtime.static_step.inputs import StepInputs
+from muxtune.runtime.static_step.pool import StaticPool
+from muxtune.runtime.training import Mark
+from muxtune.types import HTask, PackRule
+from muxtune.workload.encoding import EncodedSequence
+
+DEPTH = 2  # results are read this many passes late
+MAX_SIZES = 8
+_SIZE_STEP = 128
+_MIN_SEQLEN = 512
+_BOUNDS_STEP = 64
+
+
+class Capacity(NamedTuple):
+    """What a program is made for besides its pool; see ``StepLayout``. ``sizes``: row counts,
+    those of the hTask's shapes among them; ``first``: those that are prepared with a plan."""
+
+    layout: StepLayout
+    sizes: tuple[int, ...]
+    first: tuple[int, ...]
+
+    def holds(self, other: Capacity) -> bool:
+        mine, theirs = self.layout, other.layout
+        return (
+            mine.max_bounds >= theirs.max_bounds
+            and mine.max_seqlen >= theirs.max_seqlen
+            and mine.dropout == theirs.dropout
+            and set(other.first) <= set(self.sizes)
+        )
+
+
+def capacity_of(
+    htask: HTask, states: Iterable[TaskState], deterministic: bool, longest_tokens: int
+) -> Capacity:
+    """Generous in what joining tasks may change: the number and the length of sequences (to at
+    most ``longest_tokens``, beyond which they are refused)."""
+    shapes = sorted({shape.padded_tokens for shape in htask.shapes})
+    specs = [state.task for state in states]
+    longest = max([_MIN_SEQLEN, *(spec.data.max_length_tokens for spec in specs)])
+    max_seqlen = min(1 << (longest - 1).bit_length(), longest_tokens)
+    sequences = sum(spec.sequences_per_step for spec in specs)
+    wanted = max(shapes[-1] // 32, sequences) + shapes[-1] // max_seqlen + 1
+    max_bounds = -(-wanted // _BOUNDS_STEP) * _BOUNDS_STEP
+    slots = htask.shapes[0].slots
+    layout = StepLayout(
+        shapes[-1], len(slots), max_bounds, max_seqlen, any(slot.dropout for slot in slots)
+    )
+    sizes = shapes if deterministic else sorted({*shapes, *_ladder(shapes[-1])})
+    return Capacity(layout, tuple(sizes), tuple(shapes))
+
+
+def _ladder(largest: int) -> list[int]:
+    """Up to MAX_SIZES sizes below the largest, close together: a micro-batch that misses its
+    shape does so by the filler of its chunks, a part of it."""
+    step = -(-largest // (2 * MAX_SIZES * _SIZE_STEP)) * _SIZE_STEP
+    return [size for i in range(1, MAX_SIZES) if (size := largest - i * step) >= _SIZE_STEP]
+
+
+class CapturedRunner:
+    """See ``PassRunner``. ``capture_s``: seconds spent on preparing sizes."""
+
+    depth, phases = DEPTH, False
+
+    def __init__(
+        self,
+        model: StaticModel,
+        pool: StaticPool,
+        capacity: Capacity,
+        deterministic: bool,
+        pad_id: int = 0,
+        memory: CaptureMemory | None = None,
+    ) -> None:
+        self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
+        inputs = StepInputs(capacity.layout, model.device)
+        program = StepProgram(model, pool.adapters, inputs, deterministic=deterministic)
+        self.steps = CapturedSteps(program, capacity.sizes, pad_id, memory)
+
+    @property
+    def capture_s(self) -> float:
+        return sum(self.steps.capture_s.values())
+
+    def prepare(self) -> bool:
+        """Capture the shapes' sizes; False if all are there."""
+        before = len(self.steps.capture_s)
+        self.steps.capture(self.capacity.first)
+        return len(self.steps.capture_s) > before
+
+    def start(self, work: PassWork, mark: Mark) -> PendingPass:
+        rows = [
+            Rows(item.slot, item.sequence.tokens, _is_learnt(item.sequence), item.position)
+            for items in work.placed.values()
+            for item in items
+        ]
+        slots = {
+            work.slot_of[task_id]: self._slot_input(work, task_id) for task_id in work.task_ids
+        }
+        num_rows = self._num_rows(work, rows)
+        if not self.steps.is_ready(num_rows):
+            mark("capture")
+        pending = self.steps.step(rows, slots, num_rows=num_rows)
+        for task_id in work.task_ids:
+            state_of(work, self.pool, task_id).is_open = task_id not in work.closing
+        return _Captured(work, pending, self.pool)
+
+    def _num_rows(self, work: PassWork, rows: Sequence[Rows]) -> int:
+        is_padded = work.micro_batch.packing is PackRule.PAD
+        if self.deterministic or is_padded:
+            return self.steps.size_for(work.micro_batch.shape.padded_tokens)
+        return self.steps.size_for(sum(len(item.tokens_n) for item in rows))
+
+    def _slot_input(self, work: PassWork, task_id: str) -> SlotInput:
+        state, step = state_of(work, self.pool, task_id), work.micro_batch.steps[task_id]
+        task, optimizer = state.task, state.task.optimizer
+        return SlotInput(
+            work.micro_batch.loss_tokens[task_id],
+            keeps=state.is_open,
+            closes=task_id in work.closing,
+            scale=adapter_method(task.adapter.method).scale(task.adapter),
+            lr=learning_rate(optimizer, step, state.num_steps),
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            dropout=task.adapter.dropout,
+            seed=task.seed,
+            step=step,
+        )
+
+
+def _is_learnt(sequence: EncodedSequence) -> np.ndarray:
+    """The mask tells of a row whether what follows it is a target; here, of a token."""
+    return np.concatenate(([False], sequence.target_mask[:-1]))
+
+
+class _Captured:
+    """A pass that may still run. Its tasks may have left their slots when it is read."""
+
+    def __init__(self, work: PassWork, pending: Pending, pool: StaticPool) -> None:
+        self.work, self.pending = work, pending
+        self._states = {
+            task_id: state
+            for task_id in work.closing
+            if (state := pool.occupants[work.slot_of[task_id]]) is not None
+        }
+
+    def result(self) -> PassResult:
+        host, slot_of = self.pending.result(), self.work.slot_of
+        outcomes = {}
+        for task_id, state in self._states.items():
+            slot = slot_of[task_id]
+            step = self.work.micro_batch.steps[task_id]
+            rate = learning_rate(state.task.optimizer, step, state.num_steps)
+            outcomes[task_id] = StepOutcome(rate, host.grad_norms[slot], not host.skipped[slot])
+            state.step += not host.skipped[slot]
+        losses = {task_id: host.losses[slot_of[task_id]] for task_id in self.work.placed}
+        return PassResult(losses, outcomes)
+
+
+__all__ = ["DEPTH", "Capacity", "CapturedRunner", "capacity_of"]

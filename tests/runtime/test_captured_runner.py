@@ -1,0 +1,263 @@
+"""The static step as the executor runs it, on the CPU: beside the eager pass of the same tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from muxtune.errors import DataError
+from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.captured_runner import DEPTH, CapturedRunner
+from muxtune.runtime.static_step.pool import StaticPool
+from muxtune.types import AdapterSlot, EventKind, PackRule, TaskSpec
+from tests.runtime.runtime_helpers import (
+    Bench,
+    DrawnText,
+    make_htask,
+    make_plan,
+    make_store,
+    make_task,
+    worst_gap,
+)
+
+STEPS = 8
+EAGER, CAPTURED = {"step": "eager"}, {"step": "captured"}
+
+
+def tasks_of(dropout: float = 0.0) -> list[TaskSpec]:
+    """Ranks, targets (parts of fused linears too), batch sizes and accumulation differ."""
+    common = {"num_steps": STEPS, "dropout": dropout}
+    return [
+        make_task("a", **common),
+        make_task("b", **common, rank=8, targets=("q_proj", "o_proj", "down_proj"), batch_size=5),
+        make_task("c", **common, rank=2, targets=("all-linear",), accumulation=2),
+        make_task("d", **common, rank=1, max_length_tokens=9, batch_size=7, weight_decay=0.1,
+                  targets=("model.layers.1.self_attn.k_proj", "up_proj"), schedule="cosine"),
+    ]  # fmt: skip
+
+
+def trained(folder: Path, store: BackboneStore, tasks: Sequence[TaskSpec], **options) -> Bench:
+    bench = Bench(folder, store, **options)
+    bench.run(make_plan([make_htask(tasks)]), *tasks)
+    assert bench.done() == {task.task_id for task in tasks}, bench.events
+    return bench
+
+
+def runners(bench: Bench) -> list:
+    (instance,) = bench.executor._instances.values()
+    return instance._runners
+
+
+@pytest.fixture(scope="module")
+def store() -> BackboneStore:
+    """Its own: fusing the weights changes where they lie."""
+    return make_store()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_losses_norms_and_adapters_are_those_of_the_eager_pass(
+    store: BackboneStore, tmp_path: Path, dropout: float, deterministic: bool
+) -> None:
+    """Dropout too: the masks of both are the same."""
+    tasks = tasks_of(dropout)
+    mode = {"deterministic": deterministic, "evaluate_tokens": 60}
+    eager = trained(tmp_path / "eager", store, tasks, **EAGER, **mode)
+    captured = trained(tmp_path / "captured", store, tasks, **CAPTURED, **mode)
+    assert isinstance(runners(captured)[0], CapturedRunner)
+    assert not isinstance(runners(eager)[0], CapturedRunner)
+    for left, right in zip(_sorted(eager), _sorted(captured), strict=True):
+        assert left[:2] == right[:2]
+        assert left[2:] == pytest.approx(right[2:], rel=2e-4)
+    for task in tasks:
+        assert worst_gap(captured.weights(task), eager.weights(task)) < 1e-3
+        results = [bench.executor.tasks[task.task_id].result for bench in (eager, captured)]
+        assert results[0] is not None and results[1] is not None
+        assert results[0][3:] == pytest.approx(results[1][3:], rel=1e-3)
+        assert results[0].perplexity_before is not None
+        assert results[0][:2] == results[1][:2]
+    assert not captured.recorder.notices
+
+
+def _sorted(bench: Bench) -> list[tuple]:
+    return sorted(
+        (r.task_id, r.step, r.loss, r.grad_norm, r.lr, r.tokens) for r in bench.recorder.steps
+    )
+
+
+def test_the_first_gradients_are_those_of_the_eager_pass(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """In the middle of a step, so that they are still there."""
+    task = make_task("g", accumulation=8, targets=("all-linear",), dropout=0.2)
+    grads = []
+    for mode in (EAGER, CAPTURED):
+        bench = Bench(tmp_path / mode["step"], store, **mode)
+        bench.prepare(task)
+        bench.executor.apply(make_plan([make_htask([task])], counts=[1]))
+        while len(bench.recorder.rounds) < 2:
+            bench.tick()
+        grads.append({key: t.grad.clone().float() for key, t in bench.state(task).tensors.items()})
+        assert bench.state(task).is_open
+    assert worst_gap(
+        {k: g for k, g in grads[1].items() if g.any()},
+        {k: g for k, g in grads[0].items() if g.any()},
+    ) < 1e-4  # fmt: skip
+
+
+def test_results_come_late_and_in_order(store: BackboneStore, tmp_path: Path) -> None:
+    tasks = tasks_of()
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.prepare(*tasks)
+    bench.executor.apply(make_plan([make_htask(tasks)]))
+    (instance,) = bench.executor._instances.values()
+    most = 0
+    while bench.done() != {task.task_id for task in tasks}:
+        bench.tick()
+        most = max(most, len(instance._started))
+    assert most == DEPTH
+    for task in tasks:
+        steps = [r.step for r in bench.recorder.steps if r.task_id == task.task_id]
+        assert steps == list(range(1, STEPS + 1))
+
+
+def test_together_is_bit_for_bit_alone(store: BackboneStore, tmp_path: Path) -> None:
+    tasks = tasks_of(0.1)
+    whole = make_htask(tasks)
+    together = trained(tmp_path / "together", store, tasks, **CAPTURED)
+    for task in tasks:
+        own = {task.task_id}
+        htask = whole._replace(
+            slot_of={key: slot for key, slot in whole.slot_of.items() if key in own},
+            quota={key: quota for key, quota in whole.quota.items() if key in own},
+        )
+        alone = Bench(tmp_path / task.task_id, store, **CAPTURED)
+        alone.run(make_plan([htask]), task)
+        assert worst_gap(alone.weights(task), together.weights(task)) == 0.0
+
+
+def test_joins_leaves_and_plan_changes_in_the_middle_of_steps(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """Every round another plan; one of them runs an hTask eagerly, so gradients and moments move
+    between the two kinds of pools."""
+    tasks = tasks_of(0.1)
+    eager = trained(tmp_path / "eager", store, tasks, **EAGER)
+    bench = Bench(tmp_path / "captured", store, **CAPTURED)
+    bench.prepare(*tasks)
+    ia3 = AdapterSlot("ia3", 0, ("k_proj", "v_proj", "down_proj"))
+    groups = [[tasks], [tasks[2:], tasks[:2]], [tasks[::-1]], [tasks[:1], tasks[3:], tasks[1:3]]]
+    epoch = mixed = in_mid_step = 0
+    while bench.done() < {task.task_id for task in tasks}:
+        htasks = [make_htask(group) for group in groups[epoch % len(groups)]]
+        if epoch % 3 == 2:  # a slot of a method that the program does not know, and nobody in it
+            shape = htasks[0].shapes[0]
+            htasks[0] = htasks[0]._replace(shapes=(shape._replace(slots=(*shape.slots, ia3)),))
+        bench.executor.apply(make_plan(htasks, epoch, counts=[1] * len(htasks)))
+        bench.until(EventKind.PLAN_APPLIED, epoch + 1)
+        in_mid_step += sum(item.cursor.left is not None for item in bench.executor.tasks.values())
+        kinds = {type(runner) for runner in runners(bench)}
+        mixed += len(kinds) == 2
+        epoch += 1
+        while len(bench.recorder.rounds) < epoch and len(bench.done()) < len(tasks):
+            bench.tick()
+    assert epoch > 8 and in_mid_step > 8 and mixed > 1
+    for task in tasks:
+        assert worst_gap(bench.weights(task), eager.weights(task)) < 1e-3
+    assert [text for text in bench.recorder.notices if "knows no 'ia3'" in text]
+    assert len(bench.recorder.notices) == len(set(bench.recorder.notices)) == 1
+
+
+def test_a_join_into_a_shape_that_holds_keeps_program_and_addresses(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    first, second = (make_task(name, num_steps=12) for name in ("x", "y"))
+    whole = make_htask([first, second])
+    alone = whole._replace(slot_of={"x": 0}, quota={"x": 2})
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.prepare(first, second)
+    bench.executor.apply(make_plan([alone]))
+    bench.until_step(first, 4)
+    (before,) = runners(bench)
+    address = bench.state(first).tensors["model.layers.0.self_attn.q_proj", "lora_A"]
+    bench.executor.apply(make_plan([whole], 1))
+    bench.until_ended(first, second)
+    (after,) = runners(bench)
+    assert after is before
+    same = bench.state(first).tensors["model.layers.0.self_attn.q_proj", "lora_A"]
+    assert same.param.data_ptr() == address.param.data_ptr()
+    alone_y = Bench(tmp_path / "y", store, **CAPTURED)
+    alone_y.run(make_plan([whole._replace(slot_of={"y": 1}, quota={"y": 2})]), second)
+    assert worst_gap(bench.weights(second), alone_y.weights(second)) == 0.0
+
+
+@pytest.mark.parametrize("what", ["weights", "data", "cancel"])
+def test_one_tasks_end_is_nobody_elses(store: BackboneStore, tmp_path: Path, what: str) -> None:
+    tasks = tasks_of()
+    whole = trained(tmp_path / "whole", store, tasks, **CAPTURED)
+    library = DrawnText()
+    bench = Bench(tmp_path / "hurt", store, library, checkpoint_steps=1, **CAPTURED)
+    bench.prepare(*tasks)
+    bench.executor.apply(make_plan([make_htask(tasks)]))
+    bench.until_step(tasks[0], 3)
+    if what == "weights":
+        for values in bench.state(tasks[0]).tensors.values():
+            values.param.fill_(float("nan"))
+    elif what == "data":
+
+        def bad(task_id: str, index: int) -> None:
+            if task_id == "a":
+                raise DataError("a.jsonl", "is broken", "Mend it")
+
+        library.on_sequence = bad
+    else:
+        bench.executor.cancel("a")
+    bench.until_ended(*tasks)
+    bench.executor.close()
+    ended = EventKind.TASK_CANCELLED if what == "cancel" else EventKind.TASK_FAILED
+    assert [event.task_id for event in bench.of(ended)] == ["a"]
+    assert bench.done() == {"b", "c", "d"}
+    for task in tasks[1:]:
+        assert worst_gap(bench.weights(task), whole.weights(task)) == 0.0
+
+
+def test_a_nan_leaves_its_tasks_weights_alone_until_it_is_told(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """Its own weights are not touched although more of its passes are under way."""
+    task = make_task("n", num_steps=9)
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.prepare(task)
+    bench.executor.apply(make_plan([make_htask([task])]))
+    bench.until_step(task, 3)
+    (instance,) = bench.executor._instances.values()
+    instance.settle_all()
+    pool = runners(bench)[0].pool
+    assert isinstance(pool, StaticPool)
+    key = ("model.layers.1.self_attn.v_proj", "lora_B")
+    bench.state(task).tensors[key].param[0, 0] = float("nan")
+    others = {
+        name: tensors.param.clone()
+        for name, tensors in pool._tensors(0)
+        if name != key
+    }  # fmt: skip
+    bench.until_ended(task)
+    (event,) = bench.of(EventKind.TASK_FAILED)
+    assert "its loss is nan in step" in str(event.data)
+    for name, tensors in pool._tensors(0):
+        assert name == key or torch.equal(tensors.param, others[name])
+
+
+def test_padded_plans_run_too(store: BackboneStore, tmp_path: Path) -> None:
+    tasks = tasks_of()[:2]
+    plan = make_plan([make_htask(tasks, 24, 2, PackRule.PAD)])
+    weights = []
+    for mode in (EAGER, CAPTURED):
+        bench = Bench(tmp_path / mode["step"], store, **mode)
+        bench.run(plan, *tasks)
+        weights.append([bench.weights(task) for task in tasks])
+    for left, right in zip(*weights, strict=True):
+        assert worst_gap(left, right) < 1e-4
