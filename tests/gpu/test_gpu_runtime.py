@@ -62,8 +62,11 @@ def tasks_of(dropout: float):
 def test_loss_curves_are_those_of_the_cpu(
     stores: tuple[BackboneStore, BackboneStore], tmp_path: Path, dropout: float, mode: str
 ) -> None:
-    """The masks are the same on both, so dropout does not blur the comparison."""
-    tasks = tasks_of(dropout)
+    """The masks are the same on both, so dropout does not blur the comparison. A rate at which
+    rounding does not grow from step to step."""
+    tasks = [
+        task._replace(optimizer=task.optimizer._replace(lr=2e-3)) for task in tasks_of(dropout)
+    ]
     plan = make_plan([make_htask(tasks, 32, 2)])
     curves = []
     for name, store in zip(("cuda", "cpu"), stores, strict=True):
@@ -74,7 +77,7 @@ def test_loss_curves_are_those_of_the_cpu(
         curves.append({task.task_id: bench.recorder.losses(task.task_id) for task in tasks})
     for task in tasks:
         on_cuda, on_cpu = (curve[task.task_id] for curve in curves)
-        assert on_cuda == pytest.approx(on_cpu, abs=0.05)
+        assert on_cuda == pytest.approx(on_cpu, abs=0.02)
         assert on_cpu[0] - on_cpu[-1] != pytest.approx(0.0, abs=0.02)
 
 
