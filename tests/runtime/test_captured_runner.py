@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from tests.runtime.runtime_helpers import (
 )
 
 STEPS = 8
-EAGER, CAPTURED = {"step": "eager"}, {"step": "captured"}
+EAGER: dict[str, Any] = {"step": "eager"}
+CAPTURED: dict[str, Any] = {"step": "captured"}
 
 
 def tasks_of(dropout: float = 0.0) -> list[TaskSpec]:

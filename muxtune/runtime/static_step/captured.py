@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class CaptureMemory(NamedTuple):
     uses only while it runs."""
 
     stream: torch.cuda.Stream
-    pool: tuple[int, int]
+    pool: Any  # what torch.cuda.graph_pool_handle gives
 
     @classmethod
     def on_current_stream(cls) -> CaptureMemory:
