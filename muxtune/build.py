@@ -8,12 +8,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from muxtune.cluster_policies.lifecycle import Lifecycle, LifecycleOptions
 from muxtune.config import (
     ClusterConfig,
     CommonConfig,
@@ -21,6 +23,7 @@ from muxtune.config import (
     ModelConfig,
     PoissonWorkload,
     TasksWorkload,
+    TenantConfig,
     TraceWorkload,
     WorkloadConfig,
 )
@@ -29,12 +32,14 @@ from muxtune.cost.book import CostBook
 from muxtune.cost.devices import GENERIC_CPU, DeviceFigures, checked_figures, device_figures
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.shapes import ModelShape, checked_shape, from_hf_config, model_shape
+from muxtune.deciding import EngineOptions
 from muxtune.errors import ConfigError
 from muxtune.fleet import task_view
+from muxtune.hardware import NO_FAILURES, FailureRules, NodeSpec, TenantRules
 from muxtune.protocols import ClusterPolicy, InstancePlanner, TaskLibrary
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.report.metrics import PowerDraw
-from muxtune.types import InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
+from muxtune.types import NS_PER_S, InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
 from muxtune.workload.encoding import EncodedSequence
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from muxtune.runtime.backbone import BackboneStore
 
 GB = 1_000_000_000
+S_PER_HOUR = 3_600.0
 LOCAL, AUTO = "local", "auto"
 SOLO_PLANNER = "exclusive"  # what "alone under HF PEFT" means for offered load and durations
 Tasks = Sequence[TaskSpec] | Any  # a list, or a TaskStream
@@ -199,30 +205,141 @@ def physical_memory_bytes() -> int:
 
 
 def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[InstanceSpec]:
-    """The instances that the run begins with; ids and GPU ids sort as they are numbered.
+    """The instances that the fleet has room for; ids and GPU ids sort as they are numbered.
 
     ``tasks`` are looked at only for ``instances_per_gpu=auto``. Raises ConfigError for numbers
     that do not go together.
     """
-    cluster = config.cluster
-    replica = ReplicaShape(cluster.tp, cluster.pp)
     per_gpu = _instances_per_gpu(config, costs, tasks)
-    limit = gpu_memory_limit_bytes(cluster) // per_gpu
-    device = device_name(cluster, config.cost)
-    groups = range(cluster.num_gpus // replica.num_gpus)
-    width = len(str(len(groups) * per_gpu - 1))
+    places = [
+        (cluster, model, first_gpu)
+        for cluster, model, first_gpu in pools(config)
+        for first_gpu in range(first_gpu, first_gpu + cluster.num_gpus, cluster.tp * cluster.pp)
+        for _ in range(per_gpu)
+    ]
+    width = len(str(len(places) - 1))
     return [
         InstanceSpec(
-            f"instance-{group * per_gpu + side:0{width}d}",
-            config.model.name,
-            device,
-            limit,
-            (replica,),
-            tuple(f"gpu-{group * replica.num_gpus + i:05d}" for i in range(replica.num_gpus)),
+            f"instance-{number:0{width}d}",
+            model,
+            device_name(cluster, config.cost),
+            gpu_memory_limit_bytes(cluster) // per_gpu,
+            (ReplicaShape(cluster.tp, cluster.pp),),
+            tuple(gpu_name(first_gpu + i) for i in range(cluster.tp * cluster.pp)),
         )
-        for group in groups
-        for side in range(per_gpu)
+        for number, (cluster, model, first_gpu) in enumerate(places)
     ]
+
+
+def gpu_name(number: int) -> str:
+    return f"gpu-{number:05d}"
+
+
+def pools(config: CommonConfig) -> list[tuple[ClusterConfig, str, int]]:
+    """Each pool as a cluster of its own, the model it hosts, and the number of its first GPU."""
+    cluster, found, first_gpu = config.cluster, [], 0
+    check_cluster(cluster)
+    if not cluster.pools:
+        return [(cluster, config.model.name, 0)]
+    for pool in cluster.pools:
+        changes = {"num_gpus": pool.num_gpus, "tp": pool.tp, "pp": pool.pp, "pools": []}
+        one = replace(cluster, device=pool.device or cluster.device, **changes)
+        if pool.device and pool.device != cluster.device:
+            one = replace(one, figures={})  # they are of the cluster's own device
+        check_cluster(one)
+        found.append((one, pool.model or config.model.name, first_gpu))
+        first_gpu += pool.num_gpus
+    return found
+
+
+def num_gpus(cluster: ClusterConfig) -> int:
+    return sum(pool.num_gpus for pool in cluster.pools) if cluster.pools else cluster.num_gpus
+
+
+def hosted_models(config: CommonConfig) -> set[str]:
+    return {model for _, model, _ in pools(config)}
+
+
+def fleet_policy(
+    config: CommonConfig, slots: Sequence[InstanceSpec]
+) -> tuple[ClusterPolicy, Sequence[InstanceSpec]]:
+    """The cluster policy, in a ``Lifecycle`` where the fleet's size or state may change, and the
+    instances to begin with."""
+    cluster = config.cluster
+    policy, elastic = cluster_policy(config.cluster_policy), cluster.elastic
+    fails = failure_rules(cluster) != NO_FAILURES
+    if not (elastic.enabled or cluster.preempt or fails):
+        return policy, slots
+    options = LifecycleOptions(
+        elastic.enabled,
+        elastic.min_instances,
+        elastic.tasks_per_instance,
+        elastic.idle_s,
+        cluster.preempt,
+    )
+    around = Lifecycle(policy, slots, options)
+    return around, around.first_instances()
+
+
+def engine_options(config: CommonConfig, tell_waits: bool = True) -> EngineOptions:
+    """With the quotas of tenants. Raises ConfigError for one below 1."""
+    rules = {}
+    for name, tenant in config.cluster.tenants.items():
+        if tenant.max_tasks is not None and tenant.max_tasks < 1:
+            field = f"cluster.tenants.{name}.max_tasks"
+            raise ConfigError(field, f"is {tenant.max_tasks}", "Give at least 1, or null")
+        rules[name] = TenantRules(tenant.max_tasks)
+    return EngineOptions(tenants=rules, tell_waits=tell_waits)
+
+
+def failure_rules(cluster: ClusterConfig) -> FailureRules:
+    """Raises ConfigError for a negative number."""
+    failures = cluster.failures
+    for name in ("gpu_mtbf_h", "node_mtbf_h", "spot_lifetime_h", "gpu_repair_h", "node_repair_h",
+                 "spot_notice_s", "spot_absence_h", "checkpoint_steps"):  # fmt: skip
+        value = getattr(failures, name)
+        if not 0 <= value < 1e9:
+            raise ConfigError(f"cluster.failures.{name}", f"is {value}", "Give 0 or more")
+    if not (failures.gpu_mtbf_h or failures.node_mtbf_h or failures.spot_lifetime_h):
+        return NO_FAILURES
+    return FailureRules(
+        failures.gpu_mtbf_h * S_PER_HOUR,
+        failures.gpu_repair_h * S_PER_HOUR,
+        failures.node_mtbf_h * S_PER_HOUR,
+        failures.node_repair_h * S_PER_HOUR,
+        failures.spot_lifetime_h * S_PER_HOUR,
+        failures.spot_notice_s,
+        failures.spot_absence_h * S_PER_HOUR,
+        failures.seed,
+    )
+
+
+def hardware_options(config: CommonConfig) -> dict[str, Any]:
+    """What the simulated executor has to know of the cluster, as options of ``SimOptions``."""
+    cluster = config.cluster
+    rules = failure_rules(cluster)
+    return {
+        "nodes": nodes(config) if rules != NO_FAILURES else (),
+        "failures": rules,
+        "checkpoint_steps": cluster.failures.checkpoint_steps,
+        "charge_startup": cluster.charge_startup,
+        "charge_checkpoints": cluster.charge_checkpoints,
+    }
+
+
+def nodes(config: CommonConfig) -> tuple[NodeSpec, ...]:
+    """GPUs by node; a node's GPUs are all of one pool."""
+    size = config.cluster.failures.gpus_per_node
+    if size < 1:
+        raise ConfigError("cluster.failures.gpus_per_node", f"is {size}", "Give at least 1")
+    spot = [pool.spot for pool in config.cluster.pools] or [False]
+    found: list[NodeSpec] = []
+    for (cluster, _, first), is_spot in zip(pools(config), spot, strict=True):
+        for start in range(first, first + cluster.num_gpus, size):
+            stop = min(start + size, first + cluster.num_gpus)
+            names = tuple(gpu_name(number) for number in range(start, stop))
+            found.append(NodeSpec(f"node-{len(found):04d}", names, is_spot))
+    return tuple(found)
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
@@ -328,7 +445,41 @@ def tasks(config: CommonConfig, costs: CostBook) -> Tasks:
     Raises ConfigError or DataError that names the field or the file and the remedy.
     """
     found = _TASK_BUILDERS[_known_kind(config.workload)](config, costs)
+    given = config.cluster.tenants
+    if any(tenant.priority or tenant.deadline_s for tenant in given.values()):
+        return TenantTasks(found, given)
     return found
+
+
+class TenantTasks:
+    """Tasks with their tenants' priorities and deadlines, where they have none of their own. Looks
+    like what it was made of: a list, or a stream with its notes and its load."""
+
+    def __init__(self, tasks: Tasks, tenants: Mapping[str, TenantConfig]) -> None:
+        self._tasks, self._tenants = tasks, tenants
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[TaskSpec]:
+        for task in self._tasks:
+            yield self._completed(task)
+
+    @property
+    def unwrapped(self) -> Tasks:
+        return self._tasks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tasks, name)
+
+    def _completed(self, task: TaskSpec) -> TaskSpec:
+        tenant = self._tenants.get(task.tenant)
+        if tenant is None:
+            return task
+        deadline_ns = task.deadline_ns
+        if deadline_ns is None and tenant.deadline_s is not None:
+            deadline_ns = task.arrival_ns + round(tenant.deadline_s * NS_PER_S)
+        return task._replace(priority=task.priority or tenant.priority, deadline_ns=deadline_ns)
 
 
 def _known_kind(workload: WorkloadConfig) -> str:
@@ -361,7 +512,7 @@ def _trace(config: CommonConfig, costs: CostBook) -> Any:
         _mix(workload.mix, config),
         Solo(config, costs).tokens_per_s,
         load=workload.load,
-        num_gpus=config.cluster.num_gpus,
+        num_gpus=num_gpus(config.cluster),
         seed=workload.seed,
         limit=workload.limit,
         count_gpus=workload.count_gpus,
@@ -380,7 +531,7 @@ def _poisson(config: CommonConfig, costs: CostBook) -> Any:
         tasks_per_hour=workload.tasks_per_hour,
         mean_duration_s=workload.mean_duration_s,
         duration_sigma=workload.duration_sigma,
-        num_gpus=config.cluster.num_gpus,
+        num_gpus=num_gpus(config.cluster),
         seed=workload.seed,
         resolve=_resolver(config, costs),
     )
@@ -400,12 +551,15 @@ def _mix(entries: list[Any], config: CommonConfig) -> Any:
 def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], TaskSpec]:
     """Gives a task the fleet's model if it names none; checks its histogram and its targets."""
 
+    hosted = hosted_models(config)
+    names = " and ".join(f"'{name}'" for name in sorted(hosted))
+
     def resolve(task: TaskSpec) -> TaskSpec:
         task = task if task.model else task._replace(model=config.model.name)
-        if task.model != config.model.name:
+        if task.model not in hosted:
             raise ConfigError(
                 f"task '{task.task_id}': model",
-                f"'{task.model}' is not what the fleet hosts, which is '{config.model.name}'",
+                f"'{task.model}' is not what the fleet hosts, which is {names}",
                 "Change it, or choose the fleet's with model=NAME",
             )
         if task.data.histogram:
@@ -482,19 +636,27 @@ def sim_library(config: CommonConfig, found: Tasks) -> TaskLibrary:
 
 def is_drawn(found: Tasks) -> bool:
     """True when no task has real data; then the plain SyntheticLibrary does."""
+    if isinstance(found, TenantTasks):
+        found = found.unwrapped
     return not isinstance(found, list) or all(task.data.histogram for task in found)
 
 
 # ---------------------------------------------------------------------------------------- backends
 
 
-def sim_executor(options: Mapping[str, Any], costs: Any, found: TaskLibrary) -> Any:
-    """A ``SimExecutor``. Raises ConfigError for an option that it does not have."""
+def sim_executor(
+    options: Mapping[str, Any],
+    costs: Any,
+    found: TaskLibrary,
+    hardware: Mapping[str, Any] = {},
+) -> Any:
+    """A ``SimExecutor``; ``hardware``: see ``hardware_options``. Raises ConfigError for an option
+    that it does not have."""
     from muxtune_sim.executor import SimExecutor
     from muxtune_sim.options import SimOptions, make_builder
 
     rest = _without_name(options, "sim", "backend")
-    made: SimOptions = call_checked(SimOptions, "backend", rest, {})
+    made: SimOptions = call_checked(SimOptions, "backend", rest, hardware)
     return SimExecutor(make_builder(made), costs, found, made)
 
 

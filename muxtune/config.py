@@ -44,12 +44,76 @@ class ModelConfig:
 
 
 @dataclass
+class PoolConfig:
+    """Some of the fleet's GPUs: of one device, hosting one base model. What is left out is as in
+    the cluster. ``model``: empty: the configured one. ``spot``: nodes that may be taken back."""
+
+    num_gpus: int = MISSING
+    device: str = ""
+    model: str = ""
+    tp: int = 1
+    pp: int = 1
+    spot: bool = False
+
+
+@dataclass
+class FailuresConfig:
+    """Hours of mean up-time of each GPU and node, exponentially distributed, 0: never; and what
+    is lost. A node has ``gpus_per_node`` GPUs.
+
+    ``spot_lifetime_h``: of the nodes of spot pools, until they are taken back; ``spot_notice_s``
+    before that their tasks start to move away. ``checkpoint_steps``: optimizer steps between a
+    task's checkpoints; what was done since is lost with its instance.
+    """
+
+    gpu_mtbf_h: float = 0.0
+    gpu_repair_h: float = 4.0
+    node_mtbf_h: float = 0.0
+    node_repair_h: float = 8.0
+    gpus_per_node: int = 8
+    spot_lifetime_h: float = 0.0
+    spot_notice_s: float = 120.0
+    spot_absence_h: float = 1.0
+    checkpoint_steps: int = 0
+    seed: int = 0
+
+
+@dataclass
+class ElasticConfig:
+    """How the number of instances follows the work; off unless ``enabled``.
+
+    ``min_instances`` are kept; another is started for every ``tasks_per_instance`` tasks that wait
+    for its model, and one that has been idle for ``idle_s`` is shut down.
+    """
+
+    enabled: bool = False
+    min_instances: int = 1
+    tasks_per_instance: int = 1
+    idle_s: float = 600.0
+
+
+@dataclass
+class TenantConfig:
+    """``max_tasks``: on instances at a time; null: any number. ``priority`` and ``deadline_s``
+    (after arrival) are given to its tasks that have none of their own."""
+
+    max_tasks: int | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+@dataclass
 class ClusterConfig:
     """The fleet. ``device``: a name of the device table, or local: this machine.
 
     ``memory_limit_gb``: of each GPU, in units of 1e9 bytes, or auto: ``memory_share`` of what
     the device has. ``figures`` replaces single figures of the device. ``idle_power_share``: of its
     thermal design power, what an idle GPU draws; an assumption that energy depends on.
+
+    ``pools``: several kinds of GPUs or base models; then ``num_gpus`` is their sum, and ``device``
+    that of pools which name none. ``charge_startup``: instances take the time that the cost model
+    says to start; ``charge_checkpoints``: tasks that move are written out at its price.
+    ``preempt``: a waiting task of a higher priority takes the place of one of a lower.
     """
 
     device: str = MISSING
@@ -61,6 +125,13 @@ class ClusterConfig:
     memory_share: float = 0.9
     figures: dict[str, float] = field(default_factory=dict)
     idle_power_share: float = 0.1
+    pools: list[PoolConfig] = field(default_factory=list)
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    preempt: bool = False
+    charge_startup: bool = False
+    charge_checkpoints: bool = False
 
 
 @dataclass

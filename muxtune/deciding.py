@@ -8,11 +8,12 @@ through a fresh Decider gives the same decisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
 from muxtune.fleet import Fleet, InstanceRecord, TaskRecord, arrival_order
+from muxtune.hardware import TenantRules
 from muxtune.planning.journal import JournalBatch
 from muxtune.protocols import ClusterPolicy, FleetView, InstancePlanner
 from muxtune.types import (
@@ -20,10 +21,12 @@ from muxtune.types import (
     Action,
     DispatchRule,
     Drain,
+    DrainInstance,
     Estimate,
     Event,
     EventKind,
     FailureData,
+    GpuData,
     InstanceSpec,
     Place,
     Plan,
@@ -55,6 +58,8 @@ class EngineOptions(NamedTuple):
     correction_quantum_percent: corrections are multiples of this, so that memo keys stay few.
     pressure_margin: share by which a new plan must stay below what caused the pressure.
     max_refusals: how often a policy may place one task on one instance in vain within a batch.
+    tenants: quotas, by name.
+    tell_waits: predict when a task that has to wait will start; looks at every instance each time.
     """
 
     drift_tolerance: float = 0.1
@@ -62,6 +67,8 @@ class EngineOptions(NamedTuple):
     correction_quantum_percent: int = 5
     pressure_margin: float = 0.02
     max_refusals: int = 32
+    tenants: Mapping[str, TenantRules] = {}
+    tell_waits: bool = True
 
 
 class TaskOutcome(NamedTuple):
@@ -120,13 +127,16 @@ class Decider:
         self, policy: ClusterPolicy, planner: InstancePlanner, options: EngineOptions
     ) -> None:
         self.policy, self.planner, self.options = policy, planner, options
-        self.fleet = Fleet()
+        self.fleet = Fleet(options.tenants)
         self.num_batches = 0
         self._clear()
-        self._absorb: dict[EventKind, Callable[[Event], bool]] = {
+        absorb: dict[EventKind, Callable[[Event], bool]] = {
             EventKind.INSTANCE_READY: self._on_instance_ready,
             EventKind.INSTANCE_FAILED: self._on_instance_gone,
             EventKind.INSTANCE_STOPPED: self._on_instance_gone,
+            EventKind.GPUS_DOWN: self._on_gpus_down,
+            EventKind.GPUS_UP: self._on_gpus_up,
+            EventKind.GPUS_NOTICE: self._on_gpus_notice,
             EventKind.PLAN_APPLIED: self._on_plan_applied,
             EventKind.PROGRESS: self._on_progress,
             EventKind.TASK_DONE: self._on_task_done,
@@ -138,10 +148,13 @@ class Decider:
             EventKind.TASK_ARRIVED: self._on_task_arrived,
             EventKind.WAKE: self._on_wake,
         }
+        # A list: an enumeration's hash is a Python function, and every event is looked up.
+        self._absorb = [absorb.get(kind, ignore) for kind in range(max(EventKind) + 1)]  # type: ignore[call-overload]
         self._act: dict[type, Callable[..., None]] = {
             Place: self._place,
             StartInstance: self._start_instance,
             StopInstance: self._stop_instance,
+            DrainInstance: self._drain_instance,
             Drain: self._drain,
             Reject: self._reject,
             WakeAt: self._wake_at,
@@ -160,7 +173,8 @@ class Decider:
     def decide(self, time_ns: int, events: Sequence[Event]) -> Decision:
         """All decisions on the events of one instant, which come sorted."""
         self.fleet.now_ns = time_ns
-        relevant = [event for event in events if self._absorb[event.kind](event)]
+        absorb = self._absorb
+        relevant = [event for event in events if absorb[event.kind](event)]
         for event in (*relevant, *self._raised):
             self._ask_policy(event)
         while self._touched:
@@ -169,7 +183,8 @@ class Decider:
             record = self.fleet.records.get(name)
             if record is not None and record.ready:
                 self._plan_instance(record)
-        self._adopt_plans()
+        if self._new_plans:
+            self._adopt_plans()
         return self._decision(tuple(events))
 
     def standing_commands(self) -> list[Command]:
@@ -181,7 +196,7 @@ class Decider:
         commands += [Command("cancel", task_id) for task_id in withdrawn]
         plans = [record.plan for record in fleet.records.values() if record.plan is not None]
         commands += [Command("apply", plan) for plan in plans]
-        stopping = [name for name, record in fleet.records.items() if record.stopping]
+        stopping = [name for name, record in fleet.records.items() if record.stop_told]
         return commands + [Command("stop", name) for name in stopping]
 
     def _clear(self) -> None:
@@ -205,7 +220,7 @@ class Decider:
         if self._raised:
             data = (event.data for event in self._raised)
             refusals = tuple(item for item in data if isinstance(item, Refusal))
-        if self._new_in_queue:
+        if self._new_in_queue and self.options.tell_waits:
             refusals += tuple(must_wait(self.fleet, self._new_in_queue))
         batch = JournalBatch(
             self.num_batches, self.fleet.now_ns, events, tuple(self._actions), plans, refusals
@@ -218,7 +233,8 @@ class Decider:
     def _ask_policy(self, event: Event) -> None:
         view: FleetView = self.fleet
         actions = self.policy.on_event(event, view)
-        self.fleet.forget_changes()
+        if self.fleet.has_changes:
+            self.fleet.forget_changes()
         for action in actions:
             self._actions.append(action)
             self._act[type(action)](action)
@@ -272,7 +288,10 @@ class Decider:
         if record.memory_limit_bytes != record.spec.memory_limit_bytes:
             record.memory_limit_bytes = record.spec.memory_limit_bytes
             record.view = None
-        if record.plan is not None and record.plan.htasks:
+        if record.stopping and not record.tasks:
+            if not record.stop_told:
+                self._stop(record)
+        elif record.plan is not None and record.plan.htasks:
             self._new_plans[name] = empty_plan(record.spec, record.epoch + 1)
 
     def _give_way(self, record: InstanceRecord, refusal: Refusal) -> tuple[bool, Event]:
@@ -342,10 +361,30 @@ class Decider:
         record = self.fleet.records.get(event.instance_id)
         if record is None:
             return False
+        data = event.data if isinstance(event.data, FailureData) else FailureData("")
         for task in list(record.tasks.values()):
             self.fleet.unplace(task)
+            task_id = task.spec.task_id
+            self.fleet.set_steps(task, data.kept_steps.get(task_id, steps_of(task)))
+            task.lost_steps += data.lost_steps.get(task_id, 0)
             self._back_to_queue(task)
         self.fleet.remove_instance(record)
+        return True
+
+    def _on_gpus_down(self, event: Event) -> bool:
+        assert isinstance(event.data, GpuData)
+        self.fleet.down_gpus.update(event.data.gpu_ids)
+        self.fleet.noticed_gpus.difference_update(event.data.gpu_ids)
+        return True
+
+    def _on_gpus_notice(self, event: Event) -> bool:
+        assert isinstance(event.data, GpuData)
+        self.fleet.noticed_gpus.update(event.data.gpu_ids)
+        return True
+
+    def _on_gpus_up(self, event: Event) -> bool:
+        assert isinstance(event.data, GpuData)
+        self.fleet.down_gpus.difference_update(event.data.gpu_ids)
         return True
 
     def _on_plan_applied(self, event: Event) -> bool:
@@ -408,7 +447,7 @@ class Decider:
         self.fleet.make_ready(task, data)
         self._new_in_queue.append(event.task_id)
         if task.cancelling:
-            self.fleet.queue.remove(event.task_id)
+            self.fleet.dequeue(task)
         return True
 
     def _on_wake(self, event: Event) -> bool:
@@ -419,8 +458,7 @@ class Decider:
         if task is None or task.cancelling:
             return False
         task.cancelling = True
-        if event.task_id in self.fleet.queue:
-            self.fleet.queue.remove(event.task_id)
+        self.fleet.dequeue(task)
         self._commands.append(Command("cancel", event.task_id))
         return True
 
@@ -462,7 +500,7 @@ class Decider:
     def _back_to_queue(self, task: TaskRecord) -> None:
         self.fleet.enqueue(task)
         if task.cancelling:  # the executor is told again: it may have forgotten with the instance
-            self.fleet.queue.remove(task.spec.task_id)
+            self.fleet.dequeue(task)
             self._commands.append(Command("cancel", task.spec.task_id))
 
     def _touch(self, record: InstanceRecord) -> None:
@@ -527,6 +565,8 @@ class Decider:
         name = action.spec.instance_id
         if name in self.fleet.records:
             raise broken_action(action, f"instance '{name}' exists already")
+        if not self.fleet.down_gpus.isdisjoint(action.spec.gpu_ids):
+            raise broken_action(action, f"a GPU of '{name}' is down")
         self.fleet.start_instance(action.spec)
         self._commands.append(Command("start", action.spec))
 
@@ -535,7 +575,19 @@ class Decider:
         if record is None or record.tasks or record.stopping:
             raise broken_action(action, f"'{action.instance_id}' is unknown, stopping or has tasks")
         self.fleet.close_instance(record)
-        self._commands.append(Command("stop", action.instance_id))
+        self._stop(record)
+
+    def _stop(self, record: InstanceRecord) -> None:
+        record.stop_told = True
+        self._commands.append(Command("stop", record.spec.instance_id))
+
+    def _drain_instance(self, action: DrainInstance) -> None:
+        record = self.fleet.records.get(action.instance_id)
+        if record is None or record.stopping or not record.ready:
+            raise broken_action(action, f"'{action.instance_id}' is unknown, starting or stopping")
+        self.fleet.close_instance(record)
+        record.draining.update(record.tasks)
+        self._touch(record)
 
     def _drain(self, action: Drain) -> None:
         task = self.fleet.tasks.get(action.task_id)
@@ -559,6 +611,11 @@ class Decider:
 
 
 # ---------------------------------------------------------------------------------- derivations
+
+
+def ignore(event: Event) -> bool:
+    """For kinds that change nothing here."""
+    return False
 
 
 def check_plan(record: InstanceRecord, plan: Plan) -> None:

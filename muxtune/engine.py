@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 FOREVER_NS = 1 << 62
+OF_HARDWARE = frozenset({EventKind.GPUS_DOWN, EventKind.GPUS_UP, EventKind.GPUS_NOTICE})
+MAX_IDLE_BATCHES = 10_000  # hardware goes on failing for ever, tasks should not wait as long
 DEFAULT_OPTIONS = EngineOptions()
 
 
@@ -187,6 +189,7 @@ class Engine:
         self._first_instances = tuple(instances)
         self._decider = Decider(policy, planner, options)
         self._timetable = Timetable(tasks, self.fleet.seen)
+        self._num_idle_batches = 0
         self._ended = dict.fromkeys(TaskState, 0)
         self._counts = dict.fromkeys(("events", "plans", "refused", "drifts", "tokens"), 0)
 
@@ -212,11 +215,18 @@ class Engine:
             self._carry_out(decider.begin(self._first_instances))
         while timetable.next_spec is not None or fleet.tasks:
             until_ns = timetable.next_ns
-            if until_ns == FOREVER_NS and len(fleet.tasks) == len(fleet.queue):
+            all_wait = until_ns == FOREVER_NS and len(fleet.tasks) == fleet.num_waiting
+            if all_wait:
                 self._check_starting()
             events = self.executor.wait(until_ns)
             if not events and until_ns == FOREVER_NS:
                 raise self._stuck("the executor has nothing left to do")
+            if all_wait and all(event.kind in OF_HARDWARE for event in events):
+                self._num_idle_batches += 1
+                if self._num_idle_batches > MAX_IDLE_BATCHES:
+                    raise self._stuck("GPUs come and go, and the cluster policy uses none of them")
+            else:
+                self._num_idle_batches = 0
             events = self._with_due(events, until_ns)
             if events:
                 self._carry_out(decider.decide(events[0].time_ns, events))
@@ -258,9 +268,12 @@ class Engine:
     def _with_due(self, events: list[Event], until_ns: int) -> list[Event]:
         """Merges what is due at the same instant. A real executor may come back late."""
         now_ns = events[0].time_ns if events else max(until_ns, self.fleet.now_ns)
-        if self._timetable.next_ns > now_ns:
+        if until_ns > now_ns:
             return events
-        return sorted(events + self._timetable.due(now_ns), key=Event.sort_key.fget)  # type: ignore[arg-type]
+        events = events + self._timetable.due(now_ns)
+        if len(events) > 1:
+            events.sort(key=Event.sort_key.fget)  # type: ignore[arg-type]
+        return events
 
     def _carry_out(self, decision: Decision) -> None:
         if self.journal is not None:
@@ -281,15 +294,16 @@ class Engine:
         for time_ns, task_id in decision.wakes:
             self._timetable.wake_at(time_ns, task_id)
         counts["events"] += len(batch.events)
-        counts["plans"] += len(batch.plans)
         for event in decision.raised:
             counts["drifts" if event.kind is EventKind.DRIFT else "refused"] += 1
         for outcome in decision.outcomes:
             self._ended[outcome.state] += 1
             counts["tokens"] += outcome.effective_tokens
-        for plan in batch.plans:
+        if batch.plans:
+            counts["plans"] += len(batch.plans)
             for on_plan in self._on_plan:
-                on_plan(plan)
+                for plan in batch.plans:
+                    on_plan(plan)
         for outcome in decision.outcomes:
             for on_task_end in self._on_task_end:
                 on_task_end(outcome)
@@ -311,7 +325,8 @@ class Engine:
 
     def _check_starting(self) -> None:
         records = self.fleet.records.values()
-        if not any(not record.ready or record.stopping for record in records):
+        changes = any(not record.ready or record.stopping for record in records)
+        if not changes and not self.fleet.down_gpus and not self.fleet.noticed_gpus:
             raise self._stuck("the cluster policy placed none of them on an idle fleet")
 
     def _stuck(self, why: str) -> MuxTuneError:

@@ -15,6 +15,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from muxtune.hardware import TenantRules
 from muxtune.planning.disciplines import WaitingLines
 from muxtune.types import (
     NO_EPOCH,
@@ -87,6 +88,7 @@ class InstanceRecord:
         "ready",
         "shed",
         "spec",
+        "stop_told",
         "stopping",
         "tasks",
         "unstarted",
@@ -96,7 +98,7 @@ class InstanceRecord:
     def __init__(self, spec: InstanceSpec) -> None:
         self.spec = spec
         self.ready = False
-        self.stopping = False
+        self.stopping = self.stop_told = False
         self.tasks: dict[str, TaskRecord] = {}  # by arrival
         self.draining: set[str] = set()
         self.shed: set[str] = set()  # draining tasks that no plan can hold any longer
@@ -158,8 +160,12 @@ class TaskQueue(Collection[TaskView]):
         return _merged([lane.values() for lane in lanes])
 
     def add(self, task: TaskView) -> None:
-        lanes = self._lanes.setdefault(task.model, {})
-        lane = lanes.setdefault(task.priority, OrderedDict())
+        lanes = self._lanes.get(task.model)
+        if lanes is None:
+            lanes = self._lanes[task.model] = {}
+        lane = lanes.get(task.priority)
+        if lane is None:
+            lane = lanes[task.priority] = OrderedDict()
         in_order = not lane or arrival_order(lane[next(reversed(lane))]) <= arrival_order(task)
         lane[task.task_id] = task
         self._where[task.task_id] = (task.model, task.priority)
@@ -201,6 +207,69 @@ def _merged(lanes: list[Collection[TaskView]]) -> Iterator[TaskView]:
     return heapq.merge(*lanes, key=arrival_order)
 
 
+class Quotas:
+    """How many tasks of each tenant with a quota are on instances, and its tasks that wait for
+    others of its own to leave."""
+
+    def __init__(self, rules: Mapping[str, TenantRules]) -> None:
+        self.rules = {
+            tenant: rule.max_tasks for tenant, rule in rules.items() if rule.max_tasks is not None
+        }
+        self.num_held = 0
+        self._num_placed = dict.fromkeys(self.rules, 0)
+        self._num_queued = dict.fromkeys(self.rules, 0)
+        self._held: dict[str, dict[str, TaskView]] = {tenant: {} for tenant in self.rules}
+        self._tenant_of: dict[str, str] = {}
+
+    def room(self, tenant: str) -> int:
+        """Tasks of a tenant with a quota that may still be placed."""
+        return self.rules[tenant] - self._num_placed[tenant]
+
+    def takes(self, view: TaskView) -> bool:
+        """Whether a ready task may queue; if not it is held. Each place that is left is for one
+        queued task, so that no policy can place one too many."""
+        tenant = view.tenant
+        if tenant not in self.rules:
+            return True
+        if self._num_queued[tenant] < self.room(tenant):
+            self._num_queued[tenant] += 1
+            return True
+        self._held[tenant][view.task_id] = view
+        self._tenant_of[view.task_id] = tenant
+        self.num_held += 1
+        return False
+
+    def leave_queue(self, tenant: str, placed: bool) -> None:
+        if tenant in self.rules:
+            self._num_queued[tenant] -= 1
+            self._num_placed[tenant] += placed
+
+    def leave_instance(self, tenant: str) -> None:
+        if tenant in self.rules:
+            self._num_placed[tenant] -= 1
+
+    def drop(self, task_id: str) -> bool:
+        """Forgets a held task; False when it is not one."""
+        tenant = self._tenant_of.pop(task_id, None)
+        if tenant is None:
+            return False
+        del self._held[tenant][task_id]
+        self.num_held -= 1
+        return True
+
+    def freed(self, tenant: str) -> list[TaskView]:
+        """The most urgent held tasks that there is room for now."""
+        held = self._held.get(tenant)
+        if not held:
+            return []
+        room = self.room(tenant) - self._num_queued[tenant]
+        urgent = sorted(held.values(), key=lambda view: (-view.priority, *arrival_order(view)))
+        chosen = urgent[: max(0, room)]
+        for view in chosen:
+            self.drop(view.task_id)
+        return chosen
+
+
 class LoadIndex:
     """Ready instances of each base model in order of (tasks, id)."""
 
@@ -214,39 +283,56 @@ class LoadIndex:
         entries = self._by_model[model]
         del entries[bisect_left(entries, (load, instance_id))]
 
+    def move(self, model: str, load: int, new_load: int, instance_id: str) -> None:
+        entries = self._by_model[model]
+        del entries[bisect_left(entries, (load, instance_id))]
+        insort(entries, (new_load, instance_id))
+
     def in_order(self, model: str) -> Iterator[str]:
         return (instance_id for _, instance_id in self._by_model.get(model, ()))
 
 
 class InstanceViews(Mapping[str, InstanceView]):
-    """Views of the ready instances, built when somebody looks."""
+    """Views of the instances that tasks can be placed on, built when somebody looks."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def __getitem__(self, instance_id: str) -> InstanceView:
         record = self._fleet.records[instance_id]
-        if not record.ready:
+        if not record.ready or record.stopping:
             raise KeyError(instance_id)
         return self._fleet.view_of(record)
 
+    def __contains__(self, instance_id: object) -> bool:
+        record = self._fleet.records.get(instance_id)  # type: ignore[arg-type]
+        return record is not None and record.ready and not record.stopping
+
     def __iter__(self) -> Iterator[str]:
-        return (name for name, record in self._fleet.records.items() if record.ready)
+        records = self._fleet.records.items()
+        return (name for name, record in records if record.ready and not record.stopping)
 
     def __len__(self) -> int:
-        return sum(record.ready for record in self._fleet.records.values())
+        return sum(1 for _ in self)
 
 
 class Fleet:
-    """State and indexes of a run. Policies see it through ``FleetView``'s read-only part."""
+    """State and indexes of a run. Policies see it through ``FleetView``'s read-only part.
 
-    def __init__(self) -> None:
+    A task whose tenant is at its quota is held: it is in no queue, so that no policy sees it, until
+    the tenant gives something back.
+    """
+
+    def __init__(self, rules: Mapping[str, TenantRules] | None = None) -> None:
         self.now_ns = 0
         self.tasks: dict[str, TaskRecord] = {}
         self.seen: set[str] = set()
         self.records: dict[str, InstanceRecord] = {}
         self.starting: dict[str, InstanceSpec] = {}
+        self.down_gpus: set[str] = set()
+        self.noticed_gpus: set[str] = set()  # that will be taken away
         self.queue = TaskQueue()
+        self.quotas = Quotas(rules or {})
         self.instances: Mapping[str, InstanceView] = InstanceViews(self)
         self._loads = LoadIndex()
         self._changed: set[str] = set()
@@ -256,6 +342,10 @@ class Fleet:
     @property
     def changed(self) -> frozenset[str]:
         return frozenset(self._changed) if self._changed else NOTHING
+
+    @property
+    def known_instances(self) -> Collection[str]:
+        return self.records.keys()
 
     @property
     def waiting_models(self) -> Collection[str]:
@@ -281,9 +371,12 @@ class Fleet:
         record.view = None
         self._changed.add(record.spec.instance_id)
 
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._changed)
+
     def forget_changes(self) -> None:
-        if self._changed:
-            self._changed.clear()
+        self._changed.clear()
 
     def add_task(self, spec: TaskSpec) -> TaskRecord:
         record = self.tasks[spec.task_id] = TaskRecord(spec)
@@ -295,12 +388,35 @@ class Fleet:
         task.ready_ns = self.now_ns
         self.enqueue(task)
 
+    @property
+    def num_waiting(self) -> int:
+        """Ready tasks that are on no instance, held ones included."""
+        return len(self.queue) + self.quotas.num_held
+
     def enqueue(self, task: TaskRecord) -> None:
         task.state, task.instance_id = TaskState.QUEUED, ""
-        self.queue.add(task.ready_view)
+        if not self.quotas.rules or self.quotas.takes(task.ready_view):
+            self.queue.add(task.ready_view)
+
+    def dequeue(self, task: TaskRecord) -> None:
+        """Takes a task out of whatever it waits in, if it waits."""
+        task_id, tenant = task.spec.task_id, task.spec.tenant
+        if task_id in self.queue:
+            self.queue.remove(task_id)
+            self.quotas.leave_queue(tenant, placed=False)
+        elif not self.quotas.drop(task_id):
+            return
+        self.admit_held(tenant)
+
+    def admit_held(self, tenant: str) -> None:
+        """Lets held tasks of a tenant into the queue for which there is room now."""
+        for view in self.quotas.freed(tenant):
+            if self.quotas.takes(view):
+                self.queue.add(view)
 
     def place(self, task: TaskRecord, record: InstanceRecord) -> None:
         self.queue.remove(task.spec.task_id)
+        self.quotas.leave_queue(task.spec.tenant, placed=True)
         task.state, task.instance_id = TaskState.PLACED, record.spec.instance_id
         if task.placed_ns is None:
             task.placed_ns = self.now_ns
@@ -312,14 +428,15 @@ class Fleet:
         """Takes a task off its instance; the caller decides what becomes of it."""
         record = self.records[task.instance_id]
         self._move(record, task, joins=False)
+        self.quotas.leave_instance(task.spec.tenant)
+        self.admit_held(task.spec.tenant)
         record.draining.discard(task.spec.task_id)
         record.shed.discard(task.spec.task_id)
         record.unstarted.discard(task.spec.task_id)
         return record
 
     def end_task(self, task: TaskRecord) -> None:
-        if task.spec.task_id in self.queue:
-            self.queue.remove(task.spec.task_id)
+        self.dequeue(task)
         del self.tasks[task.spec.task_id]
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
@@ -363,8 +480,7 @@ class Fleet:
         else:
             del record.tasks[task.spec.task_id]
         if not record.stopping:
-            self._loads.remove(model, load, name)
-            self._loads.add(model, len(record.tasks), name)
+            self._loads.move(model, load, len(record.tasks), name)
         self.touch(record)
 
 

@@ -59,6 +59,16 @@ class FleetView(Protocol):
         """Instances asked for that are not ready yet."""
         ...
 
+    @property
+    def known_instances(self) -> Collection[str]:
+        """All instances, those that start, are emptied or stop included."""
+        ...
+
+    @property
+    def down_gpus(self) -> Collection[str]:
+        """GPUs that have failed or were taken away; no instance can start there."""
+        ...
+
     def least_loaded(self, model: str) -> Iterator[str]:
         """Ready instances of a model, fewest tasks first, ties by id."""
         ...
@@ -142,6 +152,14 @@ class CostModel(Protocol):
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Seconds to prepare one shape that has not run before; 0 where nothing is captured."""
+        ...
+
+    def startup_s(self, replica: ReplicaShape) -> Estimate:
+        """Seconds from nothing to an instance that holds its backbone."""
+        ...
+
+    def checkpoint_s(self, slot: AdapterSlot) -> Estimate:
+        """Seconds for which an instance writes out a task that leaves it."""
         ...
 
     def memory_ledger_bytes(self, plan: Plan) -> StageLedgers:

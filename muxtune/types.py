@@ -484,6 +484,9 @@ class EventKind(enum.IntEnum):
     INSTANCE_READY = 0
     INSTANCE_FAILED = 1
     INSTANCE_STOPPED = 2
+    GPUS_DOWN = 3
+    GPUS_UP = 4
+    GPUS_NOTICE = 5  # they will be taken away soon
     PLAN_APPLIED = 10  # the plan of ``epoch`` took over at a round boundary
     PROGRESS = 11
     TASK_DONE = 20
@@ -504,10 +507,21 @@ class TaskReadyData(NamedTuple):
 
 
 class FailureData(NamedTuple):
-    """``steps``: optimizer steps done, where the executor can tell."""
+    """``steps``: optimizer steps done, where the executor can tell. ``kept_steps``: of an instance
+    that failed, by task: the steps that a checkpoint holds; ``lost_steps``: those after it."""
 
     message: str
     steps: int | None = None
+    kept_steps: Mapping[str, int] = {}
+    lost_steps: Mapping[str, int] = {}
+
+
+class GpuData(NamedTuple):
+    """``unit``: the GPU or node that failed, came back, or will be taken away."""
+
+    gpu_ids: tuple[str, ...]
+    unit: str
+    message: str
 
 
 class ResultData(NamedTuple):
@@ -540,8 +554,9 @@ class Event(NamedTuple):
     """Sorted by (time_ns, kind, ids); journalled in batches of one instant.
 
     ``data``: TaskSpec for TASK_ARRIVED, TaskReadyData, FailureData (TASK_FAILED,
-    INSTANCE_FAILED), ResultData (TASK_DONE), ProgressData (PROGRESS, DRIFT), PressureData,
-    Refusal (PLACEMENT_REFUSED), steps done as int (TASK_RELEASED, TASK_CANCELLED), else None.
+    INSTANCE_FAILED), GpuData (GPUS_*), ResultData (TASK_DONE), ProgressData (PROGRESS, DRIFT),
+    PressureData, Refusal (PLACEMENT_REFUSED), steps done as int (TASK_RELEASED,
+    TASK_CANCELLED), else None.
     """
 
     time_ns: int
@@ -574,6 +589,13 @@ class StopInstance(NamedTuple):
     instance_id: str
 
 
+class DrainInstance(NamedTuple):
+    """Let all tasks of an instance leave at their next step boundary, place none there any
+    longer, and stop it when the last has left."""
+
+    instance_id: str
+
+
 class Drain(NamedTuple):
     """Let a placed task leave at its next step boundary; it comes back queued."""
 
@@ -589,4 +611,4 @@ class WakeAt(NamedTuple):
     time_ns: int
 
 
-Action = Place | StartInstance | StopInstance | Drain | Reject | WakeAt
+Action = Place | StartInstance | StopInstance | DrainInstance | Drain | Reject | WakeAt

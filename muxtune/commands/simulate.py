@@ -40,6 +40,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         backend,
         build.simulator_book(config, config.simulator_cost, costs),
         build.sim_library(config, tasks),
+        build.hardware_options(config),
     )
     metrics, troubles = TaskMetrics(), Troubles()
     observers = (metrics, troubles)
@@ -48,12 +49,13 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
     with folder.stream(TENANTS_FILE) as file:
         metrics.write_tenants(file)
+    down_ns = executor.down_ns()
     power = build.power_draw(config, instances, costs)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
         **metrics.summary(),
-        **fleet_summary(instances, executor.instance_totals(), totals.end_ns, power),
+        **fleet_summary(instances, executor.instance_totals(), totals.end_ns, power, down_ns),
         "num_plans": totals.num_plans,
         "num_planner_calls": planner.num_calls,
         "mean_planning_us": planner.mean_us,
@@ -83,11 +85,17 @@ def _run_engine(
         if config.journal:
             # A simulation can be made again; it need not survive a power failure.
             journal = stack.enter_context(Journal(folder.path / JOURNAL_FILE, fsync=False))
-        policy = build.cluster_policy(config.cluster_policy)
+        policy, first = build.fleet_policy(config, instances)
         told = (rows, display, *observers)
-        engine = Engine(policy, planner, executor, tasks, instances, journal, told)
+        options = build.engine_options(config, tell_waits=tells_waits(config, len(tasks)))
+        engine = Engine(policy, planner, executor, tasks, first, journal, told, options)
         with few_collections():
             return engine.run()
+
+
+def tells_waits(config: SimulateConfig, num_tasks: int) -> bool:
+    """A fleet's queue is long, and its tasks' waits are known once it has run."""
+    return num_tasks <= MAX_EXACT_TASKS or config.journal
 
 
 def fleet_options(config: SimulateConfig, num_tasks: int) -> dict[str, Any]:
@@ -98,6 +106,8 @@ def fleet_options(config: SimulateConfig, num_tasks: int) -> dict[str, Any]:
     chosen: dict[str, Any] = {"times": MEAN_TIMES if is_fleet else EXACT_TIMES}
     if is_fleet and not config.journal:
         chosen["emit_plan_applied"] = False
+        # Where the planner believes what the simulator does, the last word of a plan cannot drift.
+        chosen["emit_last_progress"] = config.simulator_cost.kind != "same"
     return chosen | config.backend
 
 
@@ -110,7 +120,7 @@ def _choices(
         "cluster_policy": config.cluster_policy["name"],
         "model": config.model.name,
         "device": config.cluster.device,
-        "num_gpus": config.cluster.num_gpus,
+        "num_gpus": build.num_gpus(config.cluster),
         "num_instances": len(instances),
         "workload": config.workload.kind,
         "load": getattr(config.workload, "load", None),

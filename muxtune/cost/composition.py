@@ -41,6 +41,10 @@ _MEMO_SIZE = 1 << 16
 _Value = TypeVar("_Value")
 
 
+STARTUP_LATENCY_S = 15.0
+STORAGE_BYTES_PER_S = 2e9
+
+
 class Rates(NamedTuple):
     """Seconds of one direction of an operation that is affine in its load.
 
@@ -163,6 +167,17 @@ class ComposedCostModel(ABC):
         """Factors by which a compute kernel, and a communication kernel, take longer while the
         other stream of their GPU is busy."""
         return 1.0, 1.0
+
+    def startup_s(self, replica: ReplicaShape = _SOLO) -> Estimate:
+        """Process, device context and imports, then the weights of the fullest stage from local
+        storage, which is slower than the host link. Judged, not measured; capturing shapes is
+        charged with the first plan (``transition_s``)."""
+        seconds = STARTUP_LATENCY_S + self.backbone_bytes(replica) / STORAGE_BYTES_PER_S
+        return Estimate(seconds, seconds / 3, seconds * 3, True)
+
+    def checkpoint_s(self, slot: AdapterSlot) -> Estimate:
+        """As long as loading takes: the same bytes over the same link, the other way."""
+        return self._adapter_load_s(slot)
 
     def slot_overhead_s(self, slots: tuple[AdapterSlot, ...], layers: int) -> float:
         """Time of a pass that the presence of slots adds besides their operations."""

@@ -35,7 +35,7 @@ from muxtune.protocols import CostModel, LengthSource
 from muxtune.types import NS_PER_S, Cursor, Forecast, HTask, PackRule, Plan
 
 _MAX_ARRANGEMENTS = 100_000
-_MAX_PLANS = 512
+_MAX_PLANS = 8_192  # at least the busy instances of a fleet: each asks about its plan twice
 
 # Task id, cursor, table, micro-batch (or step) stood at, units to the end, what is left of a step
 # that another packing began, and the hTask.

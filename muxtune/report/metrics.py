@@ -153,15 +153,17 @@ def fleet_summary(
     ``totals`` are ``InstanceTotals`` of the simulated executor; an instance that was started
     several times has several. A GPU that several instances share counts once among those held;
     its busy time is that of its instances, at most the run's. ``failed_ns``: by GPU, for how long
-    it was down; such a GPU is paid for but neither busy nor idle.
+    it was down; such a GPU is held but neither busy nor idle. ``started_gpu_hours`` are those with
+    an instance, which an elastic fleet pays for instead of those held.
     """
     failed_ns = failed_ns or {}
     device_of = {gpu: spec.device for spec in instances for gpu in spec.gpu_ids}
     gpus_of = {spec.instance_id: spec.gpu_ids for spec in instances}
-    busy_ns = dict.fromkeys(device_of, 0)
+    busy_ns, up_ns = dict.fromkeys(device_of, 0), dict.fromkeys(device_of, 0)
     for item in totals:
         for gpu in gpus_of.get(item.instance_id, ()):
             busy_ns[gpu] = min(end_ns, busy_ns[gpu] + item.busy_ns)
+            up_ns[gpu] = min(end_ns, up_ns[gpu] + item.up_ns)
     lost = sum(item.lost_tokens for item in totals)
     effective = sum(item.effective_tokens for item in totals) - lost
     padded = sum(item.padded_tokens for item in totals)
@@ -181,6 +183,7 @@ def fleet_summary(
         "busy_gpu_hours": busy / NS_PER_HOUR,
         "idle_gpu_hours": max(0, held_ns - busy - failed) / NS_PER_HOUR,
         "failed_gpu_hours": failed / NS_PER_HOUR,
+        "started_gpu_hours": sum(up_ns.values()) / NS_PER_HOUR,
         "energy_kwh": energy_kwh(device_of, busy_ns, failed_ns, end_ns, power),
         **memory_headroom(instances, totals),
         "concurrent_tasks_per_instance": (

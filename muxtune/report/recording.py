@@ -64,7 +64,7 @@ class RecordingPlanner:
         if len(self._samples) < self.num_samples:
             self._samples.append((self.num_calls, PlanSample(view, previous, answer)))
         elif self.num_samples:
-            slot = self._random.randrange(self.num_calls)
+            slot = int(self._random.random() * self.num_calls)
             if slot < self.num_samples:
                 self._samples[slot] = (self.num_calls, PlanSample(view, previous, answer))
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.protocols import CostModel, TaskLibrary
 from muxtune.types import (
+    AdapterSlot,
     Cursor,
     Event,
     EventKind,
@@ -68,8 +69,10 @@ class World(Protocol):
 class InstanceActor:
     """``settle`` is called before time passes; ``reach`` when the awaited boundary is there."""
 
-    def __init__(self, spec: InstanceSpec, cost: CostModel, world: World) -> None:
-        self.spec, self.cost, self.world = spec, cost, world
+    def __init__(
+        self, spec: InstanceSpec, cost: CostModel, world: World, started_ns: int = 0
+    ) -> None:
+        self.spec, self.cost, self.world, self.started_ns = spec, cost, world, started_ns
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment
@@ -85,6 +88,8 @@ class InstanceActor:
         self._work_ns = self._segment_start_ns = self._last_ns = 0
         self._round_tokens: int | None = None  # padded tokens of a round, where always the same
         self._tokens_before: dict[str, int] = {}  # of each task, when it joined
+        self._joined_at: dict[str, int] = {}  # steps of each task, when it joined
+        self._to_write: list[AdapterSlot] = []  # of tasks that have left unfinished
         self._sums = dict.fromkeys(InstanceTotals._fields[1:], 0)
 
     # -- commands
@@ -97,7 +102,7 @@ class InstanceActor:
         options = self.world.options
         num_tasks = len(plan.predicted.step_time_s)
         delay_s = options.planning_base_s + options.planning_per_task_s * num_tasks
-        self._pending.append((now_ns + to_ns(delay_s), plan))
+        self._pending.append((now_ns + to_ns(delay_s) if delay_s else now_ns, plan))
         self.world.settle_later(self)
         return True
 
@@ -118,20 +123,36 @@ class InstanceActor:
         """Whether a plan that is on its way holds the task."""
         return any(task_id in plan.task_ids for _, plan in self._pending)
 
-    def lose_all(self, now_ns: int) -> None:
-        """The instance fails: its tasks fall back to their last finished step."""
+    def fail(self, now_ns: int, message: str) -> FailureData:
+        """The instance is lost: its tasks fall back to their last checkpoint."""
+        interval = max(1, self.world.options.checkpoint_steps)
+        kept, lost = {}, {}
+        for task_id, cursor in self._halt(now_ns).items():
+            joined = self._joined_at.get(task_id, 0)
+            kept[task_id] = max(joined, cursor.step - cursor.step % interval)
+            lost[task_id] = cursor.step - kept[task_id]
+            self._fall_back(task_id, cursor, kept[task_id])
+        return FailureData(message, None, kept, lost)
+
+    def stop(self, now_ns: int) -> None:
+        """The instance is shut down: its tasks keep their last finished step."""
+        for task_id, cursor in self._halt(now_ns).items():
+            self._fall_back(task_id, cursor, cursor.step)
+
+    def _halt(self, now_ns: int) -> dict[str, Cursor]:
+        """Where the tasks stand that were at work."""
         if self.is_running:
             cursors = self._cursors_after(self._rounds_done(now_ns))
             self._rest(now_ns)
             self.world.busy_changed(self)
         else:
             cursors = self.cursors
-        for task_id, cursor in cursors.items():
-            if task_id not in self.gone:
-                self._count_left(task_id, cursor)
-                self._fall_back(task_id, cursor, cursor.step)
+        at_work = {name: at for name, at in cursors.items() if name not in self.gone}
+        for task_id, cursor in at_work.items():
+            self._count_left(task_id, cursor)
         self.generation += 1
         self.cursors, self.plan, self._pending = {}, None, []
+        return at_work
 
     # -- time
 
@@ -157,7 +178,8 @@ class InstanceActor:
         rounds, epoch, name = self._target_rounds, self.plan.epoch, self.spec.instance_id
         ended = self._ended_after(rounds)
         before, self.cursors = self.cursors, self._cursors_after(rounds)
-        self._tell_progress(before, rounds, now_ns)
+        stays = len(self.cursors) - len(self.gone) > len(ended)
+        self._tell_progress(before, rounds, now_ns, stays)
         self._rest(now_ns)
         for task_id in ended:
             self._end(task_id, epoch, now_ns)
@@ -186,6 +208,7 @@ class InstanceActor:
         """The tokens are those of the segments and tasks that have ended."""
         if self.is_running:
             self._account(now_ns)
+        self._sums["up_ns"] = now_ns - self.started_ns
         return InstanceTotals(self.spec.instance_id, **self._sums)
 
     # -- inside
@@ -193,10 +216,12 @@ class InstanceActor:
     def _start(self, now_ns: int) -> None:
         """A segment: some plan from its boundary on, until something ends or changes."""
         self._transition_ns = 0
-        known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
-        if known:
-            self._pending = [item for item in self._pending if item[0] > now_ns]
-            self._take_over(known[-1], now_ns)
+        if self._pending:
+            known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
+            if known:
+                self._pending = [item for item in self._pending if item[0] > now_ns]
+                self._take_over(known[-1], now_ns)
+                self._release_at_boundary(known[-1], now_ns)
         plan = self.plan
         if plan is None or len(self.gone) == len(self.cursors):
             self._rest_idle()
@@ -232,17 +257,28 @@ class InstanceActor:
         if plan.htasks and self.world.options.charge_transitions:
             transition_s = self.cost.transition_s(previous, plan).value
             self._transition_ns = to_ns(transition_s + timed.once_s)
+        if self._to_write:
+            seconds = sum(self.cost.checkpoint_s(slot).value for slot in self._to_write)
+            self._transition_ns += to_ns(seconds)
+            self._to_write.clear()
         self._round_tokens = padded_round_tokens(plan)
-        self._sums["plans"] += 1
-        peak_bytes = round(plan.predicted.peak_memory_bytes.value)
-        key = "peak_predicted_memory_bytes"
-        self._sums[key] = max(self._sums[key], peak_bytes)
+        sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
+        sums["plans"] += 1
+        if peak_bytes > sums["peak_predicted_memory_bytes"]:
+            sums["peak_predicted_memory_bytes"] = round(peak_bytes)
         self.tell_applied(now_ns)
+
+    def _release_at_boundary(self, plan: Plan, now_ns: int) -> None:
+        """A task that is to leave and stands at a step boundary has nothing to wait for."""
+        for task_id in sorted(plan.drains):
+            if self.holds(task_id) and self.cursors[task_id].left is None:
+                self._end(task_id, plan.epoch, now_ns)
 
     def _join(self, task_id: str) -> Cursor:
         cursor = self.world.take_cursor(task_id, self)
         if cursor is not None:
             self._tokens_before[task_id] = self.world.tokens_at(task_id, cursor)
+            self._joined_at[task_id] = cursor.step
             return cursor
         self.gone.add(task_id)  # it ended while this plan was on its way
         return Cursor(self.world.library.num_steps(task_id))
@@ -341,7 +377,14 @@ class InstanceActor:
     def _count_left(self, task_id: str, cursor: Cursor) -> None:
         """A task leaves: what it was given here."""
         given = self.world.tokens_at(task_id, cursor) - self._tokens_before.pop(task_id)
+        if self.world.options.charge_checkpoints and self.plan is not None:
+            self._write_later(self.plan, task_id)
         self._sums["effective_tokens"] += given
+
+    def _write_later(self, plan: Plan, task_id: str) -> None:
+        if self.cursors[task_id].step < self.world.library.num_steps(task_id):
+            htask = next(item for item in plan.htasks if task_id in item.quota)
+            self._to_write.append(htask.shapes[-1].slots[htask.slot_of[task_id]])
 
     def _fall_back(self, task_id: str, cursor: Cursor, step: int) -> None:
         """The task goes on from the boundary before ``step``; what it did since is lost."""
@@ -350,11 +393,14 @@ class InstanceActor:
             self._sums["lost_tokens"] += tokens_at(task_id, cursor) - tokens_at(task_id, kept)
         self.world.park(task_id, kept)
 
-    def _tell_progress(self, before: dict[str, Cursor], rounds: int, now_ns: int) -> None:
+    def _tell_progress(
+        self, before: dict[str, Cursor], rounds: int, now_ns: int, stays: bool
+    ) -> None:
+        """``stays``: whether any task goes on after this."""
         if not rounds or self.plan is None:
             return
-        builder, library = self.world.builder, self.world.library
-        if not self.world.options.emit_progress:
+        builder, library, options = self.world.builder, self.world.library, self.world.options
+        if not options.emit_progress or not (stays or options.emit_last_progress):
             if self._round_tokens is not None and not self.gone:
                 padded_tokens = rounds * self._round_tokens
             else:

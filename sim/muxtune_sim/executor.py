@@ -14,6 +14,7 @@ from simpy import Environment, Timeout
 from muxtune.deciding import Command
 from muxtune.engine import FOREVER_NS
 from muxtune.errors import MuxTuneError
+from muxtune.hardware import NO_FAILURES
 from muxtune.planning.journal import JournalBatch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.protocols import CostBook, TaskLibrary
@@ -23,6 +24,7 @@ from muxtune.types import (
     Event,
     EventKind,
     FailureData,
+    GpuData,
     InstanceSpec,
     Plan,
     ResultData,
@@ -30,6 +32,7 @@ from muxtune.types import (
     TaskSpec,
 )
 from muxtune_sim.actor import InstanceActor, departure
+from muxtune_sim.hardware import Hardware, Unit
 from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
@@ -67,6 +70,9 @@ class SimExecutor:
         self._parked: dict[str, Cursor] = {}
         self._host: dict[str, InstanceActor] = {}
         self._ended: dict[str, Event] = {}  # until no plan holds the task any longer
+        self._hardware: Hardware | None = None
+        if options.nodes and options.failures != NO_FAILURES:
+            self._hardware = Hardware(options.nodes, options.failures, self)
 
     # -- the protocol
 
@@ -75,14 +81,29 @@ class SimExecutor:
         if name in self._actors:
             self.emit(Event(self.now_ns, EventKind.INSTANCE_READY, "", name))
             return
+        if self._hardware is not None and not self._hardware.is_up(instance.gpu_ids):
+            self._emit_after(0, EventKind.INSTANCE_FAILED, "", name, FailureData("its GPU is down"))
+            return
         cost = self._costs(instance.model, instance.device)
-        actor = self._actors[name] = InstanceActor(instance, cost, self)
+        actor = self._actors[name] = InstanceActor(instance, cost, self, self.now_ns)
         for gpu in instance.gpu_ids:
             self._sharing.setdefault(gpu, []).append(actor)
-        self._emit_after(to_ns(self.options.start_s), EventKind.INSTANCE_READY, "", name)
+        start_s = self.options.start_s
+        if self.options.charge_startup:
+            start_s += cost.startup_s(instance.replicas[0]).value
+        if start_s > 0:
+            self._later(to_ns(start_s), lambda: self._tell_ready(actor))
+        else:
+            self._tell_ready(actor)
         if name in self.options.fail_instance_at_ns:
             delay_ns = self.options.fail_instance_at_ns[name] - self.now_ns
             self._later(delay_ns, lambda: self._fail_instance(name))
+
+    def _tell_ready(self, actor: InstanceActor) -> None:
+        """Unless it was stopped or failed on the way."""
+        name = actor.spec.instance_id
+        if self._actors.get(name) is actor:
+            self.emit(Event(self.now_ns, EventKind.INSTANCE_READY, "", name))
 
     def stop(self, instance_id: str) -> None:
         if self._remove(instance_id) is not None:
@@ -156,17 +177,37 @@ class SimExecutor:
         running = [actor.totals(self.now_ns) for actor in self._actors.values()]
         return sorted(self._finished + running)
 
+    def down_ns(self) -> dict[str, int]:
+        """For how long each GPU that ever failed was down."""
+        return self._hardware.down_ns(self.now_ns) if self._hardware else {}
+
+    # -- for the hardware
+
+    def later(self, delay_ns: int, call: Callable[[], None]) -> None:
+        self._later(delay_ns, call)
+
+    def gpus_changed(self, kind: EventKind, unit: Unit, gpu_ids: tuple[str, ...]) -> None:
+        if kind is EventKind.GPUS_DOWN:
+            lost = {
+                actor.spec.instance_id for gpu in gpu_ids for actor in self._sharing.get(gpu, ())
+            }
+            for name in sorted(lost):
+                self._fail_instance(name, f"{unit.message} of {unit.name}")
+        self.emit(Event(self.now_ns, kind, data=GpuData(gpu_ids, unit.name, unit.message)))
+
     # -- for actors
 
     def emit(self, event: Event) -> None:
         self._events.append(event)
 
     def wake(self, actor: InstanceActor, delay_ns: int, generation: int) -> None:
-        def on_wake() -> None:
+        def on_wake(_event: object) -> None:
             if actor.generation == generation:
                 actor.on_wake(self.now_ns)
 
-        self._later(delay_ns, on_wake)
+        # SimPy's clock stands at its last event, ours may be ahead of it.
+        timeout = Timeout(self._env, delay_ns + self.now_ns - self._env._now)
+        timeout.callbacks.append(on_wake)  # type: ignore[union-attr]
 
     def settle_later(self, actor: InstanceActor) -> None:
         self._unsettled[actor.spec.instance_id] = actor
@@ -268,17 +309,18 @@ class SimExecutor:
         if host is None and not any(actor.expects(task_id) for actor in self._actors.values()):
             self.forget(task_id)
 
-    def _fail_instance(self, instance_id: str) -> None:
-        actor = self._remove(instance_id)
+    def _fail_instance(self, instance_id: str, message: str = "injected failure") -> None:
+        actor = self._actors.get(instance_id)
         if actor is not None:
-            data = FailureData("injected failure")
+            data = actor.fail(self.now_ns, message)
+            self._remove(instance_id)
             self.emit(Event(self.now_ns, EventKind.INSTANCE_FAILED, "", instance_id, data=data))
 
     def _remove(self, instance_id: str) -> InstanceActor | None:
         actor = self._actors.pop(instance_id, None)
         if actor is None:
             return None
-        actor.lose_all(self.now_ns)
+        actor.stop(self.now_ns)
         self._unsettled.pop(instance_id, None)
         self._finished.append(actor.totals(self.now_ns))
         for gpu in actor.spec.gpu_ids:

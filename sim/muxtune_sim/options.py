@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
+from muxtune.hardware import NO_FAILURES, FailureRules, NodeSpec
 from muxtune.planning.rates import MeanStepBuilder
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.types import NS_PER_S
@@ -20,9 +21,15 @@ class SimOptions(NamedTuple):
     prepare_s: reading a task's data. start_s: until an instance is ready.
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
-    tens of thousands of tasks does without.
+    tens of thousands of tasks does without. emit_last_progress: also of work after which no task
+    of the instance is left, which tells of a drift and nothing else.
     times: "exact" adds up every pass of a plan; "mean" lets every round of a plan take what it
     takes in the mean (``muxtune.planning.rates``). Where tasks stand is exact in both.
+    charge_startup: let an instance's start take what the cost model says, besides start_s.
+    charge_checkpoints: let a task that leaves unfinished be written out at the cost model's price.
+    checkpoint_steps: optimizer steps between the checkpoints of a task; 0: every step. What a task
+    did since is lost when its instance fails. A task that joins an instance was just written.
+    nodes, failures: the hardware, and how it fails; by default it does not.
     fail_task_at_ns: task id to the time at which it fails, recognised at the end of its round.
     fail_instance_at_ns: instance id to the time at which it is lost with all its open steps.
     """
@@ -34,7 +41,13 @@ class SimOptions(NamedTuple):
     charge_transitions: bool = True
     emit_plan_applied: bool = True
     emit_progress: bool = True
+    emit_last_progress: bool = True
     times: str = EXACT
+    charge_startup: bool = False
+    charge_checkpoints: bool = False
+    checkpoint_steps: int = 0
+    nodes: tuple[NodeSpec, ...] = ()
+    failures: FailureRules = NO_FAILURES
     fail_task_at_ns: Mapping[str, int] = {}
     fail_instance_at_ns: Mapping[str, int] = {}
 
@@ -56,7 +69,7 @@ class InstanceTotals(NamedTuple):
     """``busy_ns``: with work, transitions included. ``task_ns``: the sum over tasks of the time
     that each was being worked on, so that ``task_ns / busy_ns`` is the mean concurrency.
     ``lost_tokens``: those of ``effective_tokens`` that were undone, because a failure or a dropped
-    step took them back."""
+    step took them back. ``up_ns``: from its start, loading included, to its end."""
 
     instance_id: str
     busy_ns: int
@@ -68,6 +81,7 @@ class InstanceTotals(NamedTuple):
     padded_tokens: int
     peak_predicted_memory_bytes: int
     lost_tokens: int
+    up_ns: int
 
     @property
     def mean_tasks(self) -> float:
