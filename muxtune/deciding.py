@@ -276,8 +276,12 @@ class Decider:
     def _keep(self, record: InstanceRecord, plan: Plan) -> None:
         name = record.spec.instance_id
         if plan is record.plan:
-            self._new_plans.pop(name, None)
-            return
+            placed = {task.spec.task_id for task in self._placed.get(name, ())}
+            if placed.isdisjoint(plan.task_ids):
+                self._new_plans.pop(name, None)
+                return
+            # A task left and came back: to the executor, which let it go, this is another plan.
+            plan = plan._replace(epoch=plan.epoch + 1)
         check_plan(record, plan)
         self._new_plans[name] = plan
 

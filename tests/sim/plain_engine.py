@@ -92,6 +92,7 @@ class PlainEngine:
         self.actions: list[Any] = []
         self.plans: dict[str, Plan] = {}
         self.touched: set[str] = set()
+        self.placed: set[str] = set()  # in this batch
         self.commands: list[tuple[str, Any]] = []
         self.changed: frozenset[str] = frozenset()
 
@@ -196,7 +197,7 @@ class PlainEngine:
                 host.plan = plan
                 plans.append(plan)
         self.journal(events, self.actions, plans)
-        self.actions, self.touched = [], set()
+        self.actions, self.touched, self.placed = [], set(), set()
         self.obey()
         for plan in plans:
             self.hosts[plan.instance_id].pending.append(plan)
@@ -205,7 +206,10 @@ class PlainEngine:
     def plan(self, host: Host) -> Plan | None:
         if host.tasks:
             plan = self.planner.plan(self.view(host), host.plan)
-            return None if plan is host.plan else plan
+            if plan is not host.plan:
+                return plan
+            came_back = self.placed & set(plan.task_ids)
+            return plan._replace(epoch=plan.epoch + 1) if came_back else None
         if host.plan is not None and host.plan.htasks:
             return empty_plan(host.spec, host.plan.epoch + 1)
         return None
@@ -290,6 +294,7 @@ class PlainEngine:
     def act(self, action: Any) -> None:
         if isinstance(action, Place):
             self.waiting_ids.remove(action.task_id)
+            self.placed.add(action.task_id)
             self.hosts[action.instance_id].tasks.append(action.task_id)
             self.touched.add(action.instance_id)
         elif isinstance(action, Drain):

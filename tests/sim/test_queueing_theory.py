@@ -67,7 +67,7 @@ def mean_wait_s(num_servers: int, rate_per_s: float, service: Service, seed: int
 def interval(values: list[float], level: float = 0.99) -> tuple[float, float]:
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = student.ppf((1 + level) / 2, len(values) - 1) * math.sqrt(variance / len(values))
+    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * math.sqrt(variance / len(values))
     return mean - half, mean + half
 
 
