@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from muxtune.cluster_policies.lifecycle import Lifecycle, LifecycleOptions
 from muxtune.config import (
+    BurstyWorkload,
     ClusterConfig,
     CommonConfig,
     CostConfig,
@@ -41,6 +42,7 @@ from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.report.metrics import PowerDraw
 from muxtune.types import NS_PER_S, InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
+from muxtune.workload.arrivals import Bursts, People
 from muxtune.workload.encoding import EncodedSequence
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
 from muxtune.workload.random_texts import RandomTexts
@@ -534,24 +536,35 @@ def _poisson(config: CommonConfig, costs: CostBook) -> Any:
         num_gpus=num_gpus(config.cluster),
         seed=workload.seed,
         resolve=_resolver(config, costs),
+        bursts=_options_of(Bursts, workload) if isinstance(workload, BurstyWorkload) else None,
+        people=_options_of(People, workload),
     )
+
+
+def _options_of(kind: Any, workload: PoissonWorkload) -> Any:
+    """The fields that ``kind`` and the workload share by name."""
+    return kind(*(getattr(workload, name) for name in kind._fields))
 
 
 _TASK_BUILDERS: dict[str, Callable[[CommonConfig, CostBook], Tasks]] = {
     "tasks": _declared_tasks,
     "trace": _trace,
     "poisson": _poisson,
+    "bursty": _poisson,
 }
 
 
 def _mix(entries: list[Any], config: CommonConfig) -> Any:
-    return task_mix(entries or DEFAULT_MIX, model=config.model.name, where="workload.mix")
+    models = getattr(config.workload, "models", None) or config.model.name
+    return task_mix(entries or DEFAULT_MIX, model=models, where="workload.mix")
 
 
 def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], TaskSpec]:
     """Gives a task the fleet's model if it names none; checks its histogram and its targets."""
 
     hosted = hosted_models(config)
+    if config.command == "capacity":  # which gives every base model GPUs of its own
+        hosted |= set(getattr(config.workload, "models", ()))
     names = " and ".join(f"'{name}'" for name in sorted(hosted))
 
     def resolve(task: TaskSpec) -> TaskSpec:

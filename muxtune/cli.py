@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "fine-tune real tasks on this machine; PEFT adapters come out",
     "profile": "measure this machine, for predictions that hold on it",
     "compare": "the same tasks on both backends: predicted beside measured",
+    "export": "the log of a run as a trace: muxtune export FOLDER TRACE.csv",
     "report": "one table and one plot of a sweep's folder: muxtune report FOLDER",
 }
 HELP = ("-h", "--help")
@@ -91,6 +92,8 @@ def _run(command: str, words: list[str]) -> int:
         raise ConfigError("command", f"'{command}' does not exist", f"{hint}choose one of: {names}")
     if command == "report":
         return _report(words)
+    if command == "export":
+        return _export(words)
     return _run_with_hydra(command, words)
 
 
@@ -99,6 +102,26 @@ def _report(words: list[str]) -> int:
         print("usage: muxtune report FOLDER\n\nFOLDER is what a run with -m has written.")
         return 0 if words and words[0] in HELP else EXIT_ERROR
     return _show_sweep(words[0])
+
+
+def _export(words: list[str]) -> int:
+    """Today's service as tomorrow's question."""
+    if len(words) != 2 or words[0] in HELP:
+        print(
+            "usage: muxtune export FOLDER TRACE.csv\n\nFOLDER is what a run has written. Ask about "
+            "its tasks with\nmuxtune capacity workload=trace workload.trace=TRACE.csv model=NAME"
+        )
+        return 0 if words and words[0] in HELP else EXIT_ERROR
+    from pathlib import Path
+
+    from muxtune.report.run_folder import RunFolder
+    from muxtune.workload.exporting import export_trace
+
+    target = Path(words[1])
+    text = export_trace(words[0])
+    path = RunFolder(target.parent).write_text(target.name, text)
+    print(f"wrote {path}: {text.count(chr(10)) - 1} tasks")
+    return 0
 
 
 def _show_sweep(folder: str) -> int:

@@ -172,7 +172,8 @@ class TasksWorkload(WorkloadConfig):
 @dataclass
 class TraceWorkload(WorkloadConfig):
     """Arrivals of a trace: "philly" or a CSV file. ``load``: offered load that arrival times are
-    scaled to; null keeps them. ``mix``: what the trace does not tell; empty: the built-in mix."""
+    scaled to; null keeps them. ``mix``: what the trace does not tell; empty: the built-in mix.
+    ``models``: base models with their popularity, for tasks that name none; empty: ``model``."""
 
     kind: str = "trace"
     trace: str = MISSING
@@ -180,12 +181,16 @@ class TraceWorkload(WorkloadConfig):
     seed: int = 0
     count_gpus: bool = False
     mix: list[Any] = field(default_factory=list)
+    models: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class PoissonWorkload(WorkloadConfig):
     """Poisson arrivals, log-normal durations alone under HF PEFT. Exactly one of ``load`` and
-    ``tasks_per_hour`` is given; ``limit`` is the number of tasks."""
+    ``tasks_per_hour`` is given; ``limit`` is the number of tasks. ``models``: base models with
+    their popularity; empty: ``model``. Tenants are popular as 1 / rank ** ``tenant_skew``;
+    ``deadline_share`` of the tasks have a deadline, ``deadline_factor`` times their duration
+    alone after their arrival."""
 
     kind: str = "poisson"
     limit: int | None = 100
@@ -195,6 +200,22 @@ class PoissonWorkload(WorkloadConfig):
     duration_sigma: float = 1.0
     seed: int = 0
     mix: list[Any] = field(default_factory=list)
+    models: dict[str, float] = field(default_factory=dict)
+    num_tenants: int = 1
+    tenant_skew: float = 1.0
+    deadline_share: float = 0.0
+    deadline_factor: float = 3.0
+
+
+@dataclass
+class BurstyWorkload(PoissonWorkload):
+    """Arrivals that come in bursts: ``peak_factor`` times the mean rate for ``burst_share`` of the
+    time, ``tasks_per_burst`` tasks at a time in the mean."""
+
+    kind: str = "bursty"
+    peak_factor: float = 5.0
+    burst_share: float = 0.1
+    tasks_per_burst: float = 20.0
 
 
 @dataclass
@@ -324,6 +345,7 @@ _GROUP_SCHEMAS: tuple[tuple[str, str, type[Any]], ...] = (
     ("workload", "base_tasks", TasksWorkload),
     ("workload", "base_trace", TraceWorkload),
     ("workload", "base_poisson", PoissonWorkload),
+    ("workload", "base_bursty", BurstyWorkload),
 )
 OPEN_GROUPS = ("planner", "cluster_policy", "backend")
 _ENTRY_POINTS = {"planner": "muxtune.planners", "cluster_policy": "muxtune.cluster_policies"}
@@ -338,7 +360,7 @@ def register_schemas() -> None:
     for command, schema in _COMMAND_SCHEMAS.items():
         store.store(name=f"base_{command}", node=_schema(schema))
     for group, name, schema in _GROUP_SCHEMAS:
-        store.store(group=group, name=name, node=schema)
+        store.store(group=group, name=name, node=_schema(schema))
     for group in OPEN_GROUPS:
         store.store(group=group, name=f"base_{group}", node=_open({"name": MISSING}))
     for group, entry_group in _ENTRY_POINTS.items():
@@ -347,12 +369,13 @@ def register_schemas() -> None:
 
 
 def _schema(schema: type[Any]) -> Any:
-    """Prices are of devices that no schema knows by name."""
+    """Prices are of devices, and popularity of base models, that no schema knows by name."""
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(schema)
-    if issubclass(schema, CapacityConfig):
-        OmegaConf.set_struct(node.prices, False)
+    for name in ("prices", "models"):
+        if hasattr(schema, name) or name in schema.__dataclass_fields__:
+            OmegaConf.set_struct(node[name], False)
     return node
 
 

@@ -223,7 +223,10 @@ class Laboratory:
         executor = self._executor(case, len(demand.tasks))
         policy = build.cluster_policy(self.choices[case.pool.policy].cluster_policy)
         planner = self._planner(case.pool)
-        engine = Engine(policy, planner, executor, demand.tasks, instances, None, (outcomes,))
+        options = build.engine_options(self.config, tell_waits=False)
+        engine = Engine(
+            policy, planner, executor, demand.tasks, instances, None, (outcomes,), options
+        )
         try:
             with few_collections():
                 engine.run()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def run_job(config: Any) -> MuxTuneError | None:
     path = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
         return _run_alone(path, config, overrides)
+    if finished_before(path, config):
+        print(f"run {hydra.job.num}: finished before", flush=True)
+        return None
     with contextlib.redirect_stdout(io.StringIO()):  # the sweep's own table will tell
         error = _run_alone(path, config, overrides)
     if error is not None and not (path / SUMMARY).exists():
@@ -37,6 +41,27 @@ def run_job(config: Any) -> MuxTuneError | None:
         RunFolder(path).write_json(SUMMARY, failed)
     print(f"run {hydra.job.num}: {FAILED if error else OK}", flush=True)
     return error
+
+
+def finished_before(path: Path, config: Any) -> bool:
+    """Whether a sweep that was stopped and is started again has this run's results already.
+
+    Raises MuxTuneError when the folder holds the results of a run with other settings: then this
+    is another sweep, which would write over them.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        finished = json.loads((path / SUMMARY).read_text("utf-8")).get("status") == OK
+        saved = (path / CONFIG_FILE).read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+    if finished and saved != OmegaConf.to_yaml(config, resolve=True):
+        raise MuxTuneError(
+            f"output_dir: '{path}' holds a finished run of another sweep. Choose another folder "
+            "with output_dir=PATH, or remove that one"
+        )
+    return finished
 
 
 def _run_alone(path: Path, config: Any, overrides: list[str]) -> MuxTuneError | None:

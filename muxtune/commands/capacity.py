@@ -65,6 +65,12 @@ def check(config: CapacityConfig) -> None:
     if config.workload.kind == "tasks" and getattr(config.workload, "tasks_file", ""):
         remedy = "Give a trace with the arrivals, workload=trace workload.trace=FILE"
         raise ConfigError("workload", "real data says nothing of arrivals to come", remedy)
+    cluster = config.cluster
+    fails = build.failure_rules(cluster) != build.NO_FAILURES
+    if cluster.pools or cluster.elastic.enabled or cluster.preempt or fails:
+        remedy = "Name kinds with devices=[...]; `muxtune simulate` plays the rest"
+        problem = "a capacity answer is a fleet of one kind that neither fails, grows nor preempts"
+        raise ConfigError("cluster", problem, remedy)
     if len(set(config.devices)) != len(config.devices):
         raise ConfigError("devices", "names a device twice", "Give each once")
 

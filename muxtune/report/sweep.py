@@ -19,9 +19,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from muxtune.errors import ConfigError
+from muxtune.report.capacity_page import csv_text
 from muxtune.report.html import HtmlTable, Image, Section, write_report
 from muxtune.report.plots import Series, line_panels
 from muxtune.report.run_folder import RunFolder
+from muxtune.report.sweep_figures import aggregate, draw_sweep
 
 SUMMARY = "summary.json"
 OK, FAILED = "ok", "failed"
@@ -85,7 +87,11 @@ def report_sweep(folder: Path | str) -> SweepReport:
     out = RunFolder(folder)
     csv_path = out.write_text("summary.csv", to_csv(rows, varied))
     plot_path = plot_sweep(folder / "sweep.png", rows, varied)
-    html_path = _write_html(folder, rows, varied, plot_path)
+    table = aggregate(rows, varied)
+    if table:
+        out.write_text("aggregate.csv", csv_text(table))
+    images = draw_sweep(folder, rows, varied)
+    html_path = _write_html(folder, rows, varied, plot_path, table, images)
     return SweepReport(rows, varied, csv_path, plot_path, html_path)
 
 
@@ -232,9 +238,17 @@ def _write_html(
     rows: Sequence[Mapping[str, Any]],
     varied: Sequence[str],
     plot_path: Path | None,
+    aggregated: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Image],
 ) -> Path:
     columns, cells = sweep_table(rows, varied)
     caption = "Mean of the runs; bars are 95% intervals over seeds."
     images = [Image(plot_path, caption)] if plot_path else []
-    section = Section("Runs", tables=[HtmlTable(columns, cells)], images=images)
-    return write_report(folder, "MuxTune sweep", [section], lead="Varied: " + ", ".join(varied))
+    sections = [Section("Pictures", images=[*images, *pictures])]
+    if aggregated:
+        names = list(aggregated[0])
+        told = "aggregate.csv: means over seeds with 95% bootstrap intervals, seeds in pairs"
+        body = [[row[name] for name in names] for row in aggregated]
+        sections.append(Section("Means", tables=[HtmlTable(names, body, told)]))
+    sections.append(Section("Runs", tables=[HtmlTable(columns, cells)]))
+    return write_report(folder, "MuxTune sweep", sections, lead="Varied: " + ", ".join(varied))

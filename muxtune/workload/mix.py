@@ -30,7 +30,7 @@ from muxtune.workload.fields import (
     to_names,
     to_text,
 )
-from muxtune.workload.synthetic import histogram_names, tokenizer_of
+from muxtune.workload.synthetic import INLINE, histogram_names, tokenizer_of
 
 
 def _from(low: float) -> Callable[[Any], bool]:
@@ -41,6 +41,8 @@ _COUNT = Field(to_int, "a whole number", _from(1), "Give a whole number of at le
 
 
 def _histogram_name(value: Any) -> str:
+    if isinstance(value, str) and value.startswith(INLINE):
+        return value
     return one_of(histogram_names())(value)
 
 
@@ -137,8 +139,11 @@ class TaskMix(NamedTuple):
         return draws
 
 
-def task_mix(content: Any = DEFAULT_MIX, model: str = "", where: str = "mix") -> TaskMix:
-    """A checked mix from one entry or a list of them; ``model`` is for entries that name none.
+def task_mix(
+    content: Any = DEFAULT_MIX, model: str | Mapping[str, float] = "", where: str = "mix"
+) -> TaskMix:
+    """A checked mix from one entry or a list of them; ``model``, a name or names with their
+    popularity, is for entries that name none.
 
     Raises ConfigError that names ``where``, the entry, the field and the remedy.
     """
@@ -155,7 +160,7 @@ def task_mix(content: Any = DEFAULT_MIX, model: str = "", where: str = "mix") ->
     return TaskMix(read)
 
 
-def _entry(content: Any, model: str, where: str) -> MixEntry:
+def _entry(content: Any, model: str | Mapping[str, float], where: str) -> MixEntry:
     given = as_mapping(where, content, "Write fields such as 'histogram: sst2'")
     check_keys(where, given, {*MIX_FIELDS, "weight"})
     complete = {**_DEFAULTS, "model": model, **given}

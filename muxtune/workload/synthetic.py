@@ -12,6 +12,7 @@ import csv
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from muxtune.workload.fields import closest
 from muxtune.workload.lengths import summarise
 
 PREFERRED_TOKENIZER = "llama2-32k"
+INLINE = "lengths:"  # a histogram written out as evenly spaced quantiles: lengths:5/12/30/64
+INLINE_SAMPLES = 512
 
 
 class Histogram(NamedTuple):
@@ -65,6 +68,9 @@ def tokenizer_of(name: str, tokenizer: str = "", where: str = "histogram") -> st
 
     Raises ConfigError, listing what exists, for an unknown histogram or tokenizer.
     """
+    if name.startswith(INLINE):
+        _inline_histogram(name, where)
+        return tokenizer
     tables = _histograms()
     if name not in tables:
         remedy = f"{closest(name, tables)}Choose one of: {', '.join(histogram_names())}"
@@ -79,7 +85,28 @@ def tokenizer_of(name: str, tokenizer: str = "", where: str = "histogram") -> st
 
 def histogram(name: str, tokenizer: str = "", where: str = "histogram") -> Histogram:
     """A shipped histogram; the arguments and errors of ``tokenizer_of``."""
+    if name.startswith(INLINE):
+        return _inline_histogram(name, where)
     return _histograms()[name][tokenizer_of(name, tokenizer, where)]
+
+
+def inline_histogram_name(quantiles_tokens: Sequence[int]) -> str:
+    """The name of a histogram that is given by its quantiles, smallest and largest included."""
+    return INLINE + "/".join(str(tokens) for tokens in quantiles_tokens)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _inline_histogram(name: str, where: str = "histogram") -> Histogram:
+    """Lengths between two quantiles are taken as evenly spread."""
+    cells = name.removeprefix(INLINE).split("/")
+    tokens = [int(cell) for cell in cells if cell.isdecimal()]
+    if len(tokens) != len(cells) or sorted(tokens) != tokens or tokens[0] < 1:
+        problem = f"'{name}' is no list of lengths"
+        raise ConfigError(where, problem, f"Write whole numbers in order: {INLINE}5/12/30/64")
+    at = (np.arange(INLINE_SAMPLES) + 0.5) / INLINE_SAMPLES * (len(tokens) - 1)
+    drawn = np.rint(np.interp(at, np.arange(len(tokens)), tokens)).astype(np.int64)
+    lengths, counts = np.unique(drawn, return_counts=True)
+    return Histogram(lengths, counts)
 
 
 class _Class(NamedTuple):

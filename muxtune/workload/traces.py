@@ -12,7 +12,9 @@ Trace files are CSV (also gzipped) with a header. One row is one task:
 ``num_gpus``               optional; not used unless ``count_gpus`` is set
 ``deadline_s``             optional; on the clock of ``arrival_s``
 ``model`` ``histogram`` ``tokenizer`` ``method`` ``rank`` ``batch_size`` ``accumulation``
-``max_length_tokens`` ``priority`` ``max_slowdown``: optional; they replace the mix's draws
+``max_length_tokens`` ``priority`` ``max_slowdown`` ``targets``: optional; they replace the mix's
+draws. ``targets`` are parted by ``|``; a ``histogram`` may be written out as quantiles,
+``lengths:5/12/30/64``.
 ========================== ======================================================================
 
 At least one of steps, tokens and duration_s is needed in each row; the first in that order counts.
@@ -37,6 +39,7 @@ import numpy as np
 
 from muxtune.errors import ConfigError, DataError
 from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, TaskSpec
+from muxtune.workload.arrivals import ONE_TENANT, Bursts, People, bursty_arrivals_s
 from muxtune.workload.methods import own_targets
 from muxtune.workload.mix import MIX_FIELDS, Draws, TaskMix
 from muxtune.workload.synthetic import histogram, tokenizer_of
@@ -46,7 +49,7 @@ PHILLY = "philly"
 DEFAULT_TENANT = "default"
 _ALIASES = {"submit_s": "arrival_s", "vc": "tenant"}
 _WORK = ("steps", "tokens", "duration_s")
-_MIX_COLUMNS = tuple(name for name in MIX_FIELDS if name != "targets")
+_MIX_COLUMNS = tuple(MIX_FIELDS)
 _LARGEST = 1e12  # seconds, tokens or steps; what lies beyond is a mistake
 _COLUMNS = ("arrival_s", *_WORK, "id", "tenant", "num_gpus", "deadline_s", *_MIX_COLUMNS)
 
@@ -83,9 +86,14 @@ class Trace(NamedTuple):
 
 
 def make_trace(
-    path: str, arrival_s: np.ndarray, duration_s: np.ndarray, prefix: str = "task"
+    path: str,
+    arrival_s: np.ndarray,
+    duration_s: np.ndarray,
+    prefix: str = "task",
+    tenants: Sequence[str] | None = None,
+    deadline_s: np.ndarray | None = None,
 ) -> Trace:
-    """A trace of arrivals and durations only."""
+    """A trace of arrivals and durations, and what else was drawn."""
     size = len(arrival_s)
     unknown = np.full(size, np.nan)
     return Trace(
@@ -94,10 +102,10 @@ def make_trace(
         duration_s=duration_s,
         tokens=unknown,
         steps=unknown,
-        deadline_s=unknown,
+        deadline_s=unknown if deadline_s is None else deadline_s,
         num_gpus=np.ones(size, dtype=np.int64),
         task_ids=_made_ids(size, prefix),
-        tenants=(DEFAULT_TENANT,) * size,
+        tenants=tuple(tenants or (DEFAULT_TENANT,) * size),
         columns={},
     )
 
@@ -211,7 +219,8 @@ class _Table(NamedTuple):
         for row, cell in enumerate(self.columns[column]):
             if cell not in read:
                 where = f"{self.path}:{self.lines[row]}: {column}"
-                read[cell] = MIX_FIELDS[column].read(where, cell)
+                content = cell.split("|") if column == "targets" else cell
+                read[cell] = MIX_FIELDS[column].read(where, content)
         return tuple(read[cell] for cell in self.columns[column])
 
 
@@ -360,8 +369,10 @@ def poisson_tasks(
     num_gpus: int = 1,
     seed: int = 0,
     resolve: Callable[[TaskSpec], TaskSpec] | None = None,
+    bursts: Bursts | None = None,
+    people: People = ONE_TENANT,
 ) -> TaskStream:
-    """Poisson arrivals of tasks with log-normal solo durations.
+    """Arrivals, Poisson or in ``bursts``, of tasks with log-normal solo durations.
 
     Exactly one of ``load`` (rho of this very draw) and ``tasks_per_hour`` is given.
     ``duration_sigma``: standard deviation of the logarithm of the duration. Raises ConfigError.
@@ -383,11 +394,17 @@ def poisson_tasks(
         np.random.default_rng(stream) for stream in np.random.SeedSequence([seed, 1]).spawn(2)
     )
     mean_gap_s = 3600.0 / (tasks_per_hour or 3600.0)
-    arrival_s = np.concatenate([[0.0], np.cumsum(gaps.exponential(mean_gap_s, num_tasks - 1))])
+    if bursts is None:
+        arrival_s = np.concatenate([[0.0], np.cumsum(gaps.exponential(mean_gap_s, num_tasks - 1))])
+    else:
+        arrival_s = bursty_arrivals_s(gaps, num_tasks, mean_gap_s, bursts)
     log_mean = math.log(mean_duration_s) - duration_sigma**2 / 2
+    duration_s = durations.lognormal(log_mean, duration_sigma, num_tasks)
+    tenants, slack_s = people.draw(duration_s, seed)
     trace = make_trace(
-        "poisson", arrival_s, durations.lognormal(log_mean, duration_sigma, num_tasks)
-    )
+        "poisson" if bursts is None else "bursty", arrival_s, duration_s,
+        tenants=tenants, deadline_s=arrival_s + slack_s,
+    )  # fmt: skip
     return trace_tasks(
         trace, mix, solo_tokens_per_s, load=load, num_gpus=num_gpus, seed=seed, resolve=resolve
     )
