@@ -114,8 +114,8 @@ def _export(words: list[str]) -> int:
         return 0 if words and words[0] in HELP else EXIT_ERROR
     from pathlib import Path
 
+    from muxtune.report.exporting import export_trace
     from muxtune.report.run_folder import RunFolder
-    from muxtune.workload.exporting import export_trace
 
     target = Path(words[1])
     text = export_trace(words[0])
