@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from muxtune.runtime import shared_attention
 from muxtune.runtime.attention import pack_rows, packed_attention
 from muxtune.runtime.prepended import Stretches, VirtualTokens, plan_virtual, stretches_of
-from muxtune.runtime.shared_attention import Call, attend_with_shared
+from muxtune.runtime.shared_attention import attend_with_shared
 
 HEADS, KV_HEADS, FEATURES = 4, 2, 8
 SCALE = FEATURES**-0.5
@@ -138,51 +136,6 @@ def compare(out: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
-def flash_by_hand(query, key, value, call: Call, scale):
-    """(out, log-sum-exp) as flash attention gives them; without a key: zeros and +infinity."""
-    out = torch.zeros_like(query)
-    lse = torch.full((query.shape[1], query.shape[0]), float("inf"))
-    for scores, rows, keys in scored(query, key, call, scale):
-        lse[:, rows] = scores.logsumexp(-1)
-        values = value[keys].repeat_interleave(HEADS // KV_HEADS, 1)
-        out[rows] = torch.einsum("hqk,khe->qhe", scores.softmax(-1), values)
-    return out, lse, None
-
-
-def scored(query: Tensor, key: Tensor, call: Call, scale: float):
-    bounds = zip(
-        itertools.pairwise(call.cu_rows.tolist()), itertools.pairwise(call.cu_keys.tolist()),
-        strict=True,
-    )  # fmt: skip
-    for (start, stop), (first, last) in bounds:
-        if stop > start and last > first:
-            keys = key[first:last].repeat_interleave(HEADS // KV_HEADS, 1)
-            scores = torch.einsum("qhe,khe->hqk", query[start:stop], keys) * scale
-            if call.causal:
-                allowed = torch.ones(stop - start, last - first).tril().bool()
-                scores = scores.masked_fill(~allowed, float("-inf"))
-            yield scores, slice(start, stop), slice(first, last)
-
-
-def flash_backward_by_hand(dout, query, key, value, out, lse, state, call: Call, scale):
-    """P = exp(S - lse), dS = P * (dout V^T - sum(dout * out)): from the given out and lse."""
-    grads = [torch.zeros_like(part) for part in (query, key, value)]
-    group = HEADS // KV_HEADS
-    delta = (dout * out).sum(-1).T
-    for scores, rows, keys in scored(query, key, call, scale):
-        probabilities = (scores - lse[:, rows, None]).exp()
-        values, own = (p[keys].repeat_interleave(group, 1) for p in (value, key))
-        dscores = probabilities * (
-            torch.einsum("qhe,khe->hqk", dout[rows], values) - delta[:, rows, None]
-        )
-        grads[0][rows] += torch.einsum("hqk,khe->qhe", dscores, own) * scale
-        dkey = torch.einsum("hqk,qhe->khe", dscores, query[rows]) * scale
-        dvalue = torch.einsum("hqk,qhe->khe", probabilities, dout[rows])
-        for grad, part in ((grads[1], dkey), (grads[2], dvalue)):
-            grad[keys] += part.unflatten(1, (KV_HEADS, group)).sum(2)
-    return tuple(grads)
-
-
 def attend_merged(
     tensors: list[Tensor], pools: list[Tensor], device: str = "cpu"
 ) -> tuple[Tensor, Stretches]:
@@ -201,20 +154,14 @@ def attend_merged(
     return out.masked_fill(packed.filler_T[:, None, None], 0), stretches
 
 
-def test_two_merged_calls_equal_one_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_merged_calls_equal_one_softmax() -> None:
     """The merging and its backward, with the two flash calls done by their definition."""
-    monkeypatch.setattr(shared_attention, "flash_forward", flash_by_hand)
-    monkeypatch.setattr(shared_attention, "flash_backward", flash_backward_by_hand)
     tensors, pools = draw(32), draw(POOL_ROWS, seed=1)[1:]
     out, _ = attend_merged(tensors, pools)
     compare(out, by_hand(tensors[0], tensors[1], tensors[2], pools), [*tensors, *pools])
 
 
-def test_what_has_no_shared_keys_keeps_its_bits_beside_a_nan(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(shared_attention, "flash_forward", flash_by_hand)
-    monkeypatch.setattr(shared_attention, "flash_backward", flash_backward_by_hand)
+def test_what_has_no_shared_keys_keeps_its_bits_beside_a_nan() -> None:
     kept = []
     for poison in (False, True):
         tensors, pools = draw(32), draw(POOL_ROWS, seed=1)[1:]

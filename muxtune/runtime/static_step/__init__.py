@@ -2,6 +2,7 @@
 
 ``model``    the frozen weights of a Llama-family backbone, fused, and its rotary tables
 ``adapters`` the tasks' LoRA factors, gradients and moments, laid out for the fused linears
+``extras``   the same for IA3, bottlenecks and prefixes, and what they do around a linear
 ``inputs``   everything that changes from step to step, in one buffer that one copy refills
 ``program``  forward, loss, backward and optimizer as explicit calls, without autograd
 ``captured`` the program of each row count as a CUDA graph, and the loop around its replays
@@ -13,6 +14,7 @@ sequence bounds.
 
 from muxtune.runtime.static_step.adapters import AdapterPools, SlotSpec
 from muxtune.runtime.static_step.captured import CapturedSteps
+from muxtune.runtime.static_step.extras import ExtraPools
 from muxtune.runtime.static_step.inputs import Sequence, SlotInput, StepLayout
 from muxtune.runtime.static_step.model import StaticModel, Unsupported
 from muxtune.runtime.static_step.program import StepProgram
@@ -20,6 +22,7 @@ from muxtune.runtime.static_step.program import StepProgram
 __all__ = [
     "AdapterPools",
     "CapturedSteps",
+    "ExtraPools",
     "Sequence",
     "SlotInput",
     "SlotSpec",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from muxtune.runtime.prepended import Stretches
+from muxtune.runtime.shared_attention import Call, flash_backward, flash_forward, merge
 from muxtune_kernels.block import Heads, rotate_, rotate_backward
 from muxtune_kernels.packed_attention import (
     fits_packed_attention,
@@ -37,6 +39,14 @@ class Packing(NamedTuple):
     cu_seqlens_N: Tensor
     tiles_W3: Tensor
     max_seqlen: int
+
+
+class SharedPart(NamedTuple):
+    """One attention's shared keys and values, and which rows see which of them."""
+
+    key_RKE: Tensor
+    value_RKE: Tensor
+    stretches: Stretches
 
 
 def split_heads(qkv_TC: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +98,45 @@ def attention_backward(
             out_THE = _reference(leaves[0], leaves[1], leaves[2], cu_seqlens_N)
         grads = torch.autograd.grad(out_THE, leaves, dout_THE)
     return rotate_backward(*grads, *rotary, heads)
+
+
+def attention_with_shared(
+    qkv_TC: Tensor, rotary: Rotary, heads: Heads, packing: Packing, shared: SharedPart
+) -> tuple[Tensor, Any]:
+    """As ``attention_forward``, where rows also see the shared keys; qkv is rotated in place."""
+    rotate_(qkv_TC, *rotary, heads)
+    parts = split_heads(qkv_TC, heads)
+    own, other = _calls(packing, shared)
+    out_THE, lse_HT, state = flash_forward(*parts, own, None)
+    more_THE, more_HT, more = flash_forward(parts[0], shared.key_RKE, shared.value_RKE, other, None)
+    out_THE, lse_HT = merge((out_THE, lse_HT), (more_THE, more_HT), shared.stretches.has_T)
+    return out_THE.flatten(1), (out_THE, lse_HT, state, more)
+
+
+def attention_with_shared_backward(
+    dout_TC: Tensor, qkv_TC: Tensor, saved: Any, rotary: Rotary, heads: Heads, packing: Packing,
+    shared: SharedPart,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradient of the QKV rows before their rotation, of the shared keys, of the values)."""
+    out_THE, lse_HT, state, more = saved
+    parts = split_heads(qkv_TC, heads)
+    own, other = _calls(packing, shared)
+    dout_THE = dout_TC.unflatten(1, (heads.num_heads, heads.head_dim))
+    dquery_THE, *own_grads = flash_backward(dout_THE, *parts, out_THE, lse_HT, state, own, None)
+    more_THE, dkey_RKE, dvalue_RKE = flash_backward(
+        dout_THE, parts[0], shared.key_RKE, shared.value_RKE, out_THE, lse_HT, more, other, None
+    )
+    dquery_THE = dquery_THE + torch.where(shared.stretches.has_T[:, None, None], more_THE, 0)
+    return rotate_backward(dquery_THE, *own_grads, *rotary, heads), dkey_RKE, dvalue_RKE
+
+
+def _calls(packing: Packing, shared: SharedPart) -> tuple[Call, Call]:
+    cu_seqlens_N, _, max_seqlen = packing
+    stretches = shared.stretches
+    return (
+        Call(cu_seqlens_N, cu_seqlens_N, max_seqlen, max_seqlen, True),
+        Call(stretches.cu_rows, stretches.cu_keys, stretches.max_rows, stretches.max_keys, False),
+    )
 
 
 def _reference(

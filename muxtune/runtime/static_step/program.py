@@ -19,15 +19,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muxtune.runtime.static_step.adapters import AdapterPools, FusedPool
+from muxtune.runtime.static_step.adapters import AdapterPools
 from muxtune.runtime.static_step.attention import (
     Packing,
     Rotary,
+    SharedPart,
     attention_backward,
     attention_forward,
+    attention_with_shared,
+    attention_with_shared_backward,
 )
+from muxtune.runtime.static_step.extras import ExtraPools, SiteExtras
 from muxtune.runtime.static_step.inputs import StepInputs
-from muxtune.runtime.static_step.model import Block, StaticModel
+from muxtune.runtime.static_step.model import StaticModel
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import (
     add_rms_norm,
@@ -37,6 +41,7 @@ from muxtune_kernels.block import (
 )
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
 from muxtune_kernels.multi_lora import (
+    LoraLinear,
     StepRows,
     lora_linear_factor_grad,
     lora_linear_forward,
@@ -73,9 +78,27 @@ class Saved(NamedTuple):
     h_down: Any
 
 
+class _Site(NamedTuple):
+    """A fused linear with its low-rank factors and what other methods put around it."""
+
+    lora: LoraLinear
+    extras: SiteExtras | None
+
+    def forward(self, x_TD: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
+        """(y, (h, what the product has read, what surrounds it))."""
+        if self.extras is None:
+            y_TC, h = lora_linear_forward(x_TD, self.lora, rows)
+            return y_TC, (h, x_TD, None)
+        read_TD = self.extras.before(x_TD, rows)
+        y_TC, h = lora_linear_forward(read_TD, self.lora, rows)
+        y_TC, around = self.extras.after(y_TC, rows)
+        return y_TC, (h, read_TD, around)
+
+
 class StepProgram:
     """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
-    second stream. ``deterministic``: no atomics anywhere."""
+    second stream. ``deterministic``: no atomics anywhere. ``extras``: the slots of methods that
+    have more than low-rank factors."""
 
     def __init__(
         self,
@@ -85,8 +108,16 @@ class StepProgram:
         deterministic: bool = False,
         overlap: bool = True,
         loss_chunk_rows: int = 1024,
+        extras: ExtraPools | None = None,
     ) -> None:
-        self.model, self.pools, self.inputs = model, pools, inputs
+        self.model, self.pools, self.inputs, self.extras = model, pools, inputs, extras
+        self._optimizer_pools = [
+            *pools.optimizer_pools,
+            *([] if extras is None else extras.optimizer_pools),
+        ]
+        virtual = 0 if extras is None else extras.max_virtual_tokens
+        if inputs.layout.max_seqlen + virtual > model.cos_LP.shape[0]:
+            raise ValueError(f"the rotary tables have {model.cos_LP.shape[0]} positions, too few")
         self.deterministic, self.loss_chunk_rows = deterministic, loss_chunk_rows
         self.optimizes = True  # False: gradients only, to measure what the optimizer costs
         fields = inputs.fields
@@ -111,7 +142,7 @@ class StepProgram:
             self.metrics[0].copy_(loss_S)
             if not self.optimizes:
                 return StepResult(*self.metrics)
-            result = multi_task_adamw_(self.pools.optimizer_pools, self._settings, zero_grads=False)
+            result = multi_task_adamw_(self._optimizer_pools, self._settings, zero_grads=False)
         self.metrics[1].copy_(result.grad_norm_S)
         self.metrics[2].copy_(result.skipped_S)
         return StepResult(*self.metrics)
@@ -122,37 +153,30 @@ class StepProgram:
         ids_T = self.inputs.fields["input_ids"][:num_rows]
         x_TD, added_TD = self.model.embedding_VD.index_select(0, ids_T), None
         saved = []
-        for block, pools in zip(self.model.blocks, self.pools.layers, strict=True):
-            kept, added_TD = self._block_forward(block, pools, x_TD, added_TD, rows)
+        for index in range(len(self.model.blocks)):
+            kept, added_TD = self._block_forward(index, x_TD, added_TD, rows)
             x_TD = kept.x_mid_TD
             saved.append(kept)
         return add_rms_norm(x_TD, added_TD, self.model.final_norm_D, self.model.eps), saved
 
     def _block_forward(
-        self,
-        block: Block,
-        pools: tuple[FusedPool, ...],
-        x_TD: Tensor,
-        added_TD: Tensor | None,
-        rows: StepRows,
+        self, index: int, x_TD: Tensor, added_TD: Tensor | None, rows: StepRows
     ) -> tuple[Saved, Tensor]:
         """(what the backward needs, the MLP's output, not yet added to the residual stream)."""
-        model, num_rows = self.model, x_TD.shape[0]
-        qkv, out, gate_up, down = (pool.lora for pool in pools)
+        model = self.model
+        block, (qkv, out, gate_up, down) = model.blocks[index], self._sites(index)
         x_TD, normed_in_TD, rstd_in_T = add_rms_norm(
             x_TD, added_TD, block.attention_norm_D, model.eps
         )
-        qkv_TC, h_qkv = lora_linear_forward(normed_in_TD, qkv, rows)
-        attended_TC, attention = attention_forward(
-            qkv_TC, self._rotary(num_rows), model.heads, self._packing()
-        )
-        out_TD, h_out = lora_linear_forward(attended_TC, out, rows)
+        qkv_TC, h_qkv = qkv.forward(normed_in_TD, rows)
+        attended_TC, attention = self._attend(index, qkv_TC, rows)
+        out_TD, h_out = out.forward(attended_TC, rows)
         x_mid_TD, normed_mid_TD, rstd_mid_T = add_rms_norm(
             x_TD, out_TD, block.mlp_norm_D, model.eps
         )
-        gate_up_TC, h_gate_up = lora_linear_forward(normed_mid_TD, gate_up, rows)
+        gate_up_TC, h_gate_up = gate_up.forward(normed_mid_TD, rows)
         act_TF = swiglu(gate_up_TC)
-        down_TD, h_down = lora_linear_forward(act_TF, down, rows)
+        down_TD, h_down = down.forward(act_TF, rows)
         kept = Saved(
             x_TD, normed_in_TD, rstd_in_T, h_qkv, qkv_TC, attended_TC, attention, h_out, x_mid_TD,
             normed_mid_TD, rstd_mid_T, h_gate_up, gate_up_TC, act_TF, h_down,
@@ -189,44 +213,84 @@ class StepProgram:
         self._join_side()
 
     def _block_backward(self, index: int, kept: Saved, dx_TD: Tensor, rows: StepRows) -> Tensor:
-        model, num_rows = self.model, dx_TD.shape[0]
-        block = model.blocks[index]
-        qkv, out, gate_up, down = (pool.lora for pool in self.pools.layers[index])
-        dact_TF, dh = lora_linear_input_grad(dx_TD, kept.act_TF, kept.h_down, down, rows)
-        self._factor_grad(dh, kept.act_TF, down, rows)
+        block, (qkv, out, gate_up, down) = self.model.blocks[index], self._sites(index)
+        dact_TF = self._linear_backward(down, dx_TD, kept.act_TF, kept.h_down, rows)
         dgate_up_TC = swiglu_backward_(_some(dact_TF), kept.gate_up_TC)
-        dnormed_TD, dh = lora_linear_input_grad(
-            dgate_up_TC, kept.normed_mid_TD, kept.h_gate_up, gate_up, rows
+        dnormed_TD = self._linear_backward(
+            gate_up, dgate_up_TC, kept.normed_mid_TD, kept.h_gate_up, rows
         )
-        self._factor_grad(dh, kept.normed_mid_TD, gate_up, rows)
         dx_TD = rms_norm_backward(
             _some(dnormed_TD), kept.x_mid_TD, block.mlp_norm_D, kept.rstd_mid_T, dx_TD
         )
-        dout_TC, dh = lora_linear_input_grad(dx_TD, kept.attended_TC, kept.h_out, out, rows)
-        self._factor_grad(dh, kept.attended_TC, out, rows)
-        dqkv_TC = attention_backward(
-            _some(dout_TC),
-            kept.qkv_TC,
-            kept.attended_TC,
-            kept.attention,
-            self._rotary(num_rows),
-            model.heads,
-            self._packing(),
-        )
+        dout_TC = self._linear_backward(out, dx_TD, kept.attended_TC, kept.h_out, rows)
+        dqkv_TC = self._attend_backward(index, _some(dout_TC), kept, rows)
         # Nobody asks for the gradient of the embedding's output.
-        dnormed_TD, dh = lora_linear_input_grad(
-            dqkv_TC, kept.normed_in_TD, kept.h_qkv, qkv, rows, needs_dx=index > 0
+        dnormed_TD = self._linear_backward(
+            qkv, dqkv_TC, kept.normed_in_TD, kept.h_qkv, rows, needs_dx=index > 0
         )
-        self._factor_grad(dh, kept.normed_in_TD, qkv, rows)
         if dnormed_TD is None:
             return dx_TD
         return rms_norm_backward(
             dnormed_TD, kept.x_in_TD, block.attention_norm_D, kept.rstd_in_T, dx_TD
         )
 
-    def _rotary(self, num_rows: int) -> Rotary:
-        positions_T = self.inputs.fields["positions"][:num_rows]
-        return Rotary(self.model.cos_LP, self.model.sin_LP, positions_T)
+    # -- linears with what surrounds them
+
+    def _sites(self, index: int) -> tuple[_Site, ...]:
+        loras = [pool.lora for pool in self.pools.layers[index]]
+        if self.extras is None:
+            return tuple(_Site(lora, None) for lora in loras)
+        pairs = zip(loras, self.extras.layers[index], strict=True)
+        return tuple(_Site(lora, extras) for lora, extras in pairs)
+
+    def _linear_backward(
+        self, site: _Site, dy_TC: Tensor, x_TD: Tensor, saved: Any, rows: StepRows,
+        needs_dx: bool = True,
+    ) -> Tensor | None:  # fmt: skip
+        h, read_TD, around = saved
+        if site.extras is not None:
+            dy_TC = site.extras.after_backward(dy_TC, around, rows, self.deterministic)
+        dx_TD, dh = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
+        self._factor_grad(dh, read_TD, site.lora, rows)
+        if site.extras is None or dx_TD is None:
+            return dx_TD
+        return site.extras.before_backward(dx_TD, x_TD, rows, self.deterministic)
+
+    # -- attention
+
+    def _attend(self, index: int, qkv_TC: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
+        rotary, heads = self._rotary(rows), self.model.heads
+        shared = self._shared(index, rows)
+        if shared is None:
+            return attention_forward(qkv_TC, rotary, heads, self._packing())
+        return attention_with_shared(qkv_TC, rotary, heads, self._packing(), shared)
+
+    def _attend_backward(self, index: int, dout_TC: Tensor, kept: Saved, rows: StepRows) -> Tensor:
+        rotary, heads, shared = self._rotary(rows), self.model.heads, self._shared(index, rows)
+        if shared is None:
+            return attention_backward(
+                dout_TC, kept.qkv_TC, kept.attended_TC, kept.attention, rotary, heads,
+                self._packing(),
+            )  # fmt: skip
+        assert self.extras is not None
+        dqkv_TC, *grads = attention_with_shared_backward(
+            dout_TC, kept.qkv_TC, kept.attention, rotary, heads, self._packing(), shared
+        )
+        self.extras.prefixes[index].store(grads[0], grads[1], rows)
+        return dqkv_TC
+
+    def _shared(self, index: int, rows: StepRows) -> SharedPart | None:
+        if self.extras is None or not self.extras.prefixes:
+            return None
+        prefixes, num_rows = self.extras.prefixes[index], rows.rows.slot_of_row_T.shape[0]
+        keys = prefixes.gathered(self.model.dtype, self.model.heads)
+        return SharedPart(*keys, prefixes.stretches(rows, num_rows))
+
+    def _rotary(self, rows: StepRows) -> Rotary:
+        position_T = self.inputs.fields["positions"][: rows.rows.slot_of_row_T.shape[0]]
+        if self.extras is not None and self.extras.prefixes:
+            position_T = self.extras.prefixes[0].shifted(position_T, rows)
+        return Rotary(self.model.cos_LP, self.model.sin_LP, position_T)
 
     def _packing(self) -> Packing:
         fields = self.inputs.fields

@@ -1,0 +1,359 @@
+"""IA3, bottlenecks and prefixes in the static step: explicit forms with static shapes.
+
+Their tensors lie beside those of ``AdapterPools``; every launch serves all slots, and nothing waits
+for the host, so a step with mixed methods is captured like one of LoRA alone. What a slot's task
+does not have here (a slot may be larger) is told by device tensors that ``load`` fills.
+
+A pool's four tensors: parameter, gradient, first and second moment.
+
+Shape suffixes as in the package; U pool rows, one for each slot that may have a vector, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muxtune.runtime.adapters import bottleneck as bottleneck_method
+from muxtune.runtime.adapters import ia3, prefix
+from muxtune.runtime.adapters.scaling import owned_rows, row_factors
+from muxtune.runtime.linear import module_key
+from muxtune.runtime.prepended import Stretches
+from muxtune.runtime.static_step.model import FusedLinear, StaticModel, Unsupported
+from muxtune.types import AdapterSlot
+from muxtune_kernels import AdamWPool
+from muxtune_kernels.block import Heads
+from muxtune_kernels.bottleneck import (
+    BottleneckGrads,
+    BottleneckPool,
+    bottleneck_backward,
+    bottleneck_forward,
+)
+from muxtune_kernels.multi_lora import StepRows
+from muxtune_kernels.rows import slot_offsets
+from muxtune_kernels.segments import segment_sum
+
+METHODS = ("lora", "ia3", "bottleneck", "prefix")
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Pool(NamedTuple):
+    """One parameter at one site. ``row_of_slot_S``, int64 [S + 1]: a slot's first row, or the
+    number of rows where its task has none, as filler's."""
+
+    tensors: Four
+    slot_rows: tuple[int, ...]
+    row_of_slot_S: Tensor
+    slot_of_row_U: Tensor
+
+    @classmethod
+    def of(cls, slot_rows: Sequence[int], width: int, device: torch.device) -> Pool:
+        rows = sum(slot_rows)
+        param, grad, exp_avg, exp_avg_sq = (
+            torch.zeros((rows, width), dtype=torch.float32, device=device) for _ in range(4)
+        )
+        row_of_slot_S = torch.full((len(slot_rows) + 1,), rows, dtype=torch.int64, device=device)
+        slots, counts = torch.arange(len(slot_rows)), torch.tensor(slot_rows)
+        slot_of_row_U = torch.repeat_interleave(slots, counts).to(device)
+        four = param, grad, exp_avg, exp_avg_sq
+        return cls(four, tuple(slot_rows), row_of_slot_S, slot_of_row_U)
+
+    def rows_of(self, slot: int) -> slice:
+        start = sum(self.slot_rows[:slot])
+        return slice(start, start + self.slot_rows[slot])
+
+    def load(self, slot: int, values: Sequence[Tensor] | None) -> None:
+        """Parameter and, if given, moments; None: the task has none here."""
+        rows = self.rows_of(slot)
+        for tensor in self.tensors:
+            tensor[rows] = 0
+        self.row_of_slot_S[slot] = self.tensors[0].shape[0] if values is None else rows.start
+        if values is not None:
+            param, _, exp_avg, exp_avg_sq = self.tensors
+            for tensor, value in zip((param, exp_avg, exp_avg_sq), values, strict=False):
+                tensor[rows.start : rows.start + value.shape[0]] = value
+
+    def store(self, grad_UW: Tensor, keep_S: Tensor) -> None:
+        """The gradient: written, or added for slots that keep what they have."""
+        keeps_U1 = keep_S.index_select(0, self.slot_of_row_U).bool()[:, None]
+        self.tensors[1].copy_(grad_UW + torch.where(keeps_U1, self.tensors[1], 0))
+
+
+class Scale(NamedTuple):
+    """IA3's vectors over some columns of what a fused linear reads or writes."""
+
+    columns: slice
+    pool: Pool
+
+    def forward(self, x_TW: Tensor, rows: StepRows) -> Tensor:
+        """A scaled copy."""
+        out_TW = x_TW.clone()
+        out_TW[:, self.columns] *= self._factors(rows).to(x_TW.dtype)
+        return out_TW
+
+    def backward(
+        self, dout_TW: Tensor, x_TW: Tensor, rows: StepRows, deterministic: bool
+    ) -> Tensor:
+        """Gradient of x; the vectors' goes where the optimizer reads it."""
+        dpart_TW, part_TW = dout_TW[:, self.columns], x_TW[:, self.columns]
+        product_TW = dpart_TW * part_TW
+        sums_UW = segment_sum(product_TW, rows.rows, self.pool.slot_rows, deterministic)
+        owned_U1 = owned_rows(self.pool.row_of_slot_S, self.pool.slot_rows)[:, None]
+        self.pool.store(torch.where(owned_U1, sums_UW, 0), rows.keep_S)
+        dx_TW = dout_TW.clone()
+        dx_TW[:, self.columns] *= self._factors(rows).to(dout_TW.dtype)
+        return dx_TW
+
+    def _factors(self, rows: StepRows) -> Tensor:
+        slots_T = rows.rows.slot_of_row_T
+        return row_factors(self.pool.tensors[0], self.pool.row_of_slot_S, slots_T)
+
+
+class Bottlenecks(NamedTuple):
+    """The bottlenecks behind one member of a fused linear."""
+
+    columns: slice
+    pools: tuple[Pool, Pool, Pool, Pool]  # in the order of the method's NAMES
+    module_key: int
+    deterministic: bool
+
+    def forward(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
+        """(a changed copy, what the backward wants besides y)."""
+        part_TO = y_TC[:, self.columns].contiguous()
+        z_TO, inner = bottleneck_forward(part_TO, self._pool(0), rows.rows, rows.dropout)
+        z_TC = y_TC.clone()
+        z_TC[:, self.columns] = z_TO
+        return z_TC, inner
+
+    def backward(self, dz_TC: Tensor, y_TC: Tensor, inner: Any, rows: StepRows) -> Tensor:
+        targets = BottleneckGrads(*self._pool(1)[:4])
+        dy_TO, _ = bottleneck_backward(
+            dz_TC[:, self.columns].contiguous(), y_TC[:, self.columns].contiguous(), inner,
+            self._pool(0), rows.rows, rows.dropout, targets, rows.keep_S,
+        )  # fmt: skip
+        dy_TC = dz_TC.clone()
+        dy_TC[:, self.columns] = dy_TO
+        return dy_TC
+
+    def _pool(self, kind: int) -> BottleneckPool:
+        """Of the parameters (0) or their gradients (1)."""
+        down, down_bias, up, up_bias = (pool.tensors[kind] for pool in self.pools)
+        row_of_slot_S = self.pools[0].row_of_slot_S
+        owned_S = row_of_slot_S[:-1] < row_of_slot_S[-1]
+        return BottleneckPool(
+            down, down_bias.squeeze(1), up, up_bias, owned_S, self.pools[0].slot_rows,
+            self.module_key, self.deterministic,
+        )  # fmt: skip
+
+
+class SiteExtras(NamedTuple):
+    """Around one fused linear, in the order in which they run."""
+
+    scales_in: tuple[Scale, ...]
+    scales_out: tuple[Scale, ...]
+    bottlenecks: tuple[Bottlenecks, ...]
+
+    def before(self, x_TD: Tensor, rows: StepRows) -> Tensor:
+        for scale in self.scales_in:
+            x_TD = scale.forward(x_TD, rows)
+        return x_TD
+
+    def after(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, list[Any]]:
+        """(what leaves the site, what the backward wants)."""
+        saved: list[Any] = []
+        for scale in self.scales_out:
+            saved.append(y_TC)
+            y_TC = scale.forward(y_TC, rows)
+        for item in self.bottlenecks:
+            z_TC, inner = item.forward(y_TC, rows)
+            saved.append((y_TC, inner))
+            y_TC = z_TC
+        return y_TC, saved
+
+    def after_backward(
+        self, dy_TC: Tensor, saved: list[Any], rows: StepRows, deterministic: bool
+    ) -> Tensor:
+        for item in reversed(self.bottlenecks):
+            y_TC, inner = saved.pop()
+            dy_TC = item.backward(dy_TC, y_TC, inner, rows)
+        for scale in reversed(self.scales_out):
+            dy_TC = scale.backward(dy_TC, saved.pop(), rows, deterministic)
+        return dy_TC
+
+    def before_backward(
+        self, dx_TD: Tensor, x_TD: Tensor, rows: StepRows, deterministic: bool
+    ) -> Tensor:
+        """``x_TD``: as it came, before any scaling; at most one scale reads an input."""
+        for scale in self.scales_in:
+            dx_TD = scale.backward(dx_TD, x_TD, rows, deterministic)
+        return dx_TD
+
+
+class Prefixes(NamedTuple):
+    """One attention's keys and values; ``index_R`` gathers those of the slots' tasks one below the
+    other, ``count_S`` (int32) how many each has. Both are shared by all layers."""
+
+    key: Pool
+    value: Pool
+    index_R: Tensor
+    count_S: Tensor
+
+    def stretches(self, rows: StepRows, num_rows: int) -> Stretches:
+        """A slot's rows are a stretch; slots lie in order, filler behind them."""
+        bounds_S3 = rows.rows.slot_bounds_S3
+        assert bounds_S3 is not None
+        stop_S, counts_S = bounds_S3[:, 1].cummax(0).values, self.count_S.cumsum(0)
+        zero, slot_T = stop_S.new_zeros(1), rows.rows.slot_of_row_T.long()
+        count_T = self.count_S.index_select(0, slot_T.clamp(min=0))
+        return Stretches(
+            torch.cat([zero, stop_S, stop_S.new_full((1,), num_rows)]).int(),
+            torch.cat([zero, counts_S, counts_S[-1:]]).int(),
+            self.index_R,
+            num_rows,
+            max(self.key.slot_rows),
+            (slot_T >= 0) & (count_T > 0),
+        )
+
+    def shifted(self, position_T: Tensor, rows: StepRows) -> Tensor:
+        """Positions behind the virtual tokens."""
+        slot_T = rows.rows.slot_of_row_T.long()
+        count_T = self.count_S.index_select(0, slot_T.clamp(min=0))
+        return position_T + torch.where(slot_T >= 0, count_T, 0)
+
+    def gathered(self, dtype: torch.dtype, heads: Heads) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, K, E]; rows beyond the slots' counts are nobody's."""
+        shape = (heads.num_kv_heads, heads.head_dim)
+        key, value = (
+            pool.tensors[0].index_select(0, self.index_R).to(dtype).unflatten(1, shape)
+            for pool in (self.key, self.value)
+        )
+        return key, value
+
+    def store(self, dkey_RKE: Tensor, dvalue_RKE: Tensor, rows: StepRows) -> None:
+        """The gradients of ``gathered``, to where the optimizer reads them."""
+        bounds_S3 = rows.rows.slot_bounds_S3
+        assert bounds_S3 is not None
+        place_R = torch.arange(len(self.index_R), device=self.index_R.device)
+        slot_R = self.key.slot_of_row_U.index_select(0, self.index_R)
+        # Slots without rows in this pass, and what lies behind the last key, were not computed.
+        is_real_R = (place_R < self.count_S.sum()) & (bounds_S3[:, 2] > 0).index_select(0, slot_R)
+        for pool, grad_RKE in ((self.key, dkey_RKE), (self.value, dvalue_RKE)):
+            grad_RW = torch.where(is_real_R[:, None], grad_RKE.flatten(1).float(), 0)
+            total_RW = torch.zeros_like(pool.tensors[0]).index_add_(0, self.index_R, grad_RW)
+            pool.store(total_RW, rows.keep_S)
+
+
+class ExtraPools:
+    """The slots' tensors besides low-rank factors, on every block of a model.
+
+    Raises Unsupported for a method that has no static form.
+    """
+
+    def __init__(
+        self, model: StaticModel, slots: tuple[AdapterSlot, ...], deterministic: bool
+    ) -> None:
+        for slot in slots:
+            if slot.method not in METHODS:
+                raise Unsupported(f"the static step knows no '{slot.method}'")
+        self.slots, self.deterministic, self.device = slots, deterministic, model.device
+        self._pools: dict[tuple[str, str], Pool] = {}
+        self.layers = [
+            tuple(self._site(linear) for linear in block.linears) for block in model.blocks
+        ]
+        self.prefixes = self._all_prefixes(model)
+
+    @property
+    def optimizer_pools(self) -> list[AdamWPool]:
+        return [AdamWPool(*p.tensors, slot_rows=p.slot_rows) for p in self._pools.values()]
+
+    @property
+    def max_virtual_tokens(self) -> int:
+        return max((s.rank for s in self.slots if s.method == "prefix"), default=0)
+
+    @torch.no_grad()
+    def load(self, slot: int, states: Mapping[tuple[str, str], Sequence[Tensor]]) -> None:
+        """Put a task's tensors, (site name, parameter name) -> parameter and moments, into a
+        slot; gradients are cleared."""
+        for key, pool in self._pools.items():
+            if pool.slot_rows[slot]:
+                pool.load(slot, states.get(key))
+        if self.prefixes and self.slots[slot].method == "prefix":
+            keys = [values[0] for (_, name), values in states.items() if name == prefix.KEY]
+            self._place_prefix(slot, keys[0].shape[0] if keys else 0)
+
+    def gradients(self, slot: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Views of a slot's gradients by (site name, parameter name)."""
+        for key, pool in self._pools.items():
+            if pool.slot_rows[slot]:
+                yield key, pool.tensors[1][pool.rows_of(slot)]
+
+    def _place_prefix(self, slot: int, count: int) -> None:
+        shared = self.prefixes[0]
+        shared.count_S[slot] = count
+        counts = shared.count_S.tolist()
+        starts = slot_offsets(shared.key.slot_rows)
+        rows = [start + at for start, n in zip(starts, counts, strict=False) for at in range(n)]
+        shared.index_R[: len(rows)] = torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def _pool(self, key: tuple[str, str], slot_rows: Sequence[int], width: int) -> Pool:
+        self._pools[key] = Pool.of(slot_rows, width, self.device)
+        return self._pools[key]
+
+    def _ranks(self, method: str, site_name: str) -> list[int]:
+        """0 for slots without this method here, else the rank."""
+        return [
+            slot.rank if slot.method == method and _names(site_name, slot.targets) else 0
+            for slot in self.slots
+        ]
+
+    def _site(self, linear: FusedLinear) -> SiteExtras:
+        edges, scales_in, scales_out, items = slot_offsets(linear.out_features), [], [], []
+        for member, name in enumerate(linear.names):
+            columns = slice(edges[member], edges[member + 1])
+            vectors = [int(rank > 0) for rank in self._ranks("ia3", name)]
+            if any(vectors):
+                width = linear.out_features[member]
+                scales_out.append(Scale(columns, self._pool((name, ia3.OUT), vectors, width)))
+                if len(linear.names) == 1:  # else the members would need inputs of their own
+                    inputs = linear.weight_OD.shape[1]
+                    pool = self._pool((name, ia3.IN), vectors, inputs)
+                    scales_in.append(Scale(slice(0, inputs), pool))
+            ranks = self._ranks("bottleneck", name)
+            if any(ranks):
+                items.append(self._bottlenecks(name, columns, ranks, linear.out_features[member]))
+        return SiteExtras(tuple(scales_in), tuple(scales_out), tuple(items))
+
+    def _bottlenecks(
+        self, name: str, columns: slice, ranks: Sequence[int], width: int
+    ) -> Bottlenecks:
+        used = [int(rank > 0) for rank in ranks]
+        shapes = ((ranks, width), (ranks, 1), (ranks, width), (used, width))
+        pools = [
+            self._pool((name, parameter), rows, columns_of)
+            for parameter, (rows, columns_of) in zip(bottleneck_method.NAMES, shapes, strict=True)
+        ]
+        four = (pools[0], pools[1], pools[2], pools[3])
+        return Bottlenecks(columns, four, module_key(name), self.deterministic)
+
+    def _all_prefixes(self, model: StaticModel) -> list[Prefixes]:
+        ranks = [slot.rank if slot.method == "prefix" else 0 for slot in self.slots]
+        if not any(ranks):
+            return []
+        width = model.heads.num_kv_heads * model.heads.head_dim
+        index_R = torch.zeros(sum(ranks), dtype=torch.int64, device=self.device)
+        count_S = torch.zeros(len(ranks), dtype=torch.int32, device=self.device)
+        found = []
+        for block in model.blocks:
+            site = block.linears[0].names[0].rpartition(".")[0]
+            key, value = (self._pool((site, n), ranks, width) for n in (prefix.KEY, prefix.VALUE))
+            found.append(Prefixes(key, value, index_R, count_S))
+        return found
+
+
+def _names(site_name: str, targets: tuple[str, ...]) -> bool:
+    return targets == ("all-linear",) or any(
+        site_name == target or site_name.endswith(f".{target}") for target in targets
+    )
