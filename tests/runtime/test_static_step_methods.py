@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -121,7 +121,9 @@ class Static(NamedTuple):
 
 def static(at: Setting, keeps: frozenset[int] = frozenset(), on_gpu: bool = False) -> Static:
     """A program with the tasks in its slots and their rows in its inputs."""
-    plain = tiny_llama().cuda().bfloat16() if on_gpu else tiny_llama()
+    plain: Any = tiny_llama()
+    if on_gpu:
+        plain = plain.cuda().bfloat16()
     model = StaticModel.of(plain, MAX_POSITIONS)
     slots = slots_of(at.specs)
     specs = tuple(
