@@ -100,6 +100,7 @@ class TaskOutcome(NamedTuple):
     num_placements: int = 0
     lost_steps: int = 0
     predicted_start_ns: int | None = None  # told when the task had to wait
+    max_slowdown: float | None = None
 
 
 class Command(NamedTuple):
@@ -546,6 +547,7 @@ class Decider:
                 task.num_placements,
                 task.lost_steps,
                 task.predicted_start_ns,
+                spec.max_slowdown,
             )
         )
 

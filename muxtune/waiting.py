@@ -55,18 +55,37 @@ def predicted_start_ns(fleet: Fleet, model: str, position: int) -> int | None:
 
 
 def _ends_ns(record: InstanceRecord) -> np.ndarray:
-    """Predicted ends of the tasks of a running plan; worked out once a plan."""
+    """Predicted ends of the tasks of a running plan; worked out once a plan.
+
+    Tasks share the instance in the plan's proportions, and those that stay share what those that
+    end leave, up to the speed that each has alone: with r the time to a task's end at its present
+    speed and s that speed over its speed alone, the time between two ends is the difference of
+    their r, times the share of the sum of s that is still there.
+    """
     plan = record.plan
     assert plan is not None
     if record.ends is None or record.ends[0] is not plan:
-        steps_s = plan.predicted.step_time_s
-        found = [
-            task.steps_ns + round(_steps_left(task) * steps_s[name] * NS_PER_S)
+        steps_s, solo_s = plan.predicted.step_time_s, plan.predicted.solo_step_time_s
+        running = [
+            (_steps_left(task) * steps_s[name], solo_s[name] / steps_s[name], task.steps_ns)
             for name, task in record.tasks.items()
-            if name in steps_s
+            if steps_s.get(name)
         ]
-        record.ends = plan, np.array(found, dtype=np.int64)
+        record.ends = plan, _shared_ends_ns(sorted(running))
     return record.ends[1]
+
+
+def _shared_ends_ns(running: Sequence[tuple[float, float, int]]) -> np.ndarray:
+    """``running``: (seconds to the end at the present speed, that speed over the speed alone, as
+    of when), soonest first."""
+    if not running:
+        return NOBODY
+    left_s, speeds, known_ns = (np.array(column) for column in zip(*running, strict=True))
+    staying = np.cumsum(speeds[::-1])[::-1]
+    fastest = np.maximum.accumulate(speeds[::-1])[::-1]
+    slower = np.minimum(1.0, np.maximum(staying / staying[0], fastest))
+    ends_s = np.cumsum(np.diff(left_s, prepend=0.0) * slower)
+    return known_ns.astype(np.int64) + np.round(ends_s * NS_PER_S).astype(np.int64)
 
 
 def _steps_left(task: TaskRecord) -> int:

@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +33,7 @@ from experiments.near_optimum.brute_force import (  # noqa: E402
 )
 from experiments.near_optimum.instances import random_instance  # noqa: E402
 from experiments.near_optimum.near_optimum import exclusive_s, summary  # noqa: E402
-from muxtune.cost import CostBook, nominal_load  # noqa: E402
-from muxtune.deciding import EMPTY_PREDICTION  # noqa: E402
+from muxtune.cost import CostBook  # noqa: E402
 from muxtune.planners.base import (  # noqa: E402
     GroupCost,
     GroupShape,
@@ -46,20 +44,15 @@ from muxtune.planners.base import (  # noqa: E402
 )
 from muxtune.planners.ladder import Fill  # noqa: E402
 from muxtune.planners.muxtune import ORDER_SEARCH, MuxTunePlanner  # noqa: E402
+from muxtune.planners.played import Piece, Player  # noqa: E402
 from muxtune.planners.rounds import turn_counts  # noqa: E402
 from muxtune.planning.orchestration import (  # noqa: E402
-    RoundProblem,
-    periodic_template,
     pipeline_limits,
 )
 from muxtune.types import (  # noqa: E402
-    NS_PER_S,
-    DispatchRule,
     HTask,
-    HTaskTurn,
     InstanceView,
     Plan,
-    Subgraph,
     SubgraphTimes,
 )
 from muxtune_sim.iteration import IterationOptions, simulate_iteration  # noqa: E402
@@ -68,81 +61,13 @@ OUTPUT = HERE.parent.parent / "validation" / "near_optimum_iteration.json"
 MOST_TASKS, MOST_PLAYED, ROUNDS = 5, 40, 24
 
 
-class Piece(NamedTuple):
-    """One hTask as the simulator sees it: an average micro-batch, cut into subgraphs.
-
-    ``work_s[stage]`` and ``chain_s``: of one micro-batch. ``passes``: micro-batches of its
-    slowest task's step. ``held_bytes[stage]``: by a micro-batch in flight.
-    """
-
-    graph: tuple[Subgraph, ...]
-    times_s: tuple[float, ...]
-    passes: float
-    work_s: tuple[float, ...]
-    chain_s: float
-    held_bytes: tuple[int, ...]
-
-    @property
-    def step_work_s(self) -> float:
-        return self.passes * max(self.work_s)
-
-    def least_s(self) -> float:
-        """No step is shorter: its micro-batches follow each other over the last stage, which the
-        first one must reach and the last one leave."""
-        return self.chain_s + (self.passes - 1) * self.work_s[-1]
-
-
-class Judge:
-    """Plays plans of one instance; remembers the pieces that they share."""
+class Judge(Player):
+    """Plays plans of one instance."""
 
     def __init__(self, planner: MuxTunePlanner, view: InstanceView) -> None:
-        self.planner, self.view, self.site = planner, view, site_of(view)
-        self.model = planner.cost(self.site)
-        self.num_stages = view.replicas[0].pp
-
-    def piece(self, htask: HTask, cost: GroupCost) -> Piece:
-        plan = plan_of(self.view, (htask,))
-        times = self.model.subgraph_times_s(plan)
-        nominal = self.model.pass_times_s([nominal_load(htask.shapes[-1])], self.site.replica)
-        scale = cost.pass_time_s / float(nominal.value[0])
-        seconds = tuple(scale * s for s in times.times_s[0])
-        graph = times.subgraphs[0]
-        work = [0.0] * self.num_stages
-        for item, s in zip(graph, seconds, strict=True):
-            if item.kind.value not in ("p2p", "collective"):
-                work[item.stage] += s
-        ledgers = self.model.memory_ledger_bytes(plan).ledgers
-        held = [
-            ledger.items["activations"] // (self.num_stages - ledger.stage) for ledger in ledgers
-        ]
-        passes = max(cost.passes_per_step)
-        return Piece(graph, seconds, passes, tuple(work), sum(seconds), tuple(held))
-
-    def bound_s(self, pieces: Sequence[Piece]) -> float:
-        """No schedule of these steps is shorter."""
-        busiest = max(
-            sum(piece.passes * piece.work_s[stage] for piece in pieces)
-            for stage in range(self.num_stages)
-        )
-        return max(busiest, *(piece.least_s() for piece in pieces))
-
-    def whole_step_s(self, pieces: Sequence[Piece]) -> float:
-        """A round is one step of every task. Where steps take a fractional number of micro-batches
-        on average, rounds with the whole numbers below and above it are played, each for its
-        share."""
-        whole = [math.floor(piece.passes + 1e-9) for piece in pieces]
-        rest = [max(0.0, piece.passes - n) for piece, n in zip(pieces, whole, strict=True)]
-        levels = [0.0, *sorted({share for share in rest if share > 1e-9}), 1.0]
-        total_s = 0.0
-        for low, high in pairwise(levels):
-            counts = tuple(n + (share > low) for n, share in zip(whole, rest, strict=True))
-            total_s += (high - low) * self._played_s(self._problem(pieces, counts, counts))
-        return total_s
-
-    def counted_s(self, pieces: Sequence[Piece], counts: Sequence[int]) -> float:
-        """Counted turns; every micro-batch may close a step."""
-        round_s = self._played_s(self._problem(pieces, counts, ()))
-        return round_s * max(p.passes / n for p, n in zip(pieces, counts, strict=True))
+        site = site_of(view)
+        super().__init__(planner.cost(site), site, ORDER_SEARCH)
+        self.planner, self.view = planner, view
 
     def plan_s(self, plan: Plan, pieces: Sequence[Piece]) -> float:
         """Of a planner's plan: with its own order where it has one."""
@@ -155,30 +80,11 @@ class Judge:
         times = SubgraphTimes(
             tuple(piece.graph for piece in pieces), tuple(p.times_s for p in pieces), True
         )
-        options = IterationOptions(ROUNDS, activation_units=limits.activation_units,
-                                   capacity_units=limits.capacity_units)  # fmt: skip
-        report = simulate_iteration(plan, times, options)
+        report = simulate_iteration(
+            plan, times, IterationOptions(ROUNDS)._replace(**limits._asdict())
+        )
         slowest = max(p.passes / (n or 1) for p, n in zip(pieces, counts, strict=True))
         return report.round_time_s * slowest
-
-    def _problem(
-        self, pieces: Sequence[Piece], counts: Sequence[int], per_step: tuple[int, ...]
-    ) -> RoundProblem:
-        durations = tuple(tuple(round(s * NS_PER_S) for s in p.times_s) for p in pieces)
-        turns = tuple(HTaskTurn(at, n) for at, n in enumerate(counts))
-        limits = pipeline_limits([piece.held_bytes for piece in pieces], self.num_stages)
-        graphs = tuple(piece.graph for piece in pieces)
-        return RoundProblem(graphs, durations, turns, self.num_stages, 1, *limits, per_step)
-
-    def _played_s(self, problem: RoundProblem) -> float:
-        return periodic_template(problem, ORDER_SEARCH).period_ns / NS_PER_S
-
-
-def plan_of(view: InstanceView, htasks: tuple[HTask, ...]) -> Plan:
-    """Enough of a plan to ask a cost model about its hTasks."""
-    turns = tuple(HTaskTurn(at, 1) for at in range(len(htasks)))
-    return Plan("", 0, frozenset(), view.replicas, htasks, turns, DispatchRule.SINGLE,
-                EMPTY_PREDICTION)  # fmt: skip
 
 
 class Choice(NamedTuple):

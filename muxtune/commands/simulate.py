@@ -14,14 +14,16 @@ from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
 from muxtune.report.collecting import few_collections
 from muxtune.report.metrics import TaskMetrics, fleet_summary
+from muxtune.report.plots import slowdowns
 from muxtune.report.progress import FleetProgress
-from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
+from muxtune.report.recording import Promises, RecordingPlanner, TaskRows, Troubles
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, InstanceSpec
 
 EXACT_TIMES, MEAN_TIMES = "exact", "mean"
 MAX_EXACT_TASKS = 2_000
+SLOWDOWN_PLOT = "slowdown.png"
 TASKS_FILE, TENANTS_FILE = "tasks.csv", "tenants.csv"
 SAMPLES_FILE, JOURNAL_FILE = "plan_samples.jsonl", "journal.jsonl"
 
@@ -43,7 +45,8 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         build.hardware_options(config),
     )
     metrics, troubles = TaskMetrics(), Troubles()
-    observers = (metrics, troubles)
+    promises = Promises()
+    observers = (metrics, troubles, promises)
     totals = _run_engine(config, folder, planner, executor, tasks, instances, observers)
     with folder.stream(SAMPLES_FILE) as file:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
@@ -55,6 +58,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         **_choices(config, tasks, instances),
         **_counts(totals),
         **metrics.summary(),
+        **promises.summary(),
         **fleet_summary(instances, executor.instance_totals(), totals.end_ns, power, down_ns),
         "num_plans": totals.num_plans,
         "num_planner_calls": planner.num_calls,
@@ -62,6 +66,8 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         "times": backend["times"],
         "wall_time_s": time.perf_counter() - started_s,
     }
+    if promises.rows:
+        slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows)
     _show(folder, summary, tasks)
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.
     if config.workload.kind == "tasks" or not totals.num_done:

@@ -22,14 +22,16 @@ from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
 from muxtune.planning.journal import Journal, JournalBatch
 from muxtune.report.perfetto import Span, TraceWriter
+from muxtune.report.plots import slowdowns
 from muxtune.report.progress import TaskProgress
-from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles
+from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles, slowdown
 from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.report.sweep import SUMMARY
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 
 TASKS_FILE, TRACE_FILE = "tasks.csv", "trace.json"
+SLOWDOWN_PLOT = "slowdown.png"
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
@@ -222,7 +224,8 @@ def _summary(
 
 
 TASK_COLUMNS = (
-    *("task", "state", "steps", "tokens", "loss", "perplexity before", "after", "adapter"),
+    *("task", "state", "steps", "tokens", "loss", "perplexity before", "after", "slowdown"),
+    *("promised", "adapter"),
 )
 
 
@@ -230,7 +233,8 @@ def task_table(tasks: Sequence[TaskOutcome]) -> Any:
     rows = [
         (
             *(item.task_id, str(item.state), item.steps, item.effective_tokens, item.final_loss),
-            *(item.perplexity_before, item.perplexity_after, item.output_path or None),
+            *(item.perplexity_before, item.perplexity_after, slowdown(item), item.max_slowdown),
+            item.output_path or None,
         )
         for item in sorted(tasks, key=lambda item: item.task_id)
     ]
@@ -240,6 +244,9 @@ def task_table(tasks: Sequence[TaskOutcome]) -> Any:
 def _show(folder: RunFolder, summary: dict[str, Any], outcomes: Outcomes) -> None:
     console = make_console()
     console.print(task_table(outcomes.tasks))
+    rows = [(item.task_id, slowdown(item), item.max_slowdown) for item in outcomes.tasks]
+    if known := sorted((name, value, bound) for name, value, bound in rows if value):
+        slowdowns(folder.path / SLOWDOWN_PLOT, known)
     rows = [
         ("run", format_seconds(summary["makespan_s"])),
         ("of it training", format_seconds(summary["training_s"])),

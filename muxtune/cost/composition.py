@@ -11,6 +11,7 @@ a pipeline that stays fed); fill and drain are the planner's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -358,10 +359,11 @@ class ComposedCostModel(ABC):
         tally = Tally()
         tally.merge(self._block(rows, replica.tp), layers)
         own_rows = shape.padded_tokens / max(1, len(shape.slots))
-        adapters = [self._slot(slot, own_rows, replica.tp) for slot in shape.slots]
-        for adapter in adapters:
-            tally.merge(adapter, layers)
-        separate = [adapter.kernels for adapter in adapters]
+        separate = []
+        for slot, count in Counter(shape.slots).items():
+            adapter = self._slot(slot, own_rows, replica.tp)
+            tally.merge(adapter, layers * count)
+            separate += [adapter.kernels] * count
         tally.kernels += layers * (self.adapter_kernels(separate) - sum(separate))
         if first or last:
             tally.merge(self._edges(rows, replica.pp), 1)

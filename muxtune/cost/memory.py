@@ -21,6 +21,7 @@ flow through one block, and the logits of the rows with a loss, their softmax an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -194,11 +195,11 @@ class MemoryModel:
         numbers += 2 * queries + 2 * keys + model.num_heads / tp
         numbers += (3 if model.gated_mlp else 2) * inner
         inputs: dict[str, float] = {}
-        for slot in slots:
+        for slot, count in Counter(slots).items():
             method = ops.adapter_method(slot)
             if ops.is_prepended(slot):
                 # Keys and values once more, behind the virtual tokens'; the merged output.
-                numbers += (2 * keys + queries) / len(slots)
+                numbers += (2 * keys + queries) * count / len(slots)
             for linear in ops.target_linears(model, slot):
                 shard = linear.sharded(tp)
                 inputs[_input_of(linear.name)] = shard.in_features
@@ -210,7 +211,7 @@ class MemoryModel:
                     own += width * (1 + 1 / self.options.dtype_bytes)
                     # DoRA keeps what the second frozen product gives.
                     own += shard.out_features if slot.method == "dora" else 0
-                numbers += own / len(slots)
+                numbers += own * count / len(slots)
         return numbers + sum(inputs.values())
 
     def ledgers(self, plan: Plan, *, extrapolated: bool = True) -> StageLedgers:

@@ -139,6 +139,7 @@ class PlannerBase:
     """
 
     takes_one_task = False
+    promise_margin = 0.0  # share of a max_slowdown that is kept in hand, because predictions err
 
     def __init__(self, costs: CostBook) -> None:
         self.costs = costs
@@ -317,7 +318,7 @@ class PlannerBase:
             return costed
         solo = tuple(self.solo_step_time_s(site, task) for task in classes)
         answer = self._finished(site, costed, solo)
-        refusal = refuse_slow(classes, answer.step_times_s, solo)
+        refusal = refuse_slow(classes, answer.step_times_s, solo, self.promise_margin)
         if refusal is not None:
             costed = self.arrange_paced(site, classes, solo)
             return refusal if costed is None else self._finished(site, costed, solo)
@@ -418,12 +419,21 @@ def refuse_impossible(classes: Sequence[TaskClass]) -> Refusal | None:
     return None
 
 
+def planned_slowdown(task: TaskClass, margin: float) -> float:
+    """What is planned for a promise: a little less than was promised; 0 where nothing was."""
+    return max(1.0, task.max_slowdown / (1 + margin)) if task.max_slowdown else 0.0
+
+
 def refuse_slow(
-    classes: Sequence[TaskClass], steps_s: Sequence[float], solo_s: Sequence[float]
+    classes: Sequence[TaskClass],
+    steps_s: Sequence[float],
+    solo_s: Sequence[float],
+    margin: float = 0.0,
 ) -> Refusal | None:
-    """A Refusal when a task would run slower than its ``max_slowdown`` allows."""
+    """A Refusal when a task would run slower than its ``max_slowdown``, less ``margin``, allows."""
     for task, step_s, alone_s in zip(classes, steps_s, solo_s, strict=True):
-        if task.max_slowdown and len(classes) > 1 and step_s > task.max_slowdown * alone_s:
+        most_s = planned_slowdown(task, margin) * alone_s
+        if most_s and len(classes) > 1 and step_s > most_s:
             return Refusal(
                 f"a task with max_slowdown={task.max_slowdown:g} would run at {step_s:.3g} s a "
                 f"step, {step_s / alone_s:.2f} times its {alone_s:.3g} s alone",
@@ -431,7 +441,7 @@ def refuse_slow(
                 predicted_slowdown=step_s / alone_s,
                 remedy="place it on a less loaded instance",
                 needed_s=step_s,
-                available_s=task.max_slowdown * alone_s,
+                available_s=most_s,
             )
     return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
@@ -28,6 +29,7 @@ from muxtune.planners.base import (
     answer_of,
     bind,
     group_cost,
+    planned_slowdown,
     refuse_slow,
     site_of,
 )
@@ -37,6 +39,7 @@ from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
 from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
+from muxtune.planners.played import Candidate, Piece, Player, held_bytes, refine
 from muxtune.planners.rounds import Turns, round_of
 from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
@@ -65,6 +68,9 @@ FUSION = ("planned", "all_spatial", "all_temporal", "off")
 ALIGNMENT = ("chunk", "pack", "pad")
 FREE_SHAPES = 16  # of a ladder where preparing a shape costs nothing
 COSTLY_SHAPES = 4  # where it is a graph capture
+PLAY_SEARCH = TemplateOptions(evaluations=5, node_budget=15_000)
+NEAR_BEST = 1.06  # of the closed form's best, what is played
+MOST_FINER, MOST_VARIANTS = 2.2, 6
 ORDER_SEARCH = TemplateOptions(evaluations=8, node_budget=15_000)
 MEMO_GROUPS = 20_000
 BUCKETS = (2, 4)  # tried on several GPUs
@@ -104,6 +110,9 @@ class MuxTunePlanner(PlannerBase):
     a smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose by
     whether preparing a shape costs anything. ``hysteresis``: keep the running plan where a better
     one does not pay for its transition (off by default: it makes planning a fleet slower).
+    ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share of it
+    in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are played
+    subgraph by subgraph to choose among them; 0 for fleets that plan often.
     """
 
     def __init__(
@@ -116,6 +125,8 @@ class MuxTunePlanner(PlannerBase):
         max_shapes: int = 0,
         hysteresis: bool = False,
         orchestration: bool = True,
+        promise_margin: float = 0.05,
+        plays: int = 40,
     ) -> None:
         super().__init__(costs)
         one_of("planner.fusion", fusion, FUSION)
@@ -128,6 +139,14 @@ class MuxTunePlanner(PlannerBase):
                 f"{chunk_tokens} does not fit row tiles of {tile_tokens} tokens",
                 "give a multiple of planner.tile_tokens, or 0 to let the planner choose",
             )
+        if plays < 0:
+            raise ConfigError("planner.plays", f"is {plays}", "give 0 (closed form) or more")
+        self.plays = plays
+        if not 0 <= promise_margin < 10:
+            raise ConfigError(
+                "planner.promise_margin", f"is {promise_margin}", "give a share, such as 0.05"
+            )
+        self.promise_margin = promise_margin
         self.chunk_tokens, self.tile_tokens = chunk_tokens, tile_tokens
         self.fusion, self.max_shapes = fusion, max_shapes
         self.alignment, self.takes_one_task = alignment, fusion == "off"
@@ -160,6 +179,9 @@ class MuxTunePlanner(PlannerBase):
         if site.replica.num_gpus == 1 or self.fusion != "planned" or len(classes) == 1:
             return costed
         others = self._other_groups(site, classes, chunks, limit)
+        if site.replica.pp > 1 and self.plays and self.orchestration:
+            found, turns = self._refined(site, classes, chunks, limit, [groups, *others])
+            return self._costed(site, found, turns, resident)
         candidates = [costed] + [
             self._costed(site, found, _turns(found, site, self.orchestration), resident)
             for found in others
@@ -233,6 +255,86 @@ class MuxTunePlanner(PlannerBase):
         answer = self._finished(site, costed, (0.0,) * num_tasks)
         return answer.prediction.tasks_step_time_s
 
+    def _refined(
+        self,
+        site: Site,
+        classes: tuple[TaskClass, ...],
+        chunks: tuple[int, ...],
+        limit: float,
+        starts: Sequence[list[Group]],
+    ) -> tuple[list[Group], Turns]:
+        """In a pipeline: of plans near the best of the closed form, the one that plays best."""
+        player = Player(self.cost(site), site, PLAY_SEARCH)
+        most_s = NEAR_BEST * min(_turns(groups, site).step_time_s for groups in starts)
+        pieces: dict[Group, Piece] = {}
+
+        def candidate(some: Sequence[Group]) -> Candidate | None:
+            if _turns(some, site).step_time_s > most_s or any(g.need_bytes > limit for g in some):
+                return None
+            for group in some:
+                if group not in pieces:
+                    htask = HTask(group.shape.shapes, {}, {}, group.shape.packing)
+                    pieces[group] = player.piece(htask, group.cost)
+            return Candidate(tuple(some), tuple([pieces[group] for group in some]))
+
+        def variants(now: Candidate) -> Iterator[Candidate]:
+            """One hTask in other micro-batches, the longest first, those like it first; then two
+            as one."""
+            order = sorted(range(len(now.groups)), key=lambda i: -now.pieces[i].chain_s)
+            for i in order:
+                group = now.groups[i]
+                assert isinstance(group, Group)
+                others = self._other_levels(site, classes, chunks, group)
+                for other in others:
+                    changed = [*now.groups[:i], other, *now.groups[i + 1 :]]
+                    found = candidate(changed)  # type: ignore[arg-type]
+                    if found is not None:
+                        yield found
+            for joined in self._joined(site, classes, chunks, limit, now.groups):
+                found = candidate(joined)
+                if found is not None:
+                    yield found
+
+        known = [found for found in map(candidate, starts) if found is not None]
+        chosen = refine(player, known, variants, self.plays)
+        best: list[Group] = list(chosen.groups)  # type: ignore[arg-type]
+        return best, _turns(best, site, counted=chosen.counted)
+
+    def _joined(
+        self,
+        site: Site,
+        classes: Sequence[TaskClass],
+        chunks: tuple[int, ...],
+        limit: float,
+        groups: Sequence[object],
+    ) -> Iterator[list[Group]]:
+        """Any two of the hTasks as one."""
+        some: list[Group] = list(groups)  # type: ignore[arg-type]
+        for i, j in combinations(range(len(some)), 2):
+            members = sorted((*some[i].shape.members, *some[j].shape.members))
+            chosen = tuple([classes[k] for k in members])
+            found = self._search(site, chosen, chunks, limit, "all_spatial")
+            if found is not None:
+                rest = [group for at, group in enumerate(some) if at not in (i, j)]
+                yield [*rest, *(group.over(members) for group in found)]
+
+    def _other_levels(
+        self, site: Site, classes: Sequence[TaskClass], chunks: tuple[int, ...], group: Group
+    ) -> list[Group]:
+        """The same hTask in other numbers of micro-batches a step, in the same chunks."""
+        chunk = chunks.index(group.shape.shapes[0].chunk_tokens)
+        members = group.shape.members
+        found: dict[tuple[int, ...], Group] = {}
+        for level in range(len(LEVELS) - 1):
+            if LEVELS[level] <= MOST_FINER * group.passes + 1:
+                other = self._group(site, classes, chunks, Part(members, chunk, level))
+                found.setdefault(other.shape.quota, other)
+        found.pop(group.shape.quota, None)
+        few = sorted(found.values(), key=lambda other: abs(math.log(other.passes / group.passes)))
+        finer = [other for other in few if other.passes > group.passes]
+        coarser = [other for other in few if other.passes <= group.passes]
+        return finer[:MOST_VARIANTS:2] + coarser[:1] + finer[1:MOST_VARIANTS:2]
+
     def arrange_paced(
         self, site: Site, classes: tuple[TaskClass, ...], solo_s: Sequence[float]
     ) -> CostedArrangement | None:
@@ -241,7 +343,11 @@ class MuxTunePlanner(PlannerBase):
             return None
         promised = [i for i, task in enumerate(classes) if task.max_slowdown]
         free = [i for i, task in enumerate(classes) if not task.max_slowdown]
-        least_s = [task.max_slowdown * alone for task, alone in zip(classes, solo_s, strict=True)]
+        margin = self.promise_margin
+        least_s = [
+            planned_slowdown(task, margin) * alone
+            for task, alone in zip(classes, solo_s, strict=True)
+        ]
         resident = self.resident_bytes(site, classes)
         best: tuple[list[Group], Turns] | None = None
         for split in ([promised], [[i] for i in promised]):
@@ -350,7 +456,9 @@ class MuxTunePlanner(PlannerBase):
         limit = site.memory_limit_bytes
         solo = tuple(self.solo_step_time_s(site, task) for task in classes)
         answer = answer_of(costed, solo)
-        if costed.peak_bytes > limit or refuse_slow(classes, answer.step_times_s, solo):
+        if costed.peak_bytes > limit or refuse_slow(
+            classes, answer.step_times_s, solo, self.promise_margin
+        ):
             return None
         plan = bind(instance, tuple(ids), answer, None)
         return plan._replace(epoch=epoch, htasks=(*htasks, *plan.htasks[len(htasks) :]))
@@ -398,13 +506,14 @@ class MuxTunePlanner(PlannerBase):
         classes: tuple[TaskClass, ...],
         chunks: tuple[int, ...],
         limit: float,
+        fusion: str = "",
     ) -> list[Group] | None:
         """The dynamic program's groups; again with less memory where exact bytes exceed it."""
         slots = [task.slot for task in classes]
         num_shapes = self.num_shapes(site, slots[0])
         tables = [self._class_table(task, chunks, num_shapes) for task in classes]
         for allowed in (limit, limit * SPARE_MEMORY, limit * SPARE_MEMORY**2):
-            rules = Rules(allowed, num_shapes, self.fusion, site.replica.pp)
+            rules = Rules(allowed, num_shapes, fusion or self.fusion, site.replica.pp)
             found = split_tasks(tables, slots, self._pass_tables(site, chunks), rules)
             partitions = [
                 [self._group(site, classes, chunks, part) for part in parts] for parts in found
@@ -533,13 +642,7 @@ def _in_flight(
     """What an order may hold on each stage: the micro-batches that ``pass_bytes`` counts. Without
     stages tensor parallelism overlaps two of them, where the memory for a second one is there; the
     answer's peak then says so. None where it is not, so that nothing can overlap."""
-    held = [
-        [ledger.items["activations"] // (site.replica.pp - ledger.stage) for ledger in ledgers]
-        for ledgers in (
-            model.memory_ledger_bytes(plan._replace(htasks=(htask,))).ledgers
-            for htask in plan.htasks
-        )
-    ]
+    held = held_bytes(model, plan)
     if site.replica.pp > 1:
         return pipeline_limits(held, site.replica.pp), answer
     costed = answer.costed
@@ -552,10 +655,13 @@ def _in_flight(
     return pipeline_limits(held, 1, spare=1.0), answer
 
 
-def _turns(groups: Sequence[Group], site: Site, interleaves: bool = True) -> Turns:
+def _turns(
+    groups: Sequence[Group], site: Site, interleaves: bool = True, counted: bool | None = None
+) -> Turns:
+    """``counted``: in a pipeline, one micro-batch of each a round or not; None: as seems best."""
     passes = tuple([group.passes for group in groups])
     pass_times_s = tuple([group.cost.pass_time_s for group in groups])
-    return round_of(passes, pass_times_s, site.replica.pp, interleaves)
+    return round_of(passes, pass_times_s, site.replica.pp, interleaves, counted)
 
 
 def _demand(group: Group, least_s: Sequence[float]) -> Demand:

@@ -36,17 +36,19 @@ def round_of(
     pass_times_s: tuple[float, ...],
     num_stages: int,
     interleaves: bool = True,
+    counted: bool | None = None,
 ) -> Turns:
     """The round of least time until every task has taken a step.
 
     ``passes_per_step``: of each hTask's slowest task. ``pass_times_s``: of the busiest stage.
     ``interleaves``: see ``Plan``.
+    ``counted``: in a pipeline, whether each hTask gets one micro-batch a round; None: what is best.
     """
     if num_stages > 1 and not interleaves:
         whole_s = round_time_s(passes_per_step, pass_times_s, num_stages, interleaves)
         return Turns((None,) * len(passes_per_step), passes_per_step, whole_s, whole_s)
     if num_stages > 1:
-        return _pipelined(passes_per_step, pass_times_s, num_stages)
+        return _pipelined(passes_per_step, pass_times_s, num_stages, counted)
     counts = turn_counts(passes_per_step, pass_times_s)
     round_s = _sum(counts, pass_times_s)
     slowest = max(n / count for n, count in zip(passes_per_step, counts, strict=True))
@@ -54,7 +56,10 @@ def round_of(
 
 
 def _pipelined(
-    passes_per_step: Sequence[float], pass_times_s: Sequence[float], num_stages: int
+    passes_per_step: Sequence[float],
+    pass_times_s: Sequence[float],
+    num_stages: int,
+    wanted: bool | None,
 ) -> Turns:
     """One micro-batch of each hTask a round, if that is nearly a step of every task, because
     counted turns can be ordered; else one step of every task."""
@@ -62,7 +67,9 @@ def _pipelined(
     once_s = max(sum(pass_times_s), num_stages * max(pass_times_s))
     counted = Turns((1,) * len(passes), (1.0,) * len(passes), once_s, max(passes) * once_s)
     whole_s = round_time_s(passes, pass_times_s, num_stages)
-    if counted.step_time_s <= _ORDER_IS_WORTH * whole_s:
+    if wanted is None:
+        wanted = counted.step_time_s <= _ORDER_IS_WORTH * whole_s
+    if wanted:
         return counted
     return Turns((None,) * len(passes), passes, whole_s, whole_s)
 

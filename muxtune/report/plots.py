@@ -23,6 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DOTS_PER_INCH = 144
 MAX_TICK_LABELS = 12  # characters of a category's name before all names are tilted
 MARKERS_PER_LINE = 10
+MAX_SLOWDOWN_BARS = 24
 
 
 class PredictedMeasured(NamedTuple):
@@ -126,6 +127,48 @@ def throughput_by_planner(path: Path, rows: Sequence[tuple[str, float, float]]) 
     axes.margins(y=0.2)
     _category_axis(axes, [row[0] for row in rows])
     _finish(axes, "Throughput by planner")
+    return _save(figure, path)
+
+
+def slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Path:
+    """Rows of (task, slowdown, promised bound or None): a bar each, a tick at what was promised;
+    of many tasks the sorted slowdowns of those with and without a promise."""
+    if len(rows) > MAX_SLOWDOWN_BARS:
+        return _sorted_slowdowns(path, rows)
+    figure, axes = _axes(max(5.0, 0.9 * len(rows) + 1.5), 4.0)
+    for index, (_, slowdown, bound) in enumerate(rows):
+        axes.bar(index, slowdown, 0.6, color=PALETTE[2 if bound else 0])
+        axes.annotate(
+            f"{slowdown:.2f}", (index, slowdown), (0, 3), textcoords="offset points",
+            ha="center", fontsize=9,
+        )  # fmt: skip
+        if bound:
+            axes.hlines(bound, index - 0.4, index + 0.4, color=PALETTE[5], linewidth=2)
+    for color, label in ((PALETTE[2], "with max_slowdown"), (PALETTE[0], "without")):
+        axes.bar(0, math.nan, color=color, label=label)
+    axes.plot([], [], color=PALETTE[5], linewidth=2, label="promised")
+    axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle=":")
+    axes.set_ylabel("time since placement / predicted time alone")
+    axes.margins(y=0.15)
+    _category_axis(axes, [row[0] for row in rows])
+    _finish(axes, "Slowdown of each task")
+    return _save(figure, path)
+
+
+def _sorted_slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Path:
+    figure, axes = _axes(7.0, 4.2)
+    parts = (("with max_slowdown", True, PALETTE[2]), ("without", False, PALETTE[0]))
+    for label, promised, color in parts:
+        values = sorted(value for _, value, bound in rows if bool(bound) is promised)
+        shares = [100 * (at + 1) / len(values) for at in range(len(values))]
+        if values:
+            axes.step(shares, values, where="post", label=f"{label} ({len(values)})", color=color)
+    for bound in sorted({bound for _, _, bound in rows if bound}):
+        axes.axhline(bound, color=PALETTE[5], linewidth=1, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xlabel("tasks, slowest last (%)")
+    axes.set_ylabel("time since placement / time alone (log)")
+    _finish(axes, "Slowdown of the tasks; dashed: promised")
     return _save(figure, path)
 
 

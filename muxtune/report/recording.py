@@ -83,7 +83,7 @@ TASK_COLUMNS = (
     *("completion_time_s", "queueing_s", "instance_id", "steps", "effective_tokens"),
     *("solo_time_s", "slowdown", "finish_time_ratio", "priority", "deadline_s", "met_deadline"),
     *("num_placements", "lost_steps", "final_loss", "perplexity_before", "perplexity_after"),
-    *("output_path", "message", "predicted_start_s"),
+    *("output_path", "message", "predicted_start_s", "max_slowdown"),
 )
 
 
@@ -119,6 +119,7 @@ def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
         outcome.output_path,
         outcome.message,
         _seconds(outcome.predicted_start_ns),
+        outcome.max_slowdown,
     )
 
 
@@ -128,6 +129,27 @@ def slowdown(outcome: TaskOutcome) -> float | None:
     if outcome.state is not TaskState.DONE or not solo_s or outcome.placed_ns is None:
         return None
     return (outcome.ended_ns - outcome.placed_ns) / NS_PER_S / solo_s or None
+
+
+class Promises(QuietObserver):
+    """Observer that keeps the slowdown of every task that was done and was promised a bound."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, float | None]] = []
+
+    def on_task_end(self, outcome: TaskOutcome) -> None:
+        value = slowdown(outcome)
+        if value is not None and outcome.max_slowdown is not None:
+            self.rows.append((outcome.task_id, value, outcome.max_slowdown))
+
+    def summary(self) -> dict[str, Any]:
+        """``worst_promise``: the largest slowdown over what was promised."""
+        ratios = [value / bound for _, value, bound in self.rows if bound]
+        return {
+            "num_promises": len(ratios),
+            "promises_kept_share": sum(r <= 1 for r in ratios) / len(ratios) if ratios else None,
+            "worst_promise": max(ratios, default=None),
+        }
 
 
 def finish_time_ratio(outcome: TaskOutcome) -> float | None:

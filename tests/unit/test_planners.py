@@ -80,7 +80,7 @@ def test_same_tasks_same_plan_in_any_order_and_unchanged_is_previous():
 
 
 def test_max_slowdown_refuses_the_neighbour_that_would_break_it():
-    planner = MuxTunePlanner(lambda model, device: HandCost())
+    planner = MuxTunePlanner(lambda model, device: HandCost(), promise_margin=0.0)
     tasks = [task(name, max_slowdown=2.0) for name in "abc"]
     assert isinstance(planner.plan(view(*tasks[:2]), None), Plan)
     refusal = planner.plan(view(*tasks), None)

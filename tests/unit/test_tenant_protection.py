@@ -103,16 +103,25 @@ def test_time_that_has_passed_and_steps_that_are_done_count():
 
 
 def test_a_newcomer_that_would_break_a_deadline_is_refused_with_seconds():
-    running = [task("a", deadline_ns=by(1.6)), task("b", max_slowdown=3.0)]
+    running = [task("a", deadline_ns=by(1.6)), task("b", max_slowdown=3.6)]
     planner = planner_of()
     before = planner.plan(view(running[0]), None)
     assert isinstance(before, Plan)
-    refusal = planner.plan(view(*running), before)
-    assert isinstance(refusal, Plan)  # 1 + 1/2 of the device suffice for both
-    third = planner.plan(view(*running, task("c", max_slowdown=2.0)), refusal)
+    both = planner.plan(view(*running), before)
+    assert isinstance(both, Plan)  # 1.05 / 1.5 and 1.05 / 3.6 of the device
+    third = planner.plan(view(*running, task("c", max_slowdown=2.0)), both)
     assert isinstance(third, Refusal)
     assert third.needed_s > third.available_s > 0
     assert "s a step" in refusal_text(third) and "deadline" in third.remedy
+
+
+def test_a_promise_is_planned_for_with_a_margin():
+    tasks = [task("a", max_slowdown=2.0), task("b"), task("c")]
+    for margin in (0.0, 0.3):
+        planner = MuxTunePlanner(lambda model, device: HandCost(), promise_margin=margin)
+        plan = planner.plan(view(*tasks), None)
+        assert isinstance(plan, Plan)
+        assert 10 * plan.predicted.step_time_s["a"] <= 2.0 / (1 + margin) * alone_s() * 1.000001
 
 
 def test_a_deadline_that_cannot_be_kept_binds_nobody():

@@ -1,0 +1,84 @@
+"""Properties of plans for pipelines: memory in flight, dependencies, what playing them chose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.near_optimum.instances import random_instance
+from muxtune.cost import CostBook
+from muxtune.errors import ConfigError
+from muxtune.planners.base import site_of
+from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.planners.played import held_bytes
+from muxtune.planning.orchestration import RoundGraph, pipeline_limits, play, round_problem
+from muxtune.types import Plan, ReplicaShape
+
+COSTS = CostBook()
+ROUNDS = 6
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.integers(2, 4))
+def test_memory_and_dependencies_hold_on_every_stage(seed: int, num_stages: int):
+    view = random_instance(seed, COSTS, 4)._replace(replicas=(ReplicaShape(1, num_stages),))
+    planner = MuxTunePlanner(COSTS, plays=3)
+    plan = planner.plan(view, None)
+    if not isinstance(plan, Plan):
+        assert plan.needed_bytes > plan.available_bytes
+        return
+    model = planner.cost(site_of(view))
+    ledgers = model.memory_ledger_bytes(plan)
+    assert ledgers.peak.value <= plan.predicted.peak_memory_bytes.value * (1 + 1e-9)
+    assert plan.predicted.peak_memory_bytes.value <= view.memory_limit_bytes
+    if plan.order:
+        check_order(plan, model)
+
+
+def check_order(plan: Plan, model) -> None:
+    """Plays the order under the memory that the ledgers count; every wait is waited for."""
+    limits = pipeline_limits(held_bytes(model, plan), plan.replicas[0].pp)
+    problem = round_problem(plan, model.subgraph_times_s(plan))._replace(**limits._asdict())
+    timeline = play(plan.order, problem, ROUNDS)
+    graph = RoundGraph(problem)
+    for op, item in enumerate(graph.subgraphs):
+        first = graph.first_op[graph.visit_of[op]]
+        for before in item.depends_on:
+            assert (timeline.start_ns[:, op] >= timeline.end_ns[:, first + before]).all()
+    for before, after in graph.step_edges(ROUNDS):
+        start, end = timeline.start_ns.ravel(), timeline.end_ns.ravel()
+        assert start[after] >= end[before], "a step entered before the last one's optimizer"
+
+
+@pytest.mark.parametrize("seed", [62])
+def test_playing_never_strays_far_from_the_closed_form(seed: int):
+    view = random_instance(seed, COSTS, 5)
+    plain = MuxTunePlanner(COSTS, plays=0).plan(view, None)
+    played = MuxTunePlanner(COSTS, plays=8).plan(view, None)
+    assert isinstance(plain, Plan) and isinstance(played, Plan)
+    ratio = played.predicted.tasks_step_time_s / plain.predicted.tasks_step_time_s
+    assert ratio <= 1.06 and sorted(played.task_ids) == sorted(plain.task_ids)
+    assert MuxTunePlanner(COSTS, plays=8).plan(view, None) == played
+
+
+def test_more_plays_never_make_the_played_step_longer():
+    from experiments.near_optimum.by_iteration import Judge, step_s
+
+    view = random_instance(62, COSTS, 5)
+    played = [
+        step_s(Judge(planner, view), planner)[0]
+        for planner in (MuxTunePlanner(COSTS, plays=0), MuxTunePlanner(COSTS, plays=12))
+    ]
+    assert played[0] is not None and played[1] is not None
+    assert played[1] < 0.97 * played[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("plays", -1), ("promise_margin", -0.1), ("promise_margin", math.nan)]
+)
+def test_options_out_of_range_are_refused_by_name(option: str, value: float):
+    with pytest.raises(ConfigError, match=rf"planner\.{option}"):
+        MuxTunePlanner(COSTS, **{option: value})
