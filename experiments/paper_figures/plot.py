@@ -96,7 +96,7 @@ def draw_memory(path: Path, results: Mapping) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("GB on the fullest GPU")
     axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle("Memory against tasks hosted at once (dashed: the device)", fontsize=11)
+    figure.suptitle("Memory against tasks hosted at once (dashed: 90% of the device)", fontsize=11)
     _save(figure, path)
 
 

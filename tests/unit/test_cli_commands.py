@@ -46,7 +46,7 @@ def test_help_of_a_command_shows_examples_groups_and_settings(
     told = capsys.readouterr().out
     assert f"muxtune {command}" in told
     assert "== Groups" in told and "== Settings" in told
-    assert "planner: batched, exclusive, muxtune" in told.replace("base_planner, ", "")
+    assert "planner: batched, exclusive, exclusive_fast, " in told.replace("base_planner, ", "")
     assert "num_gpus" in told
 
 

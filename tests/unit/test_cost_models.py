@@ -471,6 +471,27 @@ def test_profile_with_a_hole_in_its_grid_is_refused() -> None:
         model.pass_coefficients(ShapeKey(64, 1, (slot(),)), SOLO)
 
 
+def test_profile_of_one_gpu_refuses_subgraphs_of_several() -> None:
+    """Transfers were not measured: their lack is named, with what measures them."""
+    model = ProfiledCostModel(TINY, parse_profile(tiny_profile()))
+    plan = plan_of(htask(ShapeKey(64, 1, (slot(),)), "a"), replica=ReplicaShape(pp=2))
+    with pytest.raises(ProfileError, match=r"has no op 'p2p'.*muxtune profile"):
+        model.subgraph_times_s(plan)
+
+
+def test_stages_on_other_hosts_transfer_at_their_link_s_speed() -> None:
+    load, replica = nominal_load(ShapeKey(1024, 8, (slot(),))), ReplicaShape(pp=2)
+    near, far = (
+        AnalyticCostModel(
+            model_shape("llama-2-7b"),
+            device_figures("H100-SXM"),
+            AnalyticOptions(stage_link_bytes_per_s=speed),
+        ).breakdown_s(load, replica)["communication"]
+        for speed in (0.0, 12.5e9)
+    )
+    assert far > 5 * near
+
+
 def test_files_that_are_missing_cut_or_odd_are_named(tmp_path: Path) -> None:
     whole = json.dumps(tiny_profile())
     good = tmp_path / "good.json"
