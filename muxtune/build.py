@@ -286,12 +286,20 @@ def fleet_policy(
 def engine_options(config: CommonConfig, tell_waits: bool = True) -> EngineOptions:
     """With the quotas of tenants. Raises ConfigError for one below 1."""
     rules = {}
-    for name, tenant in config.cluster.tenants.items():
+    for name, tenant in tenants(config.cluster).items():
         if tenant.max_tasks is not None and tenant.max_tasks < 1:
             field = f"cluster.tenants.{name}.max_tasks"
             raise ConfigError(field, f"is {tenant.max_tasks}", "Give at least 1, or null")
         rules[name] = TenantRules(tenant.max_tasks)
     return EngineOptions(tenants=rules, tell_waits=tell_waits)
+
+
+def tenants(cluster: ClusterConfig) -> dict[str, TenantConfig]:
+    """Raises ConfigError for a field that a tenant does not have, or of another type."""
+    return {
+        name: call_checked(TenantConfig, f"cluster.tenants.{name}", dict(given), {})
+        for name, given in cluster.tenants.items()
+    }
 
 
 def failure_rules(cluster: ClusterConfig) -> FailureRules:
@@ -447,7 +455,7 @@ def tasks(config: CommonConfig, costs: CostBook) -> Tasks:
     Raises ConfigError or DataError that names the field or the file and the remedy.
     """
     found = _TASK_BUILDERS[_known_kind(config.workload)](config, costs)
-    given = config.cluster.tenants
+    given = tenants(config.cluster)
     if any(tenant.priority or tenant.deadline_s for tenant in given.values()):
         return TenantTasks(found, given)
     return found

@@ -113,6 +113,7 @@ class ClusterConfig:
     ``pools``: several kinds of GPUs or base models; then ``num_gpus`` is their sum, and ``device``
     that of pools which name none. ``charge_startup``: instances take the time that the cost model
     says to start; ``charge_checkpoints``: tasks that move are written out at its price.
+    ``tenants``: by name, the fields of ``TenantConfig``.
     ``preempt``: a waiting task of a higher priority takes the place of one of a lower.
     """
 
@@ -128,7 +129,7 @@ class ClusterConfig:
     pools: list[PoolConfig] = field(default_factory=list)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
-    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    tenants: dict[str, Any] = field(default_factory=dict)
     preempt: bool = False
     charge_startup: bool = False
     charge_checkpoints: bool = False

@@ -34,6 +34,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     costs = build.cost_book(config)
     tasks = build.tasks(config, costs)
     instances = build.instances(config, costs, tasks)
+    power = build.power_draw(config, instances, costs)
     planner = RecordingPlanner(
         build.planner(config.planner, costs), config.plan_samples, config.seed
     )
@@ -53,7 +54,6 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     with folder.stream(TENANTS_FILE) as file:
         metrics.write_tenants(file)
     down_ns = executor.down_ns()
-    power = build.power_draw(config, instances, costs)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
