@@ -21,6 +21,7 @@ from muxtune.capacity.service import (
     served_share,
     service_row,
     times_of,
+    window_row,
 )
 from muxtune.config import CapacityConfig, ModelConfig
 from muxtune.cost.book import CostBook
@@ -191,7 +192,8 @@ class Laboratory:
         outcomes, executor = self._engine_run(case, demand, instances, allowed=math.inf)
         times = self._times(demand, outcomes)
         row = self._row(case, num_gpus, demand, instances, executor.instance_totals(), outcomes)
-        return Run(row | service_row(times, self.level), times, tuple(outcomes))
+        row |= service_row(times, self.level) | window_row(times, demand.horizon_s)
+        return Run(row, times, tuple(outcomes))
 
     def served_share(self, case: Case, num_gpus: int) -> float:
         """As ``run`` tells; once the service level is out of reach, what it still could be. A

@@ -11,6 +11,7 @@ from muxtune.deciding import TaskOutcome
 from muxtune.errors import ConfigError
 from muxtune.report.metrics import fairness_index, quantiles
 from muxtune.report.recording import met_deadline
+from muxtune.report.statistics import kaplan_meier
 from muxtune.types import NS_PER_S, TaskState
 
 FROM_START, FROM_ARRIVAL = "start", "arrival"
@@ -109,6 +110,23 @@ def is_well_served(outcome: TaskOutcome, reference_s: float, level: ServiceLevel
 
 def served_share(times: Times, level: ServiceLevel) -> float:
     return float(well_served(times, level).mean()) if len(times.tenants) else 1.0
+
+
+def window_row(times: Times, until_s: float) -> dict[str, Any]:
+    """Completion times as somebody would tell them who stops looking at ``until_s``, when the
+    last task arrives: the tasks that have not ended by then are not left out, but known to take
+    longer (``kaplan_meier``). None where too few have ended to tell."""
+    seen = times.arrival_s < until_s
+    if not seen.any():
+        return {"num_censored": 0, "window_p50_completion_time_s": None}
+    left_s = until_s - times.arrival_s[seen]
+    ended = times.completion_s[seen] <= left_s
+    survival = kaplan_meier(np.minimum(times.completion_s[seen], left_s), ended)
+    median_s = survival.quantile(0.5)
+    return {
+        "num_censored": survival.num_censored,
+        "window_p50_completion_time_s": median_s if np.isfinite(median_s) else None,
+    }
 
 
 def service_row(times: Times, level: ServiceLevel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muxtune.capacity.search import smallest_fleet
-from muxtune.capacity.service import ServiceLevel, Times, served_share, service_row
+from muxtune.capacity.service import ServiceLevel, Times, served_share, service_row, window_row
 from muxtune.errors import ConfigError
 
 
@@ -80,6 +80,13 @@ def test_a_task_that_never_ended_is_not_served():
     assert row["served_share"] == 0.5 and row["num_not_ended"] == 1
     assert row["mean_completion_time_s"] == 50.0
     assert row["deadlines_met_share"] == 0.5
+
+
+def test_tasks_that_are_cut_off_are_known_to_take_longer():
+    found = times([0.0] * 4, [10.0, 20.0, 500.0, 700.0])
+    row = window_row(found, until_s=100.0)
+    assert row["num_censored"] == 2 and row["window_p50_completion_time_s"] == 20.0
+    assert window_row(found, until_s=15.0)["window_p50_completion_time_s"] is None
 
 
 def test_fairness_is_that_of_tenants():
