@@ -158,7 +158,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", label=planner)
         axis.set_xlabel(labels[x])
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        if y != "cpu_s":
+            axis.set_ylim(bottom=0)
         if x != "concurrent_tasks_per_instance":
             axis.set_xscale("log")
         if y == "cpu_s":
