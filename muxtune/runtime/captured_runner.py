@@ -99,7 +99,9 @@ class CapturedRunner:
     ) -> None:
         self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
         inputs = StepInputs(capacity.layout, model.device)
-        program = StepProgram(model, pool.adapters, inputs, deterministic=deterministic)
+        program = StepProgram(
+            model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
+        )
         self.steps = CapturedSteps(program, capacity.sizes, pad_id, memory)
 
     @property

@@ -24,6 +24,7 @@ from muxtune.planning.journal import JournalBatch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.adapters.contract import Place
+from muxtune.runtime.adapters.ia3 import reads_input
 from muxtune.runtime.backbone import Backbone, BackboneStore
 from muxtune.runtime.bank import TaskState, drop
 from muxtune.runtime.batch import TextLibrary
@@ -42,6 +43,7 @@ from muxtune.runtime.optimizer import SCHEDULES
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.peft_io import write_adapter
 from muxtune.runtime.records import MetricsWriter, SpanRecord, StepListener
+from muxtune.runtime.static_step.model import GROUPS
 from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask
 from muxtune.types import (
     NO_EPOCH,
@@ -267,6 +269,7 @@ class TorchExecutor:
             start_ns = self.now_ns
             try:
                 _check_task(spec, self.backbones.get(spec.model))
+                _check_captured(spec, self.backbones.get(spec.model), self.options)
                 ready = self.library.add(spec)
                 self._check_same_data(spec, ready)
             except Exception as error:
@@ -510,6 +513,23 @@ def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
             f"'{spec.optimizer.schedule}' does not exist",
             f"Choose one of: {', '.join(SCHEDULES)}",
         )
+
+
+def _check_captured(spec: TaskSpec, backbone: Backbone, options: TorchOptions) -> None:
+    """A captured step fuses linears that read the same input, which one task cannot scale for one
+    of them alone. Raises ConfigError."""
+    captures = options.step == "captured" or (
+        options.step == "auto" and backbone.device.type == "cuda"
+    )
+    if spec.adapter.method != "ia3" or not captures:
+        return
+    fused = {name for group in GROUPS if len(group) > 1 for name in group}
+    for site in backbone.matching_sites(spec.adapter.targets):
+        leaf = site.name.rpartition(".")[2]
+        if leaf in fused and reads_input(spec.adapter, site.name):
+            problem = f"names {leaf}, whose input other linears of a captured step read too"
+            remedy = "Leave it out, or set backend.step=eager"
+            raise ConfigError("adapter.options.feedforward_modules", problem, remedy)
 
 
 def _check_positions(spec: TaskSpec, backbone: Backbone, virtual_tokens: int) -> None:

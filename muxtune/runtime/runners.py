@@ -69,7 +69,8 @@ class Runners:
             return EagerRunner(self.backbone, pool, self.options.deterministic)
         assert isinstance(pool, StaticPool)
         states: list[TaskState] = [state for state in pool.occupants if state is not None]
-        longest = _longest(self.backbone.model.config)
+        virtual_tokens = 0 if pool.extras is None else pool.extras.max_virtual_tokens
+        longest = _longest(self.backbone.model.config) - virtual_tokens
         wanted = capacity_of(htask, states, self.options.deterministic, longest)
         known = self._captured.get(id(pool))
         if known is not None and known.capacity.holds(wanted):

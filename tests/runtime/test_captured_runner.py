@@ -41,6 +41,19 @@ def tasks_of(dropout: float = 0.0) -> list[TaskSpec]:
     ]  # fmt: skip
 
 
+def mixed_tasks() -> list[TaskSpec]:
+    """Every method that has a static form, beside LoRA."""
+    common: dict[str, Any] = {"num_steps": STEPS}
+    places = ("o_proj", "down_proj")
+    return [
+        make_task("lora", **common, targets=("all-linear",), rank=2),
+        make_task("ia3", **common, method="ia3", targets=("k_proj", "v_proj", "down_proj")),
+        make_task("houlsby", **common, method="bottleneck", targets=places, dropout=0.2, rank=3),
+        make_task("prefix", **common, method="prefix", targets=(), rank=3, accumulation=2),
+        make_task("prefix 1", **common, method="prefix", targets=(), rank=1, batch_size=5),
+    ]
+
+
 def trained(folder: Path, store: BackboneStore, tasks: Sequence[TaskSpec], **options) -> Bench:
     bench = Bench(folder, store, **options)
     bench.run(make_plan([make_htask(tasks)]), *tasks)
@@ -81,6 +94,26 @@ def test_losses_norms_and_adapters_are_those_of_the_eager_pass(
         assert results[0][3:] == pytest.approx(results[1][3:], rel=1e-3)
         assert results[0].perplexity_before is not None
         assert results[0][:2] == results[1][:2]
+    assert not captured.recorder.notices
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_mixed_methods_are_those_of_the_eager_pass(
+    store: BackboneStore, tmp_path: Path, deterministic: bool
+) -> None:
+    tasks = mixed_tasks()
+    mode = {"deterministic": deterministic, "evaluate_tokens": 60}
+    eager = trained(tmp_path / "eager", store, tasks, **EAGER, **mode)
+    captured = trained(tmp_path / "captured", store, tasks, **CAPTURED, **mode)
+    assert isinstance(runners(captured)[0], CapturedRunner)
+    for left, right in zip(_sorted(eager), _sorted(captured), strict=True):
+        assert left[:2] == right[:2]
+        assert left[2:] == pytest.approx(right[2:], rel=5e-4)
+    for task in tasks:
+        assert worst_gap(captured.weights(task), eager.weights(task)) < 2e-3
+        results = [bench.executor.tasks[task.task_id].result for bench in (eager, captured)]
+        assert results[0] is not None and results[1] is not None
+        assert results[0].perplexity_after == pytest.approx(results[1].perplexity_after, rel=1e-3)
     assert not captured.recorder.notices
 
 
@@ -126,8 +159,9 @@ def test_results_come_late_and_in_order(store: BackboneStore, tmp_path: Path) ->
         assert steps == list(range(1, STEPS + 1))
 
 
-def test_together_is_bit_for_bit_alone(store: BackboneStore, tmp_path: Path) -> None:
-    tasks = tasks_of(0.1)
+@pytest.mark.parametrize("kind", ["lora", "mixed"])
+def test_together_is_bit_for_bit_alone(store: BackboneStore, tmp_path: Path, kind: str) -> None:
+    tasks = tasks_of(0.1) if kind == "lora" else mixed_tasks()
     whole = make_htask(tasks)
     together = trained(tmp_path / "together", store, tasks, **CAPTURED)
     for task in tasks:
@@ -150,14 +184,14 @@ def test_joins_leaves_and_plan_changes_in_the_middle_of_steps(
     eager = trained(tmp_path / "eager", store, tasks, **EAGER)
     bench = Bench(tmp_path / "captured", store, **CAPTURED)
     bench.prepare(*tasks)
-    ia3 = AdapterSlot("ia3", 0, ("k_proj", "v_proj", "down_proj"))
+    dora = AdapterSlot("dora", 1, ("k_proj", "v_proj", "down_proj"))
     groups = [[tasks], [tasks[2:], tasks[:2]], [tasks[::-1]], [tasks[:1], tasks[3:], tasks[1:3]]]
     epoch = mixed = in_mid_step = 0
     while bench.done() < {task.task_id for task in tasks}:
         htasks = [make_htask(group) for group in groups[epoch % len(groups)]]
         if epoch % 3 == 2:  # a slot of a method that the program does not know, and nobody in it
             shape = htasks[0].shapes[0]
-            htasks[0] = htasks[0]._replace(shapes=(shape._replace(slots=(*shape.slots, ia3)),))
+            htasks[0] = htasks[0]._replace(shapes=(shape._replace(slots=(*shape.slots, dora)),))
         bench.executor.apply(make_plan(htasks, epoch, counts=[1] * len(htasks)))
         bench.until(EventKind.PLAN_APPLIED, epoch + 1)
         in_mid_step += sum(item.cursor.left is not None for item in bench.executor.tasks.values())
@@ -169,7 +203,7 @@ def test_joins_leaves_and_plan_changes_in_the_middle_of_steps(
     assert epoch > 8 and in_mid_step > 8 and mixed > 1
     for task in tasks:
         assert worst_gap(bench.weights(task), eager.weights(task)) < 1e-3
-    assert [text for text in bench.recorder.notices if "knows no 'ia3'" in text]
+    assert [text for text in bench.recorder.notices if "knows no 'dora'" in text]
     assert len(bench.recorder.notices) == len(set(bench.recorder.notices)) == 1
 
 
@@ -263,3 +297,14 @@ def test_padded_plans_run_too(store: BackboneStore, tmp_path: Path) -> None:
         weights.append([bench.weights(task) for task in tasks])
     for left, right in zip(*weights, strict=True):
         assert worst_gap(left, right) < 1e-4
+
+
+def test_an_input_that_fused_linears_share_cannot_be_scaled_for_one(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    options = {"feedforward_modules": ["up_proj"]}
+    task = make_task("ia3", method="ia3", targets=("up_proj", "v_proj"), options=options)
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.prepare(task)
+    (failure,) = bench.of(EventKind.TASK_FAILED)
+    assert "names up_proj" in str(failure.data) and "backend.step=eager" in str(failure.data)

@@ -136,7 +136,7 @@ def static(at: Setting, keeps: frozenset[int] = frozenset(), on_gpu: bool = Fals
             sites = {site for site, _ in state.tensors}
             pools.load(slot, {site: _lora(state, site) for site in sites}, 0)
         else:
-            extras.load(slot, {key: (v.param,) for key, v in state.tensors.items()})
+            fill(extras, slot, {key: v.param for key, v in state.tensors.items()})
     layout = StepLayout(NUM_ROWS, len(slots), 24, 16, dropout=True)
     inputs, host = StepInputs(layout, model.device), HostBuffer(layout, False)
     rows = [Sequence(p.slot, p.sequence.tokens, _learnt(p.sequence), p.position) for p in at.placed]
@@ -144,6 +144,17 @@ def static(at: Setting, keeps: frozenset[int] = frozenset(), on_gpu: bool = Fals
     inputs.buffer.copy_(host.buffer)
     inputs.spans = host.spans
     return Static(StepProgram(model, pools, inputs, True, extras=extras), pools, extras)
+
+
+def fill(extras: ExtraPools, slot: int, params: dict[tuple[str, str], Tensor]) -> None:
+    for key, views in extras.views(slot):
+        if key in params:
+            views[0][: params[key].shape[0]] = params[key]
+    extras.take(slot, {key: param.shape[0] for key, param in params.items()})
+
+
+def gradients(extras: ExtraPools, slot: int) -> dict[tuple[str, str], Tensor]:
+    return {key: views[1] for key, views in extras.views(slot)}
 
 
 def _lora(state: TaskState, site: str) -> LoraState:
@@ -180,7 +191,7 @@ def test_losses_and_gradients_equal_the_eager_pass() -> None:
             for site, a, b in made.pools.views(slot):
                 found[site, "lora_A"], found[site, "lora_B"] = a[1], b[1]
         else:
-            found = dict(made.extras.gradients(slot))
+            found = gradients(made.extras, slot)
         assert wanted.keys() <= found.keys()
         for key, grad in found.items():
             if key in wanted:
@@ -196,14 +207,14 @@ def test_gradients_are_kept_or_overwritten_by_slot() -> None:
     once = static(at)
     once.program.optimizes = False
     once.program.run(NUM_ROWS)
-    first = [dict(once.extras.gradients(slot)) for slot in LENGTHS]
+    first = [gradients(once.extras, slot) for slot in LENGTHS]
     keeps = frozenset({1, 2, 3})
     twice = static(at, keeps)
     twice.program.optimizes = False
     twice.program.run(NUM_ROWS)
     twice.program.run(NUM_ROWS)
     for slot in LENGTHS:
-        for key, grad in twice.extras.gradients(slot):
+        for key, grad in gradients(twice.extras, slot).items():
             factor = 2 if slot in keeps else 1
             torch.testing.assert_close(grad, factor * first[slot][key], rtol=1e-5, atol=1e-7)
 
@@ -215,8 +226,7 @@ def test_the_optimizer_steps_every_method_and_no_spare_row() -> None:
     for slot, state in enumerate(at.states):
         if state.slot.method == "lora":
             continue
-        for key, pool in made.extras._pools.items():
-            rows = pool.tensors[0][pool.rows_of(slot)]
+        for key, (rows, *_) in made.extras.views(slot):
             count = state.tensors[key].param.shape[0] if key in state.tensors else 0
             assert not rows[count:].any(), key
             if count:
@@ -248,18 +258,18 @@ def test_a_replayed_graph_of_mixed_methods_gives_the_programs_own_bits() -> None
     for one in (exact, made):
         one.program.optimizes = False
         one.program.run(NUM_ROWS)
-    first = [grad.clone() for slot in LENGTHS for _, grad in made.extras.gradients(slot)]
-    wanted = [grad for slot in LENGTHS for _, grad in exact.extras.gradients(slot)]
+    first = [g.clone() for slot in LENGTHS for g in gradients(made.extras, slot).values()]
+    wanted = [g for slot in LENGTHS for g in gradients(exact.extras, slot).values()]
     for left, right in zip(first, wanted, strict=True):
         gap = (left.cpu() - right).norm()
         assert float(gap) <= 0.1 * float(right.norm()) + 1e-4
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         made.program.run(NUM_ROWS)
-    for _, grad in made.extras.gradients(1):
+    for grad in gradients(made.extras, 1).values():
         grad.fill_(9.0)
     graph.replay()
     torch.cuda.synchronize()
-    again = [grad for slot in LENGTHS for _, grad in made.extras.gradients(slot)]
+    again = [g for slot in LENGTHS for g in gradients(made.extras, slot).values()]
     for left, right in zip(again, first, strict=True):
         assert torch.equal(left, right)

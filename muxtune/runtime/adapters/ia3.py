@@ -49,7 +49,7 @@ class IA3(AdapterMethod):
         generator: Generator,
         weight_OD: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        if any(site.name.endswith(name) for name in _feedforward(spec)):
+        if reads_input(spec, site.name):
             return {IN: torch.ones(1, site.in_features)}
         return {OUT: torch.ones(1, site.out_features)}
 
@@ -86,6 +86,11 @@ class IA3(AdapterMethod):
             "fan_in_fan_out": False,
             "init_ia3_weights": True,
         }
+
+
+def reads_input(spec: AdapterSpec, site_name: str) -> bool:
+    """Whether the vector is over the site's inputs."""
+    return any(site_name.endswith(name) for name in _feedforward(spec))
 
 
 def _feedforward(spec: AdapterSpec) -> tuple[str, ...]:

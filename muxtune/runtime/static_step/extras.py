@@ -65,16 +65,13 @@ class Pool(NamedTuple):
         start = sum(self.slot_rows[:slot])
         return slice(start, start + self.slot_rows[slot])
 
-    def load(self, slot: int, values: Sequence[Tensor] | None) -> None:
-        """Parameter and, if given, moments; None: the task has none here."""
+    def views(self, slot: int) -> Four:
         rows = self.rows_of(slot)
-        for tensor in self.tensors:
-            tensor[rows] = 0
-        self.row_of_slot_S[slot] = self.tensors[0].shape[0] if values is None else rows.start
-        if values is not None:
-            param, _, exp_avg, exp_avg_sq = self.tensors
-            for tensor, value in zip((param, exp_avg, exp_avg_sq), values, strict=False):
-                tensor[rows.start : rows.start + value.shape[0]] = value
+        param, grad, exp_avg, exp_avg_sq = (tensor[rows] for tensor in self.tensors)
+        return param, grad, exp_avg, exp_avg_sq
+
+    def set_owned(self, slot: int, owned: bool) -> None:
+        self.row_of_slot_S[slot] = self.rows_of(slot).start if owned else self.tensors[0].shape[0]
 
     def store(self, grad_UW: Tensor, keep_S: Tensor) -> None:
         """The gradient: written, or added for slots that keep what they have."""
@@ -273,22 +270,21 @@ class ExtraPools:
     def max_virtual_tokens(self) -> int:
         return max((s.rank for s in self.slots if s.method == "prefix"), default=0)
 
-    @torch.no_grad()
-    def load(self, slot: int, states: Mapping[tuple[str, str], Sequence[Tensor]]) -> None:
-        """Put a task's tensors, (site name, parameter name) -> parameter and moments, into a
-        slot; gradients are cleared."""
+    def views(self, slot: int) -> Iterator[tuple[tuple[str, str], Four]]:
+        """A slot's rows by (site name, parameter name)."""
         for key, pool in self._pools.items():
             if pool.slot_rows[slot]:
-                pool.load(slot, states.get(key))
-        if self.prefixes and self.slots[slot].method == "prefix":
-            keys = [values[0] for (_, name), values in states.items() if name == prefix.KEY]
-            self._place_prefix(slot, keys[0].shape[0] if keys else 0)
+                yield key, pool.views(slot)
 
-    def gradients(self, slot: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Views of a slot's gradients by (site name, parameter name)."""
+    @torch.no_grad()
+    def take(self, slot: int, rows_of: Mapping[tuple[str, str], int]) -> None:
+        """Tell the step what a slot's task has here: number of rows by (site name, parameter
+        name). The rows themselves are filled through ``views``, spare ones with zeros."""
         for key, pool in self._pools.items():
             if pool.slot_rows[slot]:
-                yield key, pool.tensors[1][pool.rows_of(slot)]
+                pool.set_owned(slot, key in rows_of)
+        if self.slots[slot].method == "prefix":
+            self._place_prefix(slot, max(rows_of.values(), default=0))
 
     def _place_prefix(self, slot: int, count: int) -> None:
         shared = self.prefixes[0]

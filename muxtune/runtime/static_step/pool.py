@@ -14,7 +14,8 @@ import torch
 from muxtune.runtime.adapters.low_rank import A, B
 from muxtune.runtime.bank import ParameterKey, TaskState, TaskTensors
 from muxtune.runtime.static_step.adapters import AdapterPools, SlotSpec
-from muxtune.runtime.static_step.model import StaticModel, Unsupported
+from muxtune.runtime.static_step.extras import ExtraPools
+from muxtune.runtime.static_step.model import StaticModel
 from muxtune.types import AdapterSlot
 
 
@@ -24,12 +25,14 @@ class StaticPool:
     def __init__(
         self, model: StaticModel, slots: tuple[AdapterSlot, ...], deterministic: bool
     ) -> None:
-        for slot in slots:
-            if slot.method != "lora":
-                raise Unsupported(f"the static step knows no '{slot.method}' adapters")
         self.slots = slots
         self.occupants: list[TaskState | None] = [None] * len(slots)
-        specs = tuple(SlotSpec(slot.rank, slot.targets) for slot in slots)
+        is_mixed = any(slot.method != "lora" for slot in slots)
+        self.extras = ExtraPools(model, slots, deterministic) if is_mixed else None
+        specs = tuple(
+            SlotSpec(slot.rank, slot.targets) if slot.method == "lora" else SlotSpec(0, ())
+            for slot in slots
+        )
         self.adapters = AdapterPools(model, specs, deterministic)
 
     def put(self, state: TaskState, slot: int) -> None:
@@ -45,6 +48,9 @@ class StaticPool:
                     target.copy_(source)
                 state.tensors[key] = new
         self.adapters.settings.step_S[slot] = state.step
+        if self.extras is not None:
+            rows_of = {key: values.param.shape[0] for key, values in state.tensors.items()}
+            self.extras.take(slot, rows_of)
 
     def vacate(self, slot: int) -> None:
         """An idle slot's rows do nothing; whoever comes next clears them."""
@@ -53,3 +59,5 @@ class StaticPool:
         for site_name, a, b in self.adapters.views(slot):
             yield (site_name, A), TaskTensors(*a)
             yield (site_name, B), TaskTensors(*b)
+        for key, four in () if self.extras is None else self.extras.views(slot):
+            yield key, TaskTensors(*four)
