@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muxtune.runtime import training
 from muxtune.runtime.adapters import METHODS, bottleneck, low_rank
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.bank import AdapterBank
+from muxtune.runtime.bank import AdapterBank, SlotPool
 from muxtune.runtime.batch import DropoutSeed, Placed, assemble
 from muxtune.types import TaskSpec
 from muxtune.workload.encoding import EncodedSequence
@@ -100,6 +100,7 @@ def count_ops(
     backbone, tasks = store.get("tiny"), tasks_of(count, dropout)
     bank = AdapterBank(backbone, torch.float32)
     (pool,) = bank.arrange([make_htask(tasks)], {t.task_id: bank.create(t, 1) for t in tasks})
+    assert isinstance(pool, SlotPool)
     sequence = EncodedSequence(np.arange(1, TOKENS + 1), np.ones(TOKENS, dtype=bool))
     placed = [Placed(slot, slot * TOKENS, 0, sequence) for slot in range(len(tasks))]
     tensors = assemble(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.backbone import Backbone
-from muxtune.runtime.bank import AdapterBank, TaskState, adapter_slot
+from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, adapter_slot
 from muxtune.runtime.batch import DropoutSeed, Placed, assemble
 from muxtune.runtime.static_step import (
     AdapterPools,
@@ -97,6 +97,7 @@ def eager(at: Setting) -> tuple[list[float], list[dict[tuple[str, str], Tensor]]
     bank = AdapterBank(at.backbone, torch.float32)
     by_id = {state.task.task_id: state for state in at.states}
     (pool,) = bank.arrange([make_htask(at.specs, slots=slots_of(at.specs))], by_id)
+    assert isinstance(pool, SlotPool)
     spans = []
     for slot in LENGTHS:
         rows = [item for item in at.placed if item.slot == slot]
