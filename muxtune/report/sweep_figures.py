@@ -87,7 +87,8 @@ def aggregate(rows: Sequence[Row], varied: Sequence[str]) -> list[dict[str, Any]
         for column in AGGREGATED:
             interval = _interval(group, column)
             row |= _cells(column, interval)
-        base = by_key.get(_baseline_key(group.key, set(by_key)))
+        key = _baseline_key(group.key, set(by_key))
+        base = None if key is None else by_key[key]
         row |= _cells("completion_time_over_baseline", _ratio(group, base))
         table.append(row)
     return table
