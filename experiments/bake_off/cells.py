@@ -12,6 +12,8 @@ import csv
 import json
 from array import array
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from omegaconf import OmegaConf
 from experiments.bake_off.systems import System
 from muxtune import build
 from muxtune.commands.simulate import few_collections, fleet_options, fleet_summary
-from muxtune.config import SimulateConfig, conf_dir, register_schemas
+from muxtune.config import SimulateConfig, TraceWorkload, conf_dir, register_schemas
 from muxtune.engine import Engine, TaskOutcome
 from muxtune.types import NS_PER_S, Event, InstanceSpec, Plan, TaskState
 from muxtune.workload.traces import PHILLY, Trace, read_trace
@@ -123,21 +125,23 @@ class Score:
         self._busy_gpus += (before + change > 0) - (before > 0)
 
 
-def config_of(cell: Cell, window: Path) -> SimulateConfig:
-    """The composed settings of `muxtune simulate` that the cell stands for."""
+@lru_cache(maxsize=32)
+def composed(words: tuple[str, ...]) -> SimulateConfig:
+    """The settings of `muxtune simulate` with these overrides."""
     register_schemas()
-    words = [
-        *cell.system.words,
-        "cluster=h100_x64",
-        f"cluster.num_gpus={cell.num_gpus}",
-        "workload=philly",
-        f"workload.trace={window}",
-        f"workload.load={cell.load}",
-        f"seed={cell.seed}",
-        "output_dir=unused",
-    ]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return OmegaConf.to_object(compose("simulate", overrides=words))  # type: ignore[return-value]
+        return OmegaConf.to_object(compose("simulate", overrides=list(words)))  # type: ignore[return-value]
+
+
+def config_of(cell: Cell, window: Path) -> SimulateConfig:
+    words = (*cell.system.words, "cluster=h100_x64", "workload=philly", "output_dir=unused")
+    config = deepcopy(composed(words))
+    workload = config.workload
+    assert isinstance(workload, TraceWorkload)
+    workload.trace, workload.load = str(window), cell.load
+    config.seed = workload.seed = cell.seed
+    config.cluster.num_gpus = cell.num_gpus
+    return config
 
 
 _BOOKS: dict[tuple[str, str], Any] = {}

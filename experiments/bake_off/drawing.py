@@ -66,9 +66,10 @@ def draw_completion(path: Path, points: Sequence[Point]) -> None:
         low.set_ylim(0, 105)
         low.set_xlabel("offered load (1: GPUs just busy with HF PEFT, one task each)")
         low.legend(fontsize=8, loc="upper left", ncols=2)
+    num_seeds = max((len(point.records) for point in points), default=0)
     figure.suptitle(
         "Philly windows on 128 H100 (simulated, Llama-2-7B); mean and 95% bootstrap interval "
-        "over seeds"
+        f"over {num_seeds} seeds"
     )
     figure.savefig(path, dpi=DOTS_PER_INCH)
 

@@ -76,6 +76,13 @@ def read_points(runs: Path) -> list[Point]:
     ]
 
 
+def with_all_seeds(points: Sequence[Point]) -> list[Point]:
+    """Windows differ so much that means over different seeds do not compare: a system's load that
+    lacks seeds is not drawn. The tables have it, with the number of its seeds."""
+    most = max(len(point.records) for point in points)
+    return [point for point in points if len(point.records) == most]
+
+
 def relative_change(ours: np.ndarray, other: np.ndarray) -> np.ndarray:
     """``mean(ours) / mean(other) - 1``: negative where ours is the smaller."""
     return ours.mean(axis=-1) / other.mean(axis=-1) - 1.0
@@ -107,6 +114,8 @@ def comparisons(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
 
 
 def verdict(change: Interval) -> str:
+    if change.low == change.high == 0:
+        return "equal"
     if change.high < 0:
         return "muxtune is less"
     return "muxtune is more" if change.low > 0 else "no clear difference"
@@ -147,8 +156,9 @@ def write_results(work: Path, output: Path) -> None:
     }
     text = json.dumps(content, indent=1)
     (output / "results.json").write_text(text + "\n", encoding="utf-8")
-    draw_completion(output / "completion_against_load.png", points)
-    draw_distributions(output / "distributions.png", points)
+    drawn = with_all_seeds(points)
+    draw_completion(output / "completion_against_load.png", drawn)
+    draw_distributions(output / "distributions.png", drawn)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

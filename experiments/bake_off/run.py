@@ -23,12 +23,12 @@ from experiments.bake_off.systems import SYSTEMS
 from muxtune.report.tables import make_console
 
 PLAIN_INTERVAL_S = 20.0
-FIRST_LOADS = (0.5, 1.0, 1.5, 8.0)
+FIRST_LOADS = (1.0, 1.5, 0.5, 8.0)
 
 
 def cells_of(given: argparse.Namespace) -> list[Cell]:
-    """All systems at all their loads: a few loads first, seed by seed, so that a run which was
-    stopped has whole comparisons."""
+    """All systems at all their loads, one load after the other, seed by seed, so that a run which
+    was stopped has whole comparisons."""
     cells = [
         Cell(system, load, seed, given.tasks, given.gpus, given.max_hours)
         for seed in range(given.seeds)
@@ -37,7 +37,11 @@ def cells_of(given: argparse.Namespace) -> list[Cell]:
         if (not given.systems or system.name in given.systems)
         and (not given.loads or load in given.loads)
     ]
-    return sorted(cells, key=lambda cell: (cell.load not in FIRST_LOADS, cell.seed, cell.load))
+    return sorted(cells, key=lambda cell: (place_of(cell.load), cell.seed))
+
+
+def place_of(load: float) -> float:
+    return FIRST_LOADS.index(load) if load in FIRST_LOADS else len(FIRST_LOADS)
 
 
 def run_all(given: argparse.Namespace) -> None:
