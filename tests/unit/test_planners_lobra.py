@@ -69,12 +69,13 @@ def planned(tasks, replicas, **options) -> Plan:
 
 
 def lengths_of(tasks, num_steps: int = 6) -> TableLengths:
+    """Each task has two steps more than the one before."""
     seed, lengths = random.Random(3), TableLengths()
-    for item in tasks:
+    for number, item in enumerate(tasks):
         most = item.lengths.max_tokens
         batch = [[seed.randint(most // 2, most) for _ in range(item.sequences_per_step)]
                  for _ in range(num_steps)]  # fmt: skip
-        lengths.add(item.task_id, batch, num_steps)
+        lengths.add(item.task_id, batch, num_steps + 2 * number)
     return lengths
 
 
@@ -109,12 +110,13 @@ def test_a_course_over_replicas_is_that_of_dealing_round_by_round(replicas):
     plan = planned(tasks, replicas)
     cursors = {item.task_id: Cursor() for item in tasks}
     forecast = builder.forecast(plan, cursors, lengths, COST)
-    assert (forecast.rounds, forecast.task_ids, forecast.exact) == (4, ("a", "b"), False)
+    assert (forecast.rounds, forecast.task_ids, forecast.exact) == (4, ("a",), False)
     seconds, walked = 0.0, cursors
-    for rounds in range(1, 5):
+    for rounds in range(1, 8):
         batches, walked = builder.next_round(plan, walked, lengths)
         assert builder.advance(plan, cursors, lengths, rounds) == walked
-        seconds += sum(slowest(batch, plan, lengths) for batch in batches)
+        if rounds <= forecast.rounds:
+            seconds += sum(slowest(batch, plan, lengths) for batch in batches)
     assert forecast.duration_ns == pytest.approx(seconds * NS_PER_S, abs=2)
     half = builder.rounds_until(plan, cursors, lengths, COST, forecast.duration_ns // 2)
     assert half[0] == 2
