@@ -58,12 +58,13 @@ def draw_completion(path: Path, points: Sequence[Point]) -> None:
         for axes in (top, middle):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter("")
         if panel == SAME_KERNELS:
             loads = sorted({point.load for point in of_panel})
             low.set_xscale("log")
             low.set_xticks(loads, [f"{load:g}" for load in loads])
             low.minorticks_off()
-        low.set_ylim(0, 105)
+        low.set_ylim(0, 150)
         low.set_xlabel("offered load (1: GPUs just busy with HF PEFT, one task each)")
         low.legend(fontsize=8, loc="upper left", ncols=2)
     num_seeds = max((len(point.records) for point in points), default=0)
