@@ -133,7 +133,8 @@ def test_joins_and_results_as_on_the_cpu(cuda_store: BackboneStore, tmp_path: Pa
     on_any_device.test_results_come_late_and_in_order(cuda_store, tmp_path / "order")
     join = on_any_device.test_a_join_into_a_shape_that_holds_keeps_program_and_addresses
     join(cuda_store, tmp_path / "join")
-    on_any_device.test_together_is_bit_for_bit_alone(cuda_store, tmp_path / "alone")
+    for kind in ("lora", "mixed"):
+        on_any_device.test_together_is_bit_for_bit_alone(cuda_store, tmp_path / kind, kind)
 
 
 @pytest.mark.parametrize("what", ["weights", "data", "cancel"])

@@ -35,6 +35,7 @@ from muxtune.types import (
     AdapterSlot,
     Cursor,
     DispatchRule,
+    Estimates,
     HTaskTurn,
     Plan,
     Refusal,
@@ -55,7 +56,8 @@ class ReplicaCost(HandCost):
 
     def pass_times_s(self, loads, replica):
         values = [self.pass_coefficients(load.shape, replica).base_s for load in loads]
-        return type("Estimates", (), {"value": np.array(values)})()
+        value = np.array(values)
+        return Estimates(value, value, value, np.zeros(len(value), dtype=bool))
 
 
 COST = ReplicaCost()

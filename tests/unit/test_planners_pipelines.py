@@ -81,4 +81,4 @@ def test_playing_finds_what_the_closed_form_does_not():
 )
 def test_options_out_of_range_are_refused_by_name(option: str, value: float):
     with pytest.raises(ConfigError, match=rf"planner\.{option}"):
-        MuxTunePlanner(COSTS, **{option: value})
+        MuxTunePlanner(COSTS, **{option: value})  # pyright: ignore[reportArgumentType]
