@@ -688,6 +688,7 @@ def torch_executor(
     datasets: Any,
     listeners: Sequence[Any] = (),
     field: str = "backend",
+    make_instance: Callable[..., Any] | None = None,
 ) -> Any:
     """A ``TorchExecutor``. Raises ConfigError for an option that it does not have."""
     from muxtune.planning.step_builder import StepBuilder
@@ -696,7 +697,9 @@ def torch_executor(
 
     rest = _without_name(options, "torch", field)
     made = call_checked(TorchOptions, field, rest, {"output_dir": output_dir})
-    return TorchExecutor(StepBuilder(), store, datasets, made, listeners)
+    return TorchExecutor(
+        StepBuilder(), store, datasets, made, listeners, make_instance=make_instance
+    )
 
 
 def _without_name(options: Mapping[str, Any], expected: str, field: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from muxtune.commands.ranks import follow, is_follower
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.report.sweep import FAILED, OK, SUMMARY
@@ -81,6 +82,8 @@ def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneErro
         raise ConfigError(missing[0], "is not given", f"Give it with {missing[0]}=VALUE")
     typed: Any = OmegaConf.to_object(config)
     command = importlib.import_module(f"muxtune.commands.{typed.command}")
+    if typed.command == "train" and is_follower():
+        follow(typed)
     if hasattr(command, "check_folder"):  # before anything there is written over
         command.check_folder(typed, folder.path)
     folder.write_text(CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))

@@ -17,14 +17,16 @@ from muxtune import codec
 from muxtune.commands import RUN_FILE
 from muxtune.config import CommonConfig
 from muxtune.errors import ConfigError
-from muxtune.planning.journal import read_journal
+from muxtune.planning.journal import JournalBatch, read_journal
 from muxtune.report.sweep import SUMMARY
-from muxtune.types import TaskSpec
+from muxtune.types import EventKind, Reject, TaskSpec
 
 JOURNAL_FILE = "journal.jsonl"
 FLAGS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 # Options of the backend that change how a run goes on but not what comes out.
 FREE_OPTIONS = {"checkpoint_steps", "progress_interval_s", "skip_idle", "memory_pressure_share"}
+# A run may go on with other GPUs; see ``close_chapter``.
+LAYOUT_FIELDS = ("num_gpus", "tp", "pp")
 REMEDY = "Resume with the settings of that run (`muxtune train resume=FOLDER` brings them along)"
 
 
@@ -56,9 +58,49 @@ def check_same_run(path: Path, origin: Mapping[str, Any]) -> None:
     for name in mine:
         if name == "tasks":
             _check_tasks(path, recorded.get(name, {}), mine[name])
-        elif (changed := _difference(name, recorded.get(name), mine[name])) is not None:
+        elif (
+            changed := _difference(name, _kept(name, recorded.get(name)), _kept(name, mine[name]))
+        ) is not None:
             field, old, new = changed
             raise ConfigError(field, f"is {new!r}, but the run in '{path}' has {old!r}", REMEDY)
+
+
+def has_other_layout(path: Path, config: CommonConfig) -> bool:
+    """Whether the journal there is of other numbers of GPUs."""
+    if not has_journal(path):
+        return False
+    recorded = read_journal(path / JOURNAL_FILE).config
+    cluster = recorded.get("cluster", {}) if isinstance(recorded, dict) else {}
+    return any(cluster.get(name) != getattr(config.cluster, name) for name in LAYOUT_FIELDS)
+
+
+def _kept(name: str, section: Any) -> Any:
+    """A section of the settings without what may change."""
+    if name != "cluster" or not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in LAYOUT_FIELDS}
+
+
+def close_chapter(path: Path) -> None:
+    """The journal becomes the last of the earlier chapters."""
+    number = len(earlier_chapters(path))
+    (path / JOURNAL_FILE).rename(path / f"journal.{number}.jsonl")
+
+
+def earlier_chapters(path: Path) -> list[Path]:
+    """Journals of the same run from before it went on with other GPUs, oldest first."""
+    found = path.glob("journal.*.jsonl")
+    return sorted(found, key=lambda file: int(file.name.split(".")[1]))
+
+
+def tasks_that_ended(chapters: Iterable[Sequence[JournalBatch]]) -> set[str]:
+    ends = {EventKind.TASK_DONE, EventKind.TASK_FAILED, EventKind.TASK_CANCELLED}
+    ended: set[str] = set()
+    for chapter in chapters:
+        for record in chapter:
+            ended.update(event.task_id for event in record.events if event.kind in ends)
+            ended.update(a.task_id for a in record.actions if isinstance(a, Reject))
+    return ended
 
 
 def is_unfinished(path: Path) -> bool:

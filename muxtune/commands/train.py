@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from muxtune import build
+from muxtune.commands import ranks
 from muxtune.commands.resuming import (
     JOURNAL_FILE,
     check_same_run,
+    close_chapter,
+    earlier_chapters,
     ended_summary,
+    has_journal,
+    has_other_layout,
     is_unfinished,
     run_origin,
     saved_overrides,
+    tasks_that_ended,
 )
 from muxtune.config import CommonConfig, TrainConfig
 from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
-from muxtune.planning.journal import Journal, JournalBatch
+from muxtune.planning.journal import Journal, JournalBatch, read_journal
 from muxtune.report.perfetto import Span, TraceWriter
 from muxtune.report.plots import slowdowns
 from muxtune.report.progress import TaskProgress
@@ -101,6 +108,9 @@ def run(
     the folder goes on, and all but trace.json, which begins anew, are continued.
     """
     build.need_torch()
+    info = ranks.rank_info(config)
+    if info is None and ranks.num_ranks(config) > 1:
+        return _launch(config, folder)
     costs = build.cost_book(config)
     tasks = real_tasks(config, costs)
     check_folder(config, folder.path, tasks)
@@ -110,17 +120,24 @@ def run(
     if not config.resume:
         _clear(folder.path)
     planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
-    store = loaded or build.backbone_store(config)
     outcomes, troubles = Outcomes(), Troubles()
+    chapters = _turn_page(config, folder.path)
+    ended_before = tasks_that_ended(chapters)
     with ExitStack() as stack:
+        store, make_instance = loaded or build.backbone_store(config), None
+        if info is not None and info.world_size > 1:
+            crew = ranks.crew_of(config, info)
+            store, make_instance = crew.store, crew.make_instance
+            stack.push(lambda kind, error, trace: crew.close() if kind is None else None)
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))
         stack.callback(trace.end)
         rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
         listener = TorchListener(display, trace)
         executor = build.torch_executor(
-            config.backend, folder.path, store, build.text_library(config, store), (listener,)
-        )
+            config.backend, folder.path, store, build.text_library(config, store), (listener,),
+            make_instance=make_instance,
+        )  # fmt: skip
         stack.callback(executor.close)
         journal, past = _journal(config, folder.path, tasks)
         stack.enter_context(journal)
@@ -128,19 +145,36 @@ def run(
             build.cluster_policy(config.cluster_policy),
             planner,
             executor,
-            tasks,
+            [task for task in tasks if task.task_id not in ended_before],
             build.instances(config, costs, tasks),
             journal,
             (rows, outcomes, troubles),
         )
         if past is not None:
             engine.resume(past)
+        elif chapters:
+            executor.restore([(record, ()) for chapter in chapters for record in chapter])
         engine.observers += (display,)  # it shows what happens, not what has happened
         totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
     _show(folder, summary, outcomes)
     summary["error"] = troubles.error()
     return summary
+
+
+def _launch(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+    """The same in one process a rank on this host; rank 0's summary."""
+    from muxtune.runtime.distributed.launch import launch
+
+    ranks.check(config, ranks.num_ranks(config))
+    ranks.timeout_s(config)
+    main_process = os.getpid()
+
+    def work() -> dict[str, Any] | None:
+        assert os.getpid() != main_process
+        return ranks.follow(config) if ranks.is_follower() else run(config, folder)
+
+    return launch(ranks.num_ranks(config), work)
 
 
 def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | None = None) -> None:
@@ -161,9 +195,22 @@ def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | No
         )
 
 
+def _turn_page(config: TrainConfig, path: Path) -> list[Sequence[JournalBatch]]:
+    """The records of the chapters before: a run that goes on with other GPUs begins a new one,
+    because what its journal holds was decided for the old ones. Tasks go on from their
+    checkpoints all the same."""
+    if not config.resume:
+        return []
+    if has_other_layout(path, config):
+        close_chapter(path)
+    return [read_journal(chapter).batches for chapter in earlier_chapters(path)]
+
+
 def _clear(path: Path) -> None:
     """What a run that has ended left and this one would take for its own. The journal goes before
     what it speaks of, so that a kill in between leaves nothing that looks like a run."""
+    for chapter in earlier_chapters(path):
+        chapter.unlink()
     for name in (SUMMARY, JOURNAL_FILE, METRICS_FILE):  # metrics are appended to
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
@@ -173,7 +220,7 @@ def _journal(
     config: TrainConfig, path: Path, tasks: Sequence[TaskSpec]
 ) -> tuple[Journal, Sequence[JournalBatch] | None]:
     """The journal to write, and what it holds already if the run is resumed."""
-    if config.resume:
+    if config.resume and has_journal(path):
         journal, record = Journal.resume(path / JOURNAL_FILE)
         return journal, record.batches
     origin = run_origin(config, tasks) | {"overrides": saved_overrides(path)}

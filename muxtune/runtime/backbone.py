@@ -312,7 +312,8 @@ class BackboneStore:
     """Backbones by model name, each loaded at most once and shared by all instances.
 
     A name is one of ``sources``; a folder; a GGUF file; a model that an installed package ships
-    (``smollm2-135m``); or ``random:SHAPE`` for random weights of a named shape.
+    (``smollm2-135m``); or ``random:SHAPE`` for random weights of a named shape. ``make``: what
+    holds a loaded model, with the arguments of ``Backbone``.
     """
 
     def __init__(
@@ -320,8 +321,9 @@ class BackboneStore:
         sources: Mapping[str, BackboneSource] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        make: Callable[..., Backbone] = Backbone,
     ) -> None:
-        self._sources = dict(sources or {})
+        self._sources, self.make = dict(sources or {}), make
         self.device, self.dtype = torch.device(device), dtype
         self._loaded: dict[str, Backbone] = {}
 
@@ -329,7 +331,7 @@ class BackboneStore:
         """Loads on first use. Raises ConfigError for a model that cannot be found."""
         if name not in self._loaded:
             model, tokenizer = self._source(name)()
-            self._loaded[name] = Backbone(name, model, tokenizer, self.device, self.dtype)
+            self._loaded[name] = self.make(name, model, tokenizer, self.device, self.dtype)
         return self._loaded[name]
 
     def tokenizer(self, name: str) -> Tokenizer:

@@ -12,6 +12,7 @@ class TorchOptions(NamedTuple):
     ``resume``: tasks go on from the checkpoints that are there. ``skip_idle``: when nothing can
     run, move the clock to the next arrival instead of waiting for it. ``memory_pressure_share``:
     share of its memory limit above which an instance asks for a smaller plan, 0 for never.
+    ``rank_timeout_s``: on several ranks, how long one may not answer before the run ends.
 
     ``device``: cpu, cuda, or auto: CUDA for a fleet of GPUs where torch sees one. ``dtype`` of the
     base model: float32, bfloat16, or auto: bfloat16 on CUDA. ``step``: captured (forward to
@@ -29,6 +30,7 @@ class TorchOptions(NamedTuple):
     device: str = "auto"
     dtype: str = "auto"
     step: str = "auto"
+    rank_timeout_s: float = 30.0
 
     def adapter_folder(self, task_id: str) -> Path:
         return Path(self.output_dir) / "adapters" / task_id

@@ -72,11 +72,12 @@ class _OpenRound:
 
 
 class DistributedInstance(RunningInstance):
-    """Drives ``team`` and this rank's own ``worker``."""
+    """Drives ``team`` and this rank's own ``worker``. ``on_work(True)``: from here on the other
+    ranks may expect something of this one; ``on_work(False)``: not any more."""
 
     def __init__(
         self, spec: InstanceSpec, backbone: StageBackbone, host: Host, team: Team, worker: Worker,
-        patience: Patience,
+        patience: Patience, on_work: Callable[[bool], None] = lambda works: None,
     ) -> None:  # fmt: skip
         super().__init__(spec, backbone, host)
         if Layout(spec.replicas) != backbone.layout:
@@ -92,7 +93,7 @@ class DistributedInstance(RunningInstance):
             worker,
             patience,
         )
-        self.bank = worker.bank
+        self.bank, self._on_work = worker.bank, on_work
         self._pools: list[SlotPool] = []
         self._open: dict[int, _OpenRound] = {}
         self._next_number = 0
@@ -134,8 +135,12 @@ class DistributedInstance(RunningInstance):
         self.team.tell(Stop())
 
     def _command(self, command: Any) -> None:
-        self.team.tell(command)
-        self.worker.obey(command)
+        self._on_work(True)
+        try:
+            self.team.tell(command)
+            self.worker.obey(command)
+        finally:
+            self._on_work(False)
 
     # -- tasks
 
@@ -415,12 +420,15 @@ def _check_order(plan: Plan) -> None:
 
 
 def distributed_factory(
-    team: Team, worker: Worker, patience: Patience
+    team: Team,
+    worker: Worker,
+    patience: Patience,
+    on_work: Callable[[bool], None] = lambda works: None,
 ) -> Callable[[InstanceSpec, Any, Host], RunningInstance]:
     """For ``TorchExecutor``: instances that span the ranks."""
 
     def make(spec: InstanceSpec, backbone: Any, host: Host) -> RunningInstance:
-        return DistributedInstance(spec, backbone, host, team, worker, patience)
+        return DistributedInstance(spec, backbone, host, team, worker, patience, on_work)
 
     return make
 

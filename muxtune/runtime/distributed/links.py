@@ -30,6 +30,14 @@ class DistributedError(MuxTuneError):
     """The ranks of a run cannot go on together: says which rank, why, and the remedy."""
 
 
+def lost(who: str, error: Exception) -> DistributedError:
+    """What a broken connection means."""
+    detail = (str(error) or type(error).__name__).splitlines()[0][:160]
+    return DistributedError(
+        f"{who} has died ({detail}). Look at its last lines, then resume from the last checkpoint"
+    )
+
+
 class Channel(NamedTuple):
     """One direction to or from a neighbouring stage. ``group`` has the two ranks as members."""
 
@@ -155,8 +163,4 @@ class Patience:
                         "has died. Look at its last lines, then resume from the last checkpoint"
                     ) from None
             except RuntimeError as error:
-                detail = str(error).splitlines()[0]
-                raise DistributedError(
-                    f"{what} cannot come: another rank has died ({detail}). "
-                    "Look at its last lines, then resume from the last checkpoint"
-                ) from error
+                raise lost(f"another rank, which owes {what},", error) from None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from muxtune.runtime.bank import TaskState
 from muxtune.runtime.batch import PassTensors
-from muxtune.runtime.distributed.links import FOREVER, DistributedError
+from muxtune.runtime.distributed.links import FOREVER, DistributedError, lost
 from muxtune.runtime.distributed.runner import RoundInput
 from muxtune.types import Plan, TaskSpec
 
@@ -104,7 +104,10 @@ class Team:
 
     def tell(self, command: Any) -> None:
         """From the controller to everybody else."""
-        dist.broadcast_object_list([command], src=0, group=self._control)
+        try:
+            dist.broadcast_object_list([command], src=0, group=self._control)
+        except RuntimeError as error:
+            raise lost("a rank", error) from None
 
     def heed(self) -> Any:
         """The controller's next command. Raises DistributedError when there is none any more."""
@@ -112,11 +115,7 @@ class Team:
         try:
             dist.broadcast_object_list(box, src=0, group=self._control)
         except RuntimeError as error:
-            detail = str(error).splitlines()[0]
-            raise DistributedError(
-                f"rank 0, which controls the run, has died ({detail}). "
-                "Look at its last lines, then resume from the last checkpoint"
-            ) from error
+            raise lost("rank 0, which controls the run,", error) from None
         return box[0]
 
     def report(self, message: Any) -> None:
@@ -165,10 +164,4 @@ class Team:
                 dist.recv(data, other, group=group)
                 self.reports.put(pickle.loads(data.numpy().tobytes()))
         except Exception as error:
-            detail = str(error).splitlines()[0]
-            self.reports.put(
-                DistributedError(
-                    f"rank {other} has died ({detail}). "
-                    "Look at its last lines, then resume from the last checkpoint"
-                )
-            )
+            self.reports.put(lost(f"rank {other}", error))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
-from muxtune.runtime.distributed.links import Links, Patience
+from muxtune.runtime.distributed.links import Links, Patience, lost
 from muxtune.runtime.distributed.runner import Span, StageRunner, on_device
 from muxtune.runtime.distributed.schedule import (
     ATTENTION,
@@ -68,7 +68,12 @@ class Worker:
 
     def obey(self, command: Any) -> None:
         """Carry one command out, up to where another rank's next one is needed."""
-        _HANDLERS[type(command)](self, command)
+        try:
+            _HANDLERS[type(command)](self, command)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise lost("another rank", error) from None
+            raise
 
     def adopt(self, command: Adopt) -> None:
         whole = command.whole

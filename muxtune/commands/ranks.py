@@ -1,0 +1,167 @@
+"""``muxtune train`` on several ranks: one process a GPU, all of one command line.
+
+Rank 0 does what the command does anywhere; the others follow it. Ranks are started by torchrun,
+or by the command itself on one host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from muxtune import build
+from muxtune.config import CommonConfig, CostConfig, TrainConfig
+from muxtune.cost.schema import load_profile
+from muxtune.errors import ConfigError, MuxTuneError
+from muxtune.report.run_folder import provenance
+from muxtune.types import ReplicaShape
+
+DEFAULT_TIMEOUT_S = 30.0
+TIMEOUT = "rank_timeout_s"
+
+
+class Crew(NamedTuple):
+    """What rank 0 needs to drive the others. ``close`` lets them go."""
+
+    store: Any
+    make_instance: Callable[..., Any]
+    close: Callable[[], None]
+
+
+def num_ranks(config: CommonConfig) -> int:
+    """Of the one instance that spans them all; 1 where the run needs one process."""
+    return config.cluster.tp * config.cluster.pp
+
+
+def timeout_s(config: TrainConfig) -> float:
+    """Raises ConfigError for what is no positive number."""
+    value = config.backend.get(TIMEOUT, DEFAULT_TIMEOUT_S)
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"backend.{TIMEOUT}", f"is {value!r}", "Give seconds above 0")
+    return float(value)
+
+
+def rank_info(config: CommonConfig) -> Any:
+    """This process's place among ranks, or None. Raises ConfigError for a wrong world size."""
+    from muxtune.runtime.distributed.launch import RankInfo
+
+    info = RankInfo.from_environment()
+    if info is not None:
+        check(config, info.world_size)
+    return info
+
+
+def check(config: CommonConfig, world_size: int) -> None:
+    """Raises ConfigError where the model or the processes do not fit the layout."""
+    from muxtune.runtime.distributed.layout import Layout
+
+    cluster = config.cluster
+    build.check_cluster(cluster)
+    if cluster.num_gpus != num_ranks(config) or cluster.instances_per_gpu != 1:
+        raise ConfigError(
+            "cluster.num_gpus",
+            f"is {cluster.num_gpus}, but the real executor runs one instance of "
+            f"tp * pp = {num_ranks(config)} ranks",
+            "Make them equal, with instances_per_gpu=1",
+        )
+    Layout((ReplicaShape(cluster.tp, cluster.pp),)).check(build.shape_of(config.model), world_size)
+
+
+def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
+    """Meet the other ranks, and take this rank's part of the model: (worker, watch, store).
+
+    Raises ConfigError or DistributedError, on every rank.
+    """
+    from muxtune.runtime.distributed.launch import Watch, agree, connect
+    from muxtune.runtime.distributed.layout import Layout
+    from muxtune.runtime.distributed.links import Patience
+    from muxtune.runtime.distributed.sharding import StageBackbone
+    from muxtune.runtime.distributed.team import Team
+    from muxtune.runtime.distributed.worker import Worker
+
+    layout = Layout((ReplicaShape(config.cluster.tp, config.cluster.pp),))
+    limit_s = timeout_s(config)
+    _share_cores(info.world_size)
+    connect(info, limit_s)
+    agree(info, facts_of(config), limit_s)
+    watch = Watch(info, limit_s)
+    place = layout.places[info.rank]
+    store = build.backbone_store(config)
+    store.make = lambda name, model, tokenizer, device, dtype: StageBackbone(
+        name, model, tokenizer, layout, place, device, dtype
+    )
+    backbone: Any = store.get(config.model.name)
+    team = Team(info.rank, info.world_size)
+    patience = Patience(limit_s, watch.is_controller_idle)
+    deterministic = bool(config.backend.get("deterministic", True))
+    return Worker(backbone, team, patience, deterministic), watch, store
+
+
+def _share_cores(num_ranks: int) -> None:
+    """Ranks on one host would otherwise each use all of its cores, and wait for each other."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+
+
+def crew_of(config: TrainConfig, info: Any) -> Crew:
+    """Of rank 0."""
+    from muxtune.runtime.distributed.instance import distributed_factory
+    from muxtune.runtime.distributed.team import Stop
+
+    worker, watch, store = join_crew(config, info)
+
+    def close() -> None:
+        worker.team.tell(Stop())
+        watch.close()
+
+    watch.idle(True)
+    make = distributed_factory(
+        worker.team, worker, worker.runner.patience, lambda works: watch.idle(not works)
+    )
+    return Crew(store, make, close)
+
+
+def is_follower() -> bool:
+    """Whether this process is a rank that another one controls."""
+    return os.environ.get("RANK", "0") not in ("", "0") and "WORLD_SIZE" in os.environ
+
+
+def follow(config: TrainConfig) -> None:
+    """What a rank other than 0 does, from the first to the last. Does not return."""
+    from muxtune.runtime.distributed.launch import leave
+
+    info = None
+    try:
+        info = rank_info(config)
+        worker, watch, _ = join_crew(config, info)
+        worker.serve()
+        watch.close()
+    except MuxTuneError as error:
+        rank = "?" if info is None else info.rank
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        leave(2)
+    leave(0)
+
+
+def facts_of(config: TrainConfig) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    packages = provenance(config.seed)["packages"]
+    facts = {f"version of {name}": str(value) for name, value in packages.items()}
+    facts["cost.path"] = _profile_hash(config.cost)
+    for name in ("model", "cluster", "backend", "seed"):
+        value = getattr(config, name)
+        plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        text = json.dumps(plain, sort_keys=True, default=str)
+        facts[name] = text if len(text) < 60 else hashlib.sha256(text.encode()).hexdigest()[:16]
+    return facts
+
+
+def _profile_hash(cost: CostConfig) -> str:
+    return load_profile(cost.path).content_hash if cost.kind == "profile" else cost.kind
