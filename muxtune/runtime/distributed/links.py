@@ -83,7 +83,11 @@ class Links:
         return self.lanes["from below" if stage < self.place.stage else "from above"]
 
     def _group(self, ranks: Sequence[int] | range) -> Any:
-        return dist.new_group(list(ranks), timeout=FOREVER, backend=self.backend)
+        group = dist.new_group(list(ranks), timeout=FOREVER, backend=self.backend)
+        if self.backend == "nccl" and self.place.rank in ranks:
+            # NCCL connects at first use, and blocks the host until the peers do: here all come.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+        return group
 
     def _make_stage_groups(self, replica: int, tp: int, pp: int) -> None:
         for stage in range(pp if tp > 1 else 0):
@@ -100,9 +104,18 @@ class Links:
                 if self.place.rank == below:
                     self.sends[stage + 1] = Channel(above, up)
                     self.receives[stage + 1] = Channel(above, down)
+                    self._try(self.sends[stage + 1], self.receives[stage + 1])
                 if self.place.rank == above:
                     self.sends[stage] = Channel(below, down)
                     self.receives[stage] = Channel(below, up)
+                    self._try(self.sends[stage], self.receives[stage], receives_first=True)
+
+    def _try(self, out: Channel, back: Channel, receives_first: bool = False) -> None:
+        """One message each way, so that both directions are connected."""
+        tensor = torch.zeros(1, device=self.device)
+        for sends in (not receives_first, receives_first):
+            channel, move = (out, dist.send) if sends else (back, dist.recv)
+            move(tensor, channel.rank, group=channel.group)
 
 
 class Arrival(NamedTuple):

@@ -1,0 +1,373 @@
+"""Static visits replayed in a plan's order on one rank, launched ahead of the device.
+
+The host decides nothing while the device works: what runs where, and what waits for what, is laid
+out before the first round. Streams: computing, transfers, and one for what comes from either
+neighbour; events between them where the plan's graph says so.
+"""
+
+# pyright: reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from muxtune.runtime.distributed.links import Arrival, Lane, Links, Patience
+from muxtune.runtime.distributed.schedule import TRANSFERS, Action, Schedule
+from muxtune.runtime.distributed.static_stage import Captured, VisitProgram, capture
+
+COMPUTE, COMM = "compute", "comm"
+
+
+class Launch(NamedTuple):
+    """One operation of one round, in the order in which the host launches them. ``waits``: nodes
+    whose event is waited for; ``messages``: nodes of other stages whose transfer is."""
+
+    stream: str
+    round: int
+    op: int
+    waits: tuple[int, ...]
+    messages: tuple[int, ...]
+
+
+class TimedSpan(NamedTuple):
+    """On this rank's device, seconds since the first event."""
+
+    stream: str
+    round: int
+    op: int
+    start_s: float
+    stop_s: float
+
+
+def launches_of(schedule: Schedule, stage: int, rounds: int) -> list[Launch]:
+    """All operations of a stage over some rounds, each after what it waits for on this stage."""
+    graph = schedule.graph
+    queues = {
+        name: [
+            (number - offset, op)
+            for number in range(rounds + schedule.deepest)
+            for op, offset in schedule.sequences[2 * stage + index]
+            if 0 <= number - offset < rounds
+        ]
+        for index, name in enumerate((COMPUTE, COMM))
+    }
+    heads = dict.fromkeys(queues, 0)
+    done: set[tuple[int, int]] = set()
+    found: list[Launch] = []
+    while any(heads[name] < len(queue) for name, queue in queues.items()):
+        moved = False
+        for name in (COMM, COMPUTE):
+            if heads[name] == len(queues[name]):
+                continue
+            at, op = queues[name][heads[name]]
+            first = graph.first_op[graph.visit_of[op]]
+            before = [first + b for b in graph.subgraphs[op].depends_on]
+            local = [b for b in before if graph.stage_of[b] == stage]
+            if any((at, b) not in done for b in local):
+                continue
+            other = tuple(
+                b for b in local if (graph.stream_of[b] % 2 == 0) is not (name == COMPUTE)
+            )
+            remote = tuple(b for b in before if graph.stage_of[b] != stage)
+            found.append(Launch(name, at, op, other, remote))
+            done.add((at, op))
+            heads[name] += 1
+            moved = True
+            break
+        if not moved:
+            raise ValueError("the order waits for itself on this stage")
+    return found
+
+
+class OrderRunner:
+    """``visits``: this stage's program of each visit. ``load(round, visit)``: fills its inputs on
+    the current stream. On CUDA ``prepare`` captures; on a CPU operations run as they are."""
+
+    def __init__(
+        self, schedule: Schedule, stage: int, visits: Sequence[VisitProgram], links: Links | None,
+        load: Callable[[int, int], None], device: torch.device, separate: bool = True,
+    ) -> None:  # fmt: skip
+        self.schedule, self.stage, self.visits = schedule, stage, visits
+        self.links, self.load, self.device = links, load, device
+        self.on_cuda = device.type == "cuda"
+        self._graphs: dict[int, Captured] = {}
+        self._reduced: dict[int, Any] = {}
+        self._streams: dict[str, Any] = {}
+        if self.on_cuda:
+            names = (COMPUTE, COMM, "below", "above")
+            self._streams = {
+                name: torch.cuda.Stream(device, priority=0 if name == COMPUTE else -1)
+                for name in names
+            }
+            if not separate:  # communication on the compute stream: nothing overlaps
+                self._streams[COMM] = self._streams[COMPUTE]
+        self._lanes = {} if self.on_cuda else {
+            name: Lane(name, device) for name in (COMM, "below", "above")
+        }  # fmt: skip
+        self._patience = Patience(120.0)
+        self.timed: list[tuple[str, int, int, Any, Any]] = []
+
+    # -- capturing
+
+    def prepare(self) -> None:
+        """Runs every visit once, one after another, then captures each of its computations."""
+        self._each_visit(self._run_plain)
+        if self.on_cuda:
+            torch.cuda.synchronize()
+            self._each_visit(self._capture)
+            torch.cuda.synchronize()
+        else:
+            self._graphs = {op: self._plain(op) for op in self._own_ops(COMPUTE)}
+
+    def _each_visit(self, work: Callable[[int], None]) -> None:
+        """Inputs without any row: nothing is trained."""
+        for index in range(len(self.visits)):
+            first = self.schedule.graph.first_op[index]
+            count = len(self.schedule.operations)
+            self._with_stream(lambda index=index: self.load(-1, index))
+            for op in range(first, first + count):
+                if self.schedule.graph.stage_of[op] == self.stage:
+                    work(op)
+
+    def _with_stream(self, work: Callable[[], None]) -> None:
+        if not self.on_cuda:
+            work()
+            return
+        with torch.cuda.stream(self._streams[COMPUTE]):
+            work()
+
+    def _plain(self, op: int) -> Captured:
+        visit = self.visits[self.schedule.graph.visit_of[op]]
+        operation = self.schedule.operation(op)
+        return lambda: visit.run(operation)
+
+    def _run_plain(self, op: int) -> None:
+        """Without neighbours: sums over the ranks are skipped."""
+        if self.schedule.graph.stream_of[op] % 2 == 0:
+            self._with_stream(self._plain(op))
+
+    def _capture(self, op: int) -> None:
+        visit_index = self.schedule.graph.visit_of[op]
+        visit = self.visits[visit_index]
+        operation = self.schedule.operation(op)
+        if self.schedule.graph.stream_of[op] % 2 == 0:
+            if not hasattr(visit, "memory"):
+                visit.memory = torch.cuda.graph_pool_handle()
+            stream = self._streams[COMPUTE]
+            self._graphs[op] = capture(self._plain(op), visit.memory, stream)
+        elif operation.action is Action.REDUCE:
+            self._reduced[op] = visit.exchanged(operation.backward)
+        elif operation.action is Action.SEND_ACTIVATIONS and visit.part.tp is not None:
+            raise NotImplementedError("captured stages of several ranks")
+
+    def _own_ops(self, stream: str) -> Iterable[int]:
+        graph = self.schedule.graph
+        return (
+            op for op, at in enumerate(graph.stream_of)
+            if at == 2 * self.stage + (stream == COMM)
+        )  # fmt: skip
+
+    # -- running
+
+    def run(self, rounds: int, first_round: int = 0, trace: bool = False) -> float:
+        """All rounds, filling and draining the pipeline once. Seconds on this rank's clock."""
+        plan = launches_of(self.schedule, self.stage, rounds)
+        receives = self._receives(rounds)
+        self.timed = []
+        tokens: dict[tuple[int, int], Any] = {}
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.barrier()
+        start_s = time.perf_counter()
+        marks = self._mark()
+        pending = {stream: list(reversed(ops)) for stream, ops in receives.items()}
+        for item in plan:
+            self._post(pending, item, tokens)
+            self._launch(item, tokens, first_round, trace)
+        self._finish(tokens)
+        seconds = time.perf_counter() - start_s
+        self._origin = marks
+        return seconds
+
+    def _post(
+        self, pending: Mapping[str, list[tuple[int, int]]], item: Launch, tokens: dict[Any, Any]
+    ) -> None:
+        """Receives of this round and the next in the sender's order: early enough that nothing
+        waits for the host, and no more than the device's queues hold."""
+        for stream, ops in pending.items():
+            wanted = {(item.round, message) for message in item.messages} & set(ops)
+            while ops and (wanted or ops[-1][0] <= item.round + 1):
+                node = ops.pop()
+                wanted.discard(node)
+                tokens[node] = self._receive(stream, node[1])
+
+    def _receives(self, rounds: int) -> dict[str, list[tuple[int, int]]]:
+        """What neighbours send here, each in its order."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, neighbour in (("below", self.stage - 1), ("above", self.stage + 1)):
+            if not 0 <= neighbour < self.schedule.graph.num_stages:
+                continue
+            found[name] = [
+                (number - offset, op)
+                for number in range(rounds + self.schedule.deepest)
+                for op, offset in self.schedule.sequences[2 * neighbour + 1]
+                if 0 <= number - offset < rounds
+                and self.schedule.operation(op).action in TRANSFERS
+                and self.schedule.operation(op).to_stage == self.stage
+            ]
+        return found
+
+    def _receive(self, stream: str, op: int) -> Any:
+        operation = self.schedule.operation(op)
+        visit = self.visits[self.schedule.graph.visit_of[op]]
+        channel = self.links.receives[self.stage + (1 if stream == "above" else -1)]
+        targets = {
+            Action.SEND_ACTIVATIONS: (visit.received_TD,),
+            Action.SEND_GRADIENTS: (visit.gradient_TD, visit.squares_S),
+            Action.SEND_NORM: (visit.norm_S,),
+        }[operation.action]
+
+        def work() -> None:
+            for target in targets:
+                dist.recv(target, channel.rank, group=channel.group)
+
+        return self._on_stream(stream, work, ())
+
+    def _launch(self, item: Launch, tokens: dict[Any, Any], first_round: int, trace: bool) -> None:
+        graph = self.schedule.graph
+        visit_index = graph.visit_of[item.op]
+        visit, operation = self.visits[visit_index], self.schedule.operation(item.op)
+        waits = [tokens[item.round, node] for node in (*item.waits, *item.messages)
+                 if (item.round, node) in tokens]  # fmt: skip
+        if item.stream == COMPUTE:
+            enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
+            steps = operation.action is Action.OPTIMIZE
+
+            def work() -> None:
+                if enters:
+                    self.load(first_round + item.round, visit_index)
+                self._graphs[item.op]()
+                if not steps and operation.is_last and operation.action is Action.BACKWARD:
+                    if visit.part.step is not None:
+                        visit.meet()
+        else:
+            work = self._communication(item.op, visit)
+        tokens[item.round, item.op] = self._on_stream(
+            item.stream, work, waits, (item.round, item.op) if trace else None,
+            after_compute=item.stream == COMM,
+        )  # fmt: skip
+
+    def _communication(self, op: int, visit: VisitProgram) -> Callable[[], None]:
+        operation = self.schedule.operation(op)
+        if operation.action is Action.REDUCE:
+            tensor = self._reduced.get(op)
+
+            def exchange() -> None:
+                target = visit.exchanged(operation.backward) if tensor is None else tensor
+                dist.all_reduce(target, group=visit.part.tp)
+
+            return exchange
+        channel = self.links.sends[operation.to_stage]
+        sources = {
+            Action.SEND_ACTIVATIONS: lambda: (visit.sent_TD,),
+            Action.SEND_GRADIENTS: lambda: (visit.sent_gradient_TD, visit.total_S),
+            Action.SEND_NORM: lambda: (visit.total_S if visit.part.is_first else visit.norm_S,),
+        }[operation.action]
+
+        def send() -> None:
+            if visit.part.tp is not None and operation.action is Action.SEND_ACTIVATIONS:
+                visit.leave()
+            if visit.part.tp is not None and operation.action is Action.SEND_GRADIENTS:
+                visit.pass_gradient()
+            for source in sources():
+                dist.send(source, channel.rank, group=channel.group)
+
+        return send
+
+    # -- streams
+
+    def _on_stream(
+        self, name: str, work: Callable[[], None], waits: Sequence[Any],
+        traced: tuple[int, int] | None = None, after_compute: bool = False,
+    ) -> Any:  # fmt: skip
+        if not self.on_cuda:
+            return self._on_thread(name, work, waits, traced)
+        stream = self._streams[name]
+        with torch.cuda.stream(stream):
+            for event in waits:
+                stream.wait_event(event)
+            start = self._event(traced)
+            work()
+            event = self._event(traced) or torch.cuda.Event()
+            event.record(stream)
+        if traced is not None:
+            self.timed.append((name, *traced, start, event))
+        return event
+
+    def _event(self, traced: Any) -> Any:
+        if traced is None:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _on_thread(
+        self, name: str, work: Callable[[], None], waits: Sequence[Any], traced: Any
+    ) -> Any:
+        def timed() -> None:
+            if name != COMPUTE:
+                self._wait(waits)
+            start_s = time.perf_counter()
+            work()
+            if traced is not None:
+                self.timed.append((name, *traced, start_s, time.perf_counter()))
+
+        if name != COMPUTE:
+            return self._lanes[name].put(timed)
+        self._wait(waits)
+        timed()
+        return None
+
+    def _wait(self, waits: Sequence[Any]) -> None:
+        for token in waits:
+            if isinstance(token, Future):
+                self._patience.wait(token, "a transfer")
+
+    def _mark(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._streams[COMPUTE])
+        return event
+
+    def _finish(self, tokens: Mapping[Any, Any]) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+            return
+        self._wait([token for token in tokens.values() if isinstance(token, Future)])
+
+    def spans(self) -> list[TimedSpan]:
+        """Of the last traced run."""
+        if not self.on_cuda:
+            origin = self._origin
+            return [TimedSpan(n, r, o, a - origin, b - origin) for n, r, o, a, b in self.timed]
+        return [
+            TimedSpan(
+                n, r, o, self._origin.elapsed_time(a) / 1e3, self._origin.elapsed_time(b) / 1e3
+            )
+            for n, r, o, a, b in self.timed
+        ]
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+
+
+__all__ = ["Arrival", "Launch", "OrderRunner", "TimedSpan", "launches_of"]

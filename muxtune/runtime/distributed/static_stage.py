@@ -1,0 +1,339 @@
+"""A stage's part of a micro-batch as static operations: explicit calls, without autograd, each of
+them a CUDA graph of its own.
+
+Every visit of a round (see ``orchestration.problem``) has buffers of its own, so operations of
+different visits may be replayed in any order that keeps each visit's own. A visit's graphs share
+one memory pool, visits share none: what one has saved is never another's scratch.
+
+Shape suffixes as in ``muxtune.runtime.static_step``; L layers of the stage.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from muxtune.runtime.distributed.schedule import ATTENTION, Action, Operation, Part
+from muxtune.runtime.static_step.adapters import AdapterPools
+from muxtune.runtime.static_step.attention import (
+    Packing,
+    Rotary,
+    attention_backward,
+    attention_forward,
+)
+from muxtune.runtime.static_step.inputs import StepInputs
+from muxtune.runtime.static_step.model import StaticModel
+from muxtune_kernels import AdamWSlots, multi_task_adamw_
+from muxtune_kernels.block import add_rms_norm, rms_norm_backward, swiglu, swiglu_backward_
+from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
+from muxtune_kernels.multi_lora import (
+    lora_linear_factor_grad,
+    lora_linear_forward,
+    lora_linear_input_grad,
+)
+
+LOSS_CHUNK_ROWS = 1024
+
+
+class StagePart(NamedTuple):
+    """What a rank holds: ``model`` has the blocks of ``layers`` only, cut to this rank's features.
+    ``tp``, ``step``: groups of the stage's ranks, or None."""
+
+    model: StaticModel
+    layers: range
+    is_first: bool
+    is_last: bool
+    tp: Any = None
+    step: Any = None
+
+
+class _Unsettled(NamedTuple):
+    """A gradient that must still be summed over the stage's ranks and go through a norm."""
+
+    dnormed_TD: Tensor
+    x_TD: Tensor
+    weight_D: Tensor
+    rstd_T: Tensor
+
+
+class _AttentionHalf(NamedTuple):
+    x_TD: Tensor
+    normed_TD: Tensor
+    rstd_T: Tensor
+    h_qkv: Any
+    qkv_TC: Tensor
+    attended_TC: Tensor
+    saved: Any
+    h_out: Any
+
+
+class _MlpHalf(NamedTuple):
+    x_TD: Tensor
+    normed_TD: Tensor
+    rstd_T: Tensor
+    h_gate_up: Any
+    gate_up_TC: Tensor
+    act_TF: Tensor
+    h_down: Any
+
+
+class VisitProgram:
+    """One visit on one stage. ``run(operation)`` does its work on the current stream.
+
+    ``received_TD``, ``gradient_TD``, ``squares_S``, ``norm_S``: where neighbours' messages go;
+    ``metrics_2S``: losses, and gradient norms before clipping.
+    """
+
+    def __init__(
+        self, part: StagePart, pools: AdapterPools, inputs: StepInputs, num_rows: int
+    ) -> None:
+        self.part, self.pools, self.inputs, self.num_rows = part, pools, inputs, num_rows
+        model, num_slots = part.model, inputs.layout.num_slots
+        width = model.final_norm_D.numel()
+        rows = (num_rows, width)
+        new = {"dtype": model.final_norm_D.dtype, "device": model.device}
+        self.received_TD, self.gradient_TD = torch.zeros(rows, **new), torch.zeros(rows, **new)
+        self.sent_TD, self.sent_gradient_TD = torch.zeros(rows, **new), torch.zeros(rows, **new)
+        sums = {"dtype": torch.float32, "device": model.device}
+        self.squares_S, self.norm_S = torch.zeros(num_slots, **sums), torch.zeros(num_slots, **sums)
+        self.total_S = torch.zeros(num_slots, **sums)
+        self.metrics_2S = torch.zeros((2, num_slots), **sums)
+        self._x_TD: Tensor | None = None
+        self._added_TD: Tensor | None = None
+        self._dx_TD: Tensor | None = None
+        self._dnormed_TD: Tensor | None = None
+        self._unsettled: _Unsettled | None = None
+        self._halves: dict[Part, Any] = {}
+        self._grads = [_slot_grads(pools, slot) for slot in range(num_slots)]
+        self._shared = [_shared_grads(pools, slot) for slot in range(num_slots)]
+        fields = inputs.fields
+        self._settings = AdamWSlots(
+            *fields["settings"], step_S=pools.settings.step_S, active_S=fields["active"]
+        )
+
+    # -- what runs on the compute stream
+
+    @torch.no_grad()
+    def run(self, operation: Operation) -> None:
+        if operation.action is Action.FORWARD:
+            self._forward(operation)
+        elif operation.action is Action.LOSS:
+            self._loss()
+        elif operation.action is Action.BACKWARD:
+            self._backward(operation)
+        elif operation.action is Action.OPTIMIZE:
+            self._step()
+
+    def _forward(self, operation: Operation) -> None:
+        if self._starts(operation.parts[0]):
+            self._enter()
+        for part in operation.parts:
+            self._forward_half(part)
+        if operation.is_last and self.part.tp is None and not self.part.is_last:
+            self.leave()
+
+    def _starts(self, part: Part) -> bool:
+        return part == (self.part.layers[0], ATTENTION)
+
+    def _enter(self) -> None:
+        self._added_TD = self._unsettled = None
+        self._halves.clear()
+        if self.part.is_first:
+            ids_T = self.inputs.fields["input_ids"][: self.num_rows]
+            self._x_TD = self.part.model.embedding_VD.index_select(0, ids_T)
+        else:
+            self._x_TD = self.received_TD
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """The residual stream for the next stage."""
+        torch.add(self._x_TD, self._added_TD, out=self.sent_TD)
+
+    def _forward_half(self, part: Part) -> None:
+        model, rows = self.part.model, self._rows
+        index = part[0] - self.part.layers[0]
+        block = model.blocks[index]
+        qkv, out, gate_up, down = (pool.lora for pool in self.pools.layers[index])
+        is_attention = part[1] == ATTENTION
+        weight_D = block.attention_norm_D if is_attention else block.mlp_norm_D
+        x_TD, normed_TD, rstd_T = add_rms_norm(self._x_TD, self._added_TD, weight_D, model.eps)
+        if is_attention:
+            qkv_TC, h_qkv = lora_linear_forward(normed_TD, qkv, rows)
+            attended_TC, saved = attention_forward(qkv_TC, self._rotary, model.heads, self._packing)
+            added_TD, h_out = lora_linear_forward(attended_TC, out, rows)
+            self._halves[part] = _AttentionHalf(
+                x_TD, normed_TD, rstd_T, h_qkv, qkv_TC, attended_TC, saved, h_out
+            )
+        else:
+            gate_up_TC, h_gate_up = lora_linear_forward(normed_TD, gate_up, rows)
+            act_TF = swiglu(gate_up_TC)
+            added_TD, h_down = lora_linear_forward(act_TF, down, rows)
+            self._halves[part] = _MlpHalf(
+                x_TD, normed_TD, rstd_T, h_gate_up, gate_up_TC, act_TF, h_down
+            )
+        self._x_TD, self._added_TD = x_TD, added_TD
+
+    def _loss(self) -> None:
+        model, fields = self.part.model, self.inputs.fields
+        x_TD, normed_TD, rstd_T = add_rms_norm(
+            self._x_TD, self._added_TD, model.final_norm_D, model.eps
+        )
+        loss_S, dnormed_TD = multi_task_cross_entropy_grad(
+            normed_TD, model.lm_head_VD, fields["labels"][: self.num_rows],
+            fields["slot_of_row"][: self.num_rows], fields["loss_scale"],
+            self.inputs.layout.num_slots, LOSS_CHUNK_ROWS,
+        )  # fmt: skip
+        self.metrics_2S[0].copy_(loss_S)
+        self._dx_TD = rms_norm_backward(dnormed_TD, x_TD, model.final_norm_D, rstd_T, None)
+
+    def _backward(self, operation: Operation) -> None:
+        last = (self.part.layers[-1], "mlp")
+        if operation.parts[0] == last and not self.part.is_last:
+            self._dx_TD = self.gradient_TD
+        for part in operation.parts:
+            self._settle()
+            if part[1] == ATTENTION:
+                self._attention_backward(part)
+            else:
+                self._mlp_backward(part)
+        if operation.is_last:
+            self._sum_squares()
+            if self.part.tp is None and not self.part.is_first:
+                self.pass_gradient()
+
+    @torch.no_grad()
+    def pass_gradient(self) -> None:
+        """The gradient of what the stage received, for the stage before."""
+        self._settle()
+        self.sent_gradient_TD.copy_(self._dx_TD)
+
+    def _settle(self) -> None:
+        left, self._unsettled = self._unsettled, None
+        if left is not None:
+            self._dx_TD = rms_norm_backward(
+                left.dnormed_TD, left.x_TD, left.weight_D, left.rstd_T, self._dx_TD
+            )
+
+    def _mlp_backward(self, part: Part) -> None:
+        index, kept, rows = part[0] - self.part.layers[0], self._halves.pop(part), self._rows
+        _, _, gate_up, down = (pool.lora for pool in self.pools.layers[index])
+        dact_TF, dh = lora_linear_input_grad(self._dx_TD, kept.act_TF, kept.h_down, down, rows)
+        lora_linear_factor_grad(dh, kept.act_TF, down, rows)
+        dgate_up_TC = swiglu_backward_(dact_TF, kept.gate_up_TC)
+        dnormed_TD, dh = lora_linear_input_grad(
+            dgate_up_TC, kept.normed_TD, kept.h_gate_up, gate_up, rows
+        )
+        lora_linear_factor_grad(dh, kept.normed_TD, gate_up, rows)
+        weight_D = self.part.model.blocks[index].mlp_norm_D
+        self._unsettled = _Unsettled(dnormed_TD, kept.x_TD, weight_D, kept.rstd_T)
+
+    def _attention_backward(self, part: Part) -> None:
+        index, kept, rows = part[0] - self.part.layers[0], self._halves.pop(part), self._rows
+        model = self.part.model
+        qkv, out, _, _ = (pool.lora for pool in self.pools.layers[index])
+        dout_TC, dh = lora_linear_input_grad(self._dx_TD, kept.attended_TC, kept.h_out, out, rows)
+        lora_linear_factor_grad(dh, kept.attended_TC, out, rows)
+        dqkv_TC = attention_backward(
+            dout_TC, kept.qkv_TC, kept.attended_TC, kept.saved, self._rotary, model.heads,
+            self._packing,
+        )  # fmt: skip
+        dnormed_TD, dh = lora_linear_input_grad(dqkv_TC, kept.normed_TD, kept.h_qkv, qkv, rows)
+        lora_linear_factor_grad(dh, kept.normed_TD, qkv, rows)
+        weight_D = model.blocks[index].attention_norm_D
+        self._unsettled = _Unsettled(dnormed_TD, kept.x_TD, weight_D, kept.rstd_T)
+
+    # -- optimizer steps
+
+    def _sum_squares(self) -> None:
+        """This stage's, where its ranks need not meet for it."""
+        if self.part.step is None:
+            sums = [_square_sum(grads) for grads in self._grads]
+            own_S = torch.stack(sums)
+            torch.add(own_S, self.squares_S, out=self.total_S) if not self.part.is_last else (
+                self.total_S.copy_(own_S))  # fmt: skip
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        """The stage's ranks sum what they share. Not part of a graph."""
+        for grads in self._shared:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.part.step)
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(
+                list(grads), [p.view_as(g) for p, g in zip(parts, grads, strict=True)]
+            )
+        shared_S = torch.stack([_square_sum(grads) for grads in self._shared])
+        all_S = torch.stack([_square_sum(grads) for grads in self._grads])
+        own_S = all_S - shared_S
+        dist.all_reduce(own_S, group=self.part.step)
+        own_S += shared_S
+        torch.add(own_S, self.squares_S, out=self.total_S) if not self.part.is_last else (
+            self.total_S.copy_(own_S))  # fmt: skip
+
+    def _step(self) -> None:
+        squares_S = self.total_S if self.part.is_first else self.norm_S
+        norm_S = squares_S.sqrt()
+        self.metrics_2S[1].copy_(norm_S)
+        most_S = self.inputs.fields["settings"][5].float()
+        # A slot that goes on accumulating is left as it is.
+        clips_S = (most_S > 0) & self.inputs.fields["active"]
+        clip_S = torch.where(clips_S, (most_S / (norm_S + 1e-6)).clamp(max=1.0), 1.0)
+        for grads, clip in zip(self._grads, clip_S.unbind(), strict=True):
+            torch._foreach_mul_(grads, clip)
+        free = self._settings._replace(max_grad_norm_S=torch.zeros_like(self._settings.lr_S))
+        multi_task_adamw_(self.pools.optimizer_pools, free, zero_grads=False)
+
+    def exchanged(self, backward: bool) -> Tensor:
+        """What the next sum over the stage's ranks is of."""
+        return self._unsettled.dnormed_TD if backward else self._added_TD
+
+    @property
+    def _rows(self) -> Any:
+        return self.inputs.step_rows(self.num_rows)
+
+    @property
+    def _rotary(self) -> Rotary:
+        model = self.part.model
+        return Rotary(model.cos_LP, model.sin_LP, self.inputs.fields["positions"][: self.num_rows])
+
+    @property
+    def _packing(self) -> Packing:
+        fields = self.inputs.fields
+        return Packing(fields["cu_seqlens"], fields["tiles"], self.inputs.layout.max_seqlen)
+
+
+def _slot_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
+    return [g for _, a, b in pools.views(slot) for g in (a[1], b[1])]
+
+
+def _shared_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
+    """Of the factors that all ranks of a stage hold: A of column-parallel linears, B of others."""
+    from muxtune.runtime.distributed.layout import ROW_PARALLEL
+
+    return [
+        (b if name.rsplit(".", 1)[-1] in ROW_PARALLEL else a)[1] for name, a, b in pools.views(slot)
+    ]
+
+
+def _square_sum(grads: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(grads))).square().sum()
+
+
+Captured = Callable[[], None]
+
+
+def capture(work: Callable[[], None], pool: Any, stream: Any) -> Captured:
+    """``work`` as a CUDA graph; as it is on a CPU."""
+    if stream is None:
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
