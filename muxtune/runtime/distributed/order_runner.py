@@ -248,15 +248,14 @@ class OrderRunner:
                  if (item.round, node) in tokens]  # fmt: skip
         if item.stream == COMPUTE:
             enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
-            steps = operation.action is Action.OPTIMIZE
+            ends = operation.action is Action.BACKWARD and operation.is_last
 
             def work() -> None:
                 if enters:
                     self.load(first_round + item.round, visit_index)
                 self._graphs[item.op]()
-                if not steps and operation.is_last and operation.action is Action.BACKWARD:
-                    if visit.part.step is not None:
-                        visit.meet()
+                if ends and visit.part.step is not None:
+                    visit.meet()
         else:
             work = self._communication(item.op, visit)
         tokens[item.round, item.op] = self._on_stream(
