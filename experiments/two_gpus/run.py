@@ -33,6 +33,7 @@ from muxtune.planning.orchestration import (
     periodic_template,
     play,
     play_contended,
+    schedule_spans,
 )
 from muxtune.planning.orchestration.player import checked_sequences
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem
@@ -188,6 +189,10 @@ def run_config(
         row["spans"] = [[list(span) for span in item[1]] for item in every]
         row["htask_of_op"] = [base.graph.visits[v].htask for v in base.graph.visit_of]
         row["label_of_op"] = [item.label for item in base.graph.subgraphs]
+        row["predicted_spans"] = [
+            (s.stage, s.stream, s.htask, s.label, s.start_ns, s.duration_ns)
+            for s in schedule_spans(play(order, problem, TRACED))
+        ]
     return row
 
 
@@ -354,6 +359,8 @@ TENSORS = [
 
 def layouts(only: str) -> list[list[Config]]:
     found = {"one": ONE, "pp": PIPELINES, "tp": TENSORS}
+    if only == "few":
+        return [[PIPELINES[i] for i in (4, 3, 0, 5)], [TENSORS[0], TENSORS[1]]]
     if only == "slow":
         return [PIPELINES[:2], TENSORS[:3]]
     return [found[name] for name in only.split(",")]

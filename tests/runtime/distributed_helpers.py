@@ -126,11 +126,13 @@ def spread(plan: Plan, replicas: Sequence[ReplicaShape], **changes: Any) -> Plan
 
 def random_order(plan: Plan, seed: int) -> Plan:
     """A valid order drawn at random, with rounds that overlap: every subgraph gets a random time
-    after what it waits for, and the round's time is long enough for what waits over rounds."""
+    after what it waits for, each hTask a phase, and the round's time is long enough for what waits
+    over rounds."""
     graph = round_graph(plan)
     chance = random.Random(seed)
     time = [0.0] * graph.num_ops
     ends: dict[tuple[int, int], float] = {}
+    phases = [20 * chance.random() for _ in plan.htasks]
     period = 1.0
     for visit, item in enumerate(graph.visits):
         first = graph.first_op[visit]
@@ -139,7 +141,7 @@ def random_order(plan: Plan, seed: int) -> Plan:
         for index, subgraph in enumerate(graph.problem.graphs[item.htask]):
             begin = max((time[first + before] for before in subgraph.depends_on), default=0.0)
             if index in entries:
-                begin = max(begin, ends.get((item.htask, subgraph.stage), 0.0))
+                begin = max(begin, ends.get((item.htask, subgraph.stage), phases[item.htask]))
             time[first + index] = begin + chance.random() ** 3 + 1e-6
         for stage, indexes in enumerate(structure.step_ends):
             ends[item.htask, stage] = max(time[first + i] for i in indexes)

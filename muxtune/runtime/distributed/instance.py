@@ -340,6 +340,7 @@ class DistributedInstance(RunningInstance):
         if self._in_flight:
             self._in_flight = False
             self._command(Flush())
+        self._collect(self.team.taken())
         while self._open:
             self._collect([self.team.take(self.patience.timeout_s)])
 

@@ -159,7 +159,8 @@ class StageRunner:
     def run(self) -> None:
         """All computing that may run before the next round is known."""
         if self._last is not None:
-            self._work(self._num_fed - 1 - self._last.ahead)
+            ahead = self._last.ahead[self.backbone.place.stage] if self._last.ahead else 0
+            self._work(self._num_fed - 1 - ahead)
 
     def flush(self) -> None:
         """Everything that is left. Raises DistributedError for an order that waits for itself."""

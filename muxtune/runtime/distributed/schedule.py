@@ -168,14 +168,14 @@ def _spread(
 
 class Schedule(NamedTuple):
     """An order of one replica that is known to be valid. ``sequences``: by stream number.
-    ``deepest``: largest round_offset. ``ahead``: how many further passes the streams must know so
-    that computing can finish a pass; a stream may be that far behind another."""
+    ``deepest``: largest round_offset. ``ahead``: by stage, how many further passes the streams
+    must know so that computing can finish a pass."""
 
     graph: RoundGraph
     operations: tuple[Operation, ...]
     sequences: tuple[StreamSequence, ...]
     deepest: int = 0
-    ahead: int = 0
+    ahead: tuple[int, ...] = ()
 
     def operation(self, op: int) -> Operation:
         return self.operations[self.graph.subgraphs[op].index]
@@ -219,34 +219,56 @@ def _problem(
     return RoundProblem((graph,) * num_htasks, (ones,) * num_htasks, turns, shape.pp, shape.tp)
 
 
-def _lookahead(graph: RoundGraph, sequences: Sequence[StreamSequence], deepest: int) -> int:
-    """Let every stream know its passes up to some number, run what can run, and see how far
-    behind that number the first pass lies whose computing is not through."""
+def _lookahead(
+    graph: RoundGraph, sequences: Sequence[StreamSequence], deepest: int
+) -> tuple[int, ...]:
+    """By stage: let every stream know its passes up to some number, let computing go no further
+    than so many passes before it, and see which passes do not get through; hold those back until
+    all that is let go gets through."""
+    ahead = [0] * graph.num_stages
     last = 3 * (deepest + 1) * len(sequences)
-    if not deepest:
-        return 0
-    rounds = last + 1
+    held = [0] if deepest else []
+    while held:
+        limits = [last - (0 if stream % 2 else ahead[stream // 2])
+                  for stream in range(graph.num_streams)]  # fmt: skip
+        held = _held(graph, sequences, last + 1, limits)
+        for stage, at in enumerate(held):
+            ahead[stage] = max(ahead[stage], last + 1 - at)
+        if all(at > limits[2 * stage] for stage, at in enumerate(held)):
+            break
+    return tuple(ahead)
+
+
+def _held(
+    graph: RoundGraph, sequences: Sequence[StreamSequence], rounds: int, limits: Sequence[int]
+) -> list[int]:
+    """By stage: the first pass whose computing is not through, when streams run up to a pass."""
     following, waiting = node_dependencies(graph, sequences, rounds)
-    pass_of: dict[int, int] = {}
-    for sequence in sequences:
-        for op, offset in sequence:
-            for at in range(rounds):
-                pass_of[at * graph.num_ops + op] = at + offset
-    ready = [node for node in pass_of if not waiting[node] and pass_of[node] <= last]
+    pass_of = {
+        at * graph.num_ops + op: at + offset
+        for sequence in sequences
+        for op, offset in sequence
+        for at in range(rounds)
+    }
+
+    def may(node: int) -> bool:
+        return pass_of[node] <= limits[graph.stream_of[node % graph.num_ops]]
+
+    ready = [node for node in pass_of if not waiting[node] and may(node)]
     done = set(ready)
     for node in ready:  # grows while it is read
         op = node % graph.num_ops
         for after in (*(node - op + a for a in graph.successors[op]), *following.extra[node]):
             waiting[after] -= 1
-            if not waiting[after] and pass_of[after] <= last:
+            if not waiting[after] and may(after):
                 done.add(after)
                 ready.append(after)
-    late = [
-        at
-        for node, at in pass_of.items()
-        if at <= last and node not in done and not graph.stream_of[node % graph.num_ops] % 2
-    ]
-    return last + 1 - min(late) if late else 0
+    first = [limit + 1 for limit in limits[::2]]
+    for node, at in pass_of.items():
+        stream = graph.stream_of[node % graph.num_ops]
+        if stream % 2 == 0 and node not in done:
+            first[stream // 2] = min(first[stream // 2], at)
+    return first
 
 
 def _from_zero(sequence: StreamSequence) -> list[tuple[int, int]]:

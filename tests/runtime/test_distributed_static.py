@@ -1,0 +1,90 @@
+"""Static stages replayed in a plan's order give what one rank gives: losses and gradient norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from experiments.two_gpus.layouts import Weights
+from experiments.two_gpus.run import (
+    NUM_TASKS,
+    PIPELINE,
+    SOLO,
+    TENSOR,
+    TINY,
+    Config,
+    Rank,
+    _loader,
+    choose_order,
+    make_visits,
+)
+from muxtune.runtime.distributed.layout import Layout
+from muxtune.runtime.distributed.links import Links
+from muxtune.runtime.distributed.order_runner import OrderRunner
+from muxtune.runtime.distributed.schedule import sequential_schedule
+from tests.runtime.distributed_helpers import run_world
+
+CONFIGS = {
+    "one": Config(SOLO, 1, 1, "sequential"),
+    "interleaved": Config(PIPELINE, 1, 1, "interleaved"),
+    "accumulating": Config(PIPELINE, 1, 2, "1f1b"),
+    "tensor": Config(TENSOR, 1, 1, "sequential"),
+}
+
+
+class Seen(NamedTuple):
+    """Losses and gradient norms by task, after some rounds."""
+
+    losses: torch.Tensor
+    norms: torch.Tensor
+
+
+def train(rank: int, config: Config, path: Path) -> None:
+    """Two single rounds, then three that overlap."""
+    me = Rank(rank, torch.device("cpu"), torch.float32, TINY)
+    layout, alone = Layout((config.replica,)), config.replica == SOLO
+    place = layout.places[0 if alone else rank]
+    links = None if alone else Links(layout, place, me.device)
+    weights = Weights(TINY, config.replica, place.stage, place.part, me.device, me.dtype)
+    part = weights.stage_part(*((links.tp, links.step) if links else (None, None)))
+    visits = make_visits(config, me, weights, part)
+    htasks = tuple(i // config.parts for i in range(len(visits.programs)))
+    base = sequential_schedule(htasks, NUM_TASKS, TINY, config.replica)
+    runner = OrderRunner(base, place.stage, visits.programs, links, _loader(visits), me.device)
+    runner.prepare()
+    if config.order != "sequential":
+        runner.schedule, _ = choose_order(base.graph.problem, config, base)
+    found = []
+    for first, count in ((0, 1), (1, 1), (2, 3)):
+        runner.run(count, first_round=first)
+        found.append(torch.stack([p.metrics_2S[:, 0] for p in visits.programs]))
+    torch.save(found, path.with_name(f"{path.name}-{rank}.pt"))
+
+
+def seen(path: Path, config: Config) -> list[Seen]:
+    """Losses from the last stage, norms from the first; parts of a step together."""
+    first, last = (torch.load(path.with_name(f"{path.name}-{rank}.pt")) for rank in (0, 1))
+    shape = (NUM_TASKS, config.parts)
+    return [
+        Seen(a[:, 0].view(shape).sum(1), b[:, 1].view(shape)[:, -1])
+        for a, b in zip(last, first, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("static")
+    for name, config in CONFIGS.items():
+        run_world(2, train, config, path / name)
+    return path
+
+
+@pytest.mark.parametrize("name", ["interleaved", "accumulating", "tensor"])
+def test_stages_give_what_one_rank_gives(folder: Path, name: str) -> None:
+    one = seen(folder / "one", CONFIGS["one"])
+    for mine, theirs in zip(seen(folder / name, CONFIGS[name]), one, strict=True):
+        torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.norms, theirs.norms, rtol=1e-5, atol=0)
