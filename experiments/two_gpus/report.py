@@ -19,8 +19,9 @@ HIDDEN = ("spans", "htask_of_op", "label_of_op", "predicted_spans", "losses", "r
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    head = "| configuration | link | effective tok/s | round ms | predicted | steady bubble | predicted |"
-    lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
+    names = ("configuration", "link", "effective tok/s", "round ms", "predicted")
+    names += ("steady bubble", "predicted")
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for row in rows:
         lines.append(
             f"| {row['name']} | {row['link']} | {row['effective_tokens_per_s']:,.0f} | "
