@@ -29,7 +29,7 @@ from muxtune.types import HTask, Plan, ReplicaShape, TaskSpec
 from tests.runtime.runtime_helpers import INSTANCE, Bench, make_plan, make_task
 
 SHAPE = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 128)
-DEADLINE_S = 120.0
+DEADLINE_S = 400.0
 Weights = dict[tuple[str, str], torch.Tensor]
 
 
