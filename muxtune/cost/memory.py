@@ -13,10 +13,19 @@ token row (D model width, Q queries, K keys, F MLP width, r rank):
   keys and values twice and the attention's output before it is merged;
 - dropout in a slot adds a mask (one byte a number) and the dropped input, per adapted linear.
 
-A pass stages its adapter gradients apart while the activations are let go, so that the larger of
-the two counts. Recomputed blocks keep their input only (D). On top of it come the gradients that
-flow through one block, and the logits of the rows with a loss, their softmax and their gradient
-(3 V, fp32).
+The captured step of a GPU (LoRA on Llama-like blocks, one GPU; ``MemoryOptions.static_step``)
+keeps what its backward reads and nothing else: the residual stream before each norm and the norms'
+outputs (4 D), q, k and v in one (Q + 2K), attention's output (Q), gate and up and their product
+(3F), one log-sum-exp per head, and r numbers for each adapted linear. The linears that read the
+same input are one there: a task that adapts one of them has room in all. Logits exist for
+``loss_rows_max`` rows at a time, gradients go straight to where they accumulate, and the peak is
+in the MLP's backward: the gradients of its activations (3F) and of the residual stream, its norm
+and what the second stream still reads (4 D).
+
+In the eager pass, a pass stages its adapter gradients apart while the activations are let go, so
+that the larger of the two counts. Recomputed blocks keep their input only (D). On top of it come
+the gradients that flow through one block, and the logits of the rows with a loss, their softmax
+and their gradient (3 V, fp32).
 """
 
 from __future__ import annotations
@@ -38,6 +47,8 @@ from muxtune.types import (
 )
 
 MIB = 1 << 20
+STATIC_LOSS_ROWS = 1024
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SOLO = ReplicaShape()
 
 
@@ -46,6 +57,7 @@ class MemoryOptions(NamedTuple):
     are float64); the number itself and its two moments are fp32.
     ``loss_rows_max``: rows whose logits exist at once; 0: all rows of the pass.
     ``activation_factor``: what an eager framework keeps over this module's count.
+    ``static_step``: whether passes run as captured steps where these know the method.
     ``relative_error``: half-width of the interval; 0.15 is a judgement until it is measured."""
 
     dtype_bytes: int = 2
@@ -53,6 +65,7 @@ class MemoryOptions(NamedTuple):
     loss_rows_max: int = 0
     framework_bytes: int = 1024 * MIB
     activation_factor: float = 1.0
+    static_step: bool = False
     relative_error: float = 0.15
 
     @property
@@ -72,7 +85,11 @@ def memory_options(model: ModelShape, kind: str, *, eager: bool = False) -> Memo
     if kind == "cpu":
         # Already fp32: no copies to keep.
         return MemoryOptions(dtype_bytes=4, gradient_bytes=8, framework_bytes=400 * MIB)
-    return MemoryOptions(dtype_bytes=model.weight_bytes, activation_factor=factor)
+    if eager:
+        return MemoryOptions(dtype_bytes=model.weight_bytes, activation_factor=factor)
+    return MemoryOptions(
+        dtype_bytes=model.weight_bytes, static_step=True, loss_rows_max=STATIC_LOSS_ROWS
+    )
 
 
 def stage_layers(model: ModelShape, pp: int) -> tuple[int, ...]:
@@ -87,7 +104,7 @@ class MemoryModel:
 
     def __init__(self, model: ModelShape, options: MemoryOptions) -> None:
         self.model, self.options = model, options
-        self._tasks: dict[tuple[AdapterSlot, int], int] = {}
+        self._tasks: dict[tuple[AdapterSlot, ReplicaShape], int] = {}
         self._passes: dict[tuple[ShapeKey, ReplicaShape, int], tuple[int, int]] = {}
         self._weights: dict[ReplicaShape, tuple[int, ...]] = {}
         self._saved: dict[tuple[tuple[AdapterSlot, ...], int], float] = {}
@@ -116,9 +133,10 @@ class MemoryModel:
 
     def task_bytes(self, slot: AdapterSlot, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
         """Adapter weights, gradients and optimizer state of one task on one stage."""
-        key = (slot, replica.tp)
+        key = (slot, replica)
         if key not in self._tasks:
-            numbers = sum(ops.adapter_tensors(self.model, slot, replica.tp))
+            held = _widened(slot) if self._is_static((slot,), replica) else slot
+            numbers = sum(ops.adapter_tensors(self.model, held, replica.tp))
             self._tasks[key] = numbers * self.options.trained_bytes
         layers = self.model.num_layers
         if replica.pp > 1:
@@ -151,7 +169,32 @@ class MemoryModel:
             parts = self._passes[key] = self._pass_parts(shape, replica, stage)
         return parts
 
+    def _is_static(self, slots: Sequence[AdapterSlot], replica: ReplicaShape) -> bool:
+        """Whether the captured step computes these slots, whose memory is counted apart."""
+        is_known = self.model.gated_mlp and self.model.rotary and replica == _SOLO
+        only_lora = all(slot.method == "lora" for slot in slots)
+        return self.options.static_step and is_known and only_lora
+
+    def _static_parts(self, shape: ShapeKey) -> tuple[int, int]:
+        """(activations, loss workspace) of one captured step; see the module's text."""
+        model, rows = self.model, shape.padded_tokens
+        kept = 4 * model.hidden + 2 * model.query_dim + 2 * model.kv_dim + 3 * model.intermediate
+        ranks = sum(
+            slot.rank * len(model.target_linears(_widened(slot).targets)) for slot in shape.slots
+        )
+        kept += ranks / max(1, len(shape.slots)) + 2 * (model.num_heads + 2)
+        working = 3 * model.intermediate + 4 * model.hidden
+        if any(slot.dropout for slot in shape.slots):
+            working += model.intermediate  # the adapters' share of an input gradient, apart
+        stored_bytes = int(rows * model.num_layers * kept * self.options.dtype_bytes)
+        working_bytes = rows * working * self.options.dtype_bytes
+        loss_bytes = 12 * min(rows, self.options.loss_rows_max or rows) * model.vocab
+        # The logits are gone when the backward begins: only what they need beyond it counts.
+        return stored_bytes + working_bytes, max(0, loss_bytes - working_bytes)
+
     def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
+        if self._is_static(shape.slots, replica) and not shape.recompute:
+            return self._static_parts(shape)
         model, rows = self.model, shape.padded_tokens + ops.prompt_rows(shape.slots)
         layers = stage_layers(model, replica.pp)[stage]
         recomputed = min(layers, -(-shape.recompute * layers // model.num_layers))
@@ -256,6 +299,15 @@ class MemoryModel:
             "framework": self.options.framework_bytes,
         }
         return MemoryLedger(stage, items)
+
+
+def _widened(slot: AdapterSlot) -> AdapterSlot:
+    """With the targets that the captured step has room for."""
+    leaves = {target.rsplit(".", 1)[-1] for target in slot.targets}
+    for members in _FUSED:
+        if leaves & set(members):
+            leaves |= set(members)
+    return slot._replace(targets=tuple(sorted(leaves)))
 
 
 def _input_of(linear_name: str) -> str:

@@ -2,15 +2,18 @@
 
 Joins, leaves and data only fill buffers as long as the pool's slots and the sizes hold. In
 deterministic mode a micro-batch always has the rows of its own shape; else it takes the smallest
-of a few sizes that holds its tokens, because rows need no alignment here.
+of a few sizes that holds its tokens, because rows need no alignment here. All sizes are captured
+when a plan takes over.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.bank import TaskState
@@ -108,10 +111,14 @@ class CapturedRunner:
     def capture_s(self) -> float:
         return sum(self.steps.capture_s.values())
 
-    def prepare(self) -> bool:
-        """Capture the shapes' sizes; False if all are there."""
+    def prepare(self, rows_ahead: Iterable[int] = ()) -> bool:
+        """Capture the shapes' sizes, and those that micro-batches with ``rows_ahead`` tokens are
+        best off with; False if all are there. Nothing is captured later, while tasks wait."""
         before = len(self.steps.capture_s)
         self.steps.capture(self.capacity.first)
+        if not self.deterministic:
+            with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
+                self.steps.capture({self.steps.size_for(rows) for rows in rows_ahead})
         return len(self.steps.capture_s) > before
 
     def start(self, work: PassWork, mark: Mark) -> PendingPass:
@@ -123,10 +130,7 @@ class CapturedRunner:
         slots = {
             work.slot_of[task_id]: self._slot_input(work, task_id) for task_id in work.task_ids
         }
-        num_rows = self._num_rows(work, rows)
-        if not self.steps.is_ready(num_rows):
-            mark("capture")
-        pending = self.steps.step(rows, slots, num_rows=num_rows)
+        pending = self.steps.step(rows, slots, num_rows=self._num_rows(work, rows))
         for task_id in work.task_ids:
             state_of(work, self.pool, task_id).is_open = task_id not in work.closing
         return _Captured(work, pending, self.pool)
@@ -134,8 +138,8 @@ class CapturedRunner:
     def _num_rows(self, work: PassWork, rows: Sequence[Rows]) -> int:
         is_padded = work.micro_batch.packing is PackRule.PAD
         if self.deterministic or is_padded:
-            return self.steps.size_for(work.micro_batch.shape.padded_tokens)
-        return self.steps.size_for(sum(len(item.tokens_n) for item in rows))
+            return self.steps.ready_size_for(work.micro_batch.shape.padded_tokens)
+        return self.steps.ready_size_for(sum(len(item.tokens_n) for item in rows))
 
     def _slot_input(self, work: PassWork, task_id: str) -> SlotInput:
         state, step = state_of(work, self.pool, task_id), work.micro_batch.steps[task_id]

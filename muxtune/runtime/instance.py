@@ -50,6 +50,7 @@ from muxtune.types import (
 )
 
 FILLER_CHUNK = Chunk("", -1, ())
+ROUNDS_AHEAD = 16  # looked at for the sizes of micro-batches to be captured with a plan
 
 
 class Host(Protocol):
@@ -239,17 +240,48 @@ class RunningInstance:
     def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
         states = {key: task.state for key, task in tasks.items() if task.state is not None}
         is_new = {key for key, state in states.items() if state.place is None and not state.step}
+        if not self._place_tasks(plan, states, is_new, tasks):
+            self.bank.arrange((), {})
+            self._place_tasks(plan, states, is_new, tasks)
+
+    def _place_tasks(
+        self,
+        plan: Plan,
+        states: Mapping[str, TaskState],
+        is_new: set[str],
+        tasks: Mapping[str, RuntimeTask],
+    ) -> bool:
+        """False where a step could not be captured: then its slots want pools of another kind."""
         self._runners = []  # nothing may hold on to pools that are not needed any more
         pools = self.bank.arrange(plan.htasks, states)
         for task_id in is_new:
             self.host.settle(tasks[task_id], self)
-        self._prepare_runners(plan, pools)
-
-    def _prepare_runners(self, plan: Plan, pools: Sequence[AdapterPool]) -> None:
         start_ns = self.host.now_ns
-        self._runners = self.runners.arrange(plan.htasks, pools)
+        try:
+            self._runners = self.runners.arrange(plan.htasks, pools, lambda: self._rows_ahead(plan))
+        except Runners.Refused:
+            return False
         if self.runners.prepared:
             self.span("capture", start_ns, self.host.now_ns, plan.task_ids)
+        return True
+
+    def _rows_ahead(self, plan: Plan) -> dict[int, set[int]]:
+        """Tokens of the micro-batches of the next rounds, by hTask."""
+        rows: dict[int, set[int]] = {}
+        cursors = {task_id: self.host.tasks[task_id].cursor for task_id in plan.task_ids}
+        for _ in range(ROUNDS_AHEAD):
+            try:
+                micro_batches, after = self.host.builder.next_round(
+                    plan, cursors, self.host.lengths
+                )
+            except TaskDataFailure:
+                break  # the round itself will tell
+            cursors = dict(after)
+            for item in micro_batches:
+                pieces = [piece for chunk in item.chunks for piece in chunk.pieces]
+                tokens = sum(piece.stop - piece.start for piece in pieces)
+                rows.setdefault(item.htask, set()).add(tokens)
+        return rows
 
     # -- rounds
 

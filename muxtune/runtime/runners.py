@@ -6,7 +6,7 @@ eagerly, and a notice says why. One hTask of an instance may be captured and ano
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Runners:
     ``prepared``: whether the last ``arrange`` had to capture anything.
     """
 
+    class Refused(Exception):
+        """Slots whose step could not be captured; from now on they get a ``SlotPool``."""
+
     def __init__(
         self, backbone: Backbone, options: TorchOptions, notice: Callable[[str], None]
     ) -> None:
@@ -39,11 +42,14 @@ class Runners:
         self._model: StaticModel | None = None
         self._memory: CaptureMemory | None = None
         self._captured: dict[int, CapturedRunner] = {}  # by the pool's id
+        self._refused: set[tuple[AdapterSlot, ...]] = set()
 
     def other_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool | None:
         if self.options.step == "eager":
             return None
         if self.options.step == "auto" and self.backbone.device.type != "cuda":
+            return None
+        if slots in self._refused:
             return None
         try:
             return StaticPool(self._static_model(), slots, self.options.deterministic)
@@ -54,15 +60,43 @@ class Runners:
     def keep(self, pools: Sequence[AdapterPool]) -> None:
         ids = {id(pool) for pool in pools}
         self._captured = {key: item for key, item in self._captured.items() if key in ids}
+        if self.backbone.device.type != "cuda":
+            return
+        if not self._captured:
+            self._memory = None  # sizes to come are not those that its blocks were cut for
+        torch.cuda.empty_cache()
 
-    def arrange(self, htasks: Sequence[HTask], pools: Sequence[AdapterPool]) -> list[PassRunner]:
-        """A runner for each hTask and its pool. Sizes that are new are captured, the largest
-        first."""
+    def arrange(
+        self,
+        htasks: Sequence[HTask],
+        pools: Sequence[AdapterPool],
+        rows_ahead: Callable[[], Mapping[int, Collection[int]]] = dict,
+    ) -> list[PassRunner]:
+        """A runner for each hTask and its pool; sizes that are new are captured, the largest first.
+
+        ``rows_ahead``: tokens of the micro-batches to come, by hTask. Raises Refused where a
+        capture fails; the pools must then be made anew.
+        """
         runners = [self._runner(htask, pool) for htask, pool in zip(htasks, pools, strict=True)]
-        captured = [runner for runner in runners if isinstance(runner, CapturedRunner)]
-        captured.sort(key=lambda runner: -runner.capacity.layout.max_rows)
-        self.prepared = sum(runner.prepare() for runner in captured) > 0
+        captured = [(i, item) for i, item in enumerate(runners) if isinstance(item, CapturedRunner)]
+        captured.sort(key=lambda pair: -pair[1].capacity.layout.max_rows)
+        ahead = rows_ahead() if captured and not self.options.deterministic else {}
+        done = [self._prepare(runner, ahead.get(index, ())) for index, runner in captured]
+        self.prepared = any(done)
         return runners
+
+    def _prepare(self, runner: CapturedRunner, rows_ahead: Collection[int]) -> bool:
+        try:
+            return runner.prepare(rows_ahead)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            self._notice(
+                f"{self.backbone.name}: runs eagerly, because the step of {len(runner.pool.slots)} "
+                f"slots could not be captured ({type(error).__name__}: {text})"
+            )
+            self._refused.add(runner.pool.slots)
+            self._captured.pop(id(runner.pool), None)
+            raise Runners.Refused from None
 
     def _runner(self, htask: HTask, pool: AdapterPool) -> PassRunner:
         if isinstance(pool, SlotPool):

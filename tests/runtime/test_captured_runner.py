@@ -287,6 +287,25 @@ def test_a_nan_leaves_its_tasks_weights_alone_until_it_is_told(
         assert name == key or torch.equal(tensors.param, others[name])
 
 
+def test_a_step_that_cannot_be_captured_runs_eagerly(
+    store: BackboneStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that do not fit, say: the run goes on and says so."""
+    tasks = tasks_of()
+    eager = trained(tmp_path / "eager", store, tasks, **EAGER)
+
+    def fails(self: CapturedRunner, rows_ahead: object) -> bool:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(CapturedRunner, "prepare", fails)
+    bench = trained(tmp_path / "captured", store, tasks, **CAPTURED)
+    assert not isinstance(runners(bench)[0], CapturedRunner)
+    (notice,) = bench.recorder.notices
+    assert "runs eagerly" in notice and "out of resource" in notice
+    for task in tasks:
+        assert worst_gap(bench.weights(task), eager.weights(task)) == 0.0
+
+
 def test_padded_plans_run_too(store: BackboneStore, tmp_path: Path) -> None:
     tasks = tasks_of()[:2]
     plan = make_plan([make_htask(tasks, 24, 2, PackRule.PAD)])

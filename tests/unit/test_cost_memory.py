@@ -131,3 +131,24 @@ def test_cpu_runtime_counts_fp32_and_float64_gradient_sums() -> None:
     assert model.backbone_bytes() == 4 * 134_515_008
     assert model.memory.options.trained_bytes == 20
     assert model.resident_bytes(()) == 4 * 134_515_008 + 400 * MIB
+
+
+@pytest.mark.parametrize(("name", "measured_gib"), [("llama-2-7b", 40.91), ("llama-3.1-8b", 44.82)])
+def test_the_captured_step_is_counted_as_measured(name: str, measured_gib: float) -> None:
+    """Peaks of `muxtune train` with 8 tasks on one H100 (validation/gpu_runtime)."""
+    model = AnalyticCostModel(model_shape(name), device_figures("H100-SXM"))
+    plan = plan_of([ShapeKey(16, 362, (SLOT,) * 8)])
+    (ledger,) = model.memory_ledger_bytes(plan).ledgers
+    predicted = ledger.total_bytes - ledger.items["framework"]
+    assert predicted / 2**30 == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_the_captured_step_has_room_in_every_linear_that_reads_the_same_input() -> None:
+    queries = AdapterSlot("lora", 16, ("q_proj",))
+    fused = AdapterSlot("lora", 16, ("q_proj", "k_proj", "v_proj"))
+    captured, eager = memory(static_step=True), memory()
+    assert captured.task_bytes(queries) == captured.task_bytes(fused) == eager.task_bytes(fused)
+    assert eager.task_bytes(queries) < eager.task_bytes(fused)
+    other = AdapterSlot("dora", 8, ("k_proj",))
+    shape = ShapeKey(64, 32, (queries, other))
+    assert captured.pass_bytes(shape) == eager.pass_bytes(shape), "such a pass runs eagerly"

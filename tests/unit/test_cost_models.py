@@ -219,7 +219,9 @@ def test_dropout_costs_time_and_memory(make) -> None:
     dropped = nominal_load(ShapeKey(64, 4, (slot(8, ALL)._replace(dropout=True),)))
     times = [model.breakdown_s(load, SOLO)["adapters"] for load in (plain, dropped)]
     assert times[0] < times[1]
-    assert model.pass_bytes(plain.shape) < model.pass_bytes(dropped.shape)
+    # Of so many rows that the logits of some of them are not the peak.
+    large = [load.shape._replace(num_chunks=256) for load in (plain, dropped)]
+    assert model.pass_bytes(large[0]) < model.pass_bytes(large[1])
 
 
 def test_analytic_is_always_extrapolated_and_the_memo_answers_the_same_object() -> None:

@@ -36,7 +36,7 @@ def drawn_tasks(library: SyntheticLibrary, count: int, seed: int) -> list[TaskVi
     return views
 
 
-@pytest.mark.parametrize("limit_bytes", [74_000_000_000, 18_500_000_000])
+@pytest.mark.parametrize("limit_bytes", [74_000_000_000, 18_000_000_000])
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_rounds_and_steps_come_out_as_predicted(count, limit_bytes):
     library = SyntheticLibrary(seed=5, period_steps=128)

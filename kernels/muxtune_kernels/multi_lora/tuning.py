@@ -18,6 +18,7 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+_SHARED_BYTES = 200_000  # what one program may take of an SM's shared memory
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -101,6 +102,9 @@ def tuning_of(
     j_width = len(widths) * rank_pad
     shrink_t = 64 if j_width <= 64 else 16
     shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + j_width * 4) * 3)
+    expand_n, j_block = 256, next_power_of_2(j_width)
+    while j_block * (expand_n * 4 + 32 * itemsize) > _SHARED_BYTES:
+        expand_n //= 2
     db_n = 256 if max(widths) > 4096 else 128
     db_n = min(db_n, max(32, 8192 // rank_pad), next_power_of_2(max(32, *widths)))
     db_t = _fit(64, lambda t: t * (db_n + rank_pad) * itemsize * 3)
@@ -113,7 +117,8 @@ def tuning_of(
     da_programs = cdiv(width, da_n) * num_slots
     rows_of_slot = num_rows // num_slots
     return Tuning(
-        shrink_t=shrink_t, shrink_k=shrink_k, db_t=db_t, db_n=db_n, da_t=da_t, da_n=da_n,
+        expand_n=expand_n, shrink_t=shrink_t, shrink_k=shrink_k,
+        db_t=db_t, db_n=db_n, da_t=da_t, da_n=da_n,
         shrink_splits=_shrink_splits(cdiv(num_rows, shrink_t), width // shrink_k),
         db_splits=1 if deterministic else _row_splits(db_programs, 2 * num_sms(), rows_of_slot),
         da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),

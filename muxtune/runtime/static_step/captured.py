@@ -111,6 +111,13 @@ class CapturedSteps:
                 return num_rows
         raise ValueError(f"{num_tokens} tokens, the largest size holds {self.row_counts[-1]}")
 
+    def ready_size_for(self, num_tokens: int) -> int:
+        """The smallest size that is prepared and holds them. Raises ValueError without one."""
+        for num_rows in self.row_counts:
+            if num_rows >= num_tokens and self.is_ready(num_rows):
+                return num_rows
+        raise ValueError(f"{num_tokens} tokens, and no size that is prepared holds them")
+
     def step(
         self,
         sequences: Iterable[Sequence],

@@ -1,0 +1,99 @@
+"""kill -9 at random moments of ``muxtune train`` on the GPU; the resumed run must end with the
+adapters of the unkilled one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+KILLS, SEED = 3, 11
+MODEL = [
+    "model=tiny", "model.shape.num_layers=2", "model.shape.hidden=1024", "model.shape.num_heads=8",
+    "model.shape.num_kv_heads=8", "model.shape.head_dim=128", "model.shape.intermediate=2816",
+]  # fmt: skip
+TASKS = """
+defaults: {model: tiny, max_length: 256, batch_size: 8, targets: all-linear}
+tasks:
+  - {id: a, histogram: sst2, steps: 150, rank: 16, seed: 0, dropout: 0.1}
+  - {id: b, histogram: openbookqa, steps: 100, rank: 16, seed: 1, dropout: 0.1, accumulation: 2}
+  - {id: c, histogram: rte, steps: 120, rank: 16, seed: 2, dropout: 0.1, schedule: cosine}
+"""
+
+
+def command(folder: Path, tasks: Path, device: str) -> list[str]:
+    return [
+        sys.executable, "-m", "muxtune.cli", "train", *MODEL, "cluster=h100_x1",
+        f"workload.tasks_file={tasks}", "planner.chunk_tokens=64",
+        "planner.max_shapes=1", "planner.fusion=all_spatial", "backend.checkpoint_steps=10",
+        f"backend.device={device}", "backend.step=captured", "+backend.evaluate_tokens=0",
+        f"output_dir={folder}",
+    ]  # fmt: skip
+
+
+def run(_: Any, device: str) -> dict[str, Any]:
+    place = Path(tempfile.mkdtemp())
+    tasks = place / "tasks.yaml"
+    tasks.write_text(TASKS)
+    whole = place / "whole"
+    subprocess.run(command(whole, tasks, device), check=True, capture_output=True)
+    lines = _lines(whole)
+    moments, kills = random.Random(SEED), []
+    for number in range(KILLS):
+        folder = place / f"killed-{number}"
+        after = moments.randrange(lines // 10, lines * 9 // 10)
+        process = subprocess.Popen(
+            command(folder, tasks, device), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while _lines(folder) < after and process.poll() is None:
+            time.sleep(0.002)
+        was_running = process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed_at = _lines(folder)
+        resume = [sys.executable, "-m", "muxtune.cli", "train", f"resume={folder}"]
+        done = subprocess.run(resume, capture_output=True, text=True)
+        kills.append(
+            {
+                "was_running": was_running, "steps_told": killed_at, "of": lines,
+                "resumed": done.returncode == 0,
+                "error": done.stderr[-600:] if done.returncode else "",
+                "bit_identical": _same(folder, whole),
+            }
+        )  # fmt: skip
+        print(kills[-1], flush=True)
+    shutil.rmtree(place)
+    passed = all(k["was_running"] and k["resumed"] and k["bit_identical"] for k in kills)
+    return {"steps": lines, "kills": kills, "passed": passed}
+
+
+def _lines(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _same(folder: Path, whole: Path) -> bool:
+    for name in ("a", "b", "c"):
+        file = f"adapters/{name}/adapter_model.safetensors"
+        if (
+            not (folder / file).exists()
+            or (folder / file).read_bytes() != (whole / file).read_bytes()
+        ):
+            return False
+        assert all(t.isfinite().all() for t in load_file(whole / file).values())
+    return _steps(folder) == _steps(whole)
+
+
+def _steps(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(row["task_id"], row["step"]): (row["loss"], row["grad_norm"]) for row in rows}
