@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,14 @@ class TaskRecord:
         return self.view
 
 
+class PlanEnds(NamedTuple):
+    """When the tasks of a running plan are predicted to end, and their tokens a second."""
+
+    plan: Plan
+    ends_ns: np.ndarray
+    tokens_per_s: float
+
+
 class InstanceRecord:
     """One instance with the tasks on it, its last plan and what its executor taught."""
 
@@ -104,7 +113,7 @@ class InstanceRecord:
         self.shed: set[str] = set()  # draining tasks that no plan can hold any longer
         self.unstarted: set[str] = set()
         self.plan: Plan | None = None
-        self.ends: tuple[Plan, np.ndarray] | None = None  # predicted ends of the plan's tasks
+        self.ends: PlanEnds | None = None
         self.corrections = self.plan_corrections = Corrections()
         self.memory_limit_bytes = self.plan_limit_bytes = spec.memory_limit_bytes
         self.view: InstanceView | None = None
@@ -422,6 +431,8 @@ class Fleet:
             task.placed_ns = self.now_ns
         task.num_placements += 1
         task.steps_ns = self.now_ns
+        if task.spec.max_slowdown is not None:
+            task.view = task.ready_view._replace(placed_ns=task.placed_ns, steps_ns=self.now_ns)
         self._move(record, task, joins=True)
 
     def unplace(self, task: TaskRecord) -> InstanceRecord:
@@ -441,6 +452,10 @@ class Fleet:
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
         task.steps_ns = self.now_ns
+        if task.view is not None and task.view.placed_ns is not None:
+            task.view = task.view._replace(steps_done=steps, steps_ns=self.now_ns)
+            if task.instance_id:
+                self.records[task.instance_id].view = None
         if task.view is None or task.view.steps_done == steps:
             return
         view = task.view

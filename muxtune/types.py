@@ -143,6 +143,8 @@ class TaskView(NamedTuple):
     priority: int = 0
     deadline_ns: int | None = None
     max_slowdown: float | None = None
+    placed_ns: int | None = None  # of a task with a max_slowdown: when it was first placed,
+    steps_ns: int = 0  # and as of when steps_done is known
 
 
 # ------------------------------------------------------------------------------------ estimates
@@ -264,6 +266,7 @@ class Prediction(NamedTuple):
     solo_step_time_s: Mapping[str, float]  # the same task alone on this instance
     breakdown_s: Mapping[str, float]  # where a round's time goes
     tasks_step_time_s: float  # time in which every task takes one optimizer step
+    takeover_s: float = 0.0  # until the plan's own rounds begin, told where promises hang on it
 
 
 class Plan(NamedTuple):

@@ -1,20 +1,20 @@
 """When a task that has to wait will start: told to its tenant, and journalled.
 
-Past saturation tasks queue. The k-th waiting task of a base model is predicted to start when the
-k-th of the tasks that now run on its instances has ended, as the plans predict it; where more wait
-than run, the running tasks stand for those that follow them. A forecast, not a decision: policies
-may prefer others, plans change, and tasks arrive.
+Past saturation tasks queue. The first waiting task of a base model is predicted to start when the
+first of the tasks that now run on its instances ends, as the plans predict it; it then runs at
+the mean speed of the running ones, by tokens, and its end makes room, too, for one of those
+behind it. A forecast, not a decision: policies may prefer others, plans change, and tasks arrive.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from heapq import heapify, heapreplace
 
 import numpy as np
 
-from muxtune.fleet import Fleet, InstanceRecord, TaskRecord
-from muxtune.types import NS_PER_S, Refusal
+from muxtune.fleet import Fleet, InstanceRecord, PlanEnds, TaskRecord
+from muxtune.types import NS_PER_S, Discipline, Refusal, TaskView
 
 NOBODY = np.zeros(0, dtype=np.int64)
 
@@ -22,39 +22,52 @@ NOBODY = np.zeros(0, dtype=np.int64)
 def must_wait(fleet: Fleet, newcomers: Sequence[str]) -> Iterator[Refusal]:
     """Of the tasks that became ready now, why those that wait do not start, and from when on they
     are predicted to run."""
-    waiting = [fleet.tasks[name] for name in newcomers if name in fleet.queue]
-    behind = Counter(task.spec.model for task in waiting)
-    for task in waiting:
-        model = task.spec.model
-        behind[model] -= 1
-        ahead = fleet.queue.num_waiting(model) - behind[model] - 1
-        task.predicted_start_ns = predicted_start_ns(fleet, model, ahead + 1)
-        yield Refusal(
-            f"the instances of {model} take no further task now, and {ahead} wait before it",
-            (task.spec.task_id,),
-            remedy="wait, or add an instance",
-            predicted_start_ns=task.predicted_start_ns,
-        )
+    waiting = {name for name in newcomers if name in fleet.queue}
+    for model in sorted({fleet.tasks[name].spec.model for name in waiting}):
+        line = list(fleet.queue.of_model(model, Discipline.FIFO))
+        starts = _starts_ns(fleet, model, line)
+        for ahead, (view, start_ns) in enumerate(zip(line, starts, strict=True)):
+            if view.task_id in waiting:
+                fleet.tasks[view.task_id].predicted_start_ns = start_ns
+                yield _refusal(view, ahead, start_ns)
 
 
-def predicted_start_ns(fleet: Fleet, model: str, position: int) -> int | None:
-    """When the ``position``-th waiting task (from 1) of a base model starts; None while nothing
-    runs whose end is known."""
+def _refusal(view: TaskView, ahead: int, start_ns: int | None) -> Refusal:
+    return Refusal(
+        f"the instances of {view.model} take no further task now, and {ahead} wait before it",
+        (view.task_id,),
+        remedy="wait, or add an instance",
+        predicted_start_ns=start_ns,
+    )
+
+
+def _starts_ns(fleet: Fleet, model: str, line: Sequence[TaskView]) -> Iterator[int | None]:
+    """Of each task in line; None while nothing runs whose end is known."""
     running = [
-        _ends_ns(record)
+        _ends_of(record)
         for record in fleet.records.values()
         if record.plan is not None and record.spec.model == model
     ]
-    ends_ns = np.concatenate([NOBODY, *running])
+    ends_ns = np.concatenate([NOBODY, *[ends.ends_ns for ends in running]])
     if not ends_ns.size:
-        return None
-    ends_ns = np.maximum(ends_ns, fleet.now_ns)
-    generations, at = divmod(position - 1, ends_ns.size)
-    end_ns = int(np.partition(ends_ns, at)[at])
-    return end_ns + generations * (int(ends_ns.max()) - fleet.now_ns)
+        yield from [None] * len(line)
+        return
+    tokens_per_s = sum(ends.tokens_per_s for ends in running)
+    ns_per_token = NS_PER_S * ends_ns.size / max(1e-9, tokens_per_s)
+    slots = np.maximum(ends_ns, fleet.now_ns).tolist()
+    heapify(slots)
+    for view in line:
+        start_ns = slots[0]
+        yield start_ns
+        num_steps = view.num_steps - view.steps_done
+        heapreplace(slots, start_ns + round(num_steps * _step_tokens(view) * ns_per_token))
 
 
-def _ends_ns(record: InstanceRecord) -> np.ndarray:
+def _step_tokens(view: TaskView) -> float:
+    return view.sequences_per_step * view.lengths.mean_tokens
+
+
+def _ends_of(record: InstanceRecord) -> PlanEnds:
     """Predicted ends of the tasks of a running plan; worked out once a plan.
 
     Tasks share the instance in the plan's proportions, and those that stay share what those that
@@ -64,15 +77,19 @@ def _ends_ns(record: InstanceRecord) -> np.ndarray:
     """
     plan = record.plan
     assert plan is not None
-    if record.ends is None or record.ends[0] is not plan:
+    if record.ends is None or record.ends.plan is not plan:
         steps_s, solo_s = plan.predicted.step_time_s, plan.predicted.solo_step_time_s
+        tasks = {name: task for name, task in record.tasks.items() if steps_s.get(name)}
         running = [
             (_steps_left(task) * steps_s[name], solo_s[name] / steps_s[name], task.steps_ns)
-            for name, task in record.tasks.items()
-            if steps_s.get(name)
+            for name, task in tasks.items()
         ]
-        record.ends = plan, _shared_ends_ns(sorted(running))
-    return record.ends[1]
+        record.ends = PlanEnds(
+            plan,
+            _shared_ends_ns(sorted(running)),
+            sum(_step_tokens(task.ready_view) / steps_s[name] for name, task in tasks.items()),
+        )
+    return record.ends
 
 
 def _shared_ends_ns(running: Sequence[tuple[float, float, int]]) -> np.ndarray:

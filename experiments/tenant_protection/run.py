@@ -103,7 +103,7 @@ MODEL = (
     *("model=tiny", "model.shape.num_layers=4", "model.shape.hidden=256"),
     *("model.shape.intermediate=512", "model.shape.head_dim=64"),
 )
-STEPS = 24
+STEPS = 60
 TASKS = """
 defaults: {{model: tiny, steps: {steps}, max_length: 128, batch_size: 4, data: {data},
             rank: 8, targets: all-linear}}
@@ -114,7 +114,7 @@ OTHERS = """  - {id: second, seed: 2, batch_size: 6}
   - {id: third, seed: 3, batch_size: 8}
   - {id: fourth, seed: 4, rank: 16}
 """
-LATE = "  - {id: strict, seed: 5, max_slowdown: 1.2, steps: 8}\n"
+LATE = "  - {id: strict, seed: 5, max_slowdown: 1.2, steps: 20}\n"
 
 
 def train(folder: Path, tasks: str, *more: str) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def train(folder: Path, tasks: str, *more: str) -> dict[str, Any]:
     (folder / "tasks.yaml").write_text(tasks, encoding="utf-8")
     done = muxtune([
         *("train", *MODEL, "cost=profile", f"cost.path={folder.parent / 'profile/profile.json'}"),
+        "backend.evaluate_tokens=0",  # scoring is no training, and stops all tasks of an instance
         *(f"workload.tasks_file={folder / 'tasks.yaml'}", f"output_dir={folder / 'run'}", *more),
     ])  # fmt: skip
     if done:
@@ -139,6 +140,12 @@ def step_s(run: dict[str, Any], task_id: str) -> float:
     return statistics.fmean(item["duration_ns"] for item in steps[2:]) / 1e9
 
 
+def life_s(run: dict[str, Any], task_id: str) -> float:
+    """From a task's placement to its end."""
+    row = run["rows"][task_id]
+    return float(row["ended_s"]) - float(row["placed_s"])
+
+
 def training(folder: Path) -> dict[str, Any]:
     data = folder / "data.jsonl"
     chooser = random.Random(0)
@@ -151,7 +158,8 @@ def training(folder: Path) -> dict[str, Any]:
         return TASKS.format(steps=STEPS, data=data, promise=promise) + more
 
     promise = f", max_slowdown: {BOUND}"
-    alone_s = step_s(train(folder / "alone", tasks(promise, "")), "promised")
+    alone = train(folder / "alone", tasks(promise, ""))
+    alone_s = step_s(alone, "promised")
     unprotected = train(folder / "unprotected", tasks("", OTHERS))
     protected = train(folder / "protected", tasks(promise, OTHERS + LATE))
     again_s = step_s(train(folder / "again", tasks(promise, "")), "promised")
@@ -162,7 +170,13 @@ def training(folder: Path) -> dict[str, Any]:
         "solo_step_s": {"before": alone_s, "after": again_s},
         "unprotected_slowdown": step_s(unprotected, "promised") / solo_s,
         "protected_slowdown": step_s(protected, "promised") / solo_s,
-        "predicted_by_run": {
+        "promised_life_s": {
+            "predicted_alone": float(alone["rows"]["promised"]["solo_time_s"]),
+            "alone": life_s(alone, "promised"),
+            "unprotected": life_s(unprotected, "promised"),
+            "protected": life_s(protected, "promised"),
+        },
+        "protected_rows": {
             name: {key: row[key] for key in ("state", "slowdown", "max_slowdown")}
             for name, row in protected["rows"].items()
         },

@@ -9,10 +9,11 @@ speed constant of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
+from muxtune.planners.promises import Budget, budget_of, lateness, waited_s, within
 from muxtune.planning.expected import ExpectedLoad, expected_load
 from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of
 from muxtune.protocols import CostBook, CostModel
@@ -40,6 +41,7 @@ from muxtune.types import (
 
 MEMO_ARRANGEMENTS = 200_000
 MEMO_TASKS = 20_000
+TRIES = 3  # of a plan whose takeover tightens the bounds that it is made for
 # Slowdowns that deadlines are rounded down to; beyond the last a deadline binds nobody.
 DEADLINE_STEPS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
@@ -159,19 +161,94 @@ class PlannerBase:
         for task in instance.tasks:
             if task.deadline_ns is not None:
                 return self._plan_in_time(instance, previous)
-        return self._plan(instance, previous)
+        return self._plan_for_life(instance, previous)
 
     def _plan_in_time(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         """With deadlines as bounds on the slowdown. They keep a task out that would break them;
         where none came and they cannot all be kept any more, they are let go."""
-        answer = self._plan(self._with_deadlines(instance), previous)
+        answer = self._plan_for_life(self._with_deadlines(instance), previous)
         if isinstance(answer, Plan) or not answer.predicted_slowdown:
             return answer
         running = {} if previous is None else previous.predicted.step_time_s
         if any(task.task_id not in running for task in instance.tasks):
             remedy = f"{answer.remedy}, or give the task with a deadline a later one"
             return answer._replace(remedy=remedy)
-        return self._plan(instance, previous)
+        return self._plan_for_life(instance, previous)
+
+    def _plan_for_life(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
+        """Promises are kept over the whole lives of tasks (``muxtune.planners.promises``): a
+        newcomer that would break one is refused; without one the plan that is least late is taken.
+        """
+        budgets = self._budgets(instance, previous)
+        if not budgets or len(instance.tasks) == 1:
+            return self._plan(instance, previous)
+        broken: Refusal | None = None
+        least: tuple[float, Plan] | None = None
+        for answer in self._attempts(instance, previous, budgets):
+            if isinstance(answer, Refusal):
+                broken = broken or answer
+                continue
+            late_s, refusal = lateness(
+                budgets,
+                answer,
+                previous,
+                self._takeover_s(instance, answer, previous),
+                self.promise_margin,
+            )
+            if refusal is None:
+                return answer
+            broken = broken or refusal
+            if least is None or late_s < least[0]:
+                least = late_s, answer
+        running = {} if previous is None else previous.predicted.step_time_s
+        if broken is not None and any(task.task_id not in running for task in instance.tasks):
+            return broken
+        return self._plan(instance, previous) if least is None else least[1]
+
+    def _attempts(
+        self, instance: InstanceView, previous: Plan | None, budgets: Sequence[Budget]
+    ) -> Iterator[Plan | Refusal]:
+        """Plans at ever tighter bounds, as far as what they cost to take over asks for it; then the
+        running plan, kept and added to, in the same way."""
+        for make in (self._plan, self.plan_kept):
+            takeover_s = 0.0
+            for _ in range(TRIES):
+                bounded = within(instance, budgets, takeover_s, waited_s(previous))
+                answer = None if bounded is None else make(bounded, previous)
+                if answer is None:
+                    break
+                if isinstance(answer, Plan):
+                    takeover_s = self._takeover_s(instance, answer, previous)
+                    told_s = takeover_s + waited_s(previous)
+                    prediction = answer.predicted._replace(takeover_s=told_s)
+                    answer = answer if answer is previous else answer._replace(predicted=prediction)
+                yield answer
+                if isinstance(answer, Refusal):
+                    break
+
+    def _budgets(self, instance: InstanceView, previous: Plan | None) -> list[Budget]:
+        site = site_of(instance)
+        promised = [task for task in instance.tasks if task.placed_ns is not None]
+        found = [
+            budget_of(task, self._alone_step_s(site, task), instance.now_ns, previous)
+            for task in promised
+        ]
+        return [budget for budget in found if budget is not None]
+
+    def _takeover_s(self, instance: InstanceView, plan: Plan, previous: Plan | None) -> float:
+        """What the plan prepares before its first round, and the round that a task ends within."""
+        if plan is previous:
+            return plan.predicted.round_time_s.value
+        prepared = self.cost(site_of(instance)).transition_s(previous, plan)
+        return prepared.value + plan.predicted.round_time_s.value
+
+    def _alone_step_s(self, site: Site, task: TaskView) -> float:
+        return self.solo_step_time_s(site, self.class_of_view(task))
+
+    def plan_kept(self, instance: InstanceView, previous: Plan | None) -> Plan | None:
+        """The running plan with the tasks that came and without those that left, for planners that
+        can tell; None where it does not hold them or breaks a promise."""
+        return None
 
     def _with_deadlines(self, instance: InstanceView) -> InstanceView:
         site = site_of(instance)
@@ -183,7 +260,7 @@ class PlannerBase:
         few; none where it would be late even alone."""
         if task.deadline_ns is None:
             return task
-        alone_s = self.solo_step_time_s(site, self.class_of_view(task._replace(max_slowdown=None)))
+        alone_s = self._alone_step_s(site, task)
         left_s = (task.deadline_ns - now_ns) / NS_PER_S
         slack = left_s / max(1e-12, alone_s * max(1, task.num_steps - task.steps_done))
         bound = max((step for step in DEADLINE_STEPS if step <= slack), default=None)
@@ -252,6 +329,7 @@ class PlannerBase:
 
     def solo_step_time_s(self, site: Site, task: TaskClass) -> float:
         """Predicted seconds a step of the task alone on this site, under the same planner."""
+        task = task._replace(max_slowdown=0.0)
         known = self._solo.get((site, task))
         if known is None:
             costed = self.arrange(site, (task,))

@@ -343,11 +343,7 @@ class MuxTunePlanner(PlannerBase):
             return None
         promised = [i for i, task in enumerate(classes) if task.max_slowdown]
         free = [i for i, task in enumerate(classes) if not task.max_slowdown]
-        margin = self.promise_margin
-        least_s = [
-            planned_slowdown(task, margin) * alone
-            for task, alone in zip(classes, solo_s, strict=True)
-        ]
+        least_s = self._least_s(classes, solo_s)
         resident = self.resident_bytes(site, classes)
         best: tuple[list[Group], Turns] | None = None
         for split in ([promised], [[i] for i in promised]):
@@ -369,7 +365,7 @@ class MuxTunePlanner(PlannerBase):
         limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
         groups = []
         for subset in subsets:
-            chosen = tuple(classes[i] for i in subset)
+            chosen = tuple(classes[i]._replace(max_slowdown=0.0) for i in subset)
             key = (site, limit, chosen)
             if key not in self._searched:
                 if len(self._searched) >= MEMO_GROUPS:
@@ -425,6 +421,12 @@ class MuxTunePlanner(PlannerBase):
         )
         return kept._replace(reason=reason(verdict, plan.reason)) if verdict.keeps else plan
 
+    def plan_kept(self, instance: InstanceView, previous: Plan | None) -> Plan | None:
+        if previous is None or not previous.htasks:
+            return None
+        kept = self._kept(instance, previous, previous.epoch + 1)
+        return kept and kept._replace(reason="kept, so that every promise is: " + kept.reason)
+
     def _capture_s(self, site: Site, answer: Answer) -> float:
         """Preparing all shapes of an answer; 0 spares looking any further."""
         known = self._captures.get(id(answer))
@@ -452,16 +454,38 @@ class MuxTunePlanner(PlannerBase):
         if added is None or not htasks:
             return None
         groups += added
-        costed = self._costed(site, groups, _turns(groups, site), resident)
-        limit = site.memory_limit_bytes
-        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
-        answer = answer_of(costed, solo)
-        if costed.peak_bytes > limit or refuse_slow(
-            classes, answer.step_times_s, solo, self.promise_margin
-        ):
+        answer = self._kept_answer(site, classes, groups, resident)
+        if answer is None:
             return None
         plan = bind(instance, tuple(ids), answer, None)
         return plan._replace(epoch=epoch, htasks=(*htasks, *plan.htasks[len(htasks) :]))
+
+    def _kept_answer(
+        self, site: Site, classes: tuple[TaskClass, ...], groups: list[Group], resident: int
+    ) -> Answer | None:
+        """These hTasks in turns that keep every promise; None where they do not fit."""
+        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
+        turns: Turns | None = _turns(groups, site)
+        for paced in (False, True):
+            if paced:
+                least_s = self._least_s(classes, solo)
+                turns = paced_turns([_demand(group, least_s) for group in groups])
+            if turns is None:
+                return None
+            costed = self._costed(site, groups, turns, resident)
+            answer = answer_of(costed, solo)
+            if costed.peak_bytes > site.memory_limit_bytes:
+                return None
+            if not refuse_slow(classes, answer.step_times_s, solo, self.promise_margin):
+                return answer
+        return None
+
+    def _least_s(self, classes: Sequence[TaskClass], solo_s: Sequence[float]) -> list[float]:
+        """The longest step that is planned for each task, 0 where nothing was promised."""
+        return [
+            planned_slowdown(task, self.promise_margin) * alone
+            for task, alone in zip(classes, solo_s, strict=True)
+        ]
 
     def _carried(
         self, site: Site, classes: Sequence[TaskClass], ids: Sequence[str], htask: HTask

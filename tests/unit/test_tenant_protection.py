@@ -12,7 +12,7 @@ from muxtune.deciding import refusal_text
 from muxtune.planners.exclusive import ExclusivePlanner
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.registry import CLUSTER_POLICIES
-from muxtune.types import NS_PER_S, Plan, Refusal
+from muxtune.types import NS_PER_S, Estimate, Plan, Refusal
 from tests.sim.fakes import Run, instance, seconds
 from tests.sim.fakes import task as arriving
 from tests.unit.planner_helpers import HandCost, task, view
@@ -51,8 +51,8 @@ def test_those_behind_are_told_later_times():
     run = full_run(4)
     run.run()
     starts = [run.told.by_id()[f"c{i}"].predicted_start_ns for i in range(4)]
-    assert starts[:2] == [seconds(10), seconds(30)]
-    assert starts[2:] == [seconds(10 + 28), seconds(30 + 28)]  # after those that follow a and b
+    assert starts == [seconds(10), seconds(15), seconds(20), seconds(25)]
+    assert starts == [run.told.by_id()[f"c{i}"].placed_ns for i in range(4)]
 
 
 def test_nobody_is_told_to_wait_where_there_is_room():
@@ -151,3 +151,83 @@ def test_the_padding_planners_honour_deadlines_too():
 def test_refusals_tell_their_figures(field):
     text = refusal_text(Refusal("no", (), **{field: 7, field.replace("needed", "available"): 5}))
     assert "7" in text and "5" in text
+
+
+# ------------------------------------------------------------------------------- whole lives
+
+
+class CostlyCost(HandCost):
+    """Every shape that an instance has not run takes ``capture_s`` to prepare."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def transition_s(self, previous, new):
+        if previous is None:
+            previous = new._replace(htasks=())
+        seconds = self.seconds * super().transition_s(previous, new).value
+        return Estimate(seconds, seconds, seconds)
+
+
+def promised(name: str, **fields):
+    return task(name, max_slowdown=2.0, placed_ns=0, num_steps=1000, **fields)
+
+
+def joined(costs: CostlyCost, spent_s: float = 0.0) -> Plan | Refusal:
+    """A promised task that runs alone is joined by others after a while without a step."""
+    planner = MuxTunePlanner(lambda model, device: costs)
+    alone = view(promised("a"))
+    before = planner.plan(alone, None)
+    assert isinstance(before, Plan)
+    now_ns = round(spent_s * NS_PER_S)
+    first = promised("a", steps_ns=now_ns)
+    others = [task(name, rank=16, num_steps=1000) for name in "bcde"]
+    return planner.plan(view(first, *others)._replace(now_ns=now_ns), before)
+
+
+def life_s() -> float:
+    return 100 * alone_s()  # of the 1000 steps of a promised task
+
+
+def test_what_takeovers_cost_counts_against_a_promise():
+    cheap, costly = joined(CostlyCost(0.0)), joined(CostlyCost(0.25 * life_s()))
+    assert isinstance(cheap, Plan) and isinstance(costly, Plan)
+    steps_s = [plan.predicted.step_time_s["a"] for plan in (cheap, costly)]
+    assert steps_s[1] < steps_s[0] <= 2 * alone_s() / 10
+    taken_s = costly.predicted.takeover_s
+    assert taken_s > 0.25 * life_s() and taken_s + 1000 * steps_s[1] <= 2 * life_s()
+
+
+def test_a_newcomer_whose_takeover_would_break_a_promise_is_refused_with_seconds():
+    refused = joined(CostlyCost(1.2 * life_s()))
+    assert isinstance(refused, Refusal)
+    assert refused.needed_s > refused.available_s > 0 and "to take the plan over" in refused.reason
+
+
+def test_time_that_a_promised_task_has_lost_is_not_lost_twice():
+    steps_s = []
+    for spent in (0.0, 0.4):
+        plan = joined(CostlyCost(0.0), spent * life_s())
+        assert isinstance(plan, Plan)
+        steps_s.append(plan.predicted.step_time_s["a"])
+    assert 0.4 * life_s() + 1000 * steps_s[1] <= 2 * life_s() < 0.4 * life_s() + 1000 * steps_s[0]
+
+
+def test_the_running_plan_is_kept_where_a_plan_of_its_own_would_break_a_promise():
+    """When "c" leaves, preparing the best plan for two would cost "a" more than it has left."""
+    costs = CostlyCost(0.0)
+    planner = MuxTunePlanner(lambda model, device: costs)
+    tasks = [promised("a"), task("b", num_steps=1000, length=32), task("c", num_steps=1000)]
+    before = planner.plan(view(*tasks), None)
+    assert isinstance(before, Plan)
+    costs.seconds = life_s()
+    after = planner.plan(view(*tasks[:2]), before)
+    assert isinstance(after, Plan) and costs.transition_s(before, after).value == 0
+    assert 1000 * after.predicted.step_time_s["a"] <= 2 * life_s()
+
+
+def test_a_promise_that_cannot_be_kept_any_more_binds_no_newcomer_out():
+    plan = joined(CostlyCost(0.0), 5 * life_s())
+    assert isinstance(plan, Plan)
+    assert plan.predicted.step_time_s["a"] <= 2 * alone_s() / 10
