@@ -170,6 +170,7 @@ def training(folder: Path) -> dict[str, Any]:
         "solo_step_s": {"before": alone_s, "after": again_s},
         "unprotected_slowdown": step_s(unprotected, "promised") / solo_s,
         "protected_slowdown": step_s(protected, "promised") / solo_s,
+        "strict_slowdown": step_s(protected, "strict") / solo_s,  # a task like the promised one
         "promised_life_s": {
             "predicted_alone": float(alone["rows"]["promised"]["solo_time_s"]),
             "alone": life_s(alone, "promised"),

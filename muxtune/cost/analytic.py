@@ -7,6 +7,7 @@ shape) and are carried over to other devices by ratios of their figures.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -172,11 +173,14 @@ class AnalyticCostModel(ComposedCostModel):
         """Gaps between adapter kernels: grouped kernels run once a linear for all slots."""
         if self._eager or not slots:
             return 0.0
-        launched = [_sites(self.model, slot) for slot in slots]
+        kinds = Counter(slots)
+        launched = [_sites(self.model, slot) for slot in kinds]
         if self.options.grouped_adapters:
             count = len(set().union(*launched))
         else:
-            count = sum(len(names) for names in launched)
+            count = sum(
+                len(names) * times for names, times in zip(launched, kinds.values(), strict=True)
+            )
         # Two kernels forward (shrink, expand) and four backward.
         return 6 * count * layers * self.options.gap_s
 

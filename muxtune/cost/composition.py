@@ -360,7 +360,8 @@ class ComposedCostModel(ABC):
         tally.merge(self._block(rows, replica.tp), layers)
         own_rows = shape.padded_tokens / max(1, len(shape.slots))
         separate = []
-        for slot, count in Counter(shape.slots).items():
+        kinds = Counter(shape.slots)
+        for slot, count in kinds.items():
             adapter = self._slot(slot, own_rows, replica.tp)
             tally.merge(adapter, layers * count)
             separate += [adapter.kernels] * count
@@ -372,7 +373,8 @@ class ComposedCostModel(ABC):
         tally.put(ops.OVERHEAD, False, self.slot_overhead_s(shape.slots, layers))
         tally.put(ops.OVERHEAD, False, self.exposed_host_s(tally.kernels, tally.total_s))
         share = self._add_recompute(tally, shape)
-        optimizer = tuple(self._optimizer(slot, layers, replica.tp) for slot in shape.slots)
+        of_kind = {slot: self._optimizer(slot, layers, replica.tp) for slot in kinds}
+        optimizer = tuple([of_kind[slot] for slot in shape.slots])
         forward, backward = (layers * rates.per_unit_s for rates in pair_rates)
         return PassParts(
             tally.forward_s, tally.backward_s, (forward, backward + share * forward),
@@ -380,7 +382,7 @@ class ComposedCostModel(ABC):
             tuple(time.value_s for time in optimizer), tally.half_width_s,
             max(rates.relative_error for rates in pair_rates),
             max(rates.relative_error for rates in loss_rates),
-            tally.extrapolated or any(time.extrapolated for time in optimizer),
+            tally.extrapolated or any(time.extrapolated for time in of_kind.values()),
         )  # fmt: skip
 
     def _add_attention(

@@ -329,7 +329,8 @@ class PlannerBase:
 
     def solo_step_time_s(self, site: Site, task: TaskClass) -> float:
         """Predicted seconds a step of the task alone on this site, under the same planner."""
-        task = task._replace(max_slowdown=0.0)
+        if task.max_slowdown:
+            task = task._replace(max_slowdown=0.0)
         known = self._solo.get((site, task))
         if known is None:
             costed = self.arrange(site, (task,))

@@ -133,7 +133,8 @@ def _sorted_tasks(
 def _near(costs: GroupCosts, found: list[Counts]) -> list[list[Counts]]:
     whole = tuple(map(sum, zip(*found, strict=True)))
     kinds = range(len(whole))
-    singles = [tuple(int(k == kind) for k in kinds) for kind in kinds for _ in range(whole[kind])]
+    units = [tuple([int(k == kind) for k in kinds]) for kind in kinds]
+    singles = [unit for unit, count in zip(units, whole, strict=True) for _ in range(count)]
     best_s = costs.round_s(found)
     plain = [groups for groups in ([whole], singles) if sorted(groups) != sorted(found)]
     return [found, *(groups for groups in plain if costs.round_s(groups) <= _NEAR * best_s)]
@@ -308,7 +309,7 @@ def _most_passes(passes_CLD: np.ndarray, count_DE: np.ndarray) -> np.ndarray:
     """[C, L, E]: most micro-batches per step of a group's tasks."""
     most = np.zeros((*passes_CLD.shape[:-1], count_DE.shape[1]))
     for kind, count_E in enumerate(count_DE):
-        np.maximum(most, passes_CLD[..., kind, None], out=most, where=count_E > 0)
+        np.maximum(most, passes_CLD[..., kind, None] * (count_E > 0), out=most)
     return most
 
 

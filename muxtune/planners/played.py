@@ -64,6 +64,15 @@ class Piece(NamedTuple):
         return self.chain_s + (self.passes - 1) * self.work_s[-1]
 
 
+def chain_s(graph: Sequence[Subgraph], times_s: Sequence[float]) -> float:
+    """The longest path: a micro-batch goes through the stages and back, while the optimizers of
+    different stages do not wait for each other."""
+    ends_s: dict[int, float] = {}
+    for item, seconds in zip(graph, times_s, strict=True):
+        ends_s[item.index] = seconds + max((ends_s[i] for i in item.depends_on), default=0.0)
+    return max(ends_s.values())
+
+
 class Player:
     """Plays sets of hTasks on one site. ``search``: how hard to look for an order."""
 
@@ -82,7 +91,8 @@ class Player:
         for item, s in zip(graph, seconds, strict=True):
             work[item.stage] += s if item.kind in _COMPUTES else 0.0
         held = held_bytes(self.model, plan)[0]
-        return Piece(graph, seconds, max(cost.passes_per_step), tuple(work), sum(seconds), held)
+        return Piece(graph, seconds, max(cost.passes_per_step), tuple(work),
+                     chain_s(graph, seconds), held)  # fmt: skip
 
     def bound_s(self, pieces: Sequence[Piece]) -> float:
         """No schedule of these steps is shorter."""

@@ -98,9 +98,9 @@ def test_a_sweep_of_planners_and_loads_ends_in_one_table_and_one_plot(tmp_path: 
     varied = ["planner=exclusive,batched,muxtune", "workload.load=0.5,1,2"]
     assert main(["simulate", "-m", *words, *varied, f"output_dir={tmp_path / 'sweep'}"]) == 0
     names = [path.name for path in (tmp_path / "sweep").iterdir() if path.is_file()]
-    tables = [name for name in names if name.endswith(".csv")]
-    plots = [name for name in names if name.endswith(".png")]
-    assert len(tables) == len(plots) == 1
+    tables = {name for name in names if name.endswith(".csv")}
+    plots = {name for name in names if name.endswith(".png")}
+    assert tables == {"summary.csv", "aggregate.csv"} and "sweep.png" in plots
     rows = list(csv.DictReader((tmp_path / "sweep" / tables[0]).open()))
     assert len(rows) == 9 and {row["status"] for row in rows} == {"ok"}
     assert {row["planner"] for row in rows} == {"exclusive", "batched", "muxtune"}
