@@ -29,7 +29,7 @@ LENGTHS = (("sst2", 64), ("openbookqa", 128), ("rte", 256))
 RANKS, BATCHES = (8, 16), (4, 8, 16)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 LIMIT_BYTES = 10**13  # 1,000 adapters must fit, so that there is something to plan
-FLEET_TASKS, FLEET_EVENTS = 16, 20_000
+FLEET_TASKS, FLEET_EVENTS, FEWER_EVENTS = 16, 20_000, 3_000
 
 
 def main() -> None:
@@ -42,6 +42,12 @@ def main() -> None:
         "scratch": [scratch(planner, pool, size) for size in SIZES],
         "arrival_at_64": arrivals(planner, pool),
         "fleet": fleet(costs, library),
+        "hysteresis": [
+            {"steps": steps, "hysteresis": keeps}
+            | fleet(costs, library, FEWER_EVENTS, steps, hysteresis=keeps)
+            for steps in (500, 5_000, 100_000)
+            for keeps in (False, True)
+        ],
     }
     OUTPUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(content, indent=1))
@@ -110,20 +116,26 @@ def arrivals(planner: MuxTunePlanner, pool: list[TaskView]) -> dict[str, float]:
     return spread(times_s)
 
 
-def fleet(costs: CostBook, library: SyntheticLibrary) -> dict[str, object]:
+def fleet(
+    costs: CostBook,
+    library: SyntheticLibrary,
+    events: int = FLEET_EVENTS,
+    steps: int = 100_000,
+    **options: bool,
+) -> dict[str, object]:
     """Arrivals and departures on one instance of up to 16 tasks of three classes, as in the
     default fleet; and whether the answers equal those of a planner without memory."""
-    rng, planner = random.Random(2), MuxTunePlanner(costs)
+    rng, planner = random.Random(2), MuxTunePlanner(costs, **options)
     specs = [
         TaskSpec(f"f-{i:05d}", MODEL, adapter=AdapterSpec(rank=16, targets=TARGETS),
-                 data=DataSpec(histogram=name, max_length_tokens=longest), num_steps=100_000)
-        for i in range(FLEET_EVENTS) for name, longest in [rng.choice(LENGTHS)]
+                 data=DataSpec(histogram=name, max_length_tokens=longest), num_steps=steps)
+        for i in range(events) for name, longest in [rng.choice(LENGTHS)]
     ]  # fmt: skip
     waiting = [task_view(spec, library.add(spec)) for spec in specs]
     tasks: list[TaskView] = []
     plan: Plan | None = None
     total_s, same, checked = 0.0, 0, 0
-    for event in range(FLEET_EVENTS):
+    for event in range(events):
         if tasks and (len(tasks) == FLEET_TASKS or rng.random() < 0.5):
             tasks.pop(rng.randrange(len(tasks)))
         else:
@@ -138,11 +150,11 @@ def fleet(costs: CostBook, library: SyntheticLibrary) -> dict[str, object]:
         assert isinstance(answer, Plan)
         if event % 1000 == 999:
             checked += 1
-            same += MuxTunePlanner(costs).plan(view, previous) == answer
+            same += MuxTunePlanner(costs, **options).plan(view, previous) == answer
         plan = answer
     return {
-        "events": FLEET_EVENTS,
-        "mean_s": total_s / FLEET_EVENTS,
+        "events": events,
+        "mean_s": total_s / events,
         "checked_from_scratch": checked,
         "same_from_scratch": same,
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -79,6 +79,14 @@ class PassParts(NamedTuple):
         return sum(self.forward_s.values()) + sum(self.backward_s.values())
 
 
+class SlotCosts(NamedTuple):
+    """Of a shape's slots, whatever else the shape is."""
+
+    kinds: Counter[AdapterSlot]
+    overhead_s: float
+    optimizer: tuple[Time, ...]
+
+
 class Tally:
     """Adds up operations by category and direction."""
 
@@ -138,6 +146,9 @@ class ComposedCostModel(ABC):
         self._adapter_loads: dict[AdapterSlot, Estimate] = {}
         self._shape_ids: dict[ShapeKey, int] = {}
         # By id of a tuple of shapes, which the entry keeps alive.
+        self._last_slots: (
+            tuple[tuple[AdapterSlot, ...], dict[tuple[int, int], SlotCosts]] | None
+        ) = None
         self._capture_sets: dict[
             int, tuple[tuple[ShapeKey, ...], ReplicaShape, dict[int, Estimate], Estimate]
         ] = {}
@@ -345,12 +356,14 @@ class ComposedCostModel(ABC):
 
     def _busiest_stage(self, shape: ShapeKey, replica: ReplicaShape) -> PassParts:
         key = ("parts", shape, replica)
-        if key not in self._memo:
+        known = self._memo.get(key)  # once: shapes of many slots hash slowly
+        if known is None:
             ops.check_replica(self.model, replica)
             layers = stage_layers(self.model, replica.pp)[0]
             # An upper bound where layers do not divide: the longest stage and the loss head.
-            self._remember(key, self._stage_parts(shape, replica, layers, True, True))
-        return self._memo[key]  # type: ignore[return-value]
+            known = self._stage_parts(shape, replica, layers, True, True)
+            self._remember(key, known)
+        return known  # type: ignore[return-value]
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
@@ -360,7 +373,7 @@ class ComposedCostModel(ABC):
         tally.merge(self._block(rows, replica.tp), layers)
         own_rows = shape.padded_tokens / max(1, len(shape.slots))
         separate = []
-        kinds = Counter(shape.slots)
+        kinds, overhead_s, optimizer = self._of_slots(shape.slots, layers, replica.tp)
         for slot, count in kinds.items():
             adapter = self._slot(slot, own_rows, replica.tp)
             tally.merge(adapter, layers * count)
@@ -368,13 +381,14 @@ class ComposedCostModel(ABC):
         tally.kernels += layers * (self.adapter_kernels(separate) - sum(separate))
         if first or last:
             tally.merge(self._edges(rows, replica.pp), 1)
-        pair_rates = self._add_attention(tally, shape, layers, replica.tp)
+        pairs = 0.0
+        if any(ops.is_prepended(slot) for slot in kinds):
+            pairs = ops.prepended_pairs(shape.slots, shape.padded_tokens)
+        pair_rates = self._add_attention(tally, shape, layers, replica.tp, rows, pairs)
         loss_rates = self._add_loss(tally, replica.tp) if last else (_NOTHING, _NOTHING)
-        tally.put(ops.OVERHEAD, False, self.slot_overhead_s(shape.slots, layers))
+        tally.put(ops.OVERHEAD, False, overhead_s)
         tally.put(ops.OVERHEAD, False, self.exposed_host_s(tally.kernels, tally.total_s))
         share = self._add_recompute(tally, shape)
-        of_kind = {slot: self._optimizer(slot, layers, replica.tp) for slot in kinds}
-        optimizer = tuple([of_kind[slot] for slot in shape.slots])
         forward, backward = (layers * rates.per_unit_s for rates in pair_rates)
         return PassParts(
             tally.forward_s, tally.backward_s, (forward, backward + share * forward),
@@ -382,17 +396,31 @@ class ComposedCostModel(ABC):
             tuple(time.value_s for time in optimizer), tally.half_width_s,
             max(rates.relative_error for rates in pair_rates),
             max(rates.relative_error for rates in loss_rates),
-            tally.extrapolated or any(time.extrapolated for time in of_kind.values()),
+            tally.extrapolated or any(time.extrapolated for time in optimizer),
         )  # fmt: skip
 
+    def _of_slots(self, slots: tuple[AdapterSlot, ...], layers: int, tp: int) -> SlotCosts:
+        """How often each slot occurs, their overhead and optimizers. The shapes of a ladder share
+        their slots and come one after the other; many slots hash slowly."""
+        if self._last_slots is None or self._last_slots[0] is not slots:
+            self._last_slots = slots, {}
+        known = self._last_slots[1]
+        if (layers, tp) not in known:
+            kinds = Counter(slots)
+            of_kind = {slot: self._optimizer(slot, layers, tp) for slot in kinds}
+            known[layers, tp] = SlotCosts(
+                kinds,
+                self.slot_overhead_s(slots, layers),
+                tuple([of_kind[slot] for slot in slots]),
+            )
+        return known[layers, tp]
+
     def _add_attention(
-        self, tally: Tally, shape: ShapeKey, layers: int, tp: int
+        self, tally: Tally, shape: ShapeKey, layers: int, tp: int, rows: int, pairs: float
     ) -> tuple[Rates, Rates]:
         # The number of sequences is not part of a load; one a chunk is the usual case. What
         # virtual tokens add does not depend on the load either.
-        rates = self.attention_rates(tp)
-        rows = shape.padded_tokens + ops.prompt_rows(shape.slots)
-        pairs = ops.prepended_pairs(shape.slots, shape.padded_tokens)
+        rates = self._known_rates(self.attention_rates, tp)
         for rate, backward in zip(rates, (False, True), strict=True):
             fixed = shape.num_chunks * rate.per_call_s + rows * rate.per_row_s
             fixed += pairs * rate.per_unit_s
@@ -402,11 +430,19 @@ class ComposedCostModel(ABC):
         return rates
 
     def _add_loss(self, tally: Tally, tp: int) -> tuple[Rates, Rates]:
-        rates = self.loss_rates(tp)
+        rates = self._known_rates(self.loss_rates, tp)
         for rate, backward in zip(rates, (False, True), strict=True):
             tally.put(ops.LOSS, backward, rate.per_call_s)
             tally.half_width_s += rate.per_call_s * rate.relative_error
         return rates
+
+    def _known_rates(
+        self, rates: Callable[[int], tuple[Rates, Rates]], tp: int
+    ) -> tuple[Rates, Rates]:
+        key = (rates.__name__, tp)
+        if key not in self._memo:
+            self._remember(key, rates(tp))
+        return self._memo[key]  # type: ignore[return-value]
 
     def _add_recompute(self, tally: Tally, shape: ShapeKey) -> float:
         share = min(1.0, shape.recompute / self.model.num_layers)

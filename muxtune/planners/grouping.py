@@ -132,12 +132,17 @@ def _sorted_tasks(
 
 def _near(costs: GroupCosts, found: list[Counts]) -> list[list[Counts]]:
     whole = tuple(map(sum, zip(*found, strict=True)))
-    kinds = range(len(whole))
-    units = [tuple([int(k == kind) for k in kinds]) for kind in kinds]
-    singles = [unit for unit, count in zip(units, whole, strict=True) for _ in range(count)]
+    units = zip(_units(len(whole)), whole, strict=True)
+    singles = [unit for unit, count in units for _ in range(count)]
     best_s = costs.round_s(found)
     plain = [groups for groups in ([whole], singles) if sorted(groups) != sorted(found)]
     return [found, *(groups for groups in plain if costs.round_s(groups) <= _NEAR * best_s)]
+
+
+@lru_cache(maxsize=64)
+def _units(num_kinds: int) -> list[Counts]:
+    """One task of each class by itself."""
+    return [tuple([int(k == kind) for k in range(num_kinds)]) for kind in range(num_kinds)]
 
 
 def _search(costs: GroupCosts, kinds: Sequence[int], rules: Rules) -> list[Counts] | None:
@@ -146,6 +151,8 @@ def _search(costs: GroupCosts, kinds: Sequence[int], rules: Rules) -> list[Count
         bounds = (*range(0, len(kinds), size), len(kinds))
         longest = len(bounds) - 1 if rules.fusion == "planned" else 1
         groups = _contiguous(kinds, bounds, longest, len(costs.classes))
+        if rules.fusion == "planned" and rules.num_stages == 1:
+            costs.times_EK([*groups, *_units(len(costs.classes))])  # all that is asked for, at once
         found = _program(costs, groups, len(bounds) - 1, longest)
         if found is not None:
             searched = rules.fusion == "planned" and len(kinds) <= _MAX_SEARCHED_TASKS
@@ -191,6 +198,7 @@ class GroupCosts:
         self._values = np.stack([t.values[:, :, self.levels] for t in classes], axis=-1)
         self.bounds_K = np.array([math.inf])
         self._time_K: dict[Counts, np.ndarray] = {}
+        self._best_Q: dict[Counts, int] = {}  # the choice, where no latency bounds it
 
     def set_bounds(self, low_s: float, high_s: float) -> None:
         """Of the latency, in a pipeline."""
@@ -200,7 +208,10 @@ class GroupCosts:
     def times_EK(self, groups: Sequence[Counts]) -> np.ndarray:
         new = [group for group in dict.fromkeys(groups) if group not in self._time_K]
         if new:
-            self._time_K.update(zip(new, self._bounded(*self.choices(new)), strict=True))
+            time_QE, latency_QE = self.choices(new)
+            self._time_K.update(zip(new, self._bounded(time_QE, latency_QE), strict=True))
+            if len(self.bounds_K) == 1:
+                self._best_Q.update(zip(new, time_QE.argmin(axis=0).tolist(), strict=True))
         return np.array([self._time_K[group] for group in groups])
 
     def choices(self, groups: Sequence[Counts]) -> tuple[np.ndarray, np.ndarray]:
@@ -222,21 +233,23 @@ class GroupCosts:
 
     def parts(self, groups: Sequence[Counts], tasks_of: Sequence[Sequence[int]]) -> list[Part]:
         """The groups with the choice that makes the round shortest, over task indexes."""
-        totals_K = self.times_EK(groups).sum(axis=0)
-        bound = self.bounds_K[np.maximum(totals_K, self.bounds_K).argmin()]
-        if len(self.bounds_K) == 1:
-            bound = math.inf
-        time_QE, latency_QE = self.choices(groups)
-        best_E = np.where(latency_QE <= bound, time_QE, np.inf).argmin(axis=0)
         left = [list(tasks) for tasks in tasks_of]
         parts = []
-        for group, best in zip(groups, best_E.tolist(), strict=True):
+        for group, best in zip(groups, self._best_choices(groups), strict=True):
             chunk, level = divmod(best, len(self.levels))
             members = [left[kind].pop(0) for kind, count in enumerate(group) for _ in range(count)]
             parts.append(Part(tuple(members), chunk, self.levels[level]))
         return parts
 
     # -- inside
+
+    def _best_choices(self, groups: Sequence[Counts]) -> list[int]:
+        totals_K = self.times_EK(groups).sum(axis=0)
+        if len(self.bounds_K) == 1:
+            return [self._best_Q[group] for group in groups]
+        bound = self.bounds_K[np.maximum(totals_K, self.bounds_K).argmin()]
+        time_QE, latency_QE = self.choices(groups)
+        return np.where(latency_QE <= bound, time_QE, np.inf).argmin(axis=0).tolist()
 
     def _bounded(self, time_QE: np.ndarray, latency_QE: np.ndarray) -> np.ndarray:
         if len(self.bounds_K) == 1:
