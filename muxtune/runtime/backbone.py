@@ -284,9 +284,10 @@ def _from_pretrained(folder: Path, **options: Any) -> Loaded:
         problem = f"'{folder}' cannot be loaded ({' '.join(str(error).split())})"
         raise ConfigError("model", problem, "Name a saved causal language model") from error
     if options:
-        # A dequantised model is an ordinary one, but transformers refuses to save it until told.
+        # A dequantised model is an ordinary one, but transformers does not know until told.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
+        model.is_quantized = False
     return Loaded(model, HuggingFaceTokenizer(tokenizer, model.config))
 
 

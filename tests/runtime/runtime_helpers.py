@@ -226,7 +226,7 @@ class Bench:
 
     def step(self) -> list[Event]:
         events = self.executor.wait(2**62)
-        assert events, "the executor has nothing left to do"
+        assert events, f"the executor has nothing left to do after {self.events[-3:]}"
         self.events.extend(events)
         return events
 

@@ -104,7 +104,8 @@ def test_a_task_with_bad_data_fails_alone_and_the_exit_code_tells(
 
 
 def test_train_refuses_tasks_without_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "model=tiny", "workload=example", f"output_dir={tmp_path / 'o'}"]) == 2
+    more = ["model=smollm2-135m", "workload=example", f"output_dir={tmp_path / 'o'}"]
+    assert main(["train", *more]) == 2
     told = capsys.readouterr().err
     assert "sentiment-1" in told and "data" in told and not (tmp_path / "o").exists()
 

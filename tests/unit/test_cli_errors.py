@@ -87,7 +87,7 @@ def test_simulate_refuses(words: list[str], expected: list[str], fails: Callable
 def test_an_unknown_command_names_those_that_exist(capsys: pytest.CaptureFixture[str]):
     assert main(["simulat"]) == 2
     told = capsys.readouterr().err
-    assert "did you mean 'simulate'" in told and "plan, simulate, train" in told
+    assert "did you mean 'simulate'" in told and "plan, simulate, capacity, train" in told
 
 
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]):
