@@ -143,7 +143,7 @@ def _run_with_hydra(command: str, words: list[str]) -> int:
 
     from muxtune.commands import run_job
     from muxtune.config import conf_dir, register_schemas
-    from muxtune.report.sweep import SweepCallback
+    from muxtune.report.sweep_callback import SweepCallback
 
     register_schemas()
     SweepCallback.folders.clear()

@@ -176,11 +176,12 @@ class Decider:
         self.fleet.now_ns = time_ns
         absorb = self._absorb
         relevant = [event for event in events if absorb[event.kind](event)]
-        for event in (*relevant, *self._raised):
+        for event in (*relevant, *self._raised) if self._raised else relevant:
             self._ask_policy(event)
-        while self._touched:
-            name = min(self._touched)
-            self._touched.discard(name)
+        touched = self._touched
+        while touched:
+            name = touched.pop() if len(touched) == 1 else min(touched)
+            touched.discard(name)
             record = self.fleet.records.get(name)
             if record is not None and record.ready:
                 self._plan_instance(record)
@@ -232,10 +233,11 @@ class Decider:
         return decision
 
     def _ask_policy(self, event: Event) -> None:
-        view: FleetView = self.fleet
+        fleet = self.fleet
+        view: FleetView = fleet
         actions = self.policy.on_event(event, view)
-        if self.fleet.has_changes:
-            self.fleet.forget_changes()
+        if fleet.has_changes:
+            fleet.forget_changes()
         for action in actions:
             self._actions.append(action)
             self._act[type(action)](action)
@@ -261,6 +263,8 @@ class Decider:
         if len(record.tasks) == len(record.shed):
             self._plan_nothing(record)
         self._placed.pop(name, None)
+        if not refused:
+            return
         events = [self._beside_what_stays(record, event) for event in reversed(refused)]
         self._raised.extend(events)
         for event in events:

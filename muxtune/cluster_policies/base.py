@@ -77,9 +77,10 @@ class FifoPolicy:
             self._note_changes(event, fleet)
         if event.kind is EventKind.PLACEMENT_REFUSED and event.task_id:
             self._remember(event, fleet)
-        if not fleet.waiting_models:
+        models = fleet.waiting_models
+        if not models:
             return []
-        return [action for model in fleet.waiting_models for action in self._fill(model, fleet)]
+        return [action for model in models for action in self._fill(model, fleet)]
 
     # -- for policies on this base
 
@@ -87,7 +88,7 @@ class FifoPolicy:
         """Instances with room, in the order in which to try them."""
         found = []
         # No more can be placed or tried within one event.
-        most = len(fleet.queue) + MAX_ATTEMPTS
+        most = len(fleet.queue) + (MAX_ATTEMPTS if self._refused else 0)
         for instance_id in islice(fleet.least_loaded(model), most):
             load = fleet.load(instance_id)
             if load >= self.max_tasks_per_instance:

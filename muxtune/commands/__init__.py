@@ -12,8 +12,7 @@ from typing import Any
 
 from muxtune.commands.ranks import follow, is_follower
 from muxtune.errors import ConfigError, MuxTuneError
-from muxtune.report.run_folder import RunFolder, provenance
-from muxtune.report.sweep import FAILED, OK, SUMMARY
+from muxtune.report.run_folder import FAILED, OK, SUMMARY, RunFolder, provenance
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 

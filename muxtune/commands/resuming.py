@@ -18,7 +18,7 @@ from muxtune.commands import RUN_FILE
 from muxtune.config import CommonConfig
 from muxtune.errors import ConfigError
 from muxtune.planning.journal import JournalBatch, read_journal
-from muxtune.report.sweep import SUMMARY
+from muxtune.report.run_folder import SUMMARY
 from muxtune.types import EventKind, Reject, TaskSpec
 
 JOURNAL_FILE = "journal.jsonl"

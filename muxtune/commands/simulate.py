@@ -14,7 +14,6 @@ from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
 from muxtune.report.collecting import few_collections
 from muxtune.report.metrics import TaskMetrics, fleet_summary
-from muxtune.report.plots import slowdowns
 from muxtune.report.progress import FleetProgress
 from muxtune.report.recording import Promises, RecordingPlanner, TaskRows, Troubles
 from muxtune.report.run_folder import RunFolder
@@ -67,6 +66,8 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         "wall_time_s": time.perf_counter() - started_s,
     }
     if promises.rows:
+        from muxtune.report.plots import slowdowns  # a second of imports, for few runs
+
         slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows)
     _show(folder, summary, tasks)
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.

@@ -32,8 +32,7 @@ from muxtune.report.perfetto import Span, TraceWriter
 from muxtune.report.plots import slowdowns
 from muxtune.report.progress import TaskProgress
 from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles, slowdown
-from muxtune.report.run_folder import RunFolder, provenance
-from muxtune.report.sweep import SUMMARY
+from muxtune.report.run_folder import SUMMARY, RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 

@@ -27,6 +27,7 @@ from muxtune.types import (
     AdapterSlot,
     Estimate,
     Estimates,
+    HTask,
     PassCoefficients,
     PassLoad,
     Plan,
@@ -144,6 +145,9 @@ class ComposedCostModel(ABC):
         self._coefficients: dict[tuple[ShapeKey, ReplicaShape], PassCoefficients] = {}
         self._memo: dict[Hashable, object] = {}
         self._adapter_loads: dict[AdapterSlot, Estimate] = {}
+        self._first_transitions: dict[
+            tuple[int, ReplicaShape, tuple[int, ...]], tuple[tuple[ShapeKey, ...], Estimate]
+        ] = {}
         self._shape_ids: dict[ShapeKey, int] = {}
         # By id of a tuple of shapes, which the entry keeps alive.
         self._last_slots: (
@@ -264,6 +268,8 @@ class ComposedCostModel(ABC):
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
         it has not run; 0 when neither changes."""
+        if len(new.htasks) == 1 and (previous is None or not previous.htasks):
+            return self._from_nothing_s(new.htasks[0], new.replicas[0])
         old_tasks: set[str] = set()
         known: set[int] = set()
         if previous:
@@ -286,6 +292,20 @@ class ComposedCostModel(ABC):
                 costs += [cost for shape_id, cost in captures.items() if shape_id not in known]
             known.update(captures)
         return _sum_of(costs)
+
+    def _from_nothing_s(self, htask: HTask, replica: ReplicaShape) -> Estimate:
+        """``transition_s`` of an instance that held no task. Remembered by the identity of the
+        shapes, as in ``_captures``."""
+        key = (id(htask.shapes), replica, tuple(htask.slot_of.values()))
+        found = self._first_transitions.get(key)
+        if found is None:
+            if len(self._first_transitions) >= _MEMO_SIZE:
+                self._first_transitions.clear()
+            slots = htask.shapes[-1].slots
+            costs = [self._adapter_load_s(slots[slot]) for slot in htask.slot_of.values()]
+            total = _sum_of([*costs, self._captures(htask.shapes, replica)[1]])
+            found = self._first_transitions[key] = (htask.shapes, total)
+        return found[1]
 
     def _adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         found = self._adapter_loads.get(slot)

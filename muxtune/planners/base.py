@@ -269,8 +269,12 @@ class PlannerBase:
         return task._replace(max_slowdown=bound)
 
     def _plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
-        keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
-        keys, ids = zip(*keyed, strict=True)
+        if len(instance.tasks) == 1:
+            alone = instance.tasks[0]
+            keys, ids = (self._key_of(alone),), (alone.task_id,)
+        else:
+            keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
+            keys, ids = zip(*keyed, strict=True)
         site = site_of(instance)
         answer = self._memo.get((site, keys))
         if answer is None:

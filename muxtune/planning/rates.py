@@ -96,6 +96,14 @@ class MeanStepBuilder(StepBuilder):
             return super().round_tokens(plan, cursors, lengths, rounds)
         return course.effective_tokens(rounds), course.padded_tokens(rounds)
 
+    def padded_tokens(
+        self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
+    ) -> int:
+        course = self._mean_course(plan, cursors, lengths)
+        if course is None or course.is_stuck:
+            return super().padded_tokens(plan, cursors, lengths, rounds)
+        return course.padded_tokens(rounds)
+
     def remainder(
         self,
         lengths: LengthSource,
@@ -125,12 +133,12 @@ class MeanStepBuilder(StepBuilder):
     def _arrangement(self, plan: Plan, lengths: LengthSource) -> _Arrangement:
         """What plans with the same classes in the same slots share. Shapes count as the same when
         they are the same object, as in plans made of one remembered arrangement: they are deep."""
-        key = (
-            id(lengths),
-            plan.round,
-            plan.replicas,
-            tuple([_group_key(htask, lengths) for htask in plan.htasks]),
-        )
+        htasks = plan.htasks
+        if len(htasks) == 1:
+            groups_key = _group_key(htasks[0], lengths)
+        else:
+            groups_key = tuple([_group_key(htask, lengths) for htask in htasks])
+        key = (id(lengths), plan.round, plan.replicas, groups_key)
         known = self._arrangements.get(key)
         if known is None:
             known = self._arrangements.put(key, self._new_arrangement(plan, lengths))
@@ -158,6 +166,10 @@ class _Arrangement(NamedTuple):
 
 def _group_key(htask: HTask, lengths: LengthSource) -> tuple[object, ...]:
     quota = htask.quota
+    if len(quota) == 1:
+        ((task_id, chunks),) = quota.items()
+        slot, key = htask.slot_of[task_id], lengths.lengths_key(task_id)
+        return (id(htask.shapes), htask.packing is PackRule.PAD, chunks, slot, key)
     return (
         id(htask.shapes),
         htask.packing is PackRule.PAD,
@@ -326,6 +338,10 @@ class _MeanCourse:
         drains, per_round, by_steps = self.plan.drains, group.units_per_round, group.by_steps
         rows, at_work = self._rows, []
         self._ends.append(at_work)
+        if len(htask.quota) == 1 and not drains and per_round and not by_steps:
+            (task_id,) = htask.quota
+            if self._place_alone(group, task_id, cursor_of(cursors, task_id)):
+                return
         start_cursors = [cursor_of(cursors, task_id) for task_id in htask.quota]
         self.task_ids += htask.quota
         self.start += start_cursors
@@ -362,6 +378,22 @@ class _MeanCourse:
                     units = end - start
             rows.append((task_id, cursor, table, start, units, remainder, group))
             at_work.append((member, -(-units // per_round)))
+
+    def _place_alone(self, group: _Group, task_id: str, cursor: Cursor) -> bool:
+        """The common case of ``_place``: one task, which no packing left within a step; False
+        where it is another."""
+        ((table, _),) = group.members
+        last_step = self.lengths.num_steps(task_id)
+        if cursor[0] >= last_step:
+            return False
+        start, end = table.span(cursor, last_step)
+        if start is None:
+            return False
+        self.task_ids.append(task_id)
+        self.start.append(cursor)
+        self._rows.append((task_id, cursor, table, start, end - start, (), group))
+        self._ends[-1].append((0, -((start - end) // group.units_per_round)))
+        return True
 
     def cursors(self, rounds: int) -> dict[str, Cursor]:
         """Of the tasks at work."""
@@ -405,6 +437,8 @@ class _MeanCourse:
         first = self.first_end
         if not first:
             return Forecast(0, 0, (), True)
+        if len(self.task_ids) == 1:
+            return Forecast(first, self.duration_ns(cost, first), (self.task_ids[0],), True)
         names = []
         for htask, ends in zip(self.plan.htasks, self._ends, strict=True):
             for member, end in ends:

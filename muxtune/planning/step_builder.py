@@ -171,6 +171,12 @@ class StepBuilder:
         totals = self.round_totals(plan, cursors, lengths, rounds)
         return totals.effective_tokens, totals.padded_tokens
 
+    def padded_tokens(
+        self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
+    ) -> int:
+        """The second of ``round_tokens``."""
+        return self.round_tokens(plan, cursors, lengths, rounds)[1]
+
     def ended(self, plan: Plan, cursors: Cursors, lengths: LengthSource) -> frozenset[str]:
         """Tasks of the plan that contribute no more: finished, or released from draining."""
         return frozenset(

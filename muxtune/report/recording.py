@@ -138,8 +138,10 @@ class Promises(QuietObserver):
         self.rows: list[tuple[str, float, float | None]] = []
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
+        if outcome.max_slowdown is None:
+            return
         value = slowdown(outcome)
-        if value is not None and outcome.max_slowdown is not None:
+        if value is not None:
             self.rows.append((outcome.task_id, value, outcome.max_slowdown))
 
     def summary(self) -> dict[str, Any]:

@@ -33,6 +33,8 @@ PACKAGES = [
     "hydra-core",
     "omegaconf",
 ]
+SUMMARY = "summary.json"  # one flat row, with a status
+OK, FAILED = "ok", "failed"
 PARTIAL = ".partial"
 PROBE_BYTES = 64 * 1024
 

@@ -15,18 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
 from muxtune.errors import ConfigError
 from muxtune.report.capacity_page import csv_text
 from muxtune.report.html import HtmlTable, Image, Section, write_report
 from muxtune.report.plots import Series, line_panels
-from muxtune.report.run_folder import RunFolder
+from muxtune.report.run_folder import FAILED, OK, SUMMARY, RunFolder
 from muxtune.report.sweep_figures import aggregate, draw_sweep
 
-SUMMARY = "summary.json"
-OK, FAILED = "ok", "failed"
 CONFIDENCE = 0.95
 SEED_KEYS = frozenset({"seed", "workload.seed", "model.seed"})
 PREFERRED_X = ("workload.load", "workload.tasks_per_hour", "cluster.num_gpus")
@@ -62,15 +57,6 @@ class SweepReport(NamedTuple):
     @property
     def failures(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] != OK]
-
-
-class SweepCallback(Callback):
-    """Hydra calls it in the process that started the sweep; the command line reads ``folders``."""
-
-    folders: list[Path] = []
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.folders.append(Path(config.hydra.sweep.dir))
 
 
 def report_sweep(folder: Path | str) -> SweepReport:

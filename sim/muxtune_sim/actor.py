@@ -177,18 +177,24 @@ class InstanceActor:
         assert self.plan is not None
         rounds, epoch, name = self._target_rounds, self.plan.epoch, self.spec.instance_id
         ended = self._ended_after(rounds)
-        before, self.cursors = self.cursors, self._cursors_after(rounds)
+        before = self.cursors
+        if len(ended) == len(before) and not self.plan.drains:
+            num_steps = self.world.library.num_steps
+            self.cursors = {name: Cursor(num_steps(name)) for name in before}
+        else:
+            self.cursors = self._cursors_after(rounds)
         stays = len(self.cursors) - len(self.gone) > len(ended)
         self._tell_progress(before, rounds, now_ns, stays)
         self._rest(now_ns)
         for task_id in ended:
             self._end(task_id, epoch, now_ns)
-        for task_id, message in self.leaving.items():
-            if self.holds(task_id):
-                steps = self.cursors[task_id].step
-                self.silence(task_id)
-                self.world.end(departure(now_ns, task_id, name, epoch, steps, message))
-        self.leaving.clear()
+        if self.leaving:
+            for task_id, message in self.leaving.items():
+                if self.holds(task_id):
+                    steps = self.cursors[task_id].step
+                    self.silence(task_id)
+                    self.world.end(departure(now_ns, task_id, name, epoch, steps, message))
+            self.leaving.clear()
         self.world.settle_later(self)
 
     def silence(self, task_id: str) -> None:
@@ -216,12 +222,11 @@ class InstanceActor:
     def _start(self, now_ns: int) -> None:
         """A segment: some plan from its boundary on, until something ends or changes."""
         self._transition_ns = 0
-        if self._pending:
-            known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
-            if known:
-                self._pending = [item for item in self._pending if item[0] > now_ns]
-                self._take_over(known[-1], now_ns)
-                self._release_at_boundary(known[-1], now_ns)
+        newest = self._newest_known(now_ns) if self._pending else None
+        if newest is not None:
+            self._take_over(newest, now_ns)
+            if newest.drains:
+                self._release_at_boundary(newest, now_ns)
         plan = self.plan
         if plan is None or len(self.gone) == len(self.cursors):
             self._rest_idle()
@@ -236,6 +241,14 @@ class InstanceActor:
         self._target_rounds = self._forecast.rounds
         self._target_work_ns = self._transition_ns + self._forecast.duration_ns
         world.busy_changed(self)
+
+    def _newest_known(self, now_ns: int) -> Plan | None:
+        """Takes what is known by now out of the plans on their way; the last one counts."""
+        if len(self._pending) == 1:
+            return self._pending.pop()[1] if self._pending[0][0] <= now_ns else None
+        known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
+        self._pending = [item for item in self._pending if item[0] > now_ns]
+        return known[-1] if known else None
 
     def _take_over(self, plan: Plan, now_ns: int) -> None:
         previous, self.plan = self.plan, plan
@@ -252,21 +265,26 @@ class InstanceActor:
                 self.world.forget(task_id)
             else:
                 self._drop(task_id, cursor, plan.epoch, now_ns)
-        timed = self.world.pacer.timed(plan, self.cursors, self.cost)
-        self._pass_cost = timed.cost
-        if plan.htasks and self.world.options.charge_transitions:
-            transition_s = self.cost.transition_s(previous, plan).value
-            self._transition_ns = to_ns(transition_s + timed.once_s)
+        if plan.htasks:
+            self._begin_rounds(previous, plan)
         if self._to_write:
             seconds = sum(self.cost.checkpoint_s(slot).value for slot in self._to_write)
             self._transition_ns += to_ns(seconds)
             self._to_write.clear()
+        self._sums["plans"] += 1
+        self.tell_applied(now_ns)
+
+    def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
+        """What the rounds of a plan that holds tasks take, and what getting to them takes."""
+        timed = self.world.pacer.timed(plan, self.cursors, self.cost)
+        self._pass_cost = timed.cost
+        if self.world.options.charge_transitions:
+            transition_s = self.cost.transition_s(previous, plan).value
+            self._transition_ns = to_ns(transition_s + timed.once_s)
         self._round_tokens = padded_round_tokens(plan)
         sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
-        sums["plans"] += 1
         if peak_bytes > sums["peak_predicted_memory_bytes"]:
             sums["peak_predicted_memory_bytes"] = round(peak_bytes)
-        self.tell_applied(now_ns)
 
     def _release_at_boundary(self, plan: Plan, now_ns: int) -> None:
         """A task that is to leave and stands at a step boundary has nothing to wait for."""
@@ -404,7 +422,7 @@ class InstanceActor:
             if self._round_tokens is not None and not self.gone:
                 padded_tokens = rounds * self._round_tokens
             else:
-                _, padded_tokens = builder.round_tokens(self.plan, before, library, rounds)
+                padded_tokens = builder.padded_tokens(self.plan, before, library, rounds)
             self._sums["padded_tokens"] += padded_tokens
             return
         effective_tokens, padded_tokens = builder.round_tokens(self.plan, before, library, rounds)

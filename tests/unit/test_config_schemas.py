@@ -126,7 +126,7 @@ def test_no_configuration_names_code_but_the_sweep_callback():
         for line in path.read_text().splitlines()
         if "_target_" in line
     ]
-    assert lines == ["_target_: muxtune.report.sweep.SweepCallback"]
+    assert lines == ["_target_: muxtune.report.sweep_callback.SweepCallback"]
 
 
 def test_seeds_of_workloads_follow_the_seed():
