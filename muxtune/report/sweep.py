@@ -19,7 +19,7 @@ from muxtune.errors import ConfigError
 from muxtune.report.capacity_page import csv_text
 from muxtune.report.html import HtmlTable, Image, Section, write_report
 from muxtune.report.plots import Series, line_panels
-from muxtune.report.run_folder import FAILED, OK, SUMMARY, RunFolder
+from muxtune.report.run_folder import OK, SUMMARY, RunFolder
 from muxtune.report.sweep_figures import aggregate, draw_sweep
 
 CONFIDENCE = 0.95
