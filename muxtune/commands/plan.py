@@ -30,6 +30,7 @@ from muxtune.report.recording import PlanSample
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import (
+    NS_PER_S,
     Cursor,
     InstanceSpec,
     InstanceView,
@@ -171,6 +172,29 @@ def read_sample(path: Path, index: int) -> PlanSample:
         raise ConfigError("state", problem, remedy) from None
 
 
+class Late(NamedTuple):
+    """A task that this plan ends after its deadline. Seconds from now; ``alone_s``: by itself."""
+
+    task_id: str
+    deadline_s: float
+    end_s: float
+    alone_s: float
+
+
+def late_tasks(plan: Plan, views: list[TaskView], now_ns: int = 0) -> list[Late]:
+    """Tasks whose deadline this plan misses, were it to hold until they end."""
+    predicted, found = plan.predicted, []
+    for view in views:
+        if view.deadline_ns is None:
+            continue
+        steps, left_s = view.num_steps - view.steps_done, (view.deadline_ns - now_ns) / NS_PER_S
+        end_s = steps * predicted.step_time_s[view.task_id]
+        if end_s > left_s:
+            alone_s = steps * predicted.solo_step_time_s.get(view.task_id, 0.0)
+            found.append(Late(view.task_id, left_s, end_s, alone_s))
+    return found
+
+
 def sample_rounds(
     plan: Plan, lengths: LengthSource, cost: CostModel, rounds: int = SAMPLED_ROUNDS
 ) -> RoundSample:
@@ -243,6 +267,7 @@ def _present(
     ledgers = cost.memory_ledger_bytes(plan)
     content = {
         "plan": codec.encode(plan),
+        "late": [item._asdict() for item in late_tasks(plan, taken)],
         "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
         "sampled_round": sample._asdict()
         | {"padding": sample.padding._asdict(), "pace": sample.pace._asdict()},
@@ -311,7 +336,17 @@ def _print_plan(
     console.print(f"why: {plan.reason or 'the planner gave no reason'}", soft_wrap=True)
     if plan.predicted.round_time_s.extrapolated:
         console.print("note: these times are extrapolated beyond what was measured")
+    for item in late_tasks(plan, taken):
+        console.print(_late_line(item), style="yellow", soft_wrap=True)
     _print_refused(refused)
+
+
+def _late_line(item: Late) -> str:
+    told = f"late: {item.task_id}: would end after {format_seconds(item.end_s)}, its deadline is at"
+    told += f" {format_seconds(item.deadline_s)}; alone it takes {format_seconds(item.alone_s)}"
+    if item.alone_s > item.deadline_s:
+        return told + ", so no plan keeps it. Give a later deadline, fewer steps or a faster device"
+    return told + ". Give it an instance with fewer tasks"
 
 
 def _htask_table(plan: Plan) -> Any:

@@ -133,7 +133,11 @@ class MuxTunePlanner(PlannerBase):
         one_of("planner.alignment", alignment, ALIGNMENT)
         if max_shapes < 0:
             raise ConfigError("planner.max_shapes", f"is {max_shapes}", "give 0 (choose) or more")
-        if tile_tokens < 1 or chunk_tokens < 0 or chunk_tokens % tile_tokens:
+        if tile_tokens < 1:
+            raise ConfigError(
+                "planner.tile_tokens", f"is {tile_tokens}", "give the kernels' row tile: 1 or more"
+            )
+        if chunk_tokens < 0 or chunk_tokens % tile_tokens:
             raise ConfigError(
                 "planner.chunk_tokens",
                 f"{chunk_tokens} does not fit row tiles of {tile_tokens} tokens",

@@ -45,7 +45,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
+    """KiB, MiB or GiB, to four digits: up to 1,023 of a unit come before the next."""
     for limit, divisor, unit in ((1024**2, 1024, "KiB"), (GIB, 1024**2, "MiB")):
         if abs(num_bytes) < limit:
-            return f"{num_bytes / divisor:.3g} {unit}"
+            return f"{num_bytes / divisor:.4g} {unit}"
     return f"{num_bytes / GIB:.4g} GiB"

@@ -176,14 +176,36 @@ def test_plan_explains_several_gpus_and_draws_their_order(
     assert any(event["ph"] == "X" for event in trace)
 
 
-def test_switches_of_the_levels_are_one_multirun(tmp_path: Path):
-    words = ["-m", "cluster=a40_x4", "cluster.pp=2", "planner.orchestration=true,false", *FEW_TASKS]
+SWITCHES = {
+    "fusion": "planned,all_spatial,all_temporal",
+    "orchestration": "true,false",
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_switches_of_each_level_are_one_multirun(switch: str, tmp_path: Path):
+    words = ["-m", "cluster=a40_x4", "cluster.pp=2", f"planner.{switch}={SWITCHES[switch]}"]
+    assert run("plan", *words, *FEW_TASKS, f"output_dir={tmp_path}") == 0
+    found = [json.loads((tmp_path / f"{at}/summary.json").read_text())
+             for at in range(len(SWITCHES[switch].split(",")))]  # fmt: skip
+    planned, *others = [each["tasks_step_time_s"] for each in found]
+    assert all(planned <= other * (1 + 1e-9) for other in others)
+    assert max(others) > planned
+    if switch == "fusion":
+        assert [each["num_htasks"] for each in found[1:]] == [1, 4]
+
+
+@pytest.mark.parametrize(("deadline_s", "why"), [(1e-6, "no plan keeps it"), (1e6, "")])
+def test_plan_tells_who_misses_a_deadline(
+    deadline_s: float, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [*FEW_TASKS, f"+workload.task_defaults.deadline_s={deadline_s}"]
     assert run("plan", *words, f"output_dir={tmp_path}") == 0
-    on, off = (
-        json.loads(file.read_text())["tasks_step_time_s"]
-        for file in sorted(tmp_path.glob("*/summary.json"))
-    )
-    assert on < off
+    told = capsys.readouterr().out
+    assert told.count("late: ") == (4 if why else 0) and why in told
+    late = json.loads((tmp_path / "plan.json").read_text())["late"]
+    assert len(late) == told.count("late: ")
+    assert all(item["end_s"] >= item["alone_s"] > item["deadline_s"] for item in late)
 
 
 def test_plan_shows_what_is_refused_and_plans_the_rest(

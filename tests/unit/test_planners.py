@@ -122,5 +122,7 @@ def test_bad_options_name_the_field_and_what_exists():
         MuxTunePlanner(lambda model, device: HandCost(), fusion="both")
     with pytest.raises(ConfigError, match=r"planner\.chunk_tokens.*multiple"):
         MuxTunePlanner(lambda model, device: HandCost(), chunk_tokens=40)
+    with pytest.raises(ConfigError, match=r"planner\.tile_tokens.*1 or more"):
+        MuxTunePlanner(lambda model, device: HandCost(), tile_tokens=0)
     with pytest.raises(ConfigError, match=r"planner: 'muxtun' does not exist.*'muxtune'.*batched"):
         PLANNERS.get("muxtun")

@@ -120,6 +120,7 @@ def test_seconds(seconds: float, shown: str):
 
 def test_bytes_and_tables():
     assert format_bytes(3 * 1024**3) == "3 GiB" and format_bytes(5 * 1024**2) == "5 MiB"
+    assert format_bytes(1020 * 1024**2) == "1020 MiB"
     table = make_table("t", ("name", "value"), [("a", 1.5), ("b", None)])
     assert table.row_count == 2 and len(table.columns) == 2
 
