@@ -307,6 +307,10 @@ class SensitivityConfig:
     num_seeds: int = 2
 
 
+# One task a GPU twice: what a saving owes to fast kernels is not owed to sharing.
+CAPACITY_POLICIES = ("exclusive", "exclusive_fast", "batched", "muxtune")
+
+
 @dataclass
 class CapacityConfig(SimulateConfig):
     """The question of `muxtune capacity`. ``cluster`` is the reference: the device on which a
@@ -318,7 +322,7 @@ class CapacityConfig(SimulateConfig):
     the tasks. ``max_gpus``: of one base model. ``warmup_share``: first part of the arrivals that
     is not counted. ``workers``: processes; 0: one a core."""
 
-    policies: list[Any] = field(default_factory=lambda: ["exclusive", "batched", "muxtune"])
+    policies: list[Any] = field(default_factory=lambda: list(CAPACITY_POLICIES))
     baseline: str = "exclusive"
     devices: list[str] = field(default_factory=list)
     prices: dict[str, float] = field(default_factory=dict)

@@ -170,7 +170,9 @@ class Laboratory:
         same = pool.model == self.config.model.name
         model = self.config.model if same else ModelConfig(name=pool.model)
         cost = replace(self.config.cost, **choice.cost)
-        return replace(self.config, cluster=cluster, model=model, cost=cost, seed=seed)
+        policy = dict(choice.cluster_policy)
+        changes = {"cluster": cluster, "model": model, "cost": cost, "cluster_policy": policy}
+        return replace(self.config, seed=seed, **changes)
 
     def _book(self, pool: Pool) -> CostBook:
         if pool not in self._costs:
@@ -223,12 +225,11 @@ class Laboratory:
         never = math.isinf(allowed)
         outcomes = _Outcomes((lambda _: False) if never else is_bad, allowed)
         executor = self._executor(case, len(demand.tasks))
-        policy = build.cluster_policy(self.choices[case.pool.policy].cluster_policy)
+        config = self._config(case.pool, case.seed, self.smallest(case.pool))
+        policy, first = build.fleet_policy(config, instances)
         planner = self._planner(case.pool)
-        options = build.engine_options(self.config, tell_waits=False)
-        engine = Engine(
-            policy, planner, executor, demand.tasks, instances, None, (outcomes,), options
-        )
+        options = build.engine_options(config, tell_waits=False)
+        engine = Engine(policy, planner, executor, demand.tasks, first, None, (outcomes,), options)
         try:
             with few_collections():
                 engine.run()
@@ -242,7 +243,8 @@ class Laboratory:
         if case.variant.times != 1.0:
             costs = ScaledCostBook(costs, case.variant.times)
         library = SyntheticLibrary(case.seed, length_scale=case.variant.lengths)
-        return build.sim_executor(options | self.config.backend, costs, library)
+        hardware = build.hardware_options(self.config)
+        return build.sim_executor(options | self.config.backend, costs, library, hardware)
 
     def _times(self, demand: Demand, outcomes: Sequence[TaskOutcome]) -> Times:
         return times_of(outcomes, demand.reference_s, self._since_ns(demand))

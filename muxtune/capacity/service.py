@@ -145,9 +145,15 @@ def service_row(times: Times, level: ServiceLevel) -> dict[str, Any]:
         **quantiles("completion_time_s", times.completion_s[ended].tolist()),
         **quantiles("slowdown", slowdown.tolist()),
         **quantiles("finish_time_ratio", ratio.tolist()),
-        "fairness_index": fairness_index(_by_tenant(ratio, np.array(times.tenants)[ended])),
+        "fairness_index": _fairness(ratio, np.array(times.tenants)[ended]),
         "deadlines_met_share": float(known.mean()) if len(known) else None,
     }
+
+
+def _fairness(ratio: np.ndarray, tenants: np.ndarray) -> float | None:
+    """None where there is nobody to be unfair to."""
+    of_tenant = _by_tenant(ratio, tenants)
+    return fairness_index(of_tenant) if len(of_tenant) > 1 else None
 
 
 def _by_tenant(values: np.ndarray, tenants: np.ndarray) -> np.ndarray:

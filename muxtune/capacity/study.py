@@ -117,6 +117,7 @@ class _Student:
         recommended = self._recommended(answers)
         for answer in answers:
             answer["recommended"] = Option(answer["policy"], answer["device"]) == recommended
+        self._add_break_even(answers)
         tables = {
             "question": self._question(),
             "workload": self.workload,
@@ -318,6 +319,14 @@ class _Student:
             return None
         best = min(feasible, key=lambda row: (row["usd_per_month"], row["num_gpus"]))
         return Option(best["policy"], best["device"])
+
+    def _add_break_even(self, answers: Sequence[Row]) -> None:
+        """The price of a GPU at which an option costs as much as the recommended one."""
+        best_usd = next((row["usd_per_month"] for row in answers if row["recommended"]), None)
+        for row in answers:
+            known = row["feasible"] and best_usd is not None
+            usd = best_usd / row["gpu_hours_per_month"] if known else None
+            row["break_even_usd_per_gpu_hour"] = usd
 
     # -- tables of what was looked at
 

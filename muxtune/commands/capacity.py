@@ -128,12 +128,12 @@ def _notes(study: Study, config: CapacityConfig) -> list[str]:
 
 SHOWN = (
     *("policy", "device", "feasible", "num_gpus", "usd_per_month", "usd_per_million_tokens"),
-    *("saving_same_device", "saving_same_device_low", "saving_same_device_high", "served_share"),
+    *("saving_same_device", "served_share"),
     *("p95_start_delay_s", "mean_completion_time_s", "p99_completion_time_s"),
 )
 HEADINGS = (
     *("policy", "device", "keeps level", "GPUs", "USD a month", "USD per M tokens"),
-    *("saving", "from", "to", "served", "p95 queue", "mean completion", "p99 completion"),
+    *("saving", "served", "p95 queue", "mean completion", "p99 completion"),
 )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
-from muxtune.report.capacity_figures import Drawing
+from muxtune.capacity.prices import GIVEN
+from muxtune.report.capacity_figures import ASSUMPTIONS, Drawing
 from muxtune.report.html import HtmlTable, Section, Traced, format_cell, write_report
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds
@@ -62,6 +63,8 @@ def shown(column: str, value: Any) -> str:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return format_cell(value)
+    if column.endswith("usd_per_gpu_hour"):
+        return f"${value:,.2f}"
     if column.startswith("usd_") or column.endswith("usd_per_month"):
         return f"${value:,.0f}" if abs(value) >= 1_000 else f"${value:.4g}"
     if column.endswith("_share") or "share" in column or column.startswith(_PERCENTS):
@@ -97,6 +100,7 @@ OPTION = (("policy", "policy"), ("device", "device"))
 MONEY = (
     *OPTION,
     *(("feasible", "keeps the level"), ("num_gpus", "GPUs"), ("figures", "device figures")),
+    *(("usd_per_gpu_hour", "USD per GPU and hour"), ("break_even_usd_per_gpu_hour", "break-even")),
     *(("gpu_hours_per_month", "GPU hours a month"), ("usd_per_month", "cost a month")),
     ("usd_per_million_tokens", "per million effective tokens"),
     ("saving_same_device", "saving, same device"),
@@ -144,11 +148,25 @@ WORKLOAD = (
     *(("model", "base model"), ("num_tasks", "tasks"), ("horizon_s", "arrive within")),
     ("busy_gpus_alone", "reference GPUs busy, one task each"),
 )
+FAST = "exclusive_fast"  # one instance a task, with fast kernels
+QUESTIONS = {
+    "share": "service level: share of tasks",
+    "start": "starts within (s)",
+    "slowdown": "ends within times its time alone",
+}
+RELAXED = {
+    "memory": "twice the memory",
+    "compute": "everything a fifth faster",
+    "arrivals": "even arrivals",
+    "as it is": "nothing relaxed",
+}
 DEFINITIONS = (
     "Every policy serves the same tasks: a draw has one seed, and all fleets and policies see it. "
     "The reference of a promise is the task alone, padded and eager as under HF PEFT, on the "
     "reference device, whatever policy and device serve it.",
-    "Costs of a month are those of GPUs that are held all the time. The savings compare the "
+    "Costs of a month are those of GPUs that are held all the time, for arrivals that go on as in "
+    "the trace; the GPUs alone, without disks, network, power or staff. Break-even is the price at "
+    "which an option costs as much as the answer. The savings compare the "
     "smallest fleets of each draw in pairs; their intervals are bootstrapped over the draws. "
     "GPUs of one base model serve no other. A fleet that gets more work than it has time for is "
     "too small, whatever its trace shows before it ends.",
@@ -182,34 +200,96 @@ def write_page(
 def _answer(tables: Tables) -> list[list[Piece]]:
     answers = tables["answers"]
     best = next((row for row in answers if row["recommended"]), None)
-    stories: list[list[Piece]] = [_best(best) if best else ["No fleet asked about will do."]]
+    stories: list[list[Piece]] = [_asked(tables)]
+    stories.append(_best(best, tables) if best else ["No fleet asked about will do."])
     for row in answers:
         if not row["feasible"]:
             stories.append(_infeasible(row))
     if best:
-        stories += [_limit(row) for row in tables["limits"] if _is_of(row, best) and row["limits"]]
+        stories += [story for story in (_kernels(best, answers), _prices(best, answers)) if story]
+        stories += [_limit(row, tables) for row in tables["limits"] if _is_limit(row, best)]
+        if tables["sensitivity"]:
+            stories.append(_hangs_on(tables["sensitivity"]))
     if any(row["figures"] == "analytic" for row in answers):
         stories.append([ANALYTIC])
     return stories
+
+
+def _asked(tables: Tables) -> list[Piece]:
+    """The question, and what of the world it is asked about."""
+    question = {row["name"]: row for row in tables["question"]}
+
+    def at(name: str) -> Piece:
+        return cell("question", question[name], "value")
+
+    since = question["time alone counted from"]["text"]
+    story: list[Piece] = ["Asked: "]
+    for row in tables["workload"]:
+        story += [cell("workload", row, "num_tasks"), f" tasks on {row['model']} that arrive in "]
+        story += [cell("workload", row, "horizon_s"), ", "]
+    story += ["and a month that goes on like that, all day. Promised: ", at(QUESTIONS["share"])]
+    story += [" of the tasks start within ", at(QUESTIONS["start"]), " s and end within "]
+    story += [at(QUESTIONS["slowdown"]), " times their time alone under HF PEFT, counted "]
+    return [*story, f"from their {since}."]
+
+
+def _is_limit(row: Row, best: Row) -> bool:
+    return _is_of(row, best) and row["limits"]
 
 
 def _is_of(row: Row, answer: Row) -> bool:
     return (row["policy"], row["device"]) == (answer["policy"], answer["device"])
 
 
-def _best(row: Row) -> list[Piece]:
+def _best(row: Row, tables: Tables) -> list[Piece]:
     def at(column: str) -> Piece:
         return cell("answers", row, column)
 
+    price = next(
+        item["text"]
+        for item in tables["question"]
+        if item["name"].startswith(f"price of {row['device']} ")
+    )
+    listed = f"of {price.split()[0]}; sources under 'Question and prices'"
     story: list[Piece] = [at("num_gpus"), f" GPUs of kind {row['device']} under the policy "]
     story += [f"{row['policy']} keep the service level for ", at("usd_per_month"), " a month ("]
-    story += [at("usd_per_million_tokens"), " per million effective tokens)."]
+    story += [at("usd_per_million_tokens"), " per million effective tokens), at "]
+    story += [
+        at("usd_per_gpu_hour"),
+        f" per GPU and hour (price {price if price == GIVEN else listed}).",
+    ]
     if row["saving_best_baseline"] is not None:
         story += [" That saves ", at("saving_best_baseline"), " against one instance a task"]
         if row["saving_best_baseline_low"] is not None:
             low, high = at("saving_best_baseline_low"), at("saving_best_baseline_high")
-            story += [" (interval over the draws: ", low, " to ", high, ")"]
+            story += [" (95% interval over the draws of the tasks: ", low, " to ", high, ")"]
         story += [", on the device where that costs least."]
+    return story
+
+
+def _kernels(best: Row, answers: Sequence[Row]) -> list[Piece]:
+    """How much of a saving is that of fast kernels, which sharing has no part in."""
+    fast = [row for row in answers if row["policy"] == FAST and row["feasible"]]
+    if not fast or best["policy"] == FAST:
+        return []
+    cheapest = min(fast, key=lambda row: row["usd_per_month"])
+    story: list[Piece] = ["Not all of that is sharing: one instance a task with fast kernels ("]
+    story += [f"{FAST}) would cost ", cell("answers", cheapest, "usd_per_month"), " a month, with "]
+    return [*story, cell("answers", cheapest, "num_gpus"), f" GPUs of kind {cheapest['device']}."]
+
+
+def _prices(best: Row, answers: Sequence[Row]) -> list[Piece]:
+    """What the other kinds would have to cost for the answer to be another."""
+    others = dict.fromkeys(row["device"] for row in answers if row["device"] != best["device"])
+    story: list[Piece] = []
+    for device in others:
+        found = [row for row in answers if row["device"] == device and row["feasible"]]
+        if found:
+            least = max(found, key=lambda row: row["break_even_usd_per_gpu_hour"])
+            story += [f"{device} is the cheaper kind below "]
+            story += [cell("answers", least, "break_even_usd_per_gpu_hour"), " per GPU and hour ("]
+            story += [f"under {least['policy']}; counted here: "]
+            story += [cell("answers", least, "usd_per_gpu_hour"), "). "]
     return story
 
 
@@ -220,16 +300,36 @@ def _infeasible(row: Row) -> list[Piece]:
     return [*story, cell("answers", row, "num_gpus"), " GPUs."]
 
 
-def _limit(row: Row) -> list[Piece]:
+def _limit(row: Row, tables: Tables) -> list[Piece]:
+    same = [
+        item for item in tables["limits"] if _is_of(item, row) and item["model"] == row["model"]
+    ]
+    as_it_is = next(item for item in same if item["relaxed"] == "as it is")
     return [
         f"What limits {row['model']}: {row['relaxed']}. With ",
         cell("limits", row, "num_gpus"),
-        " GPUs, relaxing it serves ",
+        " GPUs, one step too few, ",
+        cell("limits", as_it_is, "served_share"),
+        " of these tasks are served as promised, with work for ",
+        cell("limits", as_it_is, "busy_share"),
+        " of the GPUs' time (above 100% the queue grows for ever); with "
+        f"{RELAXED[row['relaxed']]} it would be ",
         cell("limits", row, "served_share"),
-        " of the tasks as promised (GPUs busy: ",
+        " and ",
         cell("limits", row, "busy_share"),
-        ").",
+        ".",
     ]
+
+
+def _hangs_on(rows: Sequence[Row]) -> list[Piece]:
+    known = [row for row in rows if row["change"] is not None]
+    story: list[Piece] = ["What the answer hangs on, each assumption by itself: "]
+    for name in dict.fromkeys(row["assumption"] for row in known):
+        story += [f"{ASSUMPTIONS[name]} "]
+        for row in (item for item in known if item["assumption"] == name):
+            story += ["x ", cell("sensitivity", row, "moved_to"), ": "]
+            story += [cell("sensitivity", row, "usd_per_month"), " a month; "]
+    return [*story, "base: ", cell("sensitivity", known[0], "base_usd_per_month"), "."]
 
 
 def _table_sections(tables: Tables) -> list[Section]:
