@@ -63,9 +63,7 @@ def shown(column: str, value: Any) -> str:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return format_cell(value)
-    if column.endswith("usd_per_gpu_hour"):
-        return f"${value:,.2f}"
-    if column.startswith("usd_") or column.endswith("usd_per_month"):
+    if "usd_per_" in column:
         return f"${value:,.0f}" if abs(value) >= 1_000 else f"${value:.4g}"
     if column.endswith("_share") or "share" in column or column.startswith(_PERCENTS):
         return f"{value:.1%}"
