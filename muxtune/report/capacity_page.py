@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
-from muxtune.capacity.prices import GIVEN
 from muxtune.report.capacity_figures import ASSUMPTIONS, Drawing
 from muxtune.report.html import HtmlTable, Section, Traced, format_cell, write_report
 from muxtune.report.run_folder import RunFolder
@@ -248,13 +247,14 @@ def _best(row: Row, tables: Tables) -> list[Piece]:
         for item in tables["question"]
         if item["name"].startswith(f"price of {row['device']} ")
     )
+    # Of the table a text begins with the date; what the user gave has none.
     listed = f"of {price.split()[0]}; sources under 'Question and prices'"
     story: list[Piece] = [at("num_gpus"), f" GPUs of kind {row['device']} under the policy "]
     story += [f"{row['policy']} keep the service level for ", at("usd_per_month"), " a month ("]
     story += [at("usd_per_million_tokens"), " per million effective tokens), at "]
     story += [
         at("usd_per_gpu_hour"),
-        f" per GPU and hour (price {price if price == GIVEN else listed}).",
+        f" per GPU and hour (price {listed if price[:1].isdigit() else price}).",
     ]
     if row["saving_best_baseline"] is not None:
         story += [" That saves ", at("saving_best_baseline"), " against one instance a task"]
