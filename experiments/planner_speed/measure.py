@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from muxtune.cost import CostBook
 from muxtune.fleet import task_view
@@ -121,7 +122,7 @@ def fleet(
     library: SyntheticLibrary,
     events: int = FLEET_EVENTS,
     steps: int = 100_000,
-    **options: bool,
+    **options: Any,
 ) -> dict[str, object]:
     """Arrivals and departures on one instance of up to 16 tasks of three classes, as in the
     default fleet; and whether the answers equal those of a planner without memory."""

@@ -303,6 +303,7 @@ def _transfer_seconds(runner: OrderRunner, visit: VisitProgram, action: Action) 
         buffer = torch.zeros_like(visit.sent_TD)
         return _seconds(runner, lambda: dist.all_reduce(buffer, group=visit.part.tp), 10)
     tensor = visit.norm_S if action is Action.SEND_NORM else torch.zeros_like(visit.sent_TD)
+    assert runner.links is not None
     channel = (runner.links.sends if runner.stage == 0 else runner.links.receives)[1 - runner.stage]
     move = dist.send if runner.stage == 0 else dist.recv
     return _seconds(runner, lambda: move(tensor, channel.rank, group=channel.group), 10)
@@ -438,7 +439,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork" if args.cpu else "spawn")
+    context: Any = multiprocessing.get_context("fork" if args.cpu else "spawn")
     ranks = [context.Process(target=rank_main, args=(rank, args, port)) for rank in range(2)]
     for process in ranks:
         process.start()

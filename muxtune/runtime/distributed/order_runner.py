@@ -157,7 +157,7 @@ class OrderRunner:
         visit = self.visits[visit_index]
         operation = self.schedule.operation(op)
         if self.schedule.graph.stream_of[op] % 2 == 0:
-            if not hasattr(visit, "memory"):
+            if visit.memory is None:
                 visit.memory = torch.cuda.graph_pool_handle()
             stream = self._streams[COMPUTE]
             self._graphs[op] = capture(self._plain(op), visit.memory, stream)

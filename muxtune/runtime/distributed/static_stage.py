@@ -105,6 +105,7 @@ class VisitProgram:
         self.squares_S, self.norm_S = torch.zeros(num_slots, **sums), torch.zeros(num_slots, **sums)
         self.total_S = torch.zeros(num_slots, **sums)
         self.metrics_2S = torch.zeros((2, num_slots), **sums)
+        self.memory: Any = None  # of its graphs, once one is captured
         self._x_TD: Tensor | None = None
         self._added_TD: Tensor | None = None
         self._dx_TD: Tensor | None = None
@@ -266,7 +267,7 @@ class VisitProgram:
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=self.part.step)
             parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
                 list(grads), [p.view_as(g) for p, g in zip(parts, grads, strict=True)]
             )
         shared_S = torch.stack([_square_sum(grads) for grads in self._shared])
@@ -286,13 +287,18 @@ class VisitProgram:
         clips_S = (most_S > 0) & self.inputs.fields["active"]
         clip_S = torch.where(clips_S, (most_S / (norm_S + 1e-6)).clamp(max=1.0), 1.0)
         for grads, clip in zip(self._grads, clip_S.unbind(), strict=True):
-            torch._foreach_mul_(grads, clip)
+            torch._foreach_mul_(grads, clip)  # pyright: ignore[reportPrivateImportUsage]
         free = self._settings._replace(max_grad_norm_S=torch.zeros_like(self._settings.lr_S))
         multi_task_adamw_(self.pools.optimizer_pools, free, zero_grads=False)
 
     def exchanged(self, backward: bool) -> Tensor:
         """What the next sum over the stage's ranks is of."""
-        return self._unsettled.dnormed_TD if backward else self._added_TD
+        found = self._added_TD
+        if backward:
+            assert self._unsettled is not None
+            found = self._unsettled.dnormed_TD
+        assert found is not None
+        return found
 
     @property
     def _rows(self) -> Any:
@@ -323,7 +329,8 @@ def _shared_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
 
 
 def _square_sum(grads: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(grads))).square().sum()
+    norms = torch._foreach_norm(list(grads))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
 
 
 Captured = Callable[[], None]
