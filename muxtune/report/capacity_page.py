@@ -242,25 +242,16 @@ def _best(row: Row, tables: Tables) -> list[Piece]:
     def at(column: str) -> Piece:
         return cell("answers", row, column)
 
-    price = next(
-        item["text"]
-        for item in tables["question"]
-        if item["name"].startswith(f"price of {row['device']} ")
-    )
-    # Of the table a text begins with the date; what the user gave has none.
-    listed = f"of {price.split()[0]}; sources under 'Question and prices'"
     story: list[Piece] = [at("num_gpus"), f" GPUs of kind {row['device']} under the policy "]
     story += [f"{row['policy']} keep the service level for ", at("usd_per_month"), " a month ("]
     story += [at("usd_per_million_tokens"), " per million effective tokens), at "]
-    story += [
-        at("usd_per_gpu_hour"),
-        f" per GPU and hour (price {listed if price[:1].isdigit() else price}).",
-    ]
+    story += [at("usd_per_gpu_hour"), " per GPU and hour (date and source of the price: "]
+    story += ["under 'Question and prices')."]
     if row["saving_best_baseline"] is not None:
         story += [" That saves ", at("saving_best_baseline"), " against one instance a task"]
         if row["saving_best_baseline_low"] is not None:
             low, high = at("saving_best_baseline_low"), at("saving_best_baseline_high")
-            story += [" (95% interval over the draws of the tasks: ", low, " to ", high, ")"]
+            story += [" (confidence interval over the draws of the tasks: ", low, " to ", high, ")"]
         story += [", on the device where that costs least."]
     return story
 
