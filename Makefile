@@ -39,7 +39,8 @@ layers: $(INSTALLED)  ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)  ## pytest, all but the tests that need a GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder -m "not gpu"
 
 test: lint type layers unit  ## all that needs no GPU: lint, type, layers, unit
 
