@@ -730,7 +730,7 @@ def backbone_store(config: CommonConfig) -> BackboneStore:
     from muxtune.runtime import backbone
 
     model = config.model
-    device, dtype = _where_to_compute(config)
+    device, dtype = where_to_compute(config)
     sources: dict[str, Any] = {}
     if model.random:
         shape = shape_of(model)
@@ -742,7 +742,7 @@ def backbone_store(config: CommonConfig) -> BackboneStore:
     return backbone.BackboneStore(sources, device, dtype)
 
 
-def _where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
+def where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
     """Device and dtype of the base model, by the real executor's options.
 
     Raises ConfigError for one that does not exist, or CUDA where torch sees none.

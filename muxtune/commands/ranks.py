@@ -70,6 +70,10 @@ def check(config: CommonConfig, world_size: int) -> None:
             "Make them equal, with instances_per_gpu=1",
         )
     Layout((ReplicaShape(cluster.tp, cluster.pp),)).check(build.shape_of(config.model), world_size)
+    if num_ranks(config) > 1 and build.where_to_compute(config)[0].type == "cuda":
+        problem = "is cuda, but several ranks train on CPUs only so far"
+        remedy = "Give backend.device=cpu, or one GPU: cluster.tp=1 cluster.pp=1"
+        raise ConfigError("backend.device", problem, remedy)
 
 
 def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:

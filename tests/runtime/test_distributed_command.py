@@ -143,6 +143,18 @@ def test_layouts_that_cannot_be_are_refused_before_any_rank_starts(
     assert said in capfd.readouterr().err
 
 
+def test_ranks_on_gpus_are_refused_before_any_rank_starts(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(words(data, tmp_path / "run", 2, *PIPELINE, "backend.device=cuda")) == 2
+    told = capsys.readouterr().err
+    assert "backend.device" in told and "backend.device=cpu" in told
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_a_wrong_world_size(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], rank: int,
