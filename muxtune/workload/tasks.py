@@ -49,20 +49,20 @@ FORMATS = ("auto", "text", "prompt_completion", "messages", "plain")
 SCHEDULES = ("constant", "linear", "cosine")
 MAX_VALIDATION_SHARE = 0.9
 
-# An adapter's name becomes a key of torch's ModuleDict and ParameterDict, which refuse names that
-# they use themselves, and a folder.
+# An adapter's name becomes a folder, and a key of torch's ModuleDict and ParameterDict, which
+# refuse the names of their own attributes (transformers adds smart_apply to torch's modules).
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _TORCH_NAMES = """
-    T_destination add_module apply bfloat16 buffers call_super_init children clear compile copy
-    cpu cuda double dump_patches eval extra_repr float forward fromkeys get get_buffer
-    get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules mtia
-    named_buffers named_children named_modules named_parameters parameters pop popitem
-    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook
-    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
-    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
-    set_extra_state set_submodule setdefault share_memory state_dict to to_empty train training
-    type update values xpu zero_grad
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile copy cpu
+    cuda double dump_patches eval extra_repr float forward fromkeys get get_buffer get_extra_state
+    get_parameter get_submodule half ipu items keys load_state_dict modules mtia named_buffers
+    named_children named_modules named_parameters parameters pop popitem register_backward_hook
+    register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+    set_submodule setdefault share_memory smart_apply state_dict to to_empty train training type
+    update values xpu zero_grad
 """
 RESERVED_IDS = frozenset(_TORCH_NAMES.split())
 
