@@ -47,21 +47,27 @@ def finished_before(path: Path, config: Any) -> bool:
     """Whether a sweep that was stopped and is started again has this run's results already.
 
     Raises MuxTuneError when the folder holds the results of a run with other settings: then this
-    is another sweep, which would write over them.
+    is another sweep, which would write over them. Where results go is not such a setting: Hydra's
+    own ``hydra.sweep.dir`` chooses the folder as well, and leaves ``output_dir`` a time of day.
     """
     from omegaconf import OmegaConf
 
     try:
         finished = json.loads((path / SUMMARY).read_text("utf-8")).get("status") == OK
-        saved = (path / CONFIG_FILE).read_text("utf-8")
+        saved = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE))
     except (OSError, ValueError):
         return False
-    if finished and saved != OmegaConf.to_yaml(config, resolve=True):
+    asked = OmegaConf.to_container(config, resolve=True)
+    if finished and _without_folder(saved) != _without_folder(asked):
         raise MuxTuneError(
             f"output_dir: '{path}' holds a finished run of another sweep. Choose another folder "
             "with output_dir=PATH, or remove that one"
         )
     return finished
+
+
+def _without_folder(settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in dict(settings).items() if name != "output_dir"}
 
 
 def _run_alone(path: Path, config: Any, overrides: list[str]) -> MuxTuneError | None:
