@@ -81,11 +81,12 @@ class PassParts(NamedTuple):
 
 
 class SlotCosts(NamedTuple):
-    """Of a shape's slots, whatever else the shape is."""
+    """Of a shape's slots, whatever else the shape is. ``optimizer_s``: of each slot."""
 
     kinds: Counter[AdapterSlot]
     overhead_s: float
-    optimizer: tuple[Time, ...]
+    optimizer_s: tuple[float, ...]
+    extrapolated: bool
 
 
 class Tally:
@@ -142,17 +143,19 @@ class ComposedCostModel(ABC):
 
     def __init__(self, model: ModelShape, memory: MemoryModel, dtype_bytes: int) -> None:
         self.model, self.memory, self.dtype_bytes = model, memory, dtype_bytes
-        self._coefficients: dict[tuple[ShapeKey, ReplicaShape], PassCoefficients] = {}
+        self._coefficients: dict[Hashable, PassCoefficients] = {}
         self._memo: dict[Hashable, object] = {}
+        # Shapes of many slots hash slowly, and those of a ladder share their slots: memos know
+        # slots by numbers, which are never given again.
+        self._slot_numbers: dict[tuple[AdapterSlot, ...], int] = {}
+        self._last_slots: tuple[tuple[AdapterSlot, ...], int] | None = None
+        self._next_number = 0
         self._adapter_loads: dict[AdapterSlot, Estimate] = {}
         self._first_transitions: dict[
             tuple[int, ReplicaShape, tuple[int, ...]], tuple[tuple[ShapeKey, ...], Estimate]
         ] = {}
         self._shape_ids: dict[ShapeKey, int] = {}
         # By id of a tuple of shapes, which the entry keeps alive.
-        self._last_slots: (
-            tuple[tuple[AdapterSlot, ...], dict[tuple[int, int], SlotCosts]] | None
-        ) = None
         self._capture_sets: dict[
             int, tuple[tuple[ShapeKey, ...], ReplicaShape, dict[int, Estimate], Estimate]
         ] = {}
@@ -212,13 +215,26 @@ class ComposedCostModel(ABC):
     def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape = _SOLO) -> PassCoefficients:
         """The affine time of a pass. Raises ConfigError for a replica that the model does not
         divide by or an adapter that it cannot take, ProfileError for an op not measured."""
-        key = (shape, replica)
+        key = (*shape[:2], self._slots_number(shape.slots), shape.recompute, replica)
         known = self._coefficients.get(key)
         if known is None:
             if len(self._coefficients) >= _MEMO_SIZE:
                 self._coefficients.clear()
             known = self._coefficients[key] = self._coefficients_of(shape, replica)
         return known
+
+    def _slots_number(self, slots: tuple[AdapterSlot, ...]) -> int:
+        last = self._last_slots
+        if last is not None and last[0] is slots:
+            return last[1]
+        number = self._slot_numbers.get(slots)
+        if number is None:
+            if len(self._slot_numbers) >= _MEMO_SIZE:
+                self._slot_numbers.clear()
+            number = self._slot_numbers[slots] = self._next_number
+            self._next_number += 1
+        self._last_slots = slots, number
+        return number
 
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
         """Seconds of each pass, exactly the affine form of ``pass_coefficients``."""
@@ -375,8 +391,9 @@ class ComposedCostModel(ABC):
         )
 
     def _busiest_stage(self, shape: ShapeKey, replica: ReplicaShape) -> PassParts:
-        key = ("parts", shape, replica)
-        known = self._memo.get(key)  # once: shapes of many slots hash slowly
+        number = self._slots_number(shape.slots)
+        key = ("parts", *shape[:2], number, shape.recompute, replica)
+        known = self._memo.get(key)
         if known is None:
             ops.check_replica(self.model, replica)
             layers = stage_layers(self.model, replica.pp)[0]
@@ -393,8 +410,8 @@ class ComposedCostModel(ABC):
         tally.merge(self._block(rows, replica.tp), layers)
         own_rows = shape.padded_tokens / max(1, len(shape.slots))
         separate = []
-        kinds, overhead_s, optimizer = self._of_slots(shape.slots, layers, replica.tp)
-        for slot, count in kinds.items():
+        slots = self._of_slots(shape.slots, layers, replica.tp)
+        for slot, count in slots.kinds.items():
             adapter = self._slot(slot, own_rows, replica.tp)
             tally.merge(adapter, layers * count)
             separate += [adapter.kernels] * count
@@ -402,38 +419,37 @@ class ComposedCostModel(ABC):
         if first or last:
             tally.merge(self._edges(rows, replica.pp), 1)
         pairs = 0.0
-        if any(ops.is_prepended(slot) for slot in kinds):
+        if any(ops.is_prepended(slot) for slot in slots.kinds):
             pairs = ops.prepended_pairs(shape.slots, shape.padded_tokens)
         pair_rates = self._add_attention(tally, shape, layers, replica.tp, rows, pairs)
         loss_rates = self._add_loss(tally, replica.tp) if last else (_NOTHING, _NOTHING)
-        tally.put(ops.OVERHEAD, False, overhead_s)
+        tally.put(ops.OVERHEAD, False, slots.overhead_s)
         tally.put(ops.OVERHEAD, False, self.exposed_host_s(tally.kernels, tally.total_s))
         share = self._add_recompute(tally, shape)
         forward, backward = (layers * rates.per_unit_s for rates in pair_rates)
         return PassParts(
             tally.forward_s, tally.backward_s, (forward, backward + share * forward),
             (loss_rates[0].per_unit_s, loss_rates[1].per_unit_s),
-            tuple(time.value_s for time in optimizer), tally.half_width_s,
+            slots.optimizer_s, tally.half_width_s,
             max(rates.relative_error for rates in pair_rates),
             max(rates.relative_error for rates in loss_rates),
-            tally.extrapolated or any(time.extrapolated for time in optimizer),
+            tally.extrapolated or slots.extrapolated,
         )  # fmt: skip
 
     def _of_slots(self, slots: tuple[AdapterSlot, ...], layers: int, tp: int) -> SlotCosts:
-        """How often each slot occurs, their overhead and optimizers. The shapes of a ladder share
-        their slots and come one after the other; many slots hash slowly."""
-        if self._last_slots is None or self._last_slots[0] is not slots:
-            self._last_slots = slots, {}
-        known = self._last_slots[1]
-        if (layers, tp) not in known:
+        """How often each slot occurs, their overhead and optimizers."""
+        key = ("slots", self._slots_number(slots), layers, tp)
+        if key not in self._memo:
             kinds = Counter(slots)
             of_kind = {slot: self._optimizer(slot, layers, tp) for slot in kinds}
-            known[layers, tp] = SlotCosts(
+            found = SlotCosts(
                 kinds,
                 self.slot_overhead_s(slots, layers),
-                tuple([of_kind[slot] for slot in slots]),
+                tuple([of_kind[slot].value_s for slot in slots]),
+                any(time.extrapolated for time in of_kind.values()),
             )
-        return known[layers, tp]
+            self._remember(key, found)
+        return self._memo[key]  # type: ignore[return-value]
 
     def _add_attention(
         self, tally: Tally, shape: ShapeKey, layers: int, tp: int, rows: int, pairs: float

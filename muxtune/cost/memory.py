@@ -108,6 +108,7 @@ class MemoryModel:
         self._passes: dict[tuple[ShapeKey, ReplicaShape, int], tuple[int, int]] = {}
         self._weights: dict[ReplicaShape, tuple[int, ...]] = {}
         self._saved: dict[tuple[tuple[AdapterSlot, ...], int], float] = {}
+        self._static_ranks: dict[AdapterSlot, int] = {}
 
     def backbone_bytes(self, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
         """Weights of one stage's shard: its blocks, embedding first, head last."""
@@ -179,18 +180,24 @@ class MemoryModel:
         """(activations, loss workspace) of one captured step; see the module's text."""
         model, rows = self.model, shape.padded_tokens
         kept = 4 * model.hidden + 2 * model.query_dim + 2 * model.kv_dim + 3 * model.intermediate
-        ranks = sum(
-            slot.rank * len(model.target_linears(_widened(slot).targets)) for slot in shape.slots
-        )
+        kinds = Counter(shape.slots)
+        ranks = sum(count * self._static_rank(slot) for slot, count in kinds.items())
         kept += ranks / max(1, len(shape.slots)) + 2 * (model.num_heads + 2)
         working = 3 * model.intermediate + 4 * model.hidden
-        if any(slot.dropout for slot in shape.slots):
+        if any(slot.dropout for slot in kinds):
             working += model.intermediate  # the adapters' share of an input gradient, apart
         stored_bytes = int(rows * model.num_layers * kept * self.options.dtype_bytes)
         working_bytes = rows * working * self.options.dtype_bytes
         loss_bytes = 12 * min(rows, self.options.loss_rows_max or rows) * model.vocab
         # The logits are gone when the backward begins: only what they need beyond it counts.
         return stored_bytes + working_bytes, max(0, loss_bytes - working_bytes)
+
+    def _static_rank(self, slot: AdapterSlot) -> int:
+        """Numbers a row of one block that the slot's adapters keep."""
+        if slot not in self._static_ranks:
+            linears = self.model.target_linears(_widened(slot).targets)
+            self._static_ranks[slot] = slot.rank * len(linears)
+        return self._static_ranks[slot]
 
     def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
         if self._is_static(shape.slots, replica) and not shape.recompute:

@@ -9,8 +9,8 @@ speed constant of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from muxtune.errors import ConfigError
 from muxtune.planners.promises import Budget, budget_of, lateness, waited_s, within
@@ -38,6 +38,8 @@ from muxtune.types import (
     SubgraphRef,
     TaskView,
 )
+
+_Value = TypeVar("_Value")
 
 MEMO_ARRANGEMENTS = 200_000
 MEMO_TASKS = 20_000
@@ -399,7 +401,7 @@ class PlannerBase:
         costed = impossible or self.arrange(site, classes)
         if isinstance(costed, Refusal):
             return costed
-        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
+        solo = tuple(of_each(classes, lambda task: self.solo_step_time_s(site, task)))
         answer = self._finished(site, costed, solo)
         refusal = refuse_slow(classes, answer.step_times_s, solo, self.promise_margin)
         if refusal is not None:
@@ -422,6 +424,12 @@ class PlannerBase:
             scale = prediction.round_time_s.value / total_s
             spent_s = {name: scale * seconds for name, seconds in spent_s.items()}
         return answer._replace(prediction=prediction._replace(breakdown_s=spent_s))
+
+
+def of_each(classes: Sequence[TaskClass], ask: Callable[[TaskClass], _Value]) -> list[_Value]:
+    """Asked once of each object: classes hash slowly, and equal ones mostly are one object."""
+    known = {id(task): ask(task) for task in {id(task): task for task in classes}.values()}
+    return [known[id(task)] for task in classes]
 
 
 def answer_of(costed: CostedArrangement, solo_s: tuple[float, ...]) -> Answer:
@@ -634,13 +642,16 @@ def group_cost(
     pairs = sum([x.attention_pairs_per_step / n for x, n in zip(loads, passes, strict=True)])
     rows = sum([x.loss_rows_per_step / n for x, n in zip(loads, passes, strict=True)])
     tokens = sum([x.effective_tokens_per_step / n for x, n in zip(loads, passes, strict=True)])
-    time_s = error_s = padded = 0.0
-    extrapolated = False
+    time_s = error_s = padded = optimizer_s = 0.0
+    extrapolated, of_slots = False, None
     for shape, share in zip(group.shapes, shape_shares, strict=True):
         c = cost.pass_coefficients(shape, site.replica)
         seconds = c.base_s + pairs * c.per_pair_s + rows * c.per_loss_row_s
-        closing = c.optimizer_s if slots is None else [c.optimizer_s[slot] for slot in slots]
-        seconds += sum([s / n for s, n in zip(closing, passes, strict=True)])
+        if c.optimizer_s is not of_slots:  # which the shapes of a ladder share
+            of_slots = c.optimizer_s
+            closing = of_slots if slots is None else [of_slots[slot] for slot in slots]
+            optimizer_s = sum([s / n for s, n in zip(closing, passes, strict=True)])
+        seconds += optimizer_s
         if not 0 < seconds < math.inf:
             raise bad_cost(shape, seconds)
         time_s += share * seconds

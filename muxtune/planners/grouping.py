@@ -42,9 +42,10 @@ MAX_SINGLE, NUM_BLOCKS = 24, 16
 _MAX_SEARCHED_TASKS = 32  # by the local search
 _MAX_IMPROVEMENTS = 16
 _WORTHWHILE = 1 - 5e-4
-_NEAR = 1.02  # interpolation is better than that
+_NEAR, _NEAR_OF_FEW = 1.02, 0.5  # interpolation is better than that; the fewer tasks, the worse
 _BOUNDS = 400
 _FORBIDDEN_S = 1e6
+_MEMO_KINDS, _MEMO_RULES, _MEMO_TIMES = 64, 8, 100_000
 
 Counts = tuple[int, ...]  # a group: how many tasks of each class
 
@@ -68,14 +69,19 @@ class Rules(NamedTuple):
 
 
 def split_tasks(
-    classes: Sequence[ClassTable], slots: Sequence[AdapterSlot], tables: PassTables, rules: Rules
+    classes: Sequence[ClassTable],
+    slots: Sequence[AdapterSlot],
+    tables: PassTables,
+    rules: Rules,
+    memo: Memo | None = None,
 ) -> list[list[Part]]:
     """Partitions of the least time, and the plain ones (all in one, each by itself) that come
     close, for these times are interpolated; best first. Empty where nothing fits in memory.
 
-    ``classes`` and ``slots``: of each task; equal classes are the same objects.
+    ``classes`` and ``slots``: of each task; equal classes are the same objects. ``memo``: what
+    earlier calls with the same ``tables`` found; its owner keeps those tables and classes.
     """
-    known = _sorted_tasks(classes, slots, tables, rules)
+    known = _sorted_tasks(classes, slots, tables, rules, memo)
     found = _search(known.costs, [known.kind_of[i] for i in known.order], rules)
     if found is None:
         return []
@@ -115,28 +121,69 @@ class _SortedTasks(NamedTuple):
 
 
 def _sorted_tasks(
-    classes: Sequence[ClassTable], slots: Sequence[AdapterSlot], tables: PassTables, rules: Rules
+    classes: Sequence[ClassTable],
+    slots: Sequence[AdapterSlot],
+    tables: PassTables,
+    rules: Rules,
+    memo: Memo | None = None,
 ) -> _SortedTasks:
-    order = sorted(range(len(classes)), key=lambda i: (classes[i].step_tokens, i))
-    kinds = list(dict.fromkeys(id(classes[i]) for i in order))
+    tokens = [each.step_tokens for each in classes]
+    order = sorted(range(len(classes)), key=tokens.__getitem__)
+    kinds = list(dict.fromkeys([id(classes[i]) for i in order]))
     number = {kind: at for at, kind in enumerate(kinds)}
     kind_of = [number[id(each)] for each in classes]
     tasks_of: list[list[int]] = [[] for _ in kinds]
     for i in order:
         tasks_of[kind_of[i]].append(i)
-    first = [tasks[0] for tasks in tasks_of]
-    costs = GroupCosts([classes[i] for i in first], [slots[i] for i in first],
-                       [len(tasks) for tasks in tasks_of], tables, rules)  # fmt: skip
+    key, memo = (id(tables), *kinds), {} if memo is None else memo
+    if key not in memo:
+        first = [tasks[0] for tasks in tasks_of]
+        chosen = [classes[i] for i in first], [slots[i] for i in first]
+        _make_room(memo)
+        memo[key] = KnownKinds(Kinds.of(*chosen), {})
+    costs = _costs_of(memo[key], [len(tasks) for tasks in tasks_of], tables, rules)
     return _SortedTasks(costs, order, kind_of, tasks_of)
+
+
+def _make_room(memo: Memo) -> None:
+    if len(memo) >= _MEMO_KINDS or sum(known.size for known in memo.values()) >= _MEMO_TIMES:
+        memo.clear()
+
+
+def _costs_of(
+    known: KnownKinds, num_tasks: Sequence[int], tables: PassTables, rules: Rules
+) -> GroupCosts:
+    """Group times of one set of classes hold whatever the number of tasks, but for memory."""
+    whole_D = np.array(num_tasks, dtype=float)
+    quota_CL = known.kinds.quota_CLD @ whole_D
+    tables.cover(float(quota_CL.max()), sum(num_tasks))
+    is_tight = _may_not_fit(known.kinds, quota_CL, sum(num_tasks), tables, rules)
+    key = rules if is_tight else rules._replace(pass_limit_bytes=math.inf)
+    if rules.num_stages > 1 or key not in known.costs:
+        if len(known.costs) >= _MEMO_RULES:
+            known.costs.clear()
+        known.costs[key] = GroupCosts(known.kinds, tables, rules, is_tight)
+    return known.costs[key]
+
+
+def _may_not_fit(
+    kinds: Kinds, quota_CL: np.ndarray, num_tasks: int, tables: PassTables, rules: Rules
+) -> bool:
+    """False where even the largest passes of all tasks fit, which spares looking at each."""
+    largest: Sizes = tables.sizes(quota_CL.max(axis=1)[:, None, None])
+    whole = np.array([num_tasks])
+    slots = dict.fromkeys(kinds.slots)
+    added = max(tables.adapter_bytes(slot, whole, largest).max() for slot in slots)
+    return bool(tables.base_bytes(largest).max() + added > rules.pass_limit_bytes)
 
 
 def _near(costs: GroupCosts, found: list[Counts]) -> list[list[Counts]]:
     whole = tuple(map(sum, zip(*found, strict=True)))
     units = zip(_units(len(whole)), whole, strict=True)
     singles = [unit for unit, count in units for _ in range(count)]
-    best_s = costs.round_s(found)
+    near_s = (_NEAR + _NEAR_OF_FEW / len(singles)) * costs.round_s(found)
     plain = [groups for groups in ([whole], singles) if sorted(groups) != sorted(found)]
-    return [found, *(groups for groups in plain if costs.round_s(groups) <= _NEAR * best_s)]
+    return [found, *(groups for groups in plain if costs.round_s(groups) <= near_s)]
 
 
 @lru_cache(maxsize=64)
@@ -174,31 +221,43 @@ def _block_sizes(num_tasks: int, fusion: str) -> list[int]:
 # --------------------------------------------------------------------------- costs of groups
 
 
-class GroupCosts:
-    """Seconds of a step of all tasks of a group, by bound of the latency; remembered."""
+class Kinds(NamedTuple):
+    """Different classes of tasks, in the order of tokens a step. ``quota_CLD``: at all levels."""
 
-    def __init__(
-        self,
-        classes: Sequence[ClassTable],
-        slots: Sequence[AdapterSlot],
-        num_tasks: Sequence[int],
-        tables: PassTables,
-        rules: Rules,
-    ) -> None:
-        self.classes, self.slots, self.tables, self.rules = classes, slots, tables, rules
-        whole_D = np.array(num_tasks, dtype=float)
-        self._whole = int(whole_D.sum())
-        quota_CLD = np.stack([table.values[QUOTA] for table in classes], axis=-1)
-        tables.cover(float((quota_CLD @ whole_D).max()), self._whole)
-        self._is_tight = self._may_not_fit(quota_CLD @ whole_D)
+    classes: list[ClassTable]
+    slots: list[AdapterSlot]
+    quota_CLD: np.ndarray
+    changes: int
+
+    @classmethod
+    def of(cls, classes: list[ClassTable], slots: list[AdapterSlot]) -> Kinds:
         changes = 0
         for table in classes:
             changes |= table.changes
-        self.levels = levels_of(changes, dense=self._is_tight or rules.num_stages > 1)
-        self._values = np.stack([t.values[:, :, self.levels] for t in classes], axis=-1)
+        quota_CLD = np.stack([table.values[QUOTA] for table in classes], axis=-1)
+        return cls(classes, slots, quota_CLD, changes)
+
+
+class GroupCosts:
+    """Seconds of a step of all tasks of a group, by bound of the latency; remembered."""
+
+    def __init__(self, kinds: Kinds, tables: PassTables, rules: Rules, is_tight: bool) -> None:
+        self.classes, self.slots, self.tables, self.rules = *kinds[:2], tables, rules
+        self._is_tight = is_tight
+        self.levels = levels_of(kinds.changes, dense=is_tight or rules.num_stages > 1)
+        values = np.stack([t.values[:, :, self.levels] for t in self.classes], axis=-1)
+        self._passes, self._gap = values[PASSES], values[GAP]
+        # What adds up over the tasks of a group: of time, but for the size of the pass, all at once
+        seconds_D = np.array([tables.optimizer_s(slot) for slot in self.slots]) / values[PASSES]
+        seconds_D += tables.per_pair_s * values[PAIRS] + tables.per_loss_row_s * values[LOSS_ROWS]
+        self._added = np.stack([values[QUOTA], values[CHUNKS], values[VARIANCE], seconds_D])
         self.bounds_K = np.array([math.inf])
         self._time_K: dict[Counts, np.ndarray] = {}
         self._best_Q: dict[Counts, int] = {}  # the choice, where no latency bounds it
+
+    @property
+    def size(self) -> int:
+        return len(self._time_K)
 
     def set_bounds(self, low_s: float, high_s: float) -> None:
         """Of the latency, in a pipeline."""
@@ -206,21 +265,26 @@ class GroupCosts:
         self._time_K.clear()
 
     def times_EK(self, groups: Sequence[Counts]) -> np.ndarray:
-        new = [group for group in dict.fromkeys(groups) if group not in self._time_K]
+        known = self._time_K
+        new = [group for group in dict.fromkeys(groups) if group not in known]
         if new:
-            time_QE, latency_QE = self.choices(new)
-            self._time_K.update(zip(new, self._bounded(time_QE, latency_QE), strict=True))
+            time_CLE, passes_CLE = self._group_times(np.array(new, dtype=float).T)
+            time_QE = time_CLE.reshape(-1, len(new))
             if len(self.bounds_K) == 1:
-                self._best_Q.update(zip(new, time_QE.argmin(axis=0).tolist(), strict=True))
-        return np.array([self._time_K[group] for group in groups])
+                best_E = time_QE.argmin(axis=0)
+                known.update(zip(new, time_QE[best_E, np.arange(len(new)), None], strict=True))
+                self._best_Q.update(zip(new, best_E.tolist(), strict=True))
+            else:
+                latency_QE = self._latency(time_QE, passes_CLE)
+                known.update(zip(new, self._bounded(time_QE, latency_QE), strict=True))
+        return np.array([known[group] for group in groups])
 
     def choices(self, groups: Sequence[Counts]) -> tuple[np.ndarray, np.ndarray]:
         """Time and latency ``[Q, E]`` of every chunk length and level; infinite where memory is
         short."""
         time_CLE, passes_CLE = self._group_times(np.array(groups, dtype=float).T)
         time_QE = time_CLE.reshape(-1, len(groups))
-        waits = self.rules.num_stages - 1
-        return time_QE, time_QE * (1 + waits / passes_CLE.reshape(time_QE.shape))
+        return time_QE, self._latency(time_QE, passes_CLE)
 
     def round_times_s(self, totals_K: np.ndarray) -> np.ndarray:
         """Of sums of group times ``[..., K]``: the least round."""
@@ -251,9 +315,11 @@ class GroupCosts:
         time_QE, latency_QE = self.choices(groups)
         return np.where(latency_QE <= bound, time_QE, np.inf).argmin(axis=0).tolist()
 
+    def _latency(self, time_QE: np.ndarray, passes_CLE: np.ndarray) -> np.ndarray:
+        waits = self.rules.num_stages - 1
+        return time_QE * (1 + waits / passes_CLE.reshape(time_QE.shape))
+
     def _bounded(self, time_QE: np.ndarray, latency_QE: np.ndarray) -> np.ndarray:
-        if len(self.bounds_K) == 1:
-            return time_QE.min(axis=0)[:, None]
         order_QE = latency_QE.argsort(axis=0)
         best_QE = np.minimum.accumulate(np.take_along_axis(time_QE, order_QE, axis=0), axis=0)
         sorted_QE = np.take_along_axis(latency_QE, order_QE, axis=0)
@@ -265,23 +331,40 @@ class GroupCosts:
 
     def _group_times(self, count_DE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[C, L, E] seconds of one step of all tasks, and the micro-batches that it takes."""
-        sums = self._values @ count_DE  # [columns, C, L, E]
+        quota_CLE, chunks_CLE, variance_CLE, time_CLE = self._added @ count_DE
         count_E = count_DE.sum(axis=0).astype(np.int64)
-        tables = self.tables
-        at = tables.sizes(_filled(sums, count_E, self.rules.num_shapes))
-        time_CLE = tables.base_s(at)
-        time_CLE += sums[PAIRS] * tables.per_pair_s + sums[LOSS_ROWS] * tables.per_loss_row_s
-        of_slot = self._count_slots(count_DE)
-        for slot, of_slot_E in of_slot.items():
-            time_CLE += of_slot_E * tables.adapter_s(slot, count_E, at)
-        seconds_D = np.array([tables.optimizer_s(slot) for slot in self.slots])
-        time_CLE += (seconds_D / self._values[PASSES]) @ count_DE
-        passes_CLE = _most_passes(self._values[PASSES], count_DE)
+        tables, of_slot = self.tables, self._count_slots(count_DE)
+        at = tables.sizes(self._filled(quota_CLE, chunks_CLE, variance_CLE, count_DE, count_E))
+        time_CLE += tables.base_s(at)
+        time_CLE += tables.adapters_s(of_slot, count_E, at)
+        passes_CLE = _most_passes(self._passes, count_DE)
         time_CLE *= passes_CLE
         if self._is_tight:
-            need_CLE = self._need_bytes(sums[QUOTA], count_E, of_slot)
+            need_CLE = self._need_bytes(quota_CLE, count_E, of_slot)
             time_CLE[need_CLE > self.rules.pass_limit_bytes] = np.inf
         return time_CLE, passes_CLE
+
+    def _filled(
+        self,
+        quota_CLE: np.ndarray,
+        chunks_CLE: np.ndarray,
+        variance_CLE: np.ndarray,
+        count_DE: np.ndarray,
+        count_E: np.ndarray,
+    ) -> np.ndarray:
+        """Chunks that an average pass computes. Of one task the ladder's gap is known. The sum of
+        several is nearly normal; half a chunk less, because chunks are whole."""
+        if self.rules.num_shapes == 1:
+            return quota_CLE
+        gap_CLE = np.sqrt(variance_CLE, out=variance_CLE)
+        gap_CLE *= normal_gap(self.rules.num_shapes)
+        gap_CLE -= 0.5
+        np.maximum(gap_CLE, 0.0, out=gap_CLE)
+        single = np.flatnonzero(count_E == 1)
+        if single.size:
+            gap_CLE[..., single] = self._gap @ count_DE[:, single]
+        chunks_CLE += gap_CLE
+        return np.minimum(chunks_CLE, quota_CLE, out=chunks_CLE)
 
     def _count_slots(self, count_DE: np.ndarray) -> dict[AdapterSlot, np.ndarray]:
         of_slot: dict[AdapterSlot, np.ndarray] = {}
@@ -300,30 +383,26 @@ class GroupCosts:
             np.maximum(added_CLE, bytes_CLE, out=added_CLE, where=of_slot_E > 0)
         return need_CLE + added_CLE
 
-    def _may_not_fit(self, quota_CL: np.ndarray) -> bool:
-        """False where even the largest passes of all tasks fit, which spares looking at each."""
-        largest: Sizes = self.tables.sizes(quota_CL.max(axis=1)[:, None, None])
-        whole = np.array([self._whole])
-        added = max(self.tables.adapter_bytes(slot, whole, largest).max() for slot in self.slots)
-        return bool(self.tables.base_bytes(largest).max() + added > self.rules.pass_limit_bytes)
-
-
-def _filled(sums: np.ndarray, count_E: np.ndarray, num_shapes: int) -> np.ndarray:
-    """Chunks that an average pass computes. Of one task the ladder's gap is known. The sum of
-    several is nearly normal; half a chunk less, because chunks are whole."""
-    if num_shapes == 1:
-        return sums[QUOTA]
-    joint = normal_gap(num_shapes) * np.sqrt(sums[VARIANCE]) - 0.5
-    gap = np.where(count_E == 1, sums[GAP], np.maximum(joint, 0.0))
-    return np.minimum(sums[CHUNKS] + gap, sums[QUOTA])
-
 
 def _most_passes(passes_CLD: np.ndarray, count_DE: np.ndarray) -> np.ndarray:
     """[C, L, E]: most micro-batches per step of a group's tasks."""
-    most = np.zeros((*passes_CLD.shape[:-1], count_DE.shape[1]))
-    for kind, count_E in enumerate(count_DE):
-        np.maximum(most, passes_CLD[..., kind, None] * (count_E > 0), out=most)
-    return most
+    groups, kinds = np.nonzero(count_DE.T)  # by group
+    starts = np.searchsorted(groups, np.arange(count_DE.shape[1]))
+    return np.maximum.reduceat(passes_CLD.take(kinds, axis=-1), starts, axis=-1)
+
+
+class KnownKinds(NamedTuple):
+    """``costs``: by the rules that they hold under."""
+
+    kinds: Kinds
+    costs: dict[Rules, GroupCosts]
+
+    @property
+    def size(self) -> int:
+        return sum(each.size for each in self.costs.values())
+
+
+Memo = dict[tuple[int, ...], KnownKinds]
 
 
 # ------------------------------------------------------------------------------ the program
@@ -333,12 +412,10 @@ def _contiguous(
     kinds: Sequence[int], bounds: Sequence[int], longest: int, num_kinds: int
 ) -> list[Counts]:
     """Groups of up to ``longest`` consecutive blocks, in the order of ``_spans``."""
-    before = [[0] * num_kinds]
-    for kind in kinds:
-        before.append([*before[-1]])
-        before[-1][kind] += 1
+    before = np.zeros((len(kinds) + 1, num_kinds), dtype=np.int64)
+    before[np.arange(1, len(before)), list(kinds)] = 1
+    at = before.cumsum(axis=0)[list(bounds)]
     spans = np.array(_spans(len(bounds) - 1, longest))
-    at = np.array(before)[np.array(bounds)]
     return list(map(tuple, (at[spans[:, 1]] - at[spans[:, 0]]).tolist()))
 
 

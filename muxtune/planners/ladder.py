@@ -29,9 +29,9 @@ class Fill:
         """``parts``: ``ExpectedLoad.chunk_shares`` of each task; ``most``: the sum of quotas."""
         if most > _MAX_EXACT:
             return cls(_normal(parts, most), most)
-        total = np.ones(1)
+        total, known = np.ones(1), {id(shares): np.array(shares) for shares in parts}
         for shares in parts:
-            total = np.convolve(total, shares)
+            total = np.convolve(total, known[id(shares)])
         return cls(total, most)
 
     def share_up_to(self, sizes: Sequence[int]) -> np.ndarray:
@@ -82,7 +82,7 @@ def _least_mean(sizes: Sequence[int], up_to: np.ndarray, num_shapes: int) -> tup
     below = np.concatenate([[0.0], up_to])
     # cost[i, j]: what micro-batches above size i - 1 and up to size j contribute if they take j.
     cost = (below[None, 1:] - below[:-1, None]) * values[None, :]
-    cost[np.tril_indices(len(values), -1)] = np.inf
+    cost[_below_diagonal(len(values))] = np.inf
     best, choices = cost[0], []
     for _ in range(min(num_shapes, len(sizes)) - 1):
         totals = np.concatenate([cost[:1], best[:-1, None] + cost[1:]])
@@ -97,6 +97,11 @@ def _least_mean(sizes: Sequence[int], up_to: np.ndarray, num_shapes: int) -> tup
     else:
         chosen.append(at)
     return tuple(sizes[i] for i in reversed(chosen))
+
+
+@lru_cache(maxsize=_MAX_CANDIDATES)
+def _below_diagonal(size: int) -> np.ndarray:
+    return np.tri(size, k=-1, dtype=bool)
 
 
 @lru_cache(maxsize=64)

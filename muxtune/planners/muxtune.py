@@ -29,12 +29,14 @@ from muxtune.planners.base import (
     answer_of,
     bind,
     group_cost,
+    of_each,
     planned_slowdown,
     refuse_slow,
     site_of,
 )
 from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
+from muxtune.planners.grouping import Memo as GroupTimes
 from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
 from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
@@ -165,6 +167,7 @@ class MuxTunePlanner(PlannerBase):
         self._class_tables: dict[tuple[TaskClass, tuple[int, ...], int], ClassTable] = {}
         self._tables: dict[tuple[str, str, ReplicaShape, tuple[int, ...]], PassTables] = {}
         self._num_shapes: dict[tuple[str, str, ReplicaShape], int] = {}
+        self._group_times: GroupTimes = {}
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         if self.alignment == "pad":
@@ -248,7 +251,7 @@ class MuxTunePlanner(PlannerBase):
         """This partition as hTasks, each at its best; None where it does not fit."""
         slots = [task.slot for task in classes]
         num_shapes = self.num_shapes(site, slots[0])
-        tables = [self._class_table(task, chunks, num_shapes) for task in classes]
+        tables = of_each(classes, lambda task: self._class_table(task, chunks, num_shapes))
         rules = Rules(limit * SPARE_MEMORY, num_shapes, self.fusion, site.replica.pp)
         parts = cut_tasks(tables, slots, self._pass_tables(site, chunks), rules, partition)
         groups = [self._group(site, classes, chunks, part) for part in parts]
@@ -384,7 +387,7 @@ class MuxTunePlanner(PlannerBase):
 
     def forget_plans(self) -> None:
         super().forget_plans()
-        for memo in (self._groups, self._searched, self._carried_groups):
+        for memo in (self._groups, self._searched, self._carried_groups, self._group_times):
             memo.clear()
 
     def orchestrate(self, site: Site, answer: Answer) -> Answer:
@@ -539,10 +542,12 @@ class MuxTunePlanner(PlannerBase):
         """The dynamic program's groups; again with less memory where exact bytes exceed it."""
         slots = [task.slot for task in classes]
         num_shapes = self.num_shapes(site, slots[0])
-        tables = [self._class_table(task, chunks, num_shapes) for task in classes]
+        tables = of_each(classes, lambda task: self._class_table(task, chunks, num_shapes))
         for allowed in (limit, limit * SPARE_MEMORY, limit * SPARE_MEMORY**2):
             rules = Rules(allowed, num_shapes, fusion or self.fusion, site.replica.pp)
-            found = split_tasks(tables, slots, self._pass_tables(site, chunks), rules)
+            found = split_tasks(
+                tables, slots, self._pass_tables(site, chunks), rules, self._group_times
+            )
             partitions = [
                 [self._group(site, classes, chunks, part) for part in parts] for parts in found
             ]

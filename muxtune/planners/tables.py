@@ -9,7 +9,7 @@ Array suffixes: C chunk lengths, K cells of a grid, N counts of slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,10 +127,17 @@ class PassTables:
     def base_bytes(self, at: Sizes) -> np.ndarray:
         return self._base_lines()[1].look_up(at.cell, at.chunks)
 
-    def adapter_s(self, slot: AdapterSlot, count: np.ndarray, at: Sizes) -> np.ndarray:
-        """Seconds that one of ``count`` such slots adds; ``count`` broadcasts with the sizes."""
-        index = at.row_cell + count * self._num_row_cells
-        return self._adapter_lines(slot)[0].look_up(index, at.rows)
+    def adapters_s(
+        self, of_slot: Mapping[AdapterSlot, np.ndarray], count: np.ndarray, at: Sizes
+    ) -> np.ndarray:
+        """Seconds that the slots of groups add, ``count`` in each, ``of_slot`` of them equal."""
+        lines = [(number[:, None], self._adapter_lines(s)[0]) for s, number in of_slot.items()]
+        together = Lines(
+            sum([number * line.intercept[count] for number, line in lines]),  # type: ignore[arg-type]
+            sum([number * line.slope[count] for number, line in lines]),  # type: ignore[arg-type]
+        )
+        index = at.row_cell + np.arange(len(count)) * self._num_row_cells
+        return together.look_up(index, at.rows)
 
     def adapter_bytes(self, slot: AdapterSlot, count: np.ndarray, at: Sizes) -> np.ndarray:
         """Bytes that ``count`` such slots add together."""

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from muxtune.planners.muxtune import MuxTunePlanner
@@ -109,6 +109,7 @@ def check_chunks(micro_batch, seen):
 
 @settings(max_examples=40, deadline=None)
 @given(questions)
+@example(([(65, 1, 4), (65, 5, 4)], 1340, (0.01, 0.0)))  # two ladders, far from a normal sum
 def test_never_worse_than_the_plain_arrangements_and_the_same_in_any_order(question):
     planner, _, instance = asked(question)
     plan = planner.plan(instance, None)
