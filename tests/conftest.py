@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 # Files that take longest come first, so that no process works alone at the end (Makefile: unit).
@@ -15,6 +17,12 @@ LONGEST = (
     "test_cli_commands.py",
     "test_near_optimum_iteration.py",
 )
+
+
+def pytest_configure() -> None:
+    # Only a power failure could tell the difference, and no test causes one: a killed process
+    # leaves what it wrote to the system. Thousands of waits for the disk are minutes.
+    os.fsync = lambda _: None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

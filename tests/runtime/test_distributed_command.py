@@ -28,7 +28,7 @@ tasks:
   - {{id: first, rank: 4, targets: all-linear}}
   - {{id: second, rank: 2, batch_size: 3, seed: 1, accumulation: 2}}
 """
-NOTICE_S = 30.0
+NOTICE_S, STEPS = 30.0, 40
 PIPELINE = ("cluster.pp=2", "cluster.num_gpus=2")
 TENSOR = ("cluster.tp=2", "cluster.pp=1", "cluster.num_gpus=2")
 _FORK = multiprocessing.get_context("fork")
@@ -40,6 +40,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(WORDS[: 2 + number % 10]) for number in range(60)]
     path.write_text("\n".join(json.dumps({"text": f"{n} {t}"}) for n, t in enumerate(texts)))
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Path:
+    """The same run on one process, undisturbed. What it imports, the forked commands have."""
+    output = data.with_name("whole")
+    train(data, output, STEPS)
+    return output
 
 
 def words(data: Path, output: Path, steps: int, *more: str) -> list[str]:
@@ -104,10 +112,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     ("stop", "rank"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)]
 )
 def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
-    data: Path, tmp_path: Path, stop: int, rank: int
+    data: Path, whole: Path, tmp_path: Path, stop: int, rank: int
 ) -> None:
-    output, whole, log = tmp_path / "run", tmp_path / "whole", tmp_path / "log"
-    arguments = words(data, output, 60, *PIPELINE, "backend.rank_timeout_s=4")
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = words(data, output, STEPS, *PIPELINE, "backend.rank_timeout_s=4")
     process = started(log, arguments)
     wait_for(lambda: len(list((output / "checkpoints").glob("*/state.json"))) == 2)
     os.kill(ranks_of(process)[rank], stop)
@@ -120,11 +128,10 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
     layout = {0: (), 1: TENSOR}[rank] if stop == signal.SIGKILL else PIPELINE
     layout = layout or ("cluster.pp=1", "cluster.num_gpus=1")
     assert main(["train", f"resume={output}", *layout]) == 0
-    train(data, whole, 60)
     assert worst(output, whole) <= 1e-3
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for task in ("first", "second"):
-        assert [line["step"] for line in steps if line["task_id"] == task] == list(range(1, 61))
+        assert [line["step"] for line in steps if line["task_id"] == task] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ def test_every_rank_gives_up_on_a_rendezvous_that_nobody_comes_to(
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    more = (*PIPELINE, "backend.rank_timeout_s=2")
+    more = (*PIPELINE, "backend.rank_timeout_s=1")
     process = started(tmp_path / "log", words(data, tmp_path / "run", 2, *more))
     process.join(NOTICE_S)
     assert process.exitcode == 2
