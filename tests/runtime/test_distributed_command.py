@@ -131,7 +131,9 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
     assert worst(output, whole) <= 1e-3
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for task in ("first", "second"):
-        assert [line["step"] for line in steps if line["task_id"] == task] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in steps if line["task_id"] == task] == list(
+            range(1, STEPS + 1)
+        )
 
 
 @pytest.mark.parametrize(
