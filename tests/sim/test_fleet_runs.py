@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ FLEET = ["workload=philly", "cluster=h100_x64", "cluster.num_gpus=8", "workload.
 LOADS = {"exclusive": 0.8, "batched": 4, "muxtune": 8}
 
 
-@pytest.fixture(autouse=True)
-def small_fleets_count(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module", autouse=True)
+def small_fleets_count():
     """What a fleet of more than 2,000 tasks does, from 100 on."""
-    monkeypatch.setattr(simulate_command, "MAX_EXACT_TASKS", 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate_command, "MAX_EXACT_TASKS", 100)
+        yield
 
 
 def simulate(folder: Path, planner: str, *words: str) -> dict[str, Any]:
@@ -34,11 +37,23 @@ def simulate(folder: Path, planner: str, *words: str) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory):
+    """One run of each planner with 100 sampled plans, which several tests look at."""
+
+    @cache
+    def run(planner: str) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(planner) / "run"
+        return folder, simulate(folder, planner, "plan_samples=100")
+
+    return run
+
+
 @pytest.mark.parametrize("planner", ["batched", "muxtune"])
-def test_100_sampled_plans_are_what_a_fresh_planner_answers(planner: str, tmp_path: Path):
-    summary = simulate(tmp_path / "run", planner, "plan_samples=100")
+def test_100_sampled_plans_are_what_a_fresh_planner_answers(planner: str, sampled: Any):
+    folder, summary = sampled(planner)
     assert summary["times"] == "mean" and summary["num_done"] == 700
-    lines = (tmp_path / "run" / "plan_samples.jsonl").read_text().splitlines()
+    lines = (folder / "plan_samples.jsonl").read_text().splitlines()
     samples = [PlanSample.loads(line) for line in lines]
     assert len(samples) == 100 and max(len(sample.view.tasks) for sample in samples) >= 8
     for sample in samples:
@@ -46,9 +61,8 @@ def test_100_sampled_plans_are_what_a_fresh_planner_answers(planner: str, tmp_pa
         assert codec.dumps(again) == codec.dumps(sample.plan)
 
 
-def test_muxtune_plan_answers_a_sampled_state_with_the_same_plan(tmp_path: Path):
-    simulate(tmp_path / "run", "muxtune", "plan_samples=100")
-    state = f"state={tmp_path / 'run' / 'plan_samples.jsonl'}"
+def test_muxtune_plan_answers_a_sampled_state_with_the_same_plan(sampled: Any, tmp_path: Path):
+    state = f"state={sampled('muxtune')[0] / 'plan_samples.jsonl'}"
     for index in (0, 57, 99):
         folder = tmp_path / f"plan-{index}"
         assert main(["plan", state, f"index={index}", f"output_dir={folder}"]) == 0
@@ -56,16 +70,16 @@ def test_muxtune_plan_answers_a_sampled_state_with_the_same_plan(tmp_path: Path)
 
 
 @pytest.mark.parametrize("planner", list(LOADS))
-def test_the_same_seed_gives_the_same_bytes(planner: str, tmp_path: Path):
-    for name in ("a", "b"):
-        simulate(tmp_path / name, planner)
+def test_the_same_seed_gives_the_same_bytes(planner: str, sampled: Any, tmp_path: Path):
+    simulate(tmp_path / "again", planner, "plan_samples=100")
     for file in ("tasks.csv", "plan_samples.jsonl"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        first = sampled(planner)[0] / file
+        assert first.read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_mean_times_end_tasks_when_exact_ones_do(tmp_path: Path):
+def test_mean_times_end_tasks_when_exact_ones_do(sampled: Any, tmp_path: Path):
     """Completion times of single tasks agree closely, and the run's means more so."""
-    mean = simulate(tmp_path / "mean", "muxtune")
+    _, mean = sampled("muxtune")
     exact = simulate(tmp_path / "exact", "muxtune", "backend.times=exact")
     assert (mean["times"], exact["times"]) == ("mean", "exact")
     assert mean["effective_tokens"] == exact["effective_tokens"]
@@ -74,12 +88,12 @@ def test_mean_times_end_tasks_when_exact_ones_do(tmp_path: Path):
     assert mean["padded_tokens_per_s"] == pytest.approx(exact["padded_tokens_per_s"], rel=0.02)
 
 
-def test_leaving_out_takeovers_changes_nothing_but_the_first_start(tmp_path: Path):
-    simulate(tmp_path / "quiet", "muxtune")
+def test_leaving_out_takeovers_changes_nothing_but_the_first_start(sampled: Any, tmp_path: Path):
     simulate(tmp_path / "told", "muxtune", "backend.emit_plan_applied=true")
+    folders = {"quiet": sampled("muxtune")[0], "told": tmp_path / "told"}
     rows = {
-        name: list(csv.DictReader((tmp_path / name / "tasks.csv").open()))
-        for name in ("quiet", "told")
+        name: list(csv.DictReader((folder / "tasks.csv").open()))
+        for name, folder in folders.items()
     }
     assert all(row.pop("first_start_s") == "" for row in rows["quiet"])
     assert all(row.pop("first_start_s") for row in rows["told"])
