@@ -417,9 +417,12 @@ class TorchExecutor:
             return
         name, epoch = instance.spec.instance_id, instance.epoch
         limit_bytes = sum(item.spec.memory_limit_bytes for item in self._instances.values())
-        pressure = self.monitor.check(name, epoch, limit_bytes)
+        pressure = self.monitor.check(name, epoch, limit_bytes, self._idle_bytes)
         if pressure is not None:
             self.emit(EventKind.MEMORY_PRESSURE, "", name, epoch, pressure)
+
+    def _idle_bytes(self) -> int:
+        return sum(item.runners.idle_bytes for item in self._instances.values())
 
     def _end(self, task: RuntimeTask) -> None:
         """Failed or cancelled: its slot is free at once, its memory with it."""

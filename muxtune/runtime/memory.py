@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ class MemoryMonitor:
         self.meter, self.share = meter, share
         self._others_bytes: int | None = None
         self._retries = 0
+        self._idle_bytes = 0
         self._watched: dict[str, int] = {}  # instance id -> the epoch that its peak is taken of
         self._told: dict[str, int] = {}  # instance id -> the last epoch that was told of
 
@@ -90,13 +92,21 @@ class MemoryMonitor:
             held = 0 if on_gpu else self.meter.current_bytes() - weight_bytes
             self._others_bytes = max(0, held)
 
-    def check(self, instance_id: str, epoch: int, limit_bytes: int) -> PressureData | None:
-        """Called between rounds. ``limit_bytes``: of all instances together."""
+    def check(
+        self,
+        instance_id: str,
+        epoch: int,
+        limit_bytes: int,
+        idle_bytes: Callable[[], int] = int,
+    ) -> PressureData | None:
+        """Called between rounds. ``limit_bytes``: of all instances together. ``idle_bytes``: what
+        captured passes hold without the allocator's telling."""
         if not self.share or epoch == NO_EPOCH:
             return None
         if self._watched.get(instance_id) != epoch:  # a plan took over; it has not run yet
             self._watched[instance_id] = epoch
             self.meter.mark()
+            self._idle_bytes = idle_bytes()  # graphs are captured when a plan takes over
             return None
         if self._told.get(instance_id) == epoch:
             return None
@@ -108,7 +118,7 @@ class MemoryMonitor:
         return PressureData(used_bytes, allowed_bytes)
 
     def _used_bytes(self, allowed_bytes: int) -> int:
-        used_bytes = self.meter.recent_peak_bytes() - (self._others_bytes or 0)
+        used_bytes = self.meter.recent_peak_bytes() - (self._others_bytes or 0) + self._idle_bytes
         retries, self._retries = self._retries, self.meter.num_retries()
         return max(used_bytes, allowed_bytes + 1) if self._retries > retries else used_bytes
 

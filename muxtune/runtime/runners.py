@@ -44,6 +44,11 @@ class Runners:
         self._captured: dict[int, CapturedRunner] = {}  # by the pool's id
         self._refused: set[tuple[AdapterSlot, ...]] = set()
 
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that captured passes hold while none of them runs; see ``CaptureMemory``."""
+        return 0 if self._memory is None else self._memory.idle_bytes()
+
     def other_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool | None:
         if self.options.step == "eager":
             return None

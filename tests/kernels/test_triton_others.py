@@ -64,8 +64,10 @@ def cross_entropy_inputs(device: torch.device, dtype: torch.dtype, vocabulary: i
 
 
 @pytest.mark.parametrize("vocabulary", [31, 4097])
-@pytest.mark.parametrize("chunk_rows", [16, 1024])
-def test_cross_entropy(vocabulary: int, chunk_rows: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("chunk_rows", "whole"), [(16, False), (1024, False), (64, True)])
+def test_cross_entropy(
+    vocabulary: int, chunk_rows: int, whole: bool, device: torch.device
+) -> None:
     from muxtune_kernels.cross_entropy.kernels import slot_losses_cuda
 
     inputs = cross_entropy_inputs(device, torch.float32, vocabulary)
@@ -73,10 +75,27 @@ def test_cross_entropy(vocabulary: int, chunk_rows: int, device: torch.device) -
     expected = multi_task_cross_entropy_reference(leaf, *inputs[1:], 4)
     (grad_expected,) = torch.autograd.grad(expected.sum(), leaf)
     grad = torch.full_like(inputs[0], float("nan"))
-    loss = slot_losses_cuda(*inputs, 4, chunk_rows, grad)
+    loss = slot_losses_cuda(*inputs, 4, chunk_rows, grad, whole)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, grad_expected, atol=2e-5, rtol=2e-4)
-    assert torch.equal(slot_losses_cuda(*inputs, 4, chunk_rows, None), loss)
+    assert torch.equal(slot_losses_cuda(*inputs, 4, chunk_rows, None, whole), loss)
+
+
+def test_whole_chunks_of_the_cross_entropy_do_not_depend_on_the_rows_behind(
+    device: torch.device,
+) -> None:
+    """What a library computes for a row may depend on how many rows a product has."""
+    from muxtune_kernels.cross_entropy.kernels import slot_losses_cuda
+
+    hidden, head, labels, slots, scale = cross_entropy_inputs(device, torch.float32, 4097)
+    grads = []
+    for count in (len(hidden), len(hidden) - 5):
+        grad = torch.full_like(hidden[:count], float("nan"))
+        slot_losses_cuda(
+            hidden[:count], head, labels[:count], slots[:count], scale, 4, 16, grad, True
+        )
+        grads.append(grad)
+    assert torch.equal(grads[0][: len(grads[1])], grads[1])
 
 
 def test_cross_entropy_keeps_nan_in_its_slot(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .reference import IGNORED_LABEL
 
@@ -86,21 +87,30 @@ def slot_losses_cuda(
     num_slots: int,
     chunk_rows: int,
     grad_TD: Tensor | None,
+    whole_chunks: bool = False,
 ) -> Tensor:
-    """As `slot_losses`; static shapes and no host sync, so capturable."""
+    """As `slot_losses`; static shapes and no host sync, so capturable. ``whole_chunks``: see
+    `multi_task_cross_entropy_grad`."""
     num_rows, vocabulary = hidden_TD.shape[0], lm_head_VD.shape[0]
     loss_T = torch.empty(num_rows, dtype=torch.float32, device=hidden_TD.device)
-    logits = hidden_TD.new_empty((min(chunk_rows, num_rows), vocabulary))
+    most_rows = chunk_rows if whole_chunks else min(chunk_rows, num_rows)
+    logits = hidden_TD.new_empty((most_rows, vocabulary))
     block = min(4096, triton.next_power_of_2(vocabulary))
     for start in range(0, num_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, num_rows))
-        logits_CV = logits[: rows.stop - rows.start]
-        torch.mm(hidden_TD[rows], lm_head_VD.t(), out=logits_CV)
-        _row_loss_kernel[(logits_CV.shape[0],)](
+        hidden_CD = hidden_TD[rows]
+        is_short = whole_chunks and hidden_CD.shape[0] < chunk_rows
+        if is_short:
+            hidden_CD = functional.pad(hidden_CD, (0, 0, 0, chunk_rows - hidden_CD.shape[0]))
+        logits_CV = logits[: hidden_CD.shape[0]]
+        torch.mm(hidden_CD, lm_head_VD.t(), out=logits_CV)
+        _row_loss_kernel[(rows.stop - rows.start,)](
             logits_CV, labels_T[rows], slot_of_row_T[rows], scale_S, loss_T[rows], vocabulary,
             vocabulary, IGNORED_LABEL, grad_TD is not None, block, num_warps=8,
         )  # fmt: skip
-        if grad_TD is not None:
+        if grad_TD is not None and is_short:
+            grad_TD[rows] = torch.mm(logits_CV, lm_head_VD)[: rows.stop - rows.start]
+        elif grad_TD is not None:
             torch.mm(logits_CV, lm_head_VD, out=grad_TD[rows])
     loss_S = torch.empty(num_slots, dtype=torch.float32, device=hidden_TD.device)
     if num_slots:

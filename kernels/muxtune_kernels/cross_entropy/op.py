@@ -47,14 +47,20 @@ def multi_task_cross_entropy_grad(
     loss_scale_S: Tensor,
     num_slots: int,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    whole_chunks: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(loss_S, gradient of its sum with respect to hidden): the same without autograd."""
+    """(loss_S, gradient of its sum with respect to hidden): the same without autograd.
+
+    ``whole_chunks``: the last chunk's products have ``chunk_rows`` rows too, because a library
+    chooses its algorithm by their number: a row's bits then do not depend on how many there are.
+    """
     # The CPU form leaves rows without a target alone, the CUDA form writes every row.
     empty = torch.empty_like if hidden_TD.is_cuda else torch.zeros_like
     grad_TD = empty(hidden_TD)
     loss_S = _losses(
-        hidden_TD, lm_head_VD, labels_T, slot_of_row_T, loss_scale_S, num_slots, chunk_rows, grad_TD
-    )
+        hidden_TD, lm_head_VD, labels_T, slot_of_row_T, loss_scale_S, num_slots, chunk_rows,
+        grad_TD, whole_chunks,
+    )  # fmt: skip
     return loss_S, grad_TD
 
 
@@ -87,13 +93,15 @@ def _losses(
     num_slots: int,
     chunk_rows: int,
     grad_TD: Tensor | None,
+    whole_chunks: bool = False,
 ) -> Tensor:
     if hidden_TD.is_cuda:
         from .kernels import slot_losses_cuda  # triton is needed on CUDA only
 
         return slot_losses_cuda(
-            hidden_TD, lm_head_VD, labels_T, slot_of_row_T, scale_S, num_slots, chunk_rows, grad_TD
-        )
+            hidden_TD, lm_head_VD, labels_T, slot_of_row_T, scale_S, num_slots, chunk_rows,
+            grad_TD, whole_chunks,
+        )  # fmt: skip
     return slot_losses(
         hidden_TD, lm_head_VD, labels_T, slot_of_row_T, scale_S, num_slots, chunk_rows, grad_TD
     )

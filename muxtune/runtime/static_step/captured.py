@@ -8,8 +8,10 @@ Shape suffixes as in the package.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,19 +34,58 @@ class HostResult(NamedTuple):
 
 class CaptureMemory(NamedTuple):
     """What programs that never run at the same time share: a stream, and the memory that one
-    uses only while it runs."""
+    uses only while it runs. ``keeper``: an empty graph, for a pool lives as long as a graph of
+    it does."""
 
     stream: torch.cuda.Stream
     pool: Any  # what torch.cuda.graph_pool_handle gives
+    keeper: torch.cuda.CUDAGraph
 
     @classmethod
     def on_current_stream(cls) -> CaptureMemory:
         """The current stream must not be the default one, which cannot be captured."""
-        return cls(torch.cuda.current_stream(), torch.cuda.graph_pool_handle())
+        return cls._on(torch.cuda.current_stream())
 
     @classmethod
     def of_its_own(cls, device: torch.device) -> CaptureMemory:
-        return cls(torch.cuda.Stream(device, priority=-1), torch.cuda.graph_pool_handle())
+        return cls._on(torch.cuda.Stream(device, priority=-1))
+
+    @classmethod
+    def _on(cls, stream: torch.cuda.Stream) -> CaptureMemory:
+        pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with warnings.catch_warnings(), cls._capture(keeper, pool, stream):
+            warnings.simplefilter("ignore")  # that it is empty
+        return cls(stream, pool, keeper)
+
+    @staticmethod
+    def _capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Any:
+        # Checkpoints are written by a thread of their own meanwhile.
+        mode = "thread_local"
+        return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode)
+
+    def capturing(self, graph: torch.cuda.CUDAGraph) -> Any:
+        """Context: what runs is captured into ``graph``."""
+        return self._capture(graph, self.pool, self.stream)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """What this thread allocates lies where graphs have theirs: a trial of a pass then needs
+        no memory beside that of its graph, nor beside that of other passes. No graph of the pool
+        may be replayed meanwhile. (As the CUDA graph trees of torch's inductor do.)"""
+        device = self.stream.device.index
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device, self.pool)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
+
+    def idle_bytes(self) -> int:
+        """Reserved for graphs, beyond what the allocator counts as allocated: a pass that is
+        replayed computes in it, and nobody else can have it."""
+        segments = torch.cuda.memory_snapshot()
+        mine = [item for item in segments if tuple(item["segment_pool_id"]) == tuple(self.pool)]
+        return sum(item["total_size"] - item["allocated_size"] for item in mine)
 
 
 class Pending:
@@ -162,18 +203,13 @@ class CapturedSteps:
         host = HostBuffer(self.program.inputs.layout, False)
         host.fill(num_rows, (), {}, self.pad_id)
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
             self._load(host)
-            self.program.run(num_rows)  # compiles kernels, uploads tables
+            with self._memory.lent():
+                self.program.run(num_rows)  # compiles kernels, uploads tables
             self._memory.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Checkpoints are written by a thread of their own meanwhile.
-            with torch.cuda.graph(
-                graph,
-                pool=self._memory.pool,
-                stream=self.stream,
-                capture_error_mode="thread_local",
-            ):
+            with self._memory.capturing(graph):
                 self.program.run(num_rows)
         self._memory.stream.synchronize()
         self._kept.append(adamw_tables(self.program.pools.optimizer_pools))

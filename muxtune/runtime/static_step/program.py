@@ -192,7 +192,8 @@ class StepProgram:
             fields["slot_of_row"][:num_rows],
             fields["loss_scale"],
             self.inputs.layout.num_slots,
-            self.loss_chunk_rows,
+            min(self.loss_chunk_rows, self.inputs.layout.max_rows),
+            whole_chunks=True,
         )
 
     def _backward(
