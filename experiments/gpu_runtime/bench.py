@@ -12,6 +12,7 @@ import torch
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder
+from muxtune.runtime import random_models
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.bank import adapter_slot
 from muxtune.runtime.executor import TorchExecutor
@@ -54,6 +55,7 @@ class Texts(RandomTexts):
 
 
 def store_of(shape: ModelShape, device: str) -> BackboneStore:
+    random_models.LARGE_PARAMETERS = 0  # drawn where they are used, in seconds
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     where = torch.device(device)
     return BackboneStore({MODEL: random_weights(shape, 0, where, dtype)}, where, dtype)
@@ -140,6 +142,12 @@ class Bench:
         self.prepare(tasks)
         self.executor.apply(plan_of([htask]))
         self.until_ended(tasks)
+
+    def replays(self) -> dict[int, int]:
+        """Of each size of the captured step of the plan that ran last."""
+        (instance,) = self.executor._instances.values()
+        steps = [getattr(runner, "steps", None) for runner in instance._runners]
+        return {n: count for item in steps if item for n, count in item.replays.items()}
 
     def weights(self, task: TaskSpec) -> dict[tuple[str, str], torch.Tensor]:
         state = self.executor.tasks[task.task_id].state

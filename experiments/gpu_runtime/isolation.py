@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench import Bench, gap, htask_of, lora_task, plan_of, store_of
 
 from muxtune.cost.shapes import ModelShape
-from muxtune.types import TaskSpec
+from muxtune.types import EventKind, HTask, TaskSpec
 
 STEPS = 30
 QUOTA = 8
@@ -30,64 +30,113 @@ def lora_tasks() -> list[TaskSpec]:
 
 def mixed_tasks() -> list[TaskSpec]:
     """Four methods in one pass."""
-    scaled = ("k_proj", "v_proj", "down_proj")
-    after = ("o_proj", "down_proj")
+    ia3 = {"method": "ia3", "rank": 0, "alpha": 0.0, "targets": ("k_proj", "v_proj", "down_proj")}
+    after = {"method": "bottleneck", "targets": ("o_proj", "down_proj")}
+    prefix = {"method": "prefix", "targets": ()}
     return [
         lora_task("a", "sst2", STEPS),
-        lora_task("b", "sst2", STEPS, method="ia3", rank=0, alpha=0.0, targets=scaled),
-        lora_task("c", "sst2", STEPS, method="bottleneck", rank=16, targets=after),
-        lora_task("d", "openbookqa", STEPS, method="dora", rank=8, targets=("q_proj", "v_proj")),
+        lora_task("b", "sst2", STEPS, **ia3),
+        lora_task("c", "sst2", STEPS, rank=16, **after),
+        lora_task("d", "openbookqa", STEPS, rank=8, **prefix),
         lora_task("e", "openbookqa", STEPS, rank=8, dropout=0.1),
-        lora_task("f", "openbookqa", STEPS, method="ia3", rank=0, alpha=0.0, targets=scaled),
-        lora_task("g", "rte", STEPS, method="bottleneck", rank=8, targets=after),
-        lora_task("h", "rte", STEPS, rank=32, targets=("q_proj", "v_proj")),
+        lora_task("f", "openbookqa", STEPS, **ia3),
+        lora_task("g", "rte", STEPS, rank=8, dropout=0.1, **after),
+        lora_task("h", "rte", STEPS, rank=16, **prefix),
     ]
 
 
-def run(shape: ModelShape, device: str) -> dict[str, Any]:
+def lora(shape: ModelShape, device: str) -> dict[str, Any]:
+    return _exact(shape, device, lora_tasks())
+
+
+def mixed(shape: ModelShape, device: str) -> dict[str, Any]:
+    return _exact(shape, device, mixed_tasks())
+
+
+def _exact(shape: ModelShape, device: str, tasks: list[TaskSpec]) -> dict[str, Any]:
+    """Deterministic mode: each adapter in company and alone, bit for bit."""
     store = store_of(shape, device)
-    out: dict[str, Any] = {"layers": shape.num_layers, "steps": STEPS}
-    whole: dict[str, dict] = {}
-    for name, tasks in (("lora", lora_tasks()), ("mixed_methods", mixed_tasks())):
-        together, notices = _together(store, shape, tasks, True)
-        whole = whole or together
-        alone = {task.task_id: _alone(store, shape, tasks, task, True) for task in tasks}
-        out[name] = {
-            "captured": not notices,
-            "notices": notices,
-            "deterministic_gaps": {key: gap(together[key], alone[key]) for key in alone},
-            "bit_identical": all(_same(together[key], alone[key]) for key in alone),
+    together = _together(store, shape, tasks, True)
+    alone = {task.task_id: _alone(store, shape, tasks, task, True) for task in tasks}
+    pairs = {key: (together.weights[key], alone[key].weights[key]) for key in alone}
+    return {
+        "layers": shape.num_layers, "steps": STEPS, "captured": not together.notices,
+        "notices": together.notices,
+        "gaps": {key: gap(*pair) for key, pair in pairs.items()},
+        "passed": not together.notices and all(_same(*pair) for pair in pairs.values()),
+    }  # fmt: skip
+
+
+def faults(shape: ModelShape, device: str) -> dict[str, Any]:
+    """A NaN planted in one task, an exception in its data, a cancel: the others bit for bit."""
+    store, tasks = store_of(shape, device), lora_tasks()
+    whole = _together(store, shape, tasks, True).weights
+    out = {what: _fault(store, shape, tasks, what, whole) for what in ("nan", "data", "cancel")}
+    return out | {"passed": all(item["others_bit_identical"] for item in out.values())}
+
+
+def fast(shape: ModelShape, device: str) -> dict[str, Any]:
+    """Fast mode: company against solitude, beside solitude with one BLAS against another; the
+    latter also of the eager pass, whose every frozen product is the library's."""
+    store, tasks = store_of(shape, device), lora_tasks()
+    together = _together(store, shape, tasks, False)
+    gaps, spreads, eager_spreads, sizes = {}, {}, {}, {}
+    for task in tasks:
+        key = task.task_id
+        solo = {
+            (step, blas): _solo_with(store, shape, tasks, task, step, blas)
+            for step in ("auto", "eager")
+            for blas in ("cublas", "cublaslt")
         }
-    tasks = lora_tasks()
-    out["faults"] = {
-        what: _fault(store, shape, tasks, what, whole) for what in ("nan", "data", "cancel")
-    }
-    out["fast"] = _fast(store, shape, tasks)
-    out["passed"] = bool(
-        out["lora"]["bit_identical"]
-        and out["mixed_methods"]["bit_identical"]
-        and all(item["others_bit_identical"] for item in out["faults"].values())
-        and out["fast"]["worst_gap"] <= out["fast"]["worst_library_gap"]
-    )
-    return out
+        weights = {name: run.weights[key] for name, run in solo.items()}
+        gaps[key] = gap(together.weights[key], weights["auto", "cublas"])
+        spreads[key] = gap(weights["auto", "cublaslt"], weights["auto", "cublas"])
+        eager_spreads[key] = gap(weights["eager", "cublaslt"], weights["eager", "cublas"])
+        sizes[key] = solo["auto", "cublas"].replays
+    return {
+        "layers": shape.num_layers, "steps": STEPS, "gaps": gaps, "library_gaps": spreads,
+        "eager_library_gaps": eager_spreads, "sizes_together": together.replays,
+        "sizes_alone": sizes, "worst_gap": max(gaps.values()),
+        "worst_library_gap": max(spreads.values()),
+        "worst_eager_library_gap": max(eager_spreads.values()),
+        "passed": all(gaps[key] <= spreads[key] for key in gaps),
+    }  # fmt: skip
+
+
+def _solo_with(
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, step: str, blas: str
+) -> Trained:
+    if torch.cuda.is_available():
+        torch.backends.cuda.preferred_blas_library(blas)
+    try:
+        return _alone(store, shape, tasks, task, False, step=step)
+    finally:
+        if torch.cuda.is_available():
+            torch.backends.cuda.preferred_blas_library("default")
+
+
+class Trained(NamedTuple):
+    """``replays``: of each size, where the step was captured."""
+
+    weights: dict[str, dict]
+    notices: list[str]
+    replays: dict[int, int]
 
 
 def _same(left: dict, right: dict) -> bool:
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
-def _together(store: Any, shape: ModelShape, tasks: list[TaskSpec], exact: bool) -> tuple:
-    bench = Bench(store, shape.vocab, deterministic=exact)
-    bench.run(tasks, htask_of(tasks, QUOTA))
-    weights = {task.task_id: bench.weights(task) for task in tasks}
-    notices = bench.recorder.notices
-    bench.close()
-    return weights, notices
+def _together(
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], exact: bool, **options: Any
+) -> Trained:
+    return _trained(store, shape, tasks, htask_of(tasks, QUOTA), exact, options)
 
 
 def _alone(
-    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, exact: bool
-) -> dict:
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, exact: bool,
+    **options: Any,
+) -> Trained:  # fmt: skip
     """In the same shape, with nobody in the other slots."""
     whole = htask_of(tasks, QUOTA)
     own = {task.task_id}
@@ -95,11 +144,21 @@ def _alone(
         slot_of={key: slot for key, slot in whole.slot_of.items() if key in own},
         quota={key: quota for key, quota in whole.quota.items() if key in own},
     )
-    bench = Bench(store, shape.vocab, deterministic=exact)
-    bench.run([task], htask)
-    weights = bench.weights(task)
+    return _trained(store, shape, [task], htask, exact, options)
+
+
+def _trained(
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], htask: HTask, exact: bool,
+    options: dict[str, Any],
+) -> Trained:  # fmt: skip
+    bench = Bench(store, shape.vocab, deterministic=exact, **options)
+    bench.run(tasks, htask)
+    done = {event.task_id for event in bench.of(EventKind.TASK_DONE)}
+    assert done == {task.task_id for task in tasks}, bench.events
+    weights = {task.task_id: bench.weights(task) for task in tasks}
+    trained = Trained(weights, bench.recorder.notices, bench.replays())
     bench.close()
-    return weights
+    return trained
 
 
 def _fault(
@@ -122,22 +181,3 @@ def _fault(
     same = all(_same(bench.weights(task), whole[task.task_id]) for task in tasks[1:])
     bench.close()
     return {"ended": ended, "others_bit_identical": same}
-
-
-def _fast(store: Any, shape: ModelShape, tasks: list[TaskSpec]) -> dict[str, Any]:
-    """Fast mode: company against solitude, beside solitude with one BLAS against another."""
-    together, _ = _together(store, shape, tasks, False)
-    gaps, library = {}, {}
-    for task in tasks:
-        alone = {}
-        for blas in ("cublas", "cublaslt"):
-            torch.backends.cuda.preferred_blas_library(blas)
-            alone[blas] = _alone(store, shape, tasks, task, False)
-        torch.backends.cuda.preferred_blas_library("default")
-        gaps[task.task_id] = gap(together[task.task_id], alone["cublas"])
-        library[task.task_id] = gap(alone["cublaslt"], alone["cublas"])
-    return {
-        "gaps": gaps, "library_gaps": library, "worst_gap": max(gaps.values()),
-        "worst_library_gap": max(library.values()),
-        "each_within": {key: gaps[key] <= library[key] for key in gaps},
-    }  # fmt: skip

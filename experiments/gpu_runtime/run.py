@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import isolation
 import joins
 import kill
+import memory
 
 from muxtune.cost.shapes import model_shape
 
-PARTS = {"isolation": isolation.run, "kill": kill.run, "joins": joins.run}
-LAYERS = {"isolation": 2}
+PARTS = {
+    "isolation_mixed": isolation.mixed,
+    "isolation_fast": isolation.fast,
+    "isolation_lora": isolation.lora,
+    "isolation_faults": isolation.faults,
+    "kill": kill.run,
+    "memory": memory.run,
+    "joins": joins.run,
+}
+LAYERS = dict.fromkeys((name for name in PARTS if name.startswith("isolation")), 2)
 
 
 def environment() -> dict[str, Any]:
@@ -42,27 +52,43 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _as_it_comes(found: Any) -> Iterator[dict[str, Any]]:
+    """A part gives its result whole, or what it knows so far again and again."""
+    yield from [found] if isinstance(found, dict) else found
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the shape's, to try")
+    parser.add_argument("--memory-seconds", type=float, default=3600.0)
     args = parser.parse_args()
+    memory.LIMIT_S = args.memory_seconds
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.parts.split(","):
         start_s = time.perf_counter()
         shape = model_shape(args.shape)
-        shape = shape._replace(num_layers=LAYERS.get(name, shape.num_layers))
-        result: dict[str, Any] = {"environment": environment(), "shape": args.shape}
+        shape = shape._replace(num_layers=LAYERS.get(name, args.layers or shape.num_layers))
+        about: dict[str, Any] = {"environment": environment(), "shape": args.shape}
+        result = dict(about)
         try:
-            result |= PARTS[name](shape, args.device)
+            for found in _as_it_comes(PARTS[name](shape, args.device)):
+                result = about | found
+                _write(args.out / f"{name}.json", result)
         except Exception as error:
             result["error"] = "".join(traceback.format_exception(error))[-4000:]
+        if "error" in result or result.get("passed") is False:
             failed.append(name)
         result["seconds"] = time.perf_counter() - start_s
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+        _write(args.out / f"{name}.json", result)
         print(name, json.dumps(result, default=str)[:1500], flush=True)
         gc.collect()
         if torch.cuda.is_available():

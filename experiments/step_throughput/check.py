@@ -25,6 +25,10 @@ from muxtune.runtime.static_step import (
 from muxtune.runtime.static_step.adapters import LoraState
 from muxtune.runtime.static_step.inputs import StepInputs
 
+LLAMA_2_7B = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_attention_heads": 32, "num_key_value_heads": 32,
+}  # fmt: skip
 # Norm-relative errors against float32 may not exceed those of plain bf16 autograd by more.
 ALLOWED_OVER_PLAIN = 1.2
 LENGTHS = {0: [31, 64], 1: [200, 7, 90], 2: [130], 3: [12, 12, 12, 9]}

@@ -1,4 +1,5 @@
-"""Plot of ``step_throughput.json``: throughput beside the baselines, and the ledger of a round.
+"""Plot of ``step_throughput.json``: throughput of every case beside bound and baselines, and the
+ledger of a round.
 
 python3 experiments/step_throughput/plot.py step_throughput.json step_throughput.png
 """
@@ -22,6 +23,13 @@ LEDGER = {
     "optimizer_ms": "optimizer",
     "host_and_launch_ms": "host and launch",
 }
+LABELS = {
+    "lora_8": "8 LoRA", "lora_8_planned": "8 LoRA, as planned", "lora_1": "1 LoRA",
+    "lora_4": "4 LoRA", "lora_16": "16 LoRA", "lora_32": "32 LoRA",
+    "mixed_ranks": "8 of ranks 8-64", "mixed_methods": "8 of four methods",
+    "llama_3_1_8b": "8 LoRA, Llama-3.1-8B", "sl_peft": "SL-PEFT", "hf_peft": "HF PEFT",
+}  # fmt: skip
+BASELINES = ("sl_peft", "hf_peft")
 
 
 def main() -> None:
@@ -30,25 +38,35 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
+    )
     _throughput(left, data)
     _ledger(right, data.get("ledger") or {})
-    verdict = data.get("verdict") or {"reportable": False}
+    verdict, environment = data["verdict"], data["environment"]
     note = "" if verdict["reportable"] else " (NOT reportable: see verdict)"
-    environment = data["environment"]
     figure.suptitle(
-        f"Llama-2-7B shape, 8 LoRA tasks r=16, {environment['device']}, {environment['date']}{note}"
+        f"muxtune train, Llama-2-7B shape, {environment['device']}, {environment['date']}{note}"
     )
     figure.savefig(args.target, dpi=130)
 
 
 def _throughput(axes, data: dict) -> None:
-    bars = {"bound": data.get("bound_tokens_per_s") or 0.0}
-    for key, label in (("ours", "MuxTune"), ("sl_peft", "SL-PEFT"), ("hf_peft", "HF PEFT")):
-        bars[label] = (data.get(key) or {}).get("effective_tokens_per_s", 0.0)
-    drawn = axes.bar(list(bars), list(bars.values()))
-    axes.bar_label(drawn, fmt="%.0f")
-    axes.set_ylabel("effective tokens/s")
+    bars = {
+        LABELS[name]: (data[name]["effective_tokens_per_s"], name in BASELINES)
+        for name in LABELS
+        if data.get(name)
+    }
+    colours = ["tab:grey" if is_baseline else "tab:blue" for _, is_baseline in bars.values()]
+    drawn = axes.barh(list(bars), [value for value, _ in bars.values()], color=colours)
+    axes.bar_label(drawn, fmt="%.0f", padding=2)
+    axes.invert_yaxis()
+    best = data.get("bound", {}).get("best_tokens_per_s")
+    if best:
+        axes.axvline(best, color="black", linestyle="--")
+        axes.set_title(f"dashed: bound of the frozen backbone, {best:.0f}", fontsize=9)
+    axes.set_xlabel("effective tokens/s")
+    axes.margins(x=0.12)
 
 
 def _ledger(axes, ledger: dict) -> None:
@@ -58,7 +76,7 @@ def _ledger(axes, ledger: dict) -> None:
         axes.barh(0, value, left=start, label=f"{label}: {value:.1f} ms")
         start += value
     axes.set_yticks([])
-    axes.set_xlabel("ms a round")
+    axes.set_xlabel("ms a round of the 8 LoRA tasks")
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 

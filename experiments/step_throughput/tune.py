@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from run import cut
+from frozen import cut
 from workload import Workload
 
 from muxtune.runtime.static_step.inputs import HostBuffer, StepLayout

@@ -78,5 +78,51 @@ def test_an_idle_slot_and_a_nan_leave_the_others_alone(check, static) -> None:
     assert all(x.isfinite().all() for state in moved.values() for x in (*state.a, *state.b))
 
 
+def test_a_further_size_is_prepared_in_the_memory_that_graphs_share(check, static) -> None:
+    """Its trial too: a pass never needs its memory twice. And the graphs' memory is known."""
+    from muxtune.runtime.static_step import AdapterPools, SlotSpec, StepLayout, StepProgram
+    from muxtune.runtime.static_step.captured import CapturedSteps, CaptureMemory
+    from muxtune.runtime.static_step.inputs import StepInputs
+
+    pools = AdapterPools(static, tuple(SlotSpec(rank) for rank in check.RANKS), False)
+    inputs = StepInputs(StepLayout(8192, len(check.RANKS), 64, 256), static.device)
+    memory = CaptureMemory.of_its_own(static.device)
+    steps = CapturedSteps(StepProgram(static, pools, inputs), [8192, 7168], memory=memory)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    steps.capture([8192])
+    pass_bytes = torch.cuda.max_memory_allocated() - before
+    assert memory.idle_bytes() >= 0.9 * pass_bytes
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    steps.capture([7168])
+    assert torch.cuda.max_memory_reserved() - reserved < 0.2 * pass_bytes
+    batch = check._batch(SHAPE["vocab_size"])
+    losses = [
+        steps.step(batch, check._slots(closes=False), num_rows=n).result() for n in (8192, 7168)
+    ]
+    assert losses[0].losses == pytest.approx(losses[1].losses, rel=1e-5)
+    assert min(losses[0].losses) > 0
+
+
+def test_in_fast_mode_a_size_changes_no_bit_of_a_task(check, static) -> None:
+    """Rows behind a task's own, and how many of them there are, are nobody's business."""
+    from muxtune.runtime.static_step import CapturedSteps
+
+    batch, grads = check._batch(SHAPE["vocab_size"]), []
+    program = check._steps(static, deterministic=False).program
+    for num_rows in (768, 704, 656):
+        steps = CapturedSteps(program, [num_rows])
+        steps.step(batch, check._slots(closes=False)).result()
+        grads.append(
+            [p.da_RD.clone() for p in _loras(steps)] + [p.db_RO.clone() for p in _loras(steps)]
+        )
+    for other in grads[1:]:
+        for left, right in zip(grads[0], other, strict=True):
+            assert torch.equal(left, right)
+
+
 def _loras(steps):
     return [pool.lora for layer in steps.program.pools.layers for pool in layer]

@@ -65,9 +65,7 @@ def cross_entropy_inputs(device: torch.device, dtype: torch.dtype, vocabulary: i
 
 @pytest.mark.parametrize("vocabulary", [31, 4097])
 @pytest.mark.parametrize(("chunk_rows", "whole"), [(16, False), (1024, False), (64, True)])
-def test_cross_entropy(
-    vocabulary: int, chunk_rows: int, whole: bool, device: torch.device
-) -> None:
+def test_cross_entropy(vocabulary: int, chunk_rows: int, whole: bool, device: torch.device) -> None:
     from muxtune_kernels.cross_entropy.kernels import slot_losses_cuda
 
     inputs = cross_entropy_inputs(device, torch.float32, vocabulary)

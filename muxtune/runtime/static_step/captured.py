@@ -104,7 +104,8 @@ class Pending:
 class CapturedSteps:
     """``row_counts``: the sizes that exist; a micro-batch takes the smallest that holds it.
 
-    On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size.
+    On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size;
+    ``replays``: how often each size has run.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class CapturedSteps:
         self._kept: list[object] = []  # what graphs point to and caches might let go
         self._num_steps = 0
         self.capture_s: dict[int, float] = {}
+        self.replays: dict[int, int] = {}
 
     def capture(self, row_counts: Iterable[int] | None = None) -> float:
         """Prepare these sizes (default: every one), largest first, so that the smaller ones find
@@ -179,6 +181,7 @@ class CapturedSteps:
         host.fill(num_rows, sequences, slots, self.pad_id, first_rows)
         metrics_3S = self._metrics[self._num_steps % len(self._metrics)]
         self._num_steps += 1
+        self.replays[num_rows] = self.replays.get(num_rows, 0) + 1
         if not self._on_cuda:
             self._load(host)
             self.program.run(num_rows)
