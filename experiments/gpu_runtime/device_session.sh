@@ -94,7 +94,7 @@ keep=$((budget >= 400 ? budget / 4 : 5))
 checked=()
 [ -s "$work/rehearse_main.json" ] && checked=(--checked "$work/rehearse_main.json")
 timeout -k 5 $(($(left) - 3)) "$python" experiments/step_throughput/run.py \
-  --out "$out/step_throughput.json" --only $parts --seconds $(($(left) - keep)) --sl-limit-s 20 \
+  --out "$out/step_throughput.json" --only $parts --seconds $(($(left) - keep - 10)) --sl-limit-s 20 \
   "${checked[@]}"
 echo "$(left) s left"
 

@@ -220,7 +220,7 @@ def device_times(done: product.Run) -> dict[str, Any]:
     device_ms = optimizer_ms = 0.0
     for index, runner in enumerate(done.runners):
         steps, counts = runner.steps, done.replays.get(index, {})
-        sizes[index] = {n: 1e3 * frozen.replay_seconds(steps, n) for n in counts}
+        sizes[index] = {n: 1e3 * frozen.replay_seconds(steps, n, 3) for n in counts}
         passes = sum(counts.values()) / done.rounds
         device_ms += sum(sizes[index][n] * count for n, count in counts.items()) / done.rounds
         optimizer_ms += passes * _optimizer_ms(steps)
