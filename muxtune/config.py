@@ -317,14 +317,15 @@ class CapacityConfig(SimulateConfig):
     task's time alone is counted and, for a workload with a load, the fleet that it loads.
 
     ``policies``: options of the group planner, or {name: ..., settings: [...]}; "all" for every
-    one. ``devices``: kinds to choose from; empty: that of ``cluster``. ``prices``: USD per GPU and
+    one. ``devices``: kinds to choose from; empty: that of ``cluster``. One name alone needs no
+    brackets in either. ``prices``: USD per GPU and
     hour; what is not given comes from the device table, with its date. ``num_seeds``: draws of
     the tasks. ``max_gpus``: of one base model. ``warmup_share``: first part of the arrivals that
     is not counted. ``workers``: processes; 0: one a core."""
 
-    policies: list[Any] = field(default_factory=lambda: list(CAPACITY_POLICIES))
+    policies: Any = field(default_factory=lambda: list(CAPACITY_POLICIES))
     baseline: str = "exclusive"
-    devices: list[str] = field(default_factory=list)
+    devices: Any = field(default_factory=list)
     prices: dict[str, float] = field(default_factory=dict)
     service_level: ServiceLevelConfig = field(default_factory=ServiceLevelConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
@@ -333,6 +334,14 @@ class CapacityConfig(SimulateConfig):
     warmup_share: float = 0.1
     hours_per_month: float = 730.0
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        self.policies = _as_list(self.policies)
+        self.devices = _as_list(self.devices)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 _COMMAND_SCHEMAS: dict[str, type[CommonConfig]] = {

@@ -113,6 +113,11 @@ TIMES = (
     *(("mean_completion_time_s", "completion, mean"), ("p50_completion_time_s", "p50")),
     *(("p95_completion_time_s", "p95"), ("p99_completion_time_s", "p99")),
 )
+BY_MODEL = (
+    *(*OPTION, ("model", "base model"), ("num_gpus", "GPUs"), ("usd_per_month", "cost a month")),
+    ("usd_per_million_tokens", "per million effective tokens"),
+    ("served_share", "served as promised"),
+)
 FARE = (
     *OPTION,
     *(("mean_slowdown", "slowdown, mean"), ("p95_slowdown", "p95"), ("p99_slowdown", "p99")),
@@ -330,8 +335,7 @@ def _table_sections(tables: Tables) -> list[Section]:
         Section("Use of the GPUs", tables=[table_of("answers", answers, USE)]),
     ]
     if len(tables["workload"]) > 1:
-        columns = (*OPTION, ("model", "base model"), *MONEY[3:4], *MONEY[6:8], *TIMES[2:3])
-        table = table_of("base_models", tables["base_models"], columns)
+        table = table_of("base_models", tables["base_models"], BY_MODEL)
         made.append(Section("By base model", tables=[table]))
     if tables["limits"]:
         made.append(Section("What limits", tables=[table_of("limits", tables["limits"], LIMITS)]))

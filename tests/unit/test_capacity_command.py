@@ -132,6 +132,17 @@ def test_the_same_question_gives_the_same_answer(answer: Path, tmp_path: Path):
         assert (tmp_path / name).read_bytes() == (answer / name).read_bytes()
 
 
+def test_base_models_have_fleets_of_their_own(tmp_path: Path):
+    models = "workload.models={llama-2-7b: 2, mistral-7b: 1}"
+    assert capacity(tmp_path, models, "workload.limit=14", "num_seeds=1") == 0
+    rows = [row for row in rows_of(tmp_path, "base_models.csv") if row["policy"] == "muxtune"]
+    assert {row["model"] for row in rows} == {"llama-2-7b", "mistral-7b"}
+    (whole,) = [row for row in rows_of(tmp_path, "answers.csv") if row["policy"] == "muxtune"]
+    assert sum(int(row["num_gpus"]) for row in rows) == int(whole["num_gpus"])
+    assert sum(float(row["usd_per_month"]) for row in rows) == float(whole["usd_per_month"])
+    assert "By base model" in (tmp_path / "report.html").read_text()
+
+
 # --------------------------------------------------------------------------------------- the report
 
 
@@ -263,7 +274,7 @@ def test_a_level_that_no_fleet_meets_says_why_and_what_is_best(
 
 
 def test_too_small_a_largest_fleet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["max_gpus=12", "policies=[exclusive]", "num_seeds=1"]
+    words = ["max_gpus=12", "policies=exclusive", "num_seeds=1"]
     assert capacity(tmp_path, *words) == 0
     assert "max_gpus=12 of H100-SXM are too few" in capsys.readouterr().out
     share = float(rows_of(tmp_path, "answers.csv")[0]["served_share"])
@@ -274,6 +285,8 @@ def test_too_small_a_largest_fleet_is_named(tmp_path: Path, capsys: pytest.Captu
     ("words", "told"),
     [
         (["policies=[mutune]"], "policies: 'mutune'"),
+        (["policies=mutune"], "policies: 'mutune'"),
+        (["devices=H1000"], "H1000"),
         (["num_seeds=0"], "num_seeds: is 0"),
         (["service_level.share=2"], "service_level.share"),
         (["warmup_share=1"], "warmup_share"),
