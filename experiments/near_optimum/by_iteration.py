@@ -66,8 +66,8 @@ class Judge(Player):
 
     def __init__(self, planner: MuxTunePlanner, view: InstanceView) -> None:
         site = site_of(view)
-        super().__init__(planner.cost(site), site, ORDER_SEARCH)
-        self.planner, self.view = planner, view
+        super().__init__(planner.cost(site), site.replica, ORDER_SEARCH)
+        self.planner, self.view, self.site = planner, view, site
 
     def plan_s(self, plan: Plan, pieces: Sequence[Piece]) -> float:
         """Of a planner's plan: with its own order where it has one."""
@@ -87,6 +87,10 @@ class Judge(Player):
         return report.round_time_s * slowest
 
 
+def piece_of(judge: Judge, htask: HTask, cost: GroupCost) -> Piece:
+    return judge.piece(htask, cost.pass_time_s, max(cost.passes_per_step))
+
+
 class Choice(NamedTuple):
     """One way to run a set of tasks, and what is compared of it."""
 
@@ -99,7 +103,7 @@ def choices(judge: Judge, classes: Sequence[TaskClass], members: tuple[int, ...]
     found = []
     for item in all_group_options(judge.planner, judge.site, classes, members):
         htask = HTask(item.group.shapes, {}, {}, item.group.packing)
-        piece = judge.piece(htask, item.cost)
+        piece = piece_of(judge, htask, item.cost)
         found.append(Choice((piece.step_work_s, piece.least_s(), piece.chain_s), piece))
     found.sort(key=lambda choice: choice.key)
     kept: list[Choice] = []
@@ -194,7 +198,7 @@ def step_s(judge: Judge, planner: MuxTunePlanner) -> tuple[float, int] | tuple[N
     if not isinstance(plan, Plan):
         return None, 0
     classes = {task.task_id: planner.class_of_view(task) for task in judge.view.tasks}
-    pieces = [judge.piece(htask, cost_of(planner, judge.site, classes, htask))
+    pieces = [piece_of(judge, htask, cost_of(planner, judge.site, classes, htask))
               for htask in plan.htasks]  # fmt: skip
     return judge.plan_s(plan, pieces), len(pieces)
 

@@ -22,6 +22,7 @@ from muxtune.planners.explanation import (
     padding,
     remedies,
 )
+from muxtune.planners.representative import Representative, representative
 from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of, played, schedule_spans
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.protocols import CostModel, InstancePlanner, LengthSource, TaskLibrary
@@ -61,11 +62,14 @@ class Refused(NamedTuple):
 class RoundSample(NamedTuple):
     """Means over sampled rounds of real batches. ``breakdown_s``: seconds of a round by cause, as
     its passes take them one after the other; ``time_s``: of the round, in which the passes of
-    several GPUs overlap or wait for each other, as ``pace`` says."""
+    several GPUs overlap or wait for each other, as ``pace`` says. ``passes``, ``pass_times_s``: of
+    each hTask."""
 
     breakdown_s: dict[str, float]
     time_s: float
     pace: Pace
+    passes: tuple[float, ...]
+    pass_times_s: tuple[float, ...]
     effective_tokens: float
     padded_tokens: float
     micro_batches: float
@@ -226,6 +230,8 @@ def sample_rounds(
         breakdown,
         pace.factor * sum(breakdown.values()),
         pace,
+        tuple(passes),
+        tuple(times_s),
         effective / rounds,
         sum(batch.shape.padded_tokens for batch in batches) / rounds,
         len(batches) / rounds,
@@ -278,7 +284,8 @@ def _present(
         "memory_limit_bytes": spec.memory_limit_bytes,
     }
     folder.write_json(PLAN_FILE, content)
-    pictures = draw_order(folder.path, spec, plan, cost) if plan.order else []
+    several = plan.replicas[0].num_gpus > 1
+    pictures = draw_order(folder.path, spec, plan, cost, sample) if several else []
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
@@ -300,24 +307,40 @@ def _present(
     }
 
 
-def draw_order(folder: Path, spec: InstanceSpec, plan: Plan, cost: CostModel) -> list[str]:
+def draw_order(
+    folder: Path, spec: InstanceSpec, plan: Plan, cost: CostModel, sample: RoundSample
+) -> list[str]:
     """The plan's rounds on every stage's streams: a Gantt chart from the cold start on, and a
     Perfetto trace. Returns the names of the files."""
-    timeline = played(plan, cost.subgraph_times_s(plan))
     names = [", ".join(sorted(htask.quota)) for htask in plan.htasks]
-    spans = list(schedule_spans(timeline, names))
-    until_ns = int(DRAWN_ROUNDS * timeline.period_ns)
+    if plan.order:
+        timeline = played(plan, cost.subgraph_times_s(plan))
+        spans, period_ns = list(schedule_spans(timeline, names)), timeline.period_ns
+        caption = f"from a cold start; a steady round takes {period_ns / 1e6:.1f} ms"
+    else:
+        found = representative(plan, cost, sample.passes, sample.pass_times_s)
+        spans, period_ns = list(found.spans(names)), found.period_ns
+        caption = _representative_caption(found, sample)
+    until_ns = int(DRAWN_ROUNDS * period_ns)
     replica = plan.replicas[0]
     title = f"{spec.model} on {spec.device}, TP {replica.tp} x PP {replica.pp}"
-    caption = f"from a cold start; a steady round takes {timeline.period_ns / 1e6:.1f} ms"
     files = [GANTT_FILE]
     gantt(folder / GANTT_FILE, spans, title, (0, until_ns), caption)
     if replica.tp > 1:  # whose collectives are too many to be seen in a whole round
-        window = (until_ns // 2, until_ns // 2 + int(timeline.period_ns / ZOOM))
+        window = (until_ns // 2, until_ns // 2 + int(period_ns / ZOOM))
         gantt(folder / ZOOM_FILE, spans, title, window, f"1/{ZOOM} of a round")
         files.append(ZOOM_FILE)
     schedule_trace(folder / TRACE_FILE, (span for span in spans if span.start_ns < until_ns))
     return [*files, TRACE_FILE]
+
+
+def _representative_caption(found: Representative, sample: RoundSample) -> str:
+    drawn = " + ".join(map(str, found.counts))
+    mean = " + ".join(f"{n:.3g}" for n in sample.passes)
+    return (
+        f"a representative round of {drawn} micro-batches (on average {mean}), from a cold start; "
+        f"this one takes {found.period_ns / 1e6:.1f} ms, the mean one {sample.time_s * 1e3:.1f} ms"
+    )
 
 
 def _print_plan(

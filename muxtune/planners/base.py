@@ -110,11 +110,14 @@ class KnownTask(NamedTuple):
 
 
 class CostedArrangement(NamedTuple):
+    """``played_ratio``: see ``Prediction``."""
+
     arrangement: Arrangement
     group_costs: tuple[GroupCost, ...]
     passes: tuple[float, ...]  # micro-batches of each group in one round
     round_time_s: float
     peak_bytes: int
+    played_ratio: float = 1.0
 
 
 class Answer(NamedTuple):
@@ -553,6 +556,7 @@ def prediction_of(costed: CostedArrangement, steps_s: Sequence[float]) -> Predic
         solo_step_time_s={},
         breakdown_s={},
         tasks_step_time_s=max(steps_s),
+        played_ratio=costed.played_ratio,
     )
 
 

@@ -41,7 +41,7 @@ from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
 from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
-from muxtune.planners.played import Candidate, Piece, Player, held_bytes, refine
+from muxtune.planners.played import Candidate, Piece, Player, held_bytes, plan_of, refine
 from muxtune.planners.rounds import Turns, round_of
 from muxtune.planners.tables import PassTables
 from muxtune.planning.expected import ExpectedLoad
@@ -73,6 +73,7 @@ COSTLY_SHAPES = 4  # where it is a graph capture
 PLAY_SEARCH = TemplateOptions(evaluations=5, node_budget=15_000)
 NEAR_BEST = 1.06  # of the closed form's best, what is played
 MOST_FINER, MOST_VARIANTS = 2.2, 6
+PLAYS_ALONE = 6  # of one task, which is asked for besides every set that it is in
 ORDER_SEARCH = TemplateOptions(evaluations=8, node_budget=15_000)
 MEMO_GROUPS = 20_000
 BUCKETS = (2, 4)  # tried on several GPUs
@@ -114,7 +115,8 @@ class MuxTunePlanner(PlannerBase):
     one does not pay for its transition (off by default: it makes planning a fleet slower).
     ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share of it
     in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are played
-    subgraph by subgraph to choose among them; 0 for fleets that plan often.
+    subgraph by subgraph to choose among them and to predict the one chosen; 0 (closed form only)
+    for fleets that plan often.
     """
 
     def __init__(
@@ -182,13 +184,15 @@ class MuxTunePlanner(PlannerBase):
         if needed > limit:
             needed = (resident + needed) * site.memory_percent // 100
             return self.refuse_memory(site, classes, needed)
-        costed = self._costed(site, groups, _turns(groups, site, self.orchestration), resident)
-        if site.replica.num_gpus == 1 or self.fusion != "planned" or len(classes) == 1:
-            return costed
-        others = self._other_groups(site, classes, chunks, limit)
+        chooses = self.fusion == "planned" and site.replica.num_gpus > 1
+        several = chooses and len(classes) > 1
+        others = self._other_groups(site, classes, chunks, limit) if several else []
         if site.replica.pp > 1 and self.plays and self.orchestration:
-            found, turns = self._refined(site, classes, chunks, limit, [groups, *others])
-            return self._costed(site, found, turns, resident)
+            plays = self.plays if several else min(self.plays, PLAYS_ALONE if chooses else 1)
+            starts = [groups, *others]
+            found, turns, ratio = self._refined(site, classes, chunks, limit, starts, plays)
+            return self._costed(site, found, turns, resident)._replace(played_ratio=ratio)
+        costed = self._costed(site, groups, _turns(groups, site, self.orchestration), resident)
         candidates = [costed] + [
             self._costed(site, found, _turns(found, site, self.orchestration), resident)
             for found in others
@@ -269,9 +273,11 @@ class MuxTunePlanner(PlannerBase):
         chunks: tuple[int, ...],
         limit: float,
         starts: Sequence[list[Group]],
-    ) -> tuple[list[Group], Turns]:
-        """In a pipeline: of plans near the best of the closed form, the one that plays best."""
-        player = Player(self.cost(site), site, PLAY_SEARCH)
+        plays: int,
+    ) -> tuple[list[Group], Turns, float]:
+        """In a pipeline: of plans near the best of the closed form, the one that plays best, and
+        its played time over the closed form's where it gets no order."""
+        player = Player(self.cost(site), site.replica, PLAY_SEARCH)
         most_s = NEAR_BEST * min(_turns(groups, site).step_time_s for groups in starts)
         pieces: dict[Group, Piece] = {}
 
@@ -281,7 +287,7 @@ class MuxTunePlanner(PlannerBase):
             for group in some:
                 if group not in pieces:
                     htask = HTask(group.shape.shapes, {}, {}, group.shape.packing)
-                    pieces[group] = player.piece(htask, group.cost)
+                    pieces[group] = player.piece(htask, group.cost.pass_time_s, group.passes)
             return Candidate(tuple(some), tuple([pieces[group] for group in some]))
 
         def variants(now: Candidate) -> Iterator[Candidate]:
@@ -303,9 +309,16 @@ class MuxTunePlanner(PlannerBase):
                     yield found
 
         known = [found for found in map(candidate, starts) if found is not None]
-        chosen = refine(player, known, variants, self.plays)
+        chosen = refine(player, known, variants, plays)
         best: list[Group] = list(chosen.groups)  # type: ignore[arg-type]
-        return best, _turns(best, site, counted=chosen.counted)
+        turns = _turns(best, site, counted=chosen.counted)
+        if chosen.counted:
+            return best, turns, 1.0
+        played_s = chosen.step_s
+        if site.replica.tp > 1:  # collectives beside compute slow both, which the search leaves out
+            player.contention = _contention(self.cost(site), site)
+            played_s = player.whole_step_s([pieces[group] for group in best])
+        return best, turns, played_s / turns.step_time_s
 
     def _joined(
         self,
@@ -686,6 +699,10 @@ def _in_flight(
     prediction = answer.prediction._replace(peak_memory_bytes=estimate)
     answer = answer._replace(costed=costed._replace(peak_bytes=peak), prediction=prediction)
     return pipeline_limits(held, 1, spare=1.0), answer
+
+
+def _contention(model: CostModel, site: Site) -> Contention:
+    return Contention(*model.subgraph_times_s(plan_of(site.replica, ())).contention)
 
 
 def _turns(

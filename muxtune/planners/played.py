@@ -14,12 +14,17 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from muxtune.cost import nominal_load
-from muxtune.planners.base import GroupCost, Site
 from muxtune.planning.orchestration import (
+    NO_CONTENTION,
+    Contention,
+    RoundGraph,
     RoundProblem,
     TemplateOptions,
+    Timeline,
+    checked_sequences,
     periodic_template,
     pipeline_limits,
+    play_contended,
 )
 from muxtune.protocols import CostModel
 from muxtune.types import (
@@ -30,6 +35,7 @@ from muxtune.types import (
     HTaskTurn,
     Plan,
     Prediction,
+    ReplicaShape,
     Subgraph,
     SubgraphKind,
 )
@@ -74,25 +80,30 @@ def chain_s(graph: Sequence[Subgraph], times_s: Sequence[float]) -> float:
 
 
 class Player:
-    """Plays sets of hTasks on one site. ``search``: how hard to look for an order."""
+    """Plays sets of hTasks on one replica. ``search``: how hard to look for an order."""
 
-    def __init__(self, model: CostModel, site: Site, search: TemplateOptions) -> None:
-        self.model, self.site, self.search = model, site, search
-        self.num_stages = site.replica.pp
+    def __init__(
+        self,
+        model: CostModel,
+        replica: ReplicaShape,
+        search: TemplateOptions,
+        contention: Contention = NO_CONTENTION,
+    ) -> None:
+        self.model, self.replica, self.search = model, replica, search
+        self.num_stages, self.contention = replica.pp, contention
 
-    def piece(self, htask: HTask, cost: GroupCost) -> Piece:
+    def piece(self, htask: HTask, pass_time_s: float, passes: float) -> Piece:
         """Subgraph times are those of the largest shape, scaled to the average micro-batch."""
-        plan = plan_of(self.site, (htask,))
+        plan = plan_of(self.replica, (htask,))
         times = self.model.subgraph_times_s(plan)
-        nominal = self.model.pass_times_s([nominal_load(htask.shapes[-1])], self.site.replica)
-        scale = cost.pass_time_s / float(nominal.value[0])
+        nominal = self.model.pass_times_s([nominal_load(htask.shapes[-1])], self.replica)
+        scale = pass_time_s / float(nominal.value[0])
         seconds = tuple([scale * s for s in times.times_s[0]])
         graph, work = times.subgraphs[0], [0.0] * self.num_stages
         for item, s in zip(graph, seconds, strict=True):
             work[item.stage] += s if item.kind in _COMPUTES else 0.0
         held = held_bytes(self.model, plan)[0]
-        return Piece(graph, seconds, max(cost.passes_per_step), tuple(work),
-                     chain_s(graph, seconds), held)  # fmt: skip
+        return Piece(graph, seconds, passes, tuple(work), chain_s(graph, seconds), held)
 
     def bound_s(self, pieces: Sequence[Piece]) -> float:
         """No schedule of these steps is shorter."""
@@ -133,20 +144,39 @@ class Player:
     def _played_s(
         self, pieces: Sequence[Piece], counts: Sequence[int], per_step: tuple[int, ...]
     ) -> float:
+        problem = self.problem(pieces, counts, per_step)
+        return periodic_template(problem, self.search, self.contention).period_ns / NS_PER_S
+
+    def problem(
+        self, pieces: Sequence[Piece], counts: Sequence[int], per_step: tuple[int, ...]
+    ) -> RoundProblem:
+        """A round of ``counts`` micro-batches of each; ``per_step``: see ``RoundProblem``."""
         limits = pipeline_limits([piece.held_bytes for piece in pieces], self.num_stages)
-        problem = RoundProblem(
+        return RoundProblem(
             tuple(piece.graph for piece in pieces),
             tuple(
                 _durations_ns(piece, count if per_step else 1)
                 for piece, count in zip(pieces, counts, strict=True)
             ),
-            tuple(HTaskTurn(at, n) for at, n in enumerate(counts)),
+            tuple(HTaskTurn(at, n) for at, n in enumerate(counts) if n),
             self.num_stages,
             1,
             *limits,
             per_step,
         )
-        return periodic_template(problem, self.search).period_ns / NS_PER_S
+
+    def timeline(
+        self,
+        pieces: Sequence[Piece],
+        counts: Sequence[int],
+        per_step: tuple[int, ...],
+        rounds: int,
+    ) -> Timeline:
+        """Rounds from a cold start."""
+        problem = self.problem(pieces, counts, per_step)
+        order = periodic_template(problem, self.search, self.contention).order
+        graph = RoundGraph(problem)
+        return play_contended(graph, checked_sequences(graph, order), rounds, self.contention)
 
 
 def _durations_ns(piece: Piece, closing: int) -> tuple[int, ...]:
@@ -161,10 +191,10 @@ def _durations_ns(piece: Piece, closing: int) -> tuple[int, ...]:
     )
 
 
-def plan_of(site: Site, htasks: tuple[HTask, ...]) -> Plan:
+def plan_of(replica: ReplicaShape, htasks: tuple[HTask, ...]) -> Plan:
     """Enough of a plan to ask a cost model about its hTasks."""
     turns = tuple(HTaskTurn(at, 1) for at in range(len(htasks)))
-    return Plan("", 0, frozenset(), (site.replica,), htasks, turns, DispatchRule.SINGLE,
+    return Plan("", 0, frozenset(), (replica,), htasks, turns, DispatchRule.SINGLE,
                 _NO_PREDICTION)  # fmt: skip
 
 

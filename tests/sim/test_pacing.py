@@ -95,7 +95,8 @@ def test_an_ordered_plan_is_simulated_at_the_players_pace(replica, builder):
 
 @pytest.mark.parametrize("stages", [2, 4])
 def test_one_task_at_a_time_waits_for_its_optimizer(stages):
-    plan = planned(ReplicaShape(1, stages), 1, 4, chunk_tokens=128, max_shapes=1)._replace(order={})
+    alone = planned(ReplicaShape(1, stages), 1, 4, chunk_tokens=128, max_shapes=1, plays=0)
+    plan = alone._replace(order={})
     htask = plan.htasks[0]
     plan = plan._replace(
         htasks=(htask._replace(quota={"t0": 1}, shapes=(htask.shapes[0]._replace(num_chunks=1),)),),
@@ -110,6 +111,13 @@ def test_one_task_at_a_time_waits_for_its_optimizer(stages):
 
 def test_padded_planners_predict_what_is_simulated():
     plan = planned(ReplicaShape(1, 4), 4, 8, BatchedPlanner)
+    simulated, _ = round_s(plan, 8, StepBuilder())
+    assert simulated == pytest.approx(plan.predicted.round_time_s.value, rel=1e-3)
+
+
+def test_a_played_round_without_an_order_is_simulated_as_it_was_predicted():
+    plan = planned(ReplicaShape(1, 4), 2, 8, max_shapes=1)
+    assert not plan.order and plan.predicted.played_ratio != 1
     simulated, _ = round_s(plan, 8, StepBuilder())
     assert simulated == pytest.approx(plan.predicted.round_time_s.value, rel=1e-3)
 

@@ -152,9 +152,16 @@ def test_plan_prints_hashes_out_into_a_table_and_json(
 FEW_TASKS = ("model=tiny", "workload.limit=4")
 
 
-@pytest.mark.parametrize("layout", [("cluster.tp=2",), ("cluster.pp=2", "planner.chunk_tokens=64")])
-def test_plan_explains_several_gpus_and_draws_their_order(
-    layout: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("layout", "ordered"),
+    [
+        (("cluster.tp=2",), True),
+        (("cluster.pp=2", "planner.chunk_tokens=64"), True),
+        (("cluster.pp=2", "planner.chunk_tokens=64", "planner.orchestration=false"), False),
+    ],
+)
+def test_plan_explains_several_gpus_and_draws_their_rounds(
+    layout: tuple[str, ...], ordered: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["cluster=a40_x4", "planner.fusion=all_temporal", *layout, *FEW_TASKS]
     assert run("plan", *words, f"output_dir={tmp_path}") == 0
@@ -170,7 +177,7 @@ def test_plan_explains_several_gpus_and_draws_their_order(
     assert isinstance(plan, Plan)
     spent = plan.predicted.breakdown_s
     assert sum(spent.values()) == pytest.approx(plan.predicted.round_time_s.value)
-    assert plan.order
+    assert bool(plan.order) is ordered
     assert (tmp_path / "gantt.png").stat().st_size > 10_000
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event["ph"] == "X" for event in trace)
@@ -191,6 +198,7 @@ def test_the_switches_of_each_level_are_one_multirun(switch: str, tmp_path: Path
     planned, *others = [each["tasks_step_time_s"] for each in found]
     assert all(planned <= other * (1 + 1e-9) for other in others)
     assert max(others) > planned
+    assert all((tmp_path / f"{at}/gantt.png").exists() for at in range(len(found)))
     if switch == "fusion":
         assert [each["num_htasks"] for each in found[1:]] == [1, 4]
 

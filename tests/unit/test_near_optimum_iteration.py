@@ -9,6 +9,7 @@ from experiments.near_optimum.by_iteration import (
     best_played,
     cost_of,
     examine,
+    piece_of,
     proof,
     step_s,
 )
@@ -63,5 +64,5 @@ def test_no_bound_exceeds_what_is_played():
         judge, plan = Judge(planner, view), planner.plan(view, None)
         assert isinstance(plan, Plan)
         classes = {task.task_id: planner.class_of_view(task) for task in view.tasks}
-        pieces = [judge.piece(h, cost_of(planner, judge.site, classes, h)) for h in plan.htasks]
+        pieces = [piece_of(judge, h, cost_of(planner, judge.site, classes, h)) for h in plan.htasks]
         assert judge.bound_s(pieces) <= judge.plan_s(plan, pieces) * (1 + 1e-6)

@@ -38,9 +38,7 @@ def test_padding_to_the_longest_of_a_group():
 def test_switching_a_part_off_gains_nothing():
     lost = ablation(CASE, MIXED, FEW)
     assert set(lost) == {"fusion", "orchestration", "alignment", "alignment, all"}
-    # Plans of a pipeline are chosen by playing them, and turns without a count are predicted in
-    # closed form, which may differ by this much.
-    assert min(lost.values()) > -5e-3 and lost["alignment, all"] > 0.1
+    assert min(lost.values()) >= -1e-9 and lost["alignment, all"] > 0.1
 
 
 def test_memory_grows_by_a_backbone_where_each_task_has_its_own():

@@ -8,13 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.near_optimum.by_iteration import cost_of
 from experiments.near_optimum.instances import random_instance
 from muxtune.cost import CostBook
 from muxtune.errors import ConfigError
 from muxtune.planners.base import site_of
-from muxtune.planners.muxtune import MuxTunePlanner
-from muxtune.planners.played import held_bytes
-from muxtune.planning.orchestration import RoundGraph, pipeline_limits, play, round_problem
+from muxtune.planners.muxtune import PLAY_SEARCH, MuxTunePlanner
+from muxtune.planners.played import Player, held_bytes
+from muxtune.planning.orchestration import (
+    NO_CONTENTION,
+    Contention,
+    RoundGraph,
+    pipeline_limits,
+    play,
+    round_problem,
+)
 from muxtune.types import Plan, ReplicaShape
 
 COSTS = CostBook()
@@ -51,6 +59,27 @@ def check_order(plan: Plan, model) -> None:
     for before, after in graph.step_edges(ROUNDS):
         start, end = timeline.start_ns.ravel(), timeline.end_ns.ravel()
         assert start[after] >= end[before], "a step entered before the last one's optimizer"
+
+
+@pytest.mark.parametrize("replica", [ReplicaShape(1, 4), ReplicaShape(2, 2)])
+def test_a_round_without_an_order_is_predicted_as_it_was_played(replica: ReplicaShape):
+    view = random_instance(3, COSTS, 4)._replace(replicas=(replica,))
+    planner = MuxTunePlanner(COSTS, plays=3)
+    plan = planner.plan(view, None)
+    assert isinstance(plan, Plan) and not plan.order
+    model, predicted = planner.cost(site_of(view)), plan.predicted
+    contention = Contention(*model.subgraph_times_s(plan).contention)
+    search = contention if replica.tp > 1 else NO_CONTENTION
+    player = Player(model, replica, PLAY_SEARCH, search)
+    classes = {task.task_id: planner.class_of_view(task) for task in view.tasks}
+    costs = [cost_of(planner, site_of(view), classes, htask) for htask in plan.htasks]
+    pieces = [
+        player.piece(htask, cost.pass_time_s, max(cost.passes_per_step))
+        for htask, cost in zip(plan.htasks, costs, strict=True)
+    ]
+    assert predicted.round_time_s.value == pytest.approx(player.whole_step_s(pieces), rel=1e-9)
+    assert predicted.played_ratio != 1
+    assert sum(predicted.breakdown_s.values()) == pytest.approx(predicted.round_time_s.value)
 
 
 @pytest.mark.parametrize("seed", [62])

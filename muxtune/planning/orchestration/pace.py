@@ -10,7 +10,7 @@ such passes take is a matter of how they overlap:
 - a plan that does not interleave (``Plan.interleaves``) drains the pipeline after every turn, as
   1F1B with a flush does: sum of (n + S - 1) t.
 
-Without an order no communication is hidden. Planner and simulator both ask here, so that what is
+The closed forms hide no communication. Planner and simulator both ask here, so that what is
 predicted and what is simulated differ in nothing but their cost models.
 """
 
@@ -142,25 +142,29 @@ def _unordered_pace(
     pass_times_s: Sequence[float],
 ) -> Pace:
     num_stages = plan.replicas[0].pp
-    whole_s = round_time_s(passes, pass_times_s, num_stages, plan.interleaves)
+    closed_s = round_time_s(passes, pass_times_s, num_stages, plan.interleaves)
     serial_s = sum(n * t for n, t in zip(passes, pass_times_s, strict=True))
     if not serial_s:
         return ONE_GPU
+    whole_s = closed_s * (plan.predicted.played_ratio if plan.interleaves else 1.0)
     compute_s, communication_s = [0.0] * num_stages, 0.0
     for htask, (n, t) in enumerate(zip(passes, pass_times_s, strict=True)):
         work = _stream_seconds(times, htask, num_stages)
         scale = n * t / full_s[htask]
         compute_s = [total + scale * one for total, one in zip(compute_s, work[::2], strict=True)]
         communication_s += scale * sum(work[1::2]) / num_stages
-    mean_s = min(sum(compute_s) / num_stages, serial_s)
-    communication_s = min(communication_s, serial_s - mean_s)
+    mean_s = min(sum(compute_s) / num_stages, serial_s, whole_s)
+    communication_s = min(communication_s, serial_s - mean_s, whole_s - mean_s)
+    idle_s = whole_s - mean_s - communication_s
+    fill_s = min(closed_s - serial_s, idle_s)
+    imbalance_s = min(serial_s - mean_s - communication_s, idle_s - fill_s)
     return Pace(
         whole_s / serial_s,
         mean_s / whole_s,
         communication_s / whole_s,
-        (whole_s - serial_s) / whole_s,
-        (serial_s - mean_s - communication_s) / whole_s,
-        0.0,
+        fill_s / whole_s,
+        imbalance_s / whole_s,
+        (idle_s - fill_s - imbalance_s) / whole_s,
         0.0,
     )
 
