@@ -216,9 +216,10 @@ def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[
     places = [
         (cluster, model, first_gpu)
         for cluster, model, first_gpu in pools(config)
-        for first_gpu in range(first_gpu, first_gpu + cluster.num_gpus, cluster.tp * cluster.pp)
+        for first_gpu in range(first_gpu, first_gpu + cluster.num_gpus, instance_gpus(cluster))
         for _ in range(per_gpu)
     ]
+    check_dealing(config)
     width = len(str(len(places) - 1))
     return [
         InstanceSpec(
@@ -226,8 +227,8 @@ def instances(config: CommonConfig, costs: CostBook, tasks: Tasks = ()) -> list[
             model,
             device_name(cluster, config.cost),
             gpu_memory_limit_bytes(cluster) // per_gpu,
-            (ReplicaShape(cluster.tp, cluster.pp),),
-            tuple(gpu_name(first_gpu + i) for i in range(cluster.tp * cluster.pp)),
+            replicas_of(cluster),
+            tuple(gpu_name(first_gpu + i) for i in range(instance_gpus(cluster))),
         )
         for number, (cluster, model, first_gpu) in enumerate(places)
     ]
@@ -244,7 +245,12 @@ def pools(config: CommonConfig) -> list[tuple[ClusterConfig, str, int]]:
     if not cluster.pools:
         return [(cluster, config.model.name, 0)]
     for pool in cluster.pools:
-        changes = {"num_gpus": pool.num_gpus, "tp": pool.tp, "pp": pool.pp, "pools": []}
+        changes: dict[str, Any] = {
+            "num_gpus": pool.num_gpus,
+            "tp": pool.tp,
+            "pp": pool.pp,
+            "pools": [],
+        }
         one = replace(cluster, device=pool.device or cluster.device, **changes)
         if pool.device and pool.device != cluster.device:
             one = replace(one, figures={})  # they are of the cluster's own device
@@ -357,12 +363,40 @@ def check_cluster(cluster: ClusterConfig) -> None:
     for name in ("num_gpus", "tp", "pp"):
         if getattr(cluster, name) < 1:
             raise ConfigError(f"cluster.{name}", f"is {getattr(cluster, name)}", "Give at least 1")
-    if cluster.num_gpus % (cluster.tp * cluster.pp):
+    for index, replica in enumerate(cluster.replicas):
+        if replica.tp < 1 or replica.pp < 1:
+            problem = f"is tp={replica.tp}, pp={replica.pp}"
+            raise ConfigError(f"cluster.replicas[{index}]", problem, "Give at least 1 each")
+    if cluster.replicas and (cluster.pools or cluster.tp * cluster.pp > 1):
+        remedy = "Write all replicas out, and leave cluster.tp, cluster.pp and cluster.pools alone"
+        raise ConfigError("cluster.replicas", "is given beside tp, pp or pools", remedy)
+    if cluster.num_gpus % instance_gpus(cluster):
+        what = "the replicas' GPUs" if cluster.replicas else "tp * pp"
         raise ConfigError(
             "cluster.num_gpus",
-            f"{cluster.num_gpus} is no multiple of tp * pp = {cluster.tp * cluster.pp}",
+            f"{cluster.num_gpus} is no multiple of {what} = {instance_gpus(cluster)}",
             "Change one of them",
         )
+
+
+def replicas_of(cluster: ClusterConfig) -> tuple[ReplicaShape, ...]:
+    """Of each instance."""
+    if not cluster.replicas:
+        return (ReplicaShape(cluster.tp, cluster.pp),)
+    return tuple(ReplicaShape(replica.tp, replica.pp) for replica in cluster.replicas)
+
+
+def instance_gpus(cluster: ClusterConfig) -> int:
+    return sum(replica.num_gpus for replica in replicas_of(cluster))
+
+
+def check_dealing(config: CommonConfig) -> None:
+    """Raises ConfigError where a planner would leave all replicas but the first out of account."""
+    name = str(config.planner.get("name", ""))
+    if len(config.cluster.replicas) < 2 or getattr(PLANNERS.get(name), "deals_replicas", False):
+        return
+    problem = f"are several, but the planner '{name}' plans a single one"
+    raise ConfigError("cluster.replicas", problem, "Choose planner=lobra, or one replica")
 
 
 def gpu_memory_limit_bytes(cluster: ClusterConfig) -> int:

@@ -57,6 +57,14 @@ class PoolConfig:
 
 
 @dataclass
+class ReplicaConfig:
+    """One replica of an instance: ``tp`` GPUs in each of ``pp`` stages."""
+
+    tp: int = 1
+    pp: int = 1
+
+
+@dataclass
 class FailuresConfig:
     """Hours of mean up-time of each GPU and node, exponentially distributed, 0: never; and what
     is lost. A node has ``gpus_per_node`` GPUs.
@@ -110,6 +118,8 @@ class ClusterConfig:
     the device has. ``figures`` replaces single figures of the device. ``idle_power_share``: of its
     thermal design power, what an idle GPU draws; an assumption that energy depends on.
 
+    ``replicas``: of each instance, which may differ in shape; then ``tp`` and ``pp`` stay 1, and
+    ``num_gpus`` is a multiple of their GPUs. Empty: one of ``tp`` x ``pp``.
     ``pools``: several kinds of GPUs or base models; then ``num_gpus`` is their sum, and ``device``
     that of pools which name none. ``charge_startup``: instances take the time that the cost model
     says to start; ``charge_checkpoints``: tasks that move are written out at its price.
@@ -127,6 +137,7 @@ class ClusterConfig:
     figures: dict[str, float] = field(default_factory=dict)
     idle_power_share: float = 0.1
     pools: list[PoolConfig] = field(default_factory=list)
+    replicas: list[ReplicaConfig] = field(default_factory=list)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     tenants: dict[str, Any] = field(default_factory=dict)

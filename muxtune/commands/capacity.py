@@ -67,7 +67,8 @@ def check(config: CapacityConfig) -> None:
         raise ConfigError("workload", "real data says nothing of arrivals to come", remedy)
     cluster = config.cluster
     fails = build.failure_rules(cluster) != build.NO_FAILURES
-    if cluster.pools or cluster.elastic.enabled or cluster.preempt or fails:
+    changes = cluster.elastic.enabled or cluster.preempt or fails
+    if cluster.pools or cluster.replicas or changes:
         remedy = "Name kinds with devices=[...]; `muxtune simulate` plays the rest"
         problem = "a capacity answer is a fleet of one kind that neither fails, grows nor preempts"
         raise ConfigError("cluster", problem, remedy)

@@ -19,7 +19,6 @@ from muxtune.config import CommonConfig, CostConfig, TrainConfig
 from muxtune.cost.schema import load_profile
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.run_folder import provenance
-from muxtune.types import ReplicaShape
 
 DEFAULT_TIMEOUT_S = 30.0
 TIMEOUT = "rank_timeout_s"
@@ -35,7 +34,7 @@ class Crew(NamedTuple):
 
 def num_ranks(config: CommonConfig) -> int:
     """Of the one instance that spans them all; 1 where the run needs one process."""
-    return config.cluster.tp * config.cluster.pp
+    return build.instance_gpus(config.cluster)
 
 
 def timeout_s(config: TrainConfig) -> float:
@@ -62,14 +61,15 @@ def check(config: CommonConfig, world_size: int) -> None:
 
     cluster = config.cluster
     build.check_cluster(cluster)
+    build.check_dealing(config)
     if cluster.num_gpus != num_ranks(config) or cluster.instances_per_gpu != 1:
         raise ConfigError(
             "cluster.num_gpus",
-            f"is {cluster.num_gpus}, but the real executor runs one instance of "
-            f"tp * pp = {num_ranks(config)} ranks",
+            f"is {cluster.num_gpus}, but the real executor runs one instance, of "
+            f"{num_ranks(config)} ranks",
             "Make them equal, with instances_per_gpu=1",
         )
-    Layout((ReplicaShape(cluster.tp, cluster.pp),)).check(build.shape_of(config.model), world_size)
+    Layout(build.replicas_of(cluster)).check(build.shape_of(config.model), world_size)
     if num_ranks(config) > 1 and build.where_to_compute(config)[0].type == "cuda":
         problem = "is cuda, but several ranks train on CPUs only so far"
         remedy = "Give backend.device=cpu, or one GPU: cluster.tp=1 cluster.pp=1"
@@ -88,7 +88,7 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     from muxtune.runtime.distributed.team import Team
     from muxtune.runtime.distributed.worker import Worker
 
-    layout = Layout((ReplicaShape(config.cluster.tp, config.cluster.pp),))
+    layout = Layout(build.replicas_of(config.cluster))
     limit_s = timeout_s(config)
     _share_cores(info.world_size)
     connect(info, limit_s)

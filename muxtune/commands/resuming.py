@@ -26,7 +26,7 @@ FLAGS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 # Options of the backend that change how a run goes on but not what comes out.
 FREE_OPTIONS = {"checkpoint_steps", "progress_interval_s", "skip_idle", "memory_pressure_share"}
 # A run may go on with other GPUs; see ``close_chapter``.
-LAYOUT_FIELDS = ("num_gpus", "tp", "pp")
+LAYOUT_FIELDS = ("num_gpus", "tp", "pp", "replicas")
 REMEDY = "Resume with the settings of that run (`muxtune train resume=FOLDER` brings them along)"
 
 
@@ -71,7 +71,13 @@ def has_other_layout(path: Path, config: CommonConfig) -> bool:
         return False
     recorded = read_journal(path / JOURNAL_FILE).config
     cluster = recorded.get("cluster", {}) if isinstance(recorded, dict) else {}
-    return any(cluster.get(name) != getattr(config.cluster, name) for name in LAYOUT_FIELDS)
+    mine = asdict(config.cluster)
+    return any(_text(cluster.get(name)) != _text(mine[name]) for name in LAYOUT_FIELDS)
+
+
+def _text(value: Any) -> str:
+    """For comparing; a journal from before ``replicas`` existed has none of them."""
+    return json.dumps(value or [], sort_keys=True)
 
 
 def _kept(name: str, section: Any) -> Any:

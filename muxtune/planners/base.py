@@ -146,6 +146,7 @@ class PlannerBase:
     """
 
     takes_one_task = False
+    deals_replicas = False  # whether replicas beside an instance's first are taken into account
     promise_margin = 0.0  # share of a max_slowdown that is kept in hand, because predictions err
 
     def __init__(self, costs: CostBook) -> None:

@@ -34,6 +34,8 @@ from muxtune.types import Refusal, ReplicaShape
 class LobraPlanner(PaddedPlanner):
     """See the module's docstring. ``pad_multiple``, ``recompute`` as of the padded planners."""
 
+    deals_replicas = True
+
     def __init__(
         self,
         costs: CostBook,

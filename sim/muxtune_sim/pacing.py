@@ -58,7 +58,8 @@ class Pacer:
 
     def timed(self, plan: Plan, cursors: Mapping[str, Cursor], cost: CostModel) -> TimedPlan:
         """From these cursors on. Raises ConfigError for an order that is not valid."""
-        if not plan.htasks or plan.replicas[0].num_gpus == 1:
+        if not plan.htasks or len(plan.replicas) > 1 or plan.replicas[0].num_gpus == 1:
+            # Several replicas meet after every micro-batch: nothing interleaves.
             return TimedPlan(cost, 0.0)
         passes, times_s = self._mean_passes(plan, cursors, cost)
         pace = self._ordered(plan, cost) if plan.order else pace_of(plan, cost, passes, times_s)

@@ -31,6 +31,7 @@ tasks:
 NOTICE_S, STEPS = 30.0, 40
 PIPELINE = ("cluster.pp=2", "cluster.num_gpus=2")
 TENSOR = ("cluster.tp=2", "cluster.pp=1", "cluster.num_gpus=2")
+UNEQUAL = ("cluster.replicas=[{pp:2},{tp:1}]", "cluster.num_gpus=3", "planner=lobra")
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -55,7 +56,8 @@ def words(data: Path, output: Path, steps: int, *more: str) -> list[str]:
     tasks.write_text(TASKS.format(data=data, steps=steps))
     return [
         *("train", "model=tiny", f"workload.tasks_file={tasks}", f"output_dir={output}"),
-        *("planner.chunk_tokens=16", "backend.checkpoint_steps=2", "backend.evaluate_tokens=0"),
+        *("backend.checkpoint_steps=2", "backend.evaluate_tokens=0"),
+        *(() if "planner=lobra" in more else ("planner.chunk_tokens=16",)),
         *more,
     ]
 
@@ -136,10 +138,21 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
         )
 
 
+def test_unequal_replicas_train_what_one_process_trains(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    train(data, tmp_path / "run", STEPS, *UNEQUAL)
+    assert worst(tmp_path / "run", whole) <= 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         (("cluster.tp=3", "cluster.num_gpus=3"), "does not divide"),
+        ((*UNEQUAL, "planner=muxtune"), "planner=lobra"),
+        ((*UNEQUAL, "cluster.num_gpus=4"), "cluster.num_gpus"),
+        ((*UNEQUAL, "cluster.tp=3"), "beside tp"),
+        (("planner=lobra", "cluster.replicas=[{tp:0}]"), "cluster.replicas[0]"),
         (("cluster.pp=2", "cluster.num_gpus=4"), "cluster.num_gpus"),
         (("cluster.pp=3", "cluster.num_gpus=3"), "stages"),
         ((*PIPELINE, "backend.rank_timeout_s=0"), "rank_timeout_s"),
