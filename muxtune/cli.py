@@ -27,6 +27,7 @@ COMMANDS = {
     "capacity": "the smallest fleet that keeps a service level, and what it costs",
     "train": "fine-tune real tasks on this machine; PEFT adapters come out",
     "profile": "measure this machine, for predictions that hold on it",
+    "validate": "score a profile on step configurations and runs that it cannot have known",
     "compare": "the same tasks on both backends: predicted beside measured",
     "export": "the log of a run as a trace: muxtune export FOLDER TRACE.csv",
     "report": "one table and one plot of a sweep's folder: muxtune report FOLDER",

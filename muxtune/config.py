@@ -16,7 +16,7 @@ from typing import Any
 import muxtune
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that must be given
-COMMANDS = ("plan", "simulate", "train", "profile", "compare", "capacity")
+COMMANDS = ("plan", "simulate", "train", "profile", "validate", "compare", "capacity")
 
 
 def conf_dir() -> Path:
@@ -276,10 +276,41 @@ class TrainConfig(CommonConfig):
 
 @dataclass
 class ProfileConfig(CommonConfig):
-    """``budget_s``: seconds to spend on measuring. ``file`` is written into the output folder."""
+    """``budget_s``: seconds to spend on measuring. ``file`` is written into the output folder.
+
+    ``program``: whose operations: captured, eager, or auto: as training runs on the device.
+    ``deterministic``: as training is asked to run. ``steps``: measure a few whole steps too, which
+    calibrate how operations add up, of up to ``max_rows`` rows (0: 8192 on a GPU, 512 on a CPU).
+    ``clock``: wall, or cpu: the process's own time, for a CPU that others use too.
+    """
 
     budget_s: float = 40.0
     file: str = "profile.json"
+    program: str = "auto"
+    deterministic: bool = True
+    steps: bool = True
+    max_rows: int = 0
+    clock: str = "wall"
+
+
+@dataclass
+class ValidateConfig(CommonConfig):
+    """``profile``: what `muxtune profile` wrote; its hash draws the suite. ``budget_s``: seconds
+    for all of it; what is left then is done by the next run in the same folder; 0 scores and draws
+    what is there. ``num_cases``: step configurations. ``models``: base models beside the profiled
+    one, NAME or NAME:LAYERS; empty: two variants of it. ``max_rows``: of a micro-batch, 0: as
+    profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the two
+    dynamic runs takes, 0: none. ``clock``: see `muxtune profile`."""
+
+    profile: str = ""
+    budget_s: float = 300.0
+    num_cases: int = 240
+    models: list[str] = field(default_factory=list)
+    max_rows: int = 0
+    max_tasks: int = 32
+    case_s: float = 0.5
+    dynamic_s: float = 20.0
+    clock: str = "wall"
 
 
 @dataclass
@@ -360,6 +391,7 @@ _COMMAND_SCHEMAS: dict[str, type[CommonConfig]] = {
     "simulate": SimulateConfig,
     "train": TrainConfig,
     "profile": ProfileConfig,
+    "validate": ValidateConfig,
     "compare": CompareConfig,
     "capacity": CapacityConfig,
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from muxtune import build
 from muxtune.config import ProfileConfig
+from muxtune.cost.schema import load_profile
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
 
@@ -14,18 +15,33 @@ from muxtune.report.tables import format_seconds, make_console, make_table
 def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     """Writes the profile into the folder and prints what was measured."""
     build.need_torch()
-    from muxtune.profiling.measure import profile_machine, write_profile
+    from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
 
     device = "cpu" if config.cluster.device == build.LOCAL else config.cluster.device
-    profile = profile_machine(build.shape_of(config.model), config.budget_s, device=device)
+    profile = profile_machine(
+        build.shape_of(config.model),
+        config.budget_s,
+        device=device,
+        program=config.program,
+        deterministic=config.deterministic,
+        steps=config.steps,
+        max_rows=config.max_rows,
+        clock=config.clock,
+    )
     path = write_profile(profile, folder.path / config.file)
     console = make_console()
     console.print(make_table(_title(profile), COLUMNS, _rows(profile)))
+    for line in profile_warnings_here(load_profile(path)):
+        console.print(f"warning: {line}", soft_wrap=True)
+    for line in profile["quality"]["left_out"]:
+        console.print(f"left out: {line}", soft_wrap=True)
     console.print(f"wrote {path}; use it with cost=profile cost.path={path}", soft_wrap=True)
     return {
         "model": profile["model"]["name"],
         "device": profile["device"]["name"],
         "num_ops": len(profile["ops"]),
+        "num_steps": len(profile["steps"]),
+        "spread": profile["quality"]["spread"],
         "num_points": sum(len(op["points"]) for op in profile["ops"].values()),
         "content_hash": profile["content_hash"],
         "path": str(path),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
+from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.composition import ComposedCostModel
 from muxtune.cost.devices import DeviceFigures, device_figures
 from muxtune.cost.memory import MemoryOptions
 from muxtune.cost.profiled import ProfiledCostModel
-from muxtune.cost.schema import Profile
+from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
+from muxtune.errors import ConfigError
 
 
 class CostBook:
@@ -60,10 +62,26 @@ class CostBook:
         shape = self.shape(model)
         for profile in self.profiles:
             if _same(profile, model, device):
-                return ProfiledCostModel(shape, profile, self.memory)
+                return profiled_model(shape, profile, self.memory)
         return AnalyticCostModel(shape, self.figures(device), self.options, self.memory)
+
+
+def profiled_model(
+    shape: ModelShape, profile: Profile, memory: MemoryOptions | None = None
+) -> ProfiledCostModel:
+    """Of the program that was profiled. Another shape than the profile's is extrapolated."""
+    kind = CapturedCostModel if profile.style == CAPTURED else ProfiledCostModel
+    return kind(shape, profile, memory)
 
 
 def _same(profile: Profile, model: str, device: str) -> bool:
     same_model = normalise_model_name(profile.model_name) == normalise_model_name(model)
-    return same_model and profile.device_name.lower() == device.lower()
+    return same_model and _full_name(profile.device_name) == _full_name(device)
+
+
+def _full_name(device: str) -> str:
+    """``H100`` and ``H100-SXM`` are one device; others than the table's are as they are called."""
+    try:
+        return device_figures(device).name.lower()
+    except ConfigError:
+        return device.lower()

@@ -58,6 +58,8 @@ class MemoryOptions(NamedTuple):
     ``loss_rows_max``: rows whose logits exist at once; 0: all rows of the pass.
     ``activation_factor``: what an eager framework keeps over this module's count.
     ``static_step``: whether passes run as captured steps where these know the method.
+    ``pass_factor``, ``fixed_bytes``: what was measured over this module's count of a pass
+    (``muxtune.cost.calibration``).
     ``relative_error``: half-width of the interval; 0.15 is a judgement until it is measured."""
 
     dtype_bytes: int = 2
@@ -66,6 +68,8 @@ class MemoryOptions(NamedTuple):
     framework_bytes: int = 1024 * MIB
     activation_factor: float = 1.0
     static_step: bool = False
+    pass_factor: float = 1.0
+    fixed_bytes: int = 0
     relative_error: float = 0.15
 
     @property
@@ -167,7 +171,10 @@ class MemoryModel:
         if parts is None:
             if len(self._passes) > 65536:
                 self._passes.clear()
-            parts = self._passes[key] = self._pass_parts(shape, replica, stage)
+            activations, loss = self._pass_parts(shape, replica, stage)
+            factor, fixed = self.options.pass_factor, self.options.fixed_bytes
+            parts = int(activations * factor) + fixed, int(loss * factor)
+            self._passes[key] = parts
         return parts
 
     def _is_static(self, slots: Sequence[AdapterSlot], replica: ReplicaShape) -> bool:

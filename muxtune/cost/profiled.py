@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from muxtune.cost import ops
-from muxtune.cost.composition import ComposedCostModel, Rates
+from muxtune.cost.calibration import (
+    EXTRAPOLATED_WIDENING,
+    Composition,
+    WholeStep,
+    fit_composition,
+    fit_memory,
+)
+from muxtune.cost.composition import ComposedCostModel, PassParts, Rates
 from muxtune.cost.curves import AffineFit, Leaf, Table, Time, fit_affine
 from muxtune.cost.memory import MemoryModel, MemoryOptions, memory_options
 from muxtune.cost.ops import Op
@@ -26,8 +35,12 @@ class ProfiledCostModel(ComposedCostModel):
     they go on and are flagged. Attention and loss are fitted by affine functions of their load,
     as the protocol demands; what the fit misses is part of the interval.
 
-    The interval is the measured 5%..95% spread of each operation, added up as if all operations
-    were slow together, which they are on a shared machine.
+    Where the profile has whole steps, they tell how operations add up to one and how far off
+    that is (``muxtune.cost.calibration``). Else the interval is the measured 5%..95% spread of each
+    operation, added up as if all operations were slow together.
+
+    An operation of a size that was not measured (another base model) is taken from the nearest
+    measured one of its kind, by the ratio of their work (``WorkRatio``), and is extrapolated.
     """
 
     def __init__(
@@ -40,6 +53,74 @@ class ProfiledCostModel(ComposedCostModel):
         super().__init__(checked_shape(model), MemoryModel(model, sizes), sizes.dtype_bytes)
         self._tables: dict[str, Table] = {}
         self._rates: dict[tuple[str, int], tuple[Rates, Rates]] = {}
+        self._kinds: dict[str, WorkRatio] = {}
+        self.composition = Composition()
+        self._calibrate(memory is None)
+
+    @property
+    def _is_of_profile(self) -> bool:
+        return self.model == checked_shape(self.profile.model_shape)
+
+    def _calibrate(self, fits_memory: bool) -> None:
+        steps = self.profile.steps
+        if not steps:
+            return
+        if self._is_of_profile:
+            self.composition = fit_composition(steps, self.breakdown_s)
+            options = self._fitted_memory(steps)
+        else:  # steps are of the profile's own model
+            of_profile = type(self)(self.profile.model_shape, self.profile)
+            self.composition = of_profile.composition
+            options = of_profile.memory.options
+        if fits_memory:
+            self.memory = MemoryModel(self.model, options)
+        self._memo.clear()
+        self._coefficients.clear()
+
+    def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
+        """A step's shapes hold all of its slots."""
+        options = self.memory.options
+
+        def resident(step: WholeStep) -> int:
+            hosted = {load.shape.slots: None for load in step.loads}
+            slots = [slot for each in hosted for slot in each]
+            return self.memory.resident_bytes(slots) - options.framework_bytes
+
+        fit = fit_memory(
+            steps, resident, lambda step: max(self.memory.pass_bytes(x.shape) for x in step.loads)
+        )
+        return options._replace(
+            pass_factor=fit.pass_factor,
+            fixed_bytes=fit.fixed_bytes,
+            relative_error=fit.relative_error,
+        )
+
+    def _stage_parts(
+        self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
+    ) -> PassParts:
+        return self.composed(super()._stage_parts(shape, replica, layers, first, last))
+
+    def composed(self, parts: PassParts) -> PassParts:
+        """A stage as the profile's whole steps say that its operations add up."""
+        how = self.composition
+        if not how.num_steps:
+            return parts
+        error = how.relative_error * (EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0)
+        forward_s, backward_s = (
+            {category: seconds * how.factor(category) for category, seconds in side.items()}
+            for side in (parts.forward_s, parts.backward_s)
+        )
+        forward_s[ops.OVERHEAD] = forward_s.get(ops.OVERHEAD, 0.0) + how.pass_s
+        parts = parts._replace(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            per_pair_s=tuple(seconds * how.work for seconds in parts.per_pair_s),
+            per_loss_row_s=tuple(seconds * how.work for seconds in parts.per_loss_row_s),
+            optimizer_s=tuple(seconds * how.work for seconds in parts.optimizer_s),
+            pair_error=error,
+            loss_error=error,
+        )
+        return parts._replace(half_width_s=error * parts.base_s)
 
     def _op(self, name: str) -> dict[str, Any]:
         if name not in self.profile.ops:
@@ -53,16 +134,31 @@ class ProfiledCostModel(ComposedCostModel):
         if name not in self._tables:
             op = self._op(name)
             points = [
-                (tuple(float(point[axis]) for axis in op["axes"]), _leaf(point))
+                (tuple(float(point[axis]) for axis in op["axes"]), leaf_of(point))
                 for point in op["points"]
             ]
             self._tables[name] = Table.build(name, points)
         return self._tables[name]
 
     def op_time(self, op: Op) -> Time:
-        if op.name in _OPTIONAL and op.name not in self.profile.ops:
+        if op.name in self.profile.ops:
+            return self._table(op.name).at(op.size)
+        if op.name in _OPTIONAL:
             return _FREE
-        return self._table(op.name).at(op.size)
+        return self._from_nearest(op)
+
+    def _from_nearest(self, op: Op) -> Time:
+        """See ``WorkRatio``. Raises ProfileError where nothing of the kind was measured."""
+        kind = op.name.partition(".")[0]
+        if kind not in self._kinds:
+            self._kinds[kind] = WorkRatio.of(kind, self.profile.ops)
+        nearest = self._kinds[kind].nearest(op.name)
+        if nearest is None or self._is_of_profile:
+            self._op(op.name)  # says what is missing
+            raise AssertionError
+        value, width, _ = self._table(nearest.name).at(op.size)
+        ratio = nearest.ratio
+        return Time(value * ratio, width * ratio, True)
 
     def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("attention", tp)
@@ -72,9 +168,21 @@ class ProfiledCostModel(ComposedCostModel):
         return self._rates[key]
 
     def _attention(self, name: str) -> Rates:
+        name, ratio = self._measured(name)
         fit = self._fit(name, "length", lambda n: (1.0, n, n * (n + 1) / 2))
-        per_call, per_row, per_pair = fit.coefficients
+        per_call, per_row, per_pair = (ratio * number for number in fit.coefficients)
         return Rates(per_call, per_row, per_pair, fit.relative_error, fit.max_size)
+
+    def _measured(self, name: str) -> tuple[str, float]:
+        """The operation itself, or the nearest of its kind, and the ratio of their work."""
+        if name in self.profile.ops:
+            return name, 1.0
+        kind = name.partition(".")[0]
+        nearest = WorkRatio.of(kind, self.profile.ops).nearest(name)
+        if nearest is None or self._is_of_profile:
+            self._op(name)
+            raise AssertionError
+        return nearest
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("loss", tp)
@@ -84,15 +192,16 @@ class ProfiledCostModel(ComposedCostModel):
         return self._rates[key]
 
     def _loss(self, name: str) -> Rates:
+        name, ratio = self._measured(name)
         fit = self._fit(name, "rows", lambda n: (1.0, n))
-        per_pass, per_row = fit.coefficients
+        per_pass, per_row = (ratio * number for number in fit.coefficients)
         return Rates(per_pass, 0.0, per_row, fit.relative_error, fit.max_size)
 
     def _fit(self, name: str, axis: str, features: Any) -> AffineFit:
         points = self._op(name)["points"]
         sizes = [float(point[axis]) for point in points]
         rows = np.array([features(size) for size in sizes])
-        return fit_affine(rows, [_leaf(point) for point in points], max(sizes))
+        return fit_affine(rows, [leaf_of(point) for point in points], max(sizes))
 
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         """Measured: making one adapter's tensors and optimizer state, by trained numbers."""
@@ -108,5 +217,54 @@ class ProfiledCostModel(ComposedCostModel):
         return Estimate(value, max(value - width, 0.0), value + width, outside)
 
 
-def _leaf(point: dict[str, Any]) -> Leaf:
+class Nearest(NamedTuple):
+    name: str
+    ratio: float
+
+
+class WorkRatio(NamedTuple):
+    """Measured sizes of one kind of operation, as ``kind.AxBxC`` names them. The work of one of
+    these kinds at equal rows is proportional to the product of its sizes, so an unmeasured size
+    takes the time of the measured one with the nearest product, times the ratio."""
+
+    sizes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, kind: str, names: Iterable[str]) -> WorkRatio:
+        found = [(name, _sizes(name)) for name in names if name.partition(".")[0] == kind]
+        return cls(tuple((name, sizes) for name, sizes in found if sizes))
+
+    def nearest(self, name: str) -> Nearest | None:
+        wanted = _sizes(name)
+        same = [(other, sizes) for other, sizes in self.sizes if len(sizes) == len(wanted)]
+        if not wanted or not same:
+            return None
+        work = _work(name, wanted)
+        # Of equal work, the one whose sides are most alike.
+        other, sizes = min(
+            same,
+            key=lambda item: (
+                abs(math.log(_work(*item) / work)),
+                sum(abs(math.log(a / b)) for a, b in zip(item[1], wanted, strict=True)),
+            ),
+        )
+        return Nearest(other, work / _work(other, sizes))
+
+
+def _sizes(name: str) -> tuple[int, ...]:
+    parts = name.partition(".")[2].split("x")
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+
+
+_SUMMED = ("rotary", "adapter_lora", "site_factor")  # work grows with the sum of the sides
+
+
+def _work(name: str, sizes: tuple[int, ...]) -> float:
+    """Of attention (heads x key heads x head size): key heads hardly count."""
+    if name.startswith("attention"):
+        return float(sizes[0] * sizes[-1])
+    return float(sum(sizes)) if name.startswith(_SUMMED) else float(math.prod(sizes))
+
+
+def leaf_of(point: dict[str, Any]) -> Leaf:
     return Leaf(float(point["median_s"]), (point["p95_s"] - point["p05_s"]) / 2)

@@ -9,9 +9,13 @@ Version 1::
      "created": "2026-01-31T12:00:00Z",
      "ops": {name: {"unit": "s", "axes": [axis, ...],
                     "points": [{axis: size, ..., "median_s", "p05_s", "p95_s", "repeats"}]}},
+     "program": {"style": "eager" | "captured", "deterministic": bool},
+     "steps": [whole steps, see ``calibration.WholeStep``],
+     "clocks": {"samples": [...]}, "quality": {"spread": ...},
      "content_hash": sha256 of the canonical JSON of all of the above}
 
-A profile holds operations only, never a whole step: the cost model is scored on steps.
+``program``, ``steps``, ``clocks`` and ``quality`` may be missing. The few whole steps fit how
+operations add up; the cost model is scored on others.
 """
 
 from __future__ import annotations
@@ -23,10 +27,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from muxtune.cost.calibration import WholeStep
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ProfileError
 
 SCHEMA_VERSION = 1
+EAGER, CAPTURED = "eager", "captured"
+SHARED_SPREAD = 0.25  # of a typical point: somebody else used the device
 _REMEDY = "Make it again with `muxtune profile`"
 _SECTIONS = ("device", "software", "model", "ops")
 _TIMES = ("median_s", "p05_s", "p95_s")
@@ -41,6 +48,14 @@ class Profile(NamedTuple):
     created: str
     ops: Mapping[str, Mapping[str, Any]]
     content_hash: str
+    program: Mapping[str, Any] = {}
+    steps: tuple[WholeStep, ...] = ()
+    quality: Mapping[str, Any] = {}
+
+    @property
+    def style(self) -> str:
+        """Which program the operations are of: eager or captured."""
+        return str(self.program.get("style", EAGER))
 
     @property
     def device_name(self) -> str:
@@ -83,12 +98,26 @@ def parse_profile(raw: Mapping[str, Any], source: str = "profile") -> Profile:
             f"{source}: content_hash does not match the content, so the file was altered or cut."
             f" {_REMEDY}"
         )
+    if not raw["ops"]:
+        raise ProfileError(f"{source}: holds no operation at all. {_REMEDY}")
     for name, op in raw["ops"].items():
         _check_op(source, name, op)
     return Profile(
         raw["device"], raw["software"], raw["model"], str(raw.get("created", "")), raw["ops"],
-        raw["content_hash"],
+        raw["content_hash"], raw.get("program", {}), _steps(source, raw.get("steps", [])),
+        raw.get("quality", {}),
     )  # fmt: skip
+
+
+def _steps(source: str, raw: Any) -> tuple[WholeStep, ...]:
+    try:
+        steps = tuple(WholeStep.of_json(item) for item in raw)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ProfileError(f"{source}: its steps cannot be read ({error}). {_REMEDY}") from error
+    for step in steps:
+        if not step.loads or not step.repeats_s or not min(step.repeats_s) > 0:
+            raise ProfileError(f"{source}: step '{step.name}' has no times. {_REMEDY}")
+    return steps
 
 
 def _safe_hash(raw: Mapping[str, Any], source: str) -> str:
@@ -136,7 +165,8 @@ def profile_warnings(
     device: Mapping[str, Any] | None = None,
     software: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """One line for every respect in which the machine in use differs from the profiled one."""
+    """One line for every respect in which the machine in use differs from the profiled one, and
+    one for a profile that was measured while something else used the device."""
     lines = []
     for section, then, now in (
         ("device", profile.device, device or {}),
@@ -148,6 +178,13 @@ def profile_warnings(
                     f"profile of another {section}: {key} was {then[key]!r}, is {now[key]!r};"
                     " predictions may be off, run `muxtune profile`"
                 )
+    spread = float(profile.quality.get("spread", 0.0))
+    if spread > SHARED_SPREAD:
+        lines.append(
+            f"profile of a busy device: repeats of an operation typically spread by {spread:.0%}"
+            f" (at most {SHARED_SPREAD:.0%} on a device of one's own); stop what else runs on it"
+            " and run `muxtune profile` again"
+        )
     return lines
 
 

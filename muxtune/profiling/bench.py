@@ -33,15 +33,16 @@ class _Clock(Protocol):
 
 
 class HostClock:
-    """Wall-clock time of each piece of work on the CPU."""
+    """Time of each piece of work on the CPU, by ``now`` in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._totals: dict[str, float] = {}
+        self._now = now
 
     def time(self, name: str, work: Callable[[], _Value]) -> _Value:
-        start = time.perf_counter()
+        start = self._now()
         result = work()
-        spent = time.perf_counter() - start
+        spent = self._now() - start
         self._totals[name] = self._totals.get(name, 0.0) + spent
         return result
 
@@ -76,9 +77,14 @@ class CudaClock:
 class Bench:
     """Where operations take their tensors from and where their time goes."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.device, self.dtype = device, dtype
-        self.clock: _Clock = CudaClock() if device.type == "cuda" else HostClock()
+        self.clock: _Clock = CudaClock() if device.type == "cuda" else HostClock(now)
         numbers = POOL_BYTES // dtype.itemsize
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(numbers, generator=generator).to(device, dtype)

@@ -1,7 +1,9 @@
 """Measure this machine: a profile of single operations for one model.
 
-The same code serves a CPU (fp32) and a CUDA device (bf16). Rows are measured adaptively: a coarse
-grid first, then midpoints where a straight line misses the measured time.
+The same code serves a CPU (fp32) and a CUDA device (bf16). What is measured are the operations of
+the program that the runtime runs there: an eager pass, or the captured step. Rows are measured
+adaptively: a coarse grid first, then midpoints where a straight line misses the measured time. A
+few whole steps come with it, to calibrate how operations add up (``muxtune.cost.calibration``).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,22 +20,29 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from muxtune.cost.calibration import WholeStep
+from muxtune.cost.devices import device_table
 from muxtune.cost.schema import (
+    CAPTURED,
+    EAGER,
     SCHEMA_VERSION,
     Profile,
     content_hash,
     parse_profile,
     profile_warnings,
 )
-from muxtune.cost.shapes import ModelShape, from_hf_config, model_shape
+from muxtune.cost.shapes import LLAMA, ModelShape, from_hf_config, model_shape
 from muxtune.errors import ConfigError, OutputError
-from muxtune.profiling import cases
-from muxtune.profiling.bench import Bench, Case, Sweeper
+from muxtune.profiling import captured_profile, cases
+from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
+from muxtune.profiling.calibration_cases import calibration_cases
+from muxtune.profiling.steps import StepBench
 
 ROWS = (16, 64, 256, 1024)
 LENGTHS = (16, 64, 128, 256, 512, 1024)
@@ -42,7 +52,10 @@ ADAPTER_ROWS = (16, 128, 1024)
 ELEMENTS = (1 << 11, 1 << 14, 1 << 17)
 LOAD_PARAMETERS = (1 << 14, 1 << 18, 1 << 21)
 REFINE_ERROR = 0.08
-MIN_SWEEPS = 3
+MIN_SWEEPS, MIN_STEPS = 3, 3
+SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
+STEPS_SHARE = 0.4  # of the budget
+MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
 
 
@@ -51,43 +64,191 @@ def profile_machine(
     budget_s: float = 40.0,
     *,
     device: str = "cpu",
+    program: str = "auto",
     deterministic: bool | None = None,
-    rows: Sequence[int] = ROWS,
-    ranks: Sequence[int] = RANKS,
+    rows: Sequence[int] = (),
+    ranks: Sequence[int] = (),
     lengths: Sequence[int] = LENGTHS,
+    slots: Sequence[int] = captured_profile.SLOTS,
+    steps: bool = True,
+    max_rows: int = 0,
+    clock: str = "wall",
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """A profile (the JSON of ``muxtune.cost.schema``) of ``model`` on this machine.
 
     ``model``: a shape, a built-in name, or a loaded transformers model (its config is read).
-    ``deterministic``: adapters' gradient sums in float64, as the runtime takes them on the CPU by
-    default. At least three repeats are made even when ``budget_s`` is too short for them.
+    ``program``: captured or eager; auto: as the runtime chooses, captured on CUDA.
+    ``deterministic``: as the runtime is asked to run; by default it is. ``steps``: measure whole
+    steps too, of up to ``max_rows`` rows. ``clock``: wall, or cpu: the process's own time, for a
+    CPU that others use too (of one thread). At least three repeats are made even when ``budget_s``
+    is too short for them.
     Raises ConfigError for a budget that is not positive or a device that is not there.
     """
     shape = _shape(model)
     if not 0 < budget_s < float("inf"):
         raise ConfigError("profile.budget_s", f"is {budget_s}", "give seconds, more than 0")
     target = _device(device)
-    exact = target.type == "cpu" if deterministic is None else deterministic
-    sum_dtype = torch.float64 if exact else torch.float32
+    style = program
+    if program == "auto":
+        style = CAPTURED if target.type == "cuda" and shape.family == LLAMA else EAGER
+    if style not in (CAPTURED, EAGER):
+        raise ConfigError("profile.program", f"'{program}'", "choose auto, captured or eager")
+    now = clock_of(clock, target)
+    exact = True if deterministic is None else deterministic
+    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    ops_budget_s = budget_s * (1.0 - STEPS_SHARE) if steps else budget_s
+    clocks, left_out, whole = [clocks_now(target)], [], []
     with _progress(show_progress) as report, torch.enable_grad():
         report(0.0, "warming up")
-        bench = Bench(target, torch.float32 if target.type == "cpu" else torch.bfloat16)
-        sweeper = Sweeper(bench)
-        end = time.perf_counter() + budget_s
-        for case_list in _all_cases(shape, rows, ranks, lengths, sum_dtype):
-            sweeper.add(case_list)
-        _refine_linears(shape, sweeper, rows)
-        _sweep_until(sweeper, end, budget_s, report)
+        share = ops_budget_s / budget_s
+        if style == CAPTURED:
+            ops, left_out = captured_profile.measure_captured(
+                shape, target, dtype, budget_s=ops_budget_s, deterministic=exact,
+                rows=rows or captured_profile.ROWS, slots=slots,
+                ranks=ranks or captured_profile.RANKS,
+                clock=now,
+                report=lambda done, text: report(share * done, text),
+            )  # fmt: skip
+            ops |= _adapter_loads(target, dtype)
+        else:
+            grids = (rows or ROWS, ranks or RANKS, lengths)
+            ops = _measure_eager(
+                shape, Bench(target, dtype, now), ops_budget_s, exact, grids, report
+            )
+        clocks.append(clocks_now(target))
+        if steps:
+            end_s = time.perf_counter() + budget_s - ops_budget_s
+            most = max_rows or MAX_ROWS[target.type]
+            bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
+            whole, captures, failed = _whole_steps(bench, most, end_s, report)
+            left_out += failed
+            if captures:
+                ops["capture"] = _capture_op(shape, captures)
+        clocks.append(clocks_now(target))
+    if style == CAPTURED and "capture" not in ops:
+        ops["capture"] = _capture_op(shape, [_UNKNOWN_CAPTURE_S])
     raw = {
         "schema_version": SCHEMA_VERSION,
         "device": device_description(target),
         "software": software_description(),
         "model": shape._asdict(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ops": _per_tensor(sweeper.ops()),
+        "program": {"style": style, "deterministic": exact, "clock": clock},
+        "ops": ops,
+        "steps": [step.to_json() for step in whole],
+        "clocks": {"samples": clocks},
+        "quality": {"spread": typical_spread(ops), "left_out": left_out},
     }
     return {**raw, "content_hash": content_hash(raw)}
+
+
+_UNKNOWN_CAPTURE_S = 1.0
+
+
+def clock_of(name: str, device: torch.device) -> Callable[[], float]:
+    """Raises ConfigError for one that does not exist or cannot be used there."""
+    if name == "wall":
+        return time.perf_counter
+    if name != "cpu" or device.type != "cpu" or torch.get_num_threads() > 1:
+        problem = f"'{name}' is not for {device.type} and {torch.get_num_threads()} threads"
+        raise ConfigError("clock", problem, "choose wall, or cpu with OMP_NUM_THREADS=1 on a CPU")
+    return time.process_time
+
+
+def _measure_eager(
+    shape: ModelShape,
+    bench: Bench,
+    budget_s: float,
+    exact: bool,
+    grids: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    report: ProgressCallback,
+) -> dict[str, Any]:
+    sweeper = Sweeper(bench)
+    sum_dtype = torch.float64 if exact and bench.device.type == "cpu" else torch.float32
+    end = time.perf_counter() + budget_s
+    for case_list in _all_cases(shape, *grids, sum_dtype):
+        sweeper.add(case_list)
+    _refine_linears(shape, sweeper, grids[0])
+    _sweep_until(sweeper, end, budget_s, report)
+    return _per_tensor(sweeper.ops())
+
+
+def _adapter_loads(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    sweeper = Sweeper(Bench(device, dtype))
+    sweeper.add([cases.adapter_load_case(count) for count in (*LOAD_PARAMETERS, 1 << 24)])
+    for _ in range(MIN_SWEEPS):
+        sweeper.sweep()
+    return sweeper.ops()
+
+
+def _whole_steps(
+    bench: StepBench, max_rows: int, end_s: float, report: ProgressCallback
+) -> tuple[list[WholeStep], list[float], list[str]]:
+    """(steps, seconds of each capture, what is missing and why). The first one always runs, two
+    more also when the budget is used up, if they are short."""
+    steps: list[WholeStep] = []
+    captures, missing = [], []
+    per_row_s = 0.0
+    wanted = calibration_cases(bench.shape, max_rows)
+    for number, case in enumerate(wanted):
+        left_s = end_s - time.perf_counter()
+        about_s = per_row_s * case.micro_batch_tokens
+        spared_s = SHORT_STEP_S if number < MIN_STEPS else 0.0
+        if number and about_s > max(left_s, spared_s):
+            missing.append(f"{case.name}: the budget was used up")
+            continue
+        report(1.0 - STEPS_SHARE * (1 - number / len(wanted)), case.name)
+        start_s = time.perf_counter()
+        try:
+            found = bench.run(case, max(0.0, left_s / (len(wanted) - number) / 2))
+        except Exception as error:
+            missing.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            continue
+        if bench.options.step == CAPTURED and not found.captured:
+            missing.append(f"{case.name}: {'; '.join(found.notices) or 'was not captured'}")
+            continue
+        steps.append(WholeStep(case.name, found.loads, found.repeats_s, found.peak_bytes))
+        captures += found.capture_s.values()
+        per_row_s = (time.perf_counter() - start_s) / case.micro_batch_tokens
+    return steps, captures, missing
+
+
+def _capture_op(shape: ModelShape, seconds: Sequence[float]) -> dict[str, Any]:
+    """Of kernels that are compiled already, which the median tells."""
+    point = {"layers": float(shape.num_layers), **summarise(sorted(seconds))}
+    return {"unit": "s", "axes": ["layers"], "points": [point]}
+
+
+def typical_spread(ops: dict[str, Any]) -> float:
+    """The middle 90% of a point's repeats over their median, at a typical point."""
+    spreads = [
+        (point["p95_s"] - point["p05_s"]) / point["median_s"]
+        for op in ops.values()
+        for point in op["points"]
+    ]
+    return median(spreads) if spreads else 0.0
+
+
+def clocks_now(device: torch.device) -> dict[str, Any]:
+    """Clocks, power and temperature of a GPU as it stands, where the driver tells; else the load
+    of the machine."""
+    if device.type != "cuda":
+        return {"load_average": os.getloadavg()[0]}
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
+    text = _nvidia_smi(f"--query-gpu={fields}")
+    values = [value.strip() for value in text.split(",")]
+    return dict(zip(fields.split(","), values, strict=False)) if text else {}
+
+
+def _nvidia_smi(query: str) -> str:
+    """The first GPU's line, or nothing where the tool is not there."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else ""
 
 
 def write_profile(profile: dict[str, Any], path: str | Path) -> Path:
@@ -205,11 +366,12 @@ def device_description(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         figures = torch.cuda.get_device_properties(device)
         return {
-            "name": figures.name,
+            "name": short_device_name(figures.name),
             "kind": "gpu",
             "processor": figures.name,
             "memory_bytes": figures.total_memory,
             "cuda": torch.version.cuda,
+            "driver": _nvidia_smi("--query-gpu=driver_version"),
         }
     return {
         "name": "cpu",
@@ -218,6 +380,20 @@ def device_description(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def short_device_name(full: str) -> str:
+    """The name in the device table of what a driver calls by a longer one, where it is there:
+    ``NVIDIA H100 80GB HBM3`` is ``H100-SXM``."""
+    words = full.lower().replace("-", " ").split()
+    scores = {}
+    for name in device_table():
+        family, *rest = name.lower().split("-")
+        if family in words:
+            matched = sum(any(word.startswith(part) for word in words) for part in rest)
+            # Without a word for it, a part is the common one for servers.
+            scores[name] = (matched, "sxm" in rest)
+    return max(scores, key=lambda name: scores[name]) if scores else full
 
 
 def _processor() -> str:

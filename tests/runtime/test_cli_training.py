@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": f"{number} {text}"}) for number, text in enumerate(texts)]
     (path / "data.jsonl").write_text("\n".join(lines))
     (path / "tasks.yaml").write_text(TASKS.format(data="data.jsonl"))
-    words = ["profile", "model=tiny", "budget_s=1", f"output_dir={path / 'profile'}"]
+    words = ["profile", "model=tiny", "budget_s=1", "max_rows=64", f"output_dir={path / 'profile'}"]
     assert main(words) == 0
     return path
 

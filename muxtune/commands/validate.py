@@ -1,0 +1,125 @@
+"""``muxtune validate``: score a profile on what it cannot have known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from muxtune import build
+from muxtune.config import ValidateConfig
+from muxtune.cost.schema import load_profile
+from muxtune.cost.shapes import model_shape
+from muxtune.errors import ConfigError
+from muxtune.report.run_folder import RunFolder
+from muxtune.report.tables import make_console, make_table
+
+Report = Callable[[str, float, str], None]
+COLUMNS = ("what", "cases", "mean", "p95", "bias", "in 90% interval", "repeats' spread", "goal")
+
+
+def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
+    """Writes records, summary and plots into the folder; a second run there goes on."""
+    build.need_torch()
+    from muxtune.validation.running import (
+        ValidationOptions,
+        other_shapes,
+        shapes_named,
+        validate,
+    )
+
+    _check(config)
+    profile = load_profile(config.profile)
+    shapes = shapes_named(config.models, model_shape) or other_shapes(profile)
+    options = ValidationOptions(
+        config.budget_s,
+        config.num_cases,
+        shapes,
+        config.max_rows,
+        config.max_tasks,
+        config.case_s,
+        config.dynamic_s,
+        config.clock,
+    )
+    with _progress() as report:
+        summary = validate(folder.path, Path(config.profile), options, report)
+    show(summary, folder.path)
+    return {
+        "profile": summary["profile"],
+        **{
+            f"{name}_{key}": summary[name][key]
+            for name in ("op", "step", "memory", "completion")
+            if summary[name]
+            for key in ("mean", "p95", "count")
+        },
+    }
+
+
+def _check(config: ValidateConfig) -> None:
+    if not config.profile:
+        remedy = "Give what `muxtune profile` wrote, with profile=FILE"
+        raise ConfigError("profile", "is not given", remedy)
+    for name in ("budget_s", "case_s", "dynamic_s"):
+        value = getattr(config, name)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(name, f"is {value}", "give seconds, 0 or more")
+    for name in ("num_cases", "max_tasks"):
+        if getattr(config, name) < 1:
+            raise ConfigError(name, f"is {getattr(config, name)}", "give at least 1")
+    if config.max_rows < 0:
+        raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (as profiled) or more")
+
+
+def show(summary: dict[str, Any], path: Path) -> None:
+    console = make_console()
+    rows = [
+        _row(name, summary[name], f"{summary[name]['goal_mean']:.0%}")
+        for name in ("op", "step", "memory", "completion")
+        if summary[name]
+    ]
+    rows += [
+        _row(f"  step, {label} {value}", item, "")
+        for label in ("grid", "mixed", "htasks", "shape")
+        for value, item in summary["step_by"][label].items()
+    ]
+    console.print(make_table("Predicted against measured", COLUMNS, rows))
+    for item in summary["rankings"]:
+        console.print(
+            f"workload {item['workload']}: Kendall's tau {item['tau']:.3f} of {item['plans']} "
+            f"plans; {item['excluded']} pairs within the repeats' spread left out"
+        )
+    for run_ in summary["dynamic"]:
+        why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
+        console.print(f"dynamic run {run_['name']}: {why}", soft_wrap=True)
+    for line in summary["warnings"]:
+        console.print(f"warning: {line}", soft_wrap=True)
+    for what, count in summary["left"].items():
+        if count:
+            console.print(f"{what}: {count} left; run again in the same folder to go on")
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _row(name: str, item: dict[str, Any], goal: str) -> tuple[object, ...]:
+    return (
+        name,
+        item["count"],
+        f"{item['mean']:.1%}",
+        f"{item['p95']:.1%}",
+        f"{item['bias']:+.1%}",
+        f"{item['coverage']:.0%}" if item["coverage"] == item["coverage"] else "-",
+        f"{item['spread']:.1%}" if item["spread"] else "-",
+        goal,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    columns = (TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=1.0, what="validating")
+        yield lambda what, share, text: bar.update(
+            task, completed=share, description=text, what=what
+        )

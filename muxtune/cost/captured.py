@@ -1,0 +1,228 @@
+"""The captured step's operations, and the cost model that adds them up.
+
+The captured step (``muxtune.runtime.static_step``) runs other operations than an eager pass: four
+fused linears a block with the low-rank factors of all slots inside the product, one attention over
+all packed rows, the loss on every row, one optimizer call over every slot. So a profile of it has
+operations of its own:
+
+- ``frozen_forward.DxO``, ``frozen_backward.DxO`` (rows): a fused linear without adapters;
+- ``site_forward.DxO``, ``site_backward.DxO``, ``site_factor.DxO`` (slots, rank, rows): with
+  ``slots`` adapters, ``rank`` the width to which the kernels pad the largest one; ``site_backward``
+  gives the input gradient and B's, ``site_factor`` A's, on a second stream;
+- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
+- ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
+  ``embedding.D``, ``full_loss.DxV`` (rows);
+- ``adamw_idle``, ``adamw_active`` (elements): no slot, and every slot closes its step;
+- ``extra_METHOD_forward.D``, ``extra_METHOD_backward.D`` (size, rows): what one block takes longer
+  for slots of another method, whose size is as ``extra_size`` says.
+
+Rows are those of the shape: filler is computed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from muxtune.cost import ops
+from muxtune.cost.composition import PassParts, Rates, Tally
+from muxtune.cost.curves import Time, fit_affine
+from muxtune.cost.ops import Op
+from muxtune.cost.profiled import ProfiledCostModel, leaf_of
+from muxtune.cost.shapes import ModelShape
+from muxtune.types import AdapterSlot, Estimate, ReplicaShape, ShapeKey
+
+MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
+MIN_RANK = 16
+_LORA_LIKE = ("lora", "rslora", "dora")
+
+
+class FusedSite(NamedTuple):
+    """Linears that read one input, as one; of one rank where the model is cut ``tp`` ways."""
+
+    members: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @property
+    def size(self) -> str:
+        return f"{self.in_features}x{sum(self.out_features)}"
+
+
+def fused_sites(model: ModelShape, tp: int = 1) -> tuple[FusedSite, ...]:
+    """Queries, keys and values; output; gate and up; down."""
+    shards = {item.name.rsplit(".", 1)[-1]: item.sharded(tp) for item in model.block_linears}
+    return tuple(
+        FusedSite(
+            members,
+            shards[members[0]].in_features,
+            tuple(shards[name].out_features for name in members),
+        )
+        for members in MEMBERS
+    )
+
+
+def padded_rank(ranks: Sequence[int]) -> int:
+    return max(MIN_RANK, 1 << (max(ranks) - 1).bit_length())
+
+
+def extra_size(model: ModelShape, slots: Sequence[AdapterSlot], method: str) -> float:
+    """What a method's time grows with besides rows: adapted widths of IA3, the largest rank times
+    the adapted widths of bottlenecks, virtual tokens of prefixes."""
+    own = [slot for slot in slots if slot.method == method]
+    if not own:
+        return 0.0
+    if method == "prefix":
+        return float(max(slot.rank for slot in own))
+    linears = {x.name: x.out_features for slot in own for x in ops.target_linears(model, slot)}
+    width = float(sum(linears.values()))
+    return width if method == "ia3" else width * padded_rank([slot.rank for slot in own])
+
+
+def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
+    """Trained numbers that the step's pools hold for a slot, over all layers: a fused linear has
+    room for all of its members as soon as one is adapted."""
+    if slot.method not in _LORA_LIKE:
+        return ops.adapter_parameters(model, slot)
+    adapted = {item.name.rsplit(".", 1)[-1] for item in ops.target_linears(model, slot)}
+    block = sum(
+        slot.rank * (len(site.members) * site.in_features + sum(site.out_features))
+        for site in fused_sites(model)
+        if adapted & set(site.members)
+    )
+    return model.num_layers * block
+
+
+class CapturedCostModel(ProfiledCostModel):
+    """``CostModel`` of captured steps, from a profile of their operations.
+
+    Adapters cost what a site takes beyond its frozen product, and A's gradients, which run beside
+    the products of the backward: how much of that shows is the composition's ``adapters``. Methods
+    that no captured step knows count as LoRA of their rank, and as extrapolated.
+    """
+
+    def _stage_parts(
+        self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
+    ) -> PassParts:
+        rows, tally = float(shape.padded_tokens), Tally()
+        block = Tally()
+        for op, time in self._block_of(shape, rows, replica.tp):
+            block.add(op, time)
+        tally.merge(block, layers)
+        if first or last:
+            for op, time in self._edge_of(rows, replica):
+                tally.add(op, time)
+        pair_rates = self.attention_rates(replica.tp)
+        for rate, backward in zip(pair_rates, (False, True), strict=True):
+            tally.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
+            tally.extrapolated |= shape.padded_tokens > rate.max_size
+        optimizer_s = self._optimizers(tally, shape.slots)
+        parts = PassParts(
+            tally.forward_s,
+            tally.backward_s,
+            (layers * pair_rates[0].per_unit_s, layers * pair_rates[1].per_unit_s),
+            (0.0, 0.0),
+            optimizer_s,
+            tally.half_width_s,
+            max(rate.relative_error for rate in pair_rates),
+            0.0,
+            tally.extrapolated,
+        )
+        return self.composed(parts)
+
+    def _block_of(self, shape: ShapeKey, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
+        for site in fused_sites(self.model, tp):
+            yield from self._site_of(site, shape.slots, rows)
+        hidden, inner = self.model.hidden, self.model.intermediate // tp
+        for name, count in (
+            (f"add_norm_forward.{hidden}", 2),
+            (f"add_norm_backward.{hidden}", 2),
+            (f"swiglu_forward.{inner}", 1),
+            (f"swiglu_backward.{inner}", 1),
+        ):
+            yield self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
+        for method in EXTRA_METHODS:
+            size = extra_size(self.model, shape.slots, method)
+            for side in ("forward", "backward") if size else ():
+                name = f"extra_{method}_{side}.{hidden}"
+                yield self._timed(name, ops.ADAPTERS, side == "backward", (size, rows))
+        if tp > 1:
+            moved = rows * hidden * self.dtype_bytes
+            for backward in (False, True):
+                name = f"all_reduce.tp{tp}"
+                yield self._timed(name, ops.COMMUNICATION, backward, (moved,), 2)
+
+    def _site_of(
+        self, site: FusedSite, slots: tuple[AdapterSlot, ...], rows: float
+    ) -> Iterator[tuple[Op, Time]]:
+        users = [slot for slot in slots if self._has_factors(slot, site)]
+        known = all(slot.method == "lora" for slot in users)
+        for side, backward in (("forward", False), ("backward", True)):
+            frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
+            yield frozen
+            if users:
+                size = (float(len(users)), float(padded_rank([s.rank for s in users])), rows)
+                op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
+                more = max(0.0, whole.value_s - frozen[1].value_s)
+                yield op, Time(more, whole.half_width_s, whole.extrapolated or not known)
+        if users:
+            yield self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
+
+    def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
+        if slot.method in EXTRA_METHODS or ops.is_prepended(slot):
+            return False
+        targets = ops.target_linears(self.model, slot)
+        return any(item.name.rsplit(".", 1)[-1] in site.members for item in targets)
+
+    def _edge_of(self, rows: float, replica: ReplicaShape) -> Iterator[tuple[Op, Time]]:
+        hidden = self.model.hidden
+        yield self._timed(f"embedding.{hidden}", ops.BACKBONE, False, (rows,))
+        yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
+        yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
+        vocab = self.model.vocab // replica.tp
+        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (rows,))
+        if replica.pp > 1:
+            moved = rows * hidden * self.dtype_bytes
+            for backward in (False, True):
+                yield self._timed("p2p", ops.COMMUNICATION, backward, (moved,))
+
+    def _timed(
+        self, name: str, category: str, backward: bool, size: tuple[float, ...], count: int = 1
+    ) -> tuple[Op, Time]:
+        op = Op(name, category, backward, count, size, 0.0, 0.0, 0.0, 1)
+        return op, self.op_time(op)
+
+    def _optimizers(self, tally: Tally, slots: tuple[AdapterSlot, ...]) -> tuple[float, ...]:
+        """The call is part of every pass; a slot that closes its step adds its share of the
+        difference."""
+        elements = [float(slot_elements(self.model, slot)) for slot in slots]
+        total = sum(elements)
+        if not total:
+            return (0.0,) * len(slots)
+        op, idle = self._timed("adamw_idle", ops.OPTIMIZER, True, (total,))
+        _, active = self._timed("adamw_active", ops.OPTIMIZER, True, (total,))
+        tally.add(op, idle)
+        more = max(0.0, active.value_s - idle.value_s)
+        return tuple(more * count / total for count in elements)
+
+    def _attention(self, name: str) -> Rates:
+        name, ratio = self._measured(name)
+        points = self.profile.ops[name]["points"]
+        features = np.array([(1.0, point["rows"], point["pairs"]) for point in points])
+        largest = max(float(point["rows"]) for point in points)
+        fit = fit_affine(features, [leaf_of(point) for point in points], largest)
+        per_pass, per_row, per_pair = (ratio * number for number in fit.coefficients)
+        return Rates(per_pass, per_row, per_pair, fit.relative_error, fit.max_size)
+
+    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
+        """Every row has its logits computed, so that rows with a label add nothing."""
+        free = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
+        return free, free
+
+    def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
+        """By the blocks that were captured: launches grow with them, rows hardly count."""
+        value, width, outside = self._table("capture").at((float(self.model.num_layers),))
+        return Estimate(value, max(value - width, 0.0), value + width, outside)

@@ -1,0 +1,442 @@
+"""Times of the captured step's operations (``muxtune.cost.captured`` names them).
+
+Every operation is called as the program calls it, on a few random blocks of the model's own sizes
+in turn, so that its weights come from memory and not out of a cache. On CUDA a pass over the
+blocks is captured as a graph and replayed between events, which leaves launches out, as in the
+step; on a CPU the calls are timed as they are. Points are kept as they are measured, so that a
+budget that ends early leaves a profile with fewer points.
+
+Shape suffixes as in ``muxtune.runtime.static_step``.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from muxtune.cost.captured import extra_size, fused_sites, padded_rank, slot_elements
+from muxtune.cost.shapes import ModelShape
+from muxtune.profiling.bench import summarise
+from muxtune.profiling.step_cases import TARGETS
+from muxtune.runtime.random_models import random_model
+from muxtune.runtime.static_step import (
+    Sequence as Rows,
+)
+from muxtune.runtime.static_step import (
+    SlotInput,
+    StaticModel,
+    StepLayout,
+    StepProgram,
+)
+from muxtune.runtime.static_step.attention import (
+    Packing,
+    Rotary,
+    attention_backward,
+    attention_forward,
+)
+from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
+from muxtune.runtime.static_step.pool import StaticPool
+from muxtune.types import AdapterSlot
+from muxtune_kernels import AdamWSlots, multi_task_adamw_
+from muxtune_kernels.block import (
+    add_rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward_,
+)
+from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
+from muxtune_kernels.multi_lora import (
+    LoraLinear,
+    lora_linear_factor_grad,
+    lora_linear_forward,
+    lora_linear_input_grad,
+)
+
+MAX_POSITIONS = 4096
+_REPEATS = 5
+_SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
+_LOSS_CHUNK_ROWS = 1024
+Work = Callable[[], Any]
+
+
+class Point(NamedTuple):
+    """``sizes``: by axis, in the order of the op's axes."""
+
+    name: str
+    sizes: dict[str, float]
+    seconds: list[float]
+
+
+class CapturedOps:
+    """Measures points on ``num_blocks`` random blocks of ``shape`` and keeps them."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        deterministic: bool = True,
+        num_blocks: int = 4,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.shape, self.device, self.deterministic = shape, device, deterministic
+        small = shape._replace(num_layers=num_blocks)
+        model, _ = random_model(small, 0, device, dtype)
+        model.to(device=device, dtype=dtype).requires_grad_(False)
+        self.model = StaticModel.of(model, MAX_POSITIONS)
+        self.small, self._clock = small, clock
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.points: list[Point] = []
+
+    # -- what is measured
+
+    @torch.no_grad()
+    def rows(self, num_rows: int) -> None:
+        """Operations without adapters."""
+        with self._clean():
+            for number, site in enumerate(fused_sites(self.shape)):
+                weights = [block.linears[number].weight_OD for block in self.model.blocks]
+                biases = [block.linears[number].bias_O for block in self.model.blocks]
+                x_TD, dy_TO = (self._fresh(num_rows, n) for n in weights[0].shape[::-1])
+                self._add(
+                    f"frozen_forward.{site.size}", {"rows": num_rows},
+                    lambda i, x=x_TD, w=weights, b=biases: functional.linear(x, w[i], b[i]),
+                )  # fmt: skip
+                self._add(
+                    f"frozen_backward.{site.size}", {"rows": num_rows},
+                    lambda i, dy=dy_TO, w=weights: dy @ w[i],
+                )  # fmt: skip
+            self._elementwise(num_rows)
+            self._loss(num_rows)
+
+    @torch.no_grad()
+    def sites(self, num_slots: int, rank: int, num_rows: int) -> None:
+        """The fused linears with LoRA in every slot, rows spread evenly."""
+        with self._clean():
+            slots = (AdapterSlot("lora", rank, TARGETS["lora"]),) * num_slots
+            pool, inputs, _ = self._loaded(slots, num_rows, 64)
+            sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
+            for number, site in enumerate(fused_sites(self.shape)):
+                loras = [layer[number].lora for layer in pool.adapters.layers]
+                self._site(site.size, sizes, loras, inputs.step_rows(num_rows), num_rows)
+
+    def _site(
+        self, size: str, sizes: dict[str, float], loras: Sequence[LoraLinear], rows: Any, count: int
+    ) -> None:
+        outputs, inputs = loras[0].weight_OD.shape
+        x_TD, dy_TO = self._fresh(count, inputs), self._fresh(count, outputs)
+        saved = [lora_linear_forward(x_TD, lora, rows)[1] for lora in loras]
+        carried = [
+            lora_linear_input_grad(dy_TO, x_TD, h, lora, rows)[1]
+            for h, lora in zip(saved, loras, strict=True)
+        ]
+        self._add(
+            f"site_forward.{size}", sizes, lambda i: lora_linear_forward(x_TD, loras[i], rows)
+        )
+        self._add(
+            f"site_backward.{size}", sizes,
+            lambda i: lora_linear_input_grad(dy_TO, x_TD, saved[i], loras[i], rows),
+        )  # fmt: skip
+        self._add(
+            f"site_factor.{size}", sizes,
+            lambda i: lora_linear_factor_grad(carried[i], x_TD, loras[i], rows),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def attention(self, num_rows: int, length: int) -> None:
+        """All rows in sequences of one length."""
+        with self._clean():
+            slots = (AdapterSlot("lora", 8, ("q_proj",)),)
+            _, inputs, pairs = self._loaded(slots, num_rows, length)
+            heads, model = self.model.heads, self.model
+            fields = inputs.fields
+            rotary = Rotary(model.cos_LP, model.sin_LP, fields["positions"][:num_rows])
+            packing = Packing(fields["cu_seqlens"], fields["tiles"], inputs.layout.max_seqlen)
+            qkv = [self._fresh(num_rows, heads.qkv_features) for _ in model.blocks]
+            dout_TC = self._fresh(num_rows, heads.num_heads * heads.head_dim)
+            results = [attention_forward(item, rotary, heads, packing) for item in qkv]
+            sizes = {"rows": num_rows, "pairs": pairs}
+            shape = f"{heads.num_heads}x{heads.num_kv_heads}x{heads.head_dim}"
+            self._add(
+                f"attention_forward.{shape}", sizes,
+                lambda i: attention_forward(qkv[i], rotary, heads, packing),
+            )  # fmt: skip
+            self._add(
+                f"attention_backward.{shape}", sizes,
+                lambda i: attention_backward(
+                    dout_TC, qkv[i], results[i][0], results[i][1], rotary, heads, packing
+                ),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def optimizer(self, num_slots: int, rank: int) -> None:
+        with self._clean():
+            slots = (AdapterSlot("lora", rank, TARGETS["lora"]),) * num_slots
+            pool, inputs, _ = self._loaded(slots, 16 * num_slots, 16)
+            elements = sum(slot_elements(self.small, slot) for slot in slots)
+            pools = pool.adapters.optimizer_pools
+            settings = AdamWSlots(
+                *inputs.fields["settings"],
+                step_S=pool.adapters.settings.step_S,
+                active_S=inputs.fields["active"],
+            )
+            for name, active in (("adamw_active", True), ("adamw_idle", False)):
+                inputs.fields["active"].fill_(active)
+                self._add(
+                    name, {"elements": elements},
+                    lambda _: multi_task_adamw_(pools, settings, zero_grads=False), blocks=1,
+                )  # fmt: skip
+
+    @torch.no_grad()
+    def extra(self, method: str, num_slots: int, rank: int, num_rows: int) -> None:
+        """One block's linears with slots of another method, over the frozen linears alone; of
+        prefixes, the attention with them, over that without."""
+        with self._clean():
+            slot = AdapterSlot(method, rank, TARGETS[method])
+            pool, inputs, _ = self._loaded((slot,) * num_slots, num_rows, 64)
+            size = extra_size(self.shape, (slot,), method)
+            sizes = {"size": size, "rows": num_rows}
+            forward, backward = self._extra_works(pool, inputs, num_rows)
+            for side, works in (("forward", forward), ("backward", backward)):
+                with_it, without = (self._time(work, len(self.model.blocks)) for work in works)
+                middle = float(np.median(without))
+                least = 0.01 * min(with_it)
+                more = [max(least, seconds - middle) for seconds in with_it]
+                name = f"extra_{method}_{side}.{self.shape.hidden}"
+                self.points.append(Point(name, sizes, more))
+
+    def _extra_works(self, pool: StaticPool, inputs: StepInputs, num_rows: int) -> Any:
+        """((forward with, without), (backward with, without)) as functions of a block."""
+        assert pool.extras is not None
+        program = StepProgram(
+            self.model, pool.adapters, inputs, deterministic=self.deterministic, overlap=False,
+            extras=pool.extras,
+        )  # fmt: skip
+        plain = StepProgram(
+            self.model, pool.adapters, inputs, deterministic=self.deterministic, overlap=False
+        )
+        rows = inputs.step_rows(num_rows)
+        if pool.extras.prefixes:
+            return self._prefix_works(program, plain, rows, num_rows)
+        widths = [block.weight_OD.shape for block in self.model.blocks[0].linears]
+        xs = [self._fresh(num_rows, inputs_) for _, inputs_ in widths]
+        dys = [self._fresh(num_rows, outputs) for outputs, _ in widths]
+
+        def forward(which: StepProgram) -> Work:
+            return lambda i: [s.forward(x, rows) for s, x in zip(which._sites(i), xs, strict=True)]
+
+        def backward(which: StepProgram) -> Work:
+            saved = [
+                [s.forward(x, rows)[1] for s, x in zip(which._sites(i), xs, strict=True)]
+                for i in range(len(self.model.blocks))
+            ]
+            return lambda i: [
+                which._linear_backward(s, dy.clone(), x, _unread(h), rows)
+                for s, dy, x, h in zip(which._sites(i), dys, xs, saved[i], strict=True)
+            ]
+
+        return (forward(program), forward(plain)), (backward(program), backward(plain))
+
+    def _prefix_works(
+        self, program: StepProgram, plain: StepProgram, rows: Any, num_rows: int
+    ) -> Any:
+        features = self.model.heads.qkv_features
+        qkv_TC = self._fresh(num_rows, features)
+        dout_TC = self._fresh(num_rows, self.shape.query_dim)
+
+        class Kept(NamedTuple):
+            qkv_TC: Tensor
+            attended_TC: Tensor
+            attention: Any
+
+        def forward(which: StepProgram) -> Work:
+            return lambda i: which._attend(i, qkv_TC.clone(), rows)
+
+        def backward(which: StepProgram) -> Work:
+            rotated_TC = qkv_TC.clone()
+            kept = Kept(rotated_TC, *which._attend(0, rotated_TC, rows))
+            return lambda i: which._attend_backward(i, dout_TC, kept, rows)
+
+        return (forward(program), forward(plain)), (backward(program), backward(plain))
+
+    def _elementwise(self, num_rows: int) -> None:
+        hidden, inner, model = self.shape.hidden, self.shape.intermediate, self.model
+        weight_D, eps = model.final_norm_D, model.eps
+        count = len(model.blocks)
+        xs = [self._fresh(num_rows, hidden) for _ in range(2 * count)]
+        rstd_T = add_rms_norm(xs[0], xs[1], weight_D, eps)[2]
+        gates = [self._fresh(num_rows, 2 * inner) for _ in range(count)]
+        dacts = [self._fresh(num_rows, inner) for _ in range(count)]
+        ids_T = torch.randint(self.shape.vocab, (num_rows,), device=self.device)
+        sizes = {"rows": num_rows}
+        self._add(
+            f"add_norm_forward.{hidden}", sizes,
+            lambda i: add_rms_norm(xs[2 * i], xs[2 * i + 1], weight_D, eps),
+        )  # fmt: skip
+        self._add(
+            f"add_norm_backward.{hidden}", sizes,
+            lambda i: rms_norm_backward(xs[2 * i], xs[2 * i + 1], weight_D, rstd_T, xs[0]),
+        )  # fmt: skip
+        self._add(f"swiglu_forward.{inner}", sizes, lambda i: swiglu(gates[i]))
+        self._add(f"swiglu_backward.{inner}", sizes, lambda i: swiglu_backward_(dacts[i], gates[i]))
+        self._add(f"embedding.{hidden}", sizes, lambda _: model.embedding_VD.index_select(0, ids_T))
+
+    def _loss(self, num_rows: int) -> None:
+        normed_TD = self._fresh(num_rows, self.shape.hidden)
+        labels_T = torch.randint(self.shape.vocab, (num_rows,), device=self.device)
+        slot_T = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        scale_S = torch.ones(1, device=self.device)
+        self._add(
+            f"full_loss.{self.shape.hidden}x{self.shape.vocab}", {"rows": num_rows},
+            lambda _: multi_task_cross_entropy_grad(
+                normed_TD, self.model.lm_head_VD, labels_T, slot_T, scale_S, 1, _LOSS_CHUNK_ROWS
+            ),
+            blocks=1,
+        )  # fmt: skip
+
+    # -- how
+
+    def _loaded(
+        self, slots: tuple[AdapterSlot, ...], num_rows: int, length: int
+    ) -> tuple[StaticPool, StepInputs, float]:
+        """Pools and inputs of a micro-batch whose rows are spread evenly over the slots, in
+        sequences of ``length`` tokens, and the query-key pairs of these."""
+        pool = StaticPool(self.model, slots, self.deterministic)
+        if pool.extras is not None:
+            for slot, spec in enumerate(slots):
+                rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
+                pool.extras.take(slot, rows_of if spec.method else {})
+        share = num_rows // len(slots)
+        lengths = [length] * (share // length) + ([share % length] if share % length else [])
+        layout = StepLayout(
+            num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, max(64, length)
+        )
+        inputs = StepInputs(layout, self.device)
+        host = HostBuffer(layout, False)
+        random = np.random.default_rng(0)
+        sequences = [
+            Rows(slot, random.integers(1, self.shape.vocab, n), np.ones(n, bool), position)
+            for slot in range(len(slots))
+            for position, n in enumerate(lengths)
+        ]
+        host.fill(num_rows, sequences, {slot: SlotInput(share) for slot in range(len(slots))})
+        inputs.buffer.copy_(host.buffer)
+        inputs.spans = host.spans
+        pairs = len(slots) * sum(n * (n + 1) / 2 for n in lengths)
+        return pool, inputs, pairs
+
+    def _fresh(self, rows: int, features: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(rows + features)
+        return torch.randn(
+            (rows, features), device=self.device, dtype=self.model.dtype, generator=generator
+        )
+
+    def _add(
+        self, name: str, sizes: dict[str, float], work: Callable[[int], Any], blocks: int = 0
+    ) -> None:
+        seconds = self._time(work, blocks or len(self.model.blocks))
+        self.points.append(Point(name, {k: float(v) for k, v in sizes.items()}, seconds))
+
+    def _time(self, work: Callable[[int], Any], blocks: int) -> list[float]:
+        """Seconds of one call, of each of a few repeats."""
+
+        def once(times: int) -> None:
+            for _ in range(times):
+                for index in range(blocks):
+                    work(index)
+
+        if self.device.type != "cuda":
+            once(1)
+            return [self._host_s(lambda: once(1)) / blocks for _ in range(_REPEATS)]
+        return self._replayed(once, blocks)
+
+    def _host_s(self, work: Work) -> float:
+        start_s = self._clock()
+        work()
+        return self._clock() - start_s
+
+    def _replayed(self, once: Callable[[int], None], blocks: int) -> list[float]:
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            once(1)
+            rough_s = min(_event_s(lambda: once(1)) for _ in range(2))
+            times = int(min(20, max(1, _SAMPLE_S / max(rough_s, 1e-6))))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                once(times)
+            graph.replay()
+            seconds = [_event_s(graph.replay) / (times * blocks) for _ in range(_REPEATS)]
+        del graph
+        return seconds
+
+    @contextlib.contextmanager
+    def _clean(self) -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+
+    def ops(self) -> dict[str, dict[str, Any]]:
+        """The profile's ``ops``. Only full grids are kept of an operation with several sizes."""
+        found: dict[str, dict[str, Any]] = {}
+        for point in self.points:
+            op = found.setdefault(
+                point.name, {"unit": "s", "axes": list(point.sizes), "points": []}
+            )
+            op["points"].append({**point.sizes, **summarise(point.seconds)})
+        for name, op in found.items():
+            if not name.startswith("attention"):
+                op["points"] = full_grid(op["axes"], op["points"])
+        return dict(sorted(found.items()))
+
+
+def _unread(saved: Any) -> Any:
+    """What a forward has kept for its backward, which takes entries off the lists in it."""
+    if isinstance(saved, list):
+        return [_unread(item) for item in saved]
+    return tuple(_unread(item) for item in saved) if type(saved) is tuple else saved
+
+
+def full_grid(axes: Sequence[str], points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points whose last size was measured with every combination of the other sizes; the
+    last of equal ones. A budget that ended early leaves others."""
+    latest = {tuple(point[axis] for axis in axes): point for point in points}
+    others = {key[:-1] for key in latest}
+    by_last: dict[float, set[tuple[float, ...]]] = {}
+    for key in latest:
+        by_last.setdefault(key[-1], set()).add(key[:-1])
+    most = max(len(keys) for keys in by_last.values())
+    if most < len(others):  # no size has them all: keep the combinations of the fullest ones
+        others = set.intersection(*(keys for keys in by_last.values() if len(keys) == most))
+    kept = [
+        point for key, point in latest.items() if key[:-1] in others and by_last[key[-1]] >= others
+    ]
+    return sorted(kept, key=lambda point: [point[axis] for axis in axes])
+
+
+def _event_s(work: Work) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3

@@ -1,0 +1,200 @@
+"""Whole steps of a plan on the real runners, timed.
+
+A few of them calibrate how single operations add up to a step (``muxtune.cost.calibration``); the
+validation's suite is made of others. Both go through the code that trains: the same pools, the
+same captured or eager runners, the same layout of micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from muxtune.cost.shapes import ModelShape
+from muxtune.planning.step_builder import StepBuilder, pass_load
+from muxtune.profiling.step_cases import StepCase
+from muxtune.protocols import LengthSource
+from muxtune.runtime.backbone import BackboneStore, random_weights
+from muxtune.runtime.bank import AdapterBank, AdapterPool, TaskState, grad_dtype_for
+from muxtune.runtime.batch import place_task
+from muxtune.runtime.memory import MemoryMeter
+from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
+from muxtune.runtime.runners import Runners
+from muxtune.types import Cursor, MicroBatch, PassLoad, Plan
+from muxtune.workload.random_texts import RandomTexts
+
+MAX_ROUNDS = 4
+MIN_PASSES = 3
+
+
+class StepMeasurement(NamedTuple):
+    """``repeats_s``: seconds of the same passes, again and again. ``loads``: of these passes.
+    ``peak_bytes``: above what the process held besides the weights; on a GPU, the allocator's.
+    ``captured``: whether the passes ran as captured steps; ``notices``: why not.
+    ``capture_s``: by rows of a captured size."""
+
+    repeats_s: tuple[float, ...]
+    loads: tuple[PassLoad, ...]
+    num_rounds: int
+    effective_tokens: int
+    peak_bytes: int
+    captured: bool
+    notices: tuple[str, ...]
+    capture_s: dict[int, float]
+    setup_s: float
+
+
+class StepBench:
+    """One base model with random weights, on which step cases run one after another."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        step: str = "auto",
+        deterministic: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.shape, self.device, self._clock = shape, device, clock
+        self._others_bytes = 0 if device.type == "cuda" else MemoryMeter(device).current_bytes()
+        store = BackboneStore({shape.name: random_weights(shape, 0, device, dtype)}, device, dtype)
+        self.backbone = store.get(shape.name)
+        self.options = TorchOptions(Path(), deterministic=deterministic, step=step)
+        self._notices: list[str] = []
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def close(self) -> None:
+        """Let the model go; nothing can run after that."""
+        del self.backbone
+        self._give_back()
+
+    def run(self, case: StepCase, budget_s: float = 2.0, min_repeats: int = 3) -> StepMeasurement:
+        """Raises what the runtime raises; the bench can go on with another case."""
+        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
+        try:
+            with on_stream:
+                return self._run(case, budget_s, min_repeats)
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Freed memory to the system, so that the next peak does not contain it."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    def _run(self, case: StepCase, budget_s: float, min_repeats: int) -> StepMeasurement:
+        start_s = time.perf_counter()
+        meter = MemoryMeter(self.device)
+        self._notices.clear()
+        runners = Runners(self.backbone, self.options, self._notices.append)
+        grad_dtype = grad_dtype_for(self.device, self.options.deterministic)
+        bank = AdapterBank(self.backbone, grad_dtype, runners)
+        library, plan, specs = RandomTexts(self.shape.vocab), case.plan(), case.specs()
+        states = {
+            key: bank.create(spec, library.add(spec).num_steps) for key, spec in specs.items()
+        }
+        ready, pools = _arranged(bank, runners, plan, states)
+        num_rounds, batches = whole_rounds(plan, library, StepBuilder())
+        works = [(batch.htask, _work(batch, pools[batch.htask], library)) for batch in batches]
+        self._pass_over(ready, works)  # warms up, and compiles where that is not done by then
+        setup_s = time.perf_counter() - start_s
+        repeats: list[float] = []
+        end_s = time.perf_counter() + budget_s
+        while len(repeats) < min_repeats or (time.perf_counter() < end_s and len(repeats) < 16):
+            repeats.append(self._pass_over(ready, works))
+        peak = meter.peak_bytes() - self._others_bytes
+        captured = [runner for runner in ready if runner.depth]
+        sizes = {
+            rows: seconds
+            for runner in captured
+            for rows, seconds in runner.steps.capture_s.items()  # type: ignore[attr-defined]
+        }
+        bank.arrange((), {})
+        runners.keep([])
+        return StepMeasurement(
+            tuple(repeats),
+            tuple(pass_load(batch, library) for batch in batches),
+            num_rounds,
+            sum(len(p.sequence.tokens) for _, w in works for ps in w.placed.values() for p in ps),
+            peak,
+            len(captured) == len(ready),
+            tuple(self._notices),
+            sizes,
+            setup_s,
+        )
+
+    def _pass_over(
+        self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
+    ) -> float:
+        """Seconds of all passes, each started ahead of results as far as its runner allows."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start_s = self._clock()
+        started: deque[PendingPass] = deque()
+        for htask, work in works:
+            started.append(runners[htask].start(work, lambda _name: None))
+            while len(started) > runners[htask].depth:
+                started.popleft().result()
+        while started:
+            started.popleft().result()
+        return self._clock() - start_s
+
+
+def _arranged(
+    bank: AdapterBank, runners: Runners, plan: Plan, states: dict[str, TaskState]
+) -> tuple[list[PassRunner], list[AdapterPool]]:
+    """A slot set that cannot be captured gets pools of another kind at the second try."""
+    for _ in range(len(plan.htasks) + 1):
+        pools = bank.arrange(plan.htasks, states)
+        try:
+            return runners.arrange(plan.htasks, pools), pools
+        except Runners.Refused:
+            bank.arrange((), {})
+    raise RuntimeError("the runtime refused every kind of pool")
+
+
+def whole_rounds(
+    plan: Plan, library: LengthSource, builder: StepBuilder
+) -> tuple[int, list[MicroBatch]]:
+    """As many as give enough passes."""
+    batches: list[MicroBatch] = []
+    cursors = {task_id: Cursor() for task_id in plan.task_ids}
+    num_rounds = 0
+    while num_rounds < MAX_ROUNDS and len(batches) < MIN_PASSES:
+        num_rounds += 1
+        micro_batches, after = builder.next_round(plan, cursors, library)
+        batches += micro_batches
+        cursors = dict(after)
+    return num_rounds, batches
+
+
+def _work(batch: MicroBatch, pool: AdapterPool, library: RandomTexts) -> PassWork:
+    slots = {
+        state.task.task_id: slot for slot, state in enumerate(pool.occupants) if state is not None
+    }
+    slot_of = {task_id: slots[task_id] for task_id in batch.steps}
+    placed = {task_id: place_task(batch, task_id, library, slot_of) for task_id in slot_of}
+    closing = tuple(task_id for task_id in slot_of if task_id in batch.closes_step)
+    return PassWork(batch, {key: items for key, items in placed.items() if items}, slot_of, closing)
+
+
+@contextlib.contextmanager
+def _stream(stream: Any) -> Iterator[None]:
+    with torch.cuda.stream(stream):
+        yield

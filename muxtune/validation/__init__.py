@@ -1,0 +1,1 @@
+"""Predictions beside measurements, on cases that a profile cannot have known."""

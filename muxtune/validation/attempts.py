@@ -1,0 +1,72 @@
+"""A validation's folder: a frozen profile, records that grow, and a list of every attempt.
+
+    profile.json   the profile that is scored
+    steps.jsonl, ops.jsonl, dynamic.jsonl   one record a line
+    summary.json, predicted_measured.png, errors.png   of the last attempt
+    attempts.jsonl one line an attempt, appended, never rewritten
+    attempt-N/     the records and the profile of earlier attempts
+
+Another profile in the same folder is another attempt; the same one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from muxtune.cost.schema import Profile, load_profile
+from muxtune.errors import ProfileError
+from muxtune.validation.records import Records, read_lines
+
+PROFILE, ATTEMPTS = "profile.json", "attempts.jsonl"
+RECORDS = ("steps", "ops", "dynamic")
+
+
+class Attempt:
+    """Raises ProfileError for a profile that cannot be used."""
+
+    def __init__(self, folder: Path, profile_path: Path) -> None:
+        self.folder = folder
+        self.profile: Profile = load_profile(profile_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        here = folder / PROFILE
+        if here.exists() and here.resolve() != profile_path.resolve():
+            self._put_away_unless_same(here)
+        if here.resolve() != profile_path.resolve():
+            here.write_bytes(profile_path.read_bytes())
+        self.records = {name: Records(folder / f"{name}.jsonl") for name in RECORDS}
+
+    def _put_away_unless_same(self, here: Path) -> None:
+        try:
+            same = load_profile(here).content_hash == self.profile.content_hash
+        except ProfileError:
+            same = False
+        if same:
+            return
+        number = 1 + sum(1 for _ in self.folder.glob("attempt-*"))
+        kept = self.folder / f"attempt-{number}"
+        kept.mkdir()
+        for name in (PROFILE, "summary.json", *(f"{name}.jsonl" for name in RECORDS)):
+            if (self.folder / name).exists():
+                (self.folder / name).rename(kept / name)
+
+    def conclude(self, summary: Mapping[str, Any], left: Mapping[str, int]) -> dict[str, Any]:
+        """Appends the attempt to the list, with its number."""
+        path = self.folder / ATTEMPTS
+        row = {
+            "attempt": len(read_lines(path)) + 1,
+            "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "profile": self.profile.content_hash,
+            "left": dict(left),
+            **{
+                name: {key: summary[name][key] for key in ("count", "mean", "p95", "coverage")}
+                for name in ("step", "memory", "op", "completion")
+                if summary.get(name)
+            },
+        }
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+        return row

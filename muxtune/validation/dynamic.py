@@ -1,0 +1,258 @@
+"""Dynamic runs: the same tasks arrive, share, wait and leave in the simulator and on the device.
+
+Both backends have the same engine, policy, planner and cost model; only time differs. The decision
+logs are compared line by line, without their times.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from muxtune.cluster_policies.fifo_shared import FifoShared
+from muxtune.cost.book import CostBook
+from muxtune.cost.schema import Profile
+from muxtune.deciding import TaskOutcome
+from muxtune.engine import Engine, QuietObserver
+from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.profiling.step_cases import StepCase, StepTask
+from muxtune.runtime.backbone import BackboneStore, random_weights
+from muxtune.runtime.executor import TorchExecutor
+from muxtune.runtime.options import TorchOptions
+from muxtune.types import (
+    NS_PER_S,
+    Drain,
+    Event,
+    EventKind,
+    InstanceSpec,
+    Place,
+    Plan,
+    Reject,
+    TaskSpec,
+)
+from muxtune.validation.steps import Models, predict
+from muxtune.validation.suite import seed_of
+from muxtune.workload.random_texts import RandomTexts
+from muxtune.workload.synthetic import SyntheticLibrary
+from muxtune_sim.executor import SimExecutor
+from muxtune_sim.options import SimOptions, make_builder
+
+INSTANCE = "gpu0"
+
+
+class DynamicCase(NamedTuple):
+    """``max_tasks``: at a time on the instance; the others wait."""
+
+    name: str
+    tasks: tuple[TaskSpec, ...]
+    max_tasks: int
+
+
+def draw_dynamic(profile: Profile, duration_s: float, max_rows: int) -> list[DynamicCase]:
+    """Two runs of about ``duration_s``: one in which all share and one task is withdrawn, one in
+    which at most two run and the others wait."""
+    random = np.random.default_rng(seed_of(profile.content_hash) + 2)
+    return [
+        _draw("arrivals and departures", profile, random, 6, 16, duration_s, max_rows),
+        _draw("with a queue", profile, random, 5, 2, duration_s, max_rows),
+    ]
+
+
+def _draw(
+    name: str,
+    profile: Profile,
+    random: np.random.Generator,
+    count: int,
+    max_tasks: int,
+    duration_s: float,
+    max_rows: int,
+) -> DynamicCase:
+    shape = profile.model_shape
+    longest = max(32, min(256, max_rows // 8))
+    kinds = [
+        StepTask(
+            rank=int(random.choice((8, 16, 32, 64))),
+            histogram=str(random.choice(("sst2", "openbookqa", "rte", "gsm8k"))),
+            max_length_tokens=longest,
+            batch_size=int(random.choice((2, 4, 8))),
+        )
+        for _ in range(count)
+    ]
+    side_by_side = min(count, max_tasks)
+    members = tuple(kinds[:side_by_side])
+    case = StepCase("", shape, members, (tuple(range(side_by_side)),), 32, max_rows)
+    predicted = predict(case, Models(profile)(shape))
+    step_s = predicted["predicted_s"] / predicted["rounds"]
+    # What waits takes as long again.
+    share_s = duration_s * side_by_side / count
+    tasks = []
+    for index, kind in enumerate(kinds):
+        spec = kind.spec(f"t{index}", shape.name, index)
+        steps = max(3, int(random.uniform(0.5, 1.0) * share_s / step_s))
+        arrival_s = 0.0 if index < 2 else random.uniform(0.05, 0.5) * duration_s
+        tasks.append(spec._replace(num_steps=steps, arrival_ns=int(arrival_s * NS_PER_S)))
+    if max_tasks >= count:
+        cancel_ns = int(0.45 * duration_s * NS_PER_S)
+        tasks[1] = tasks[1]._replace(num_steps=10 * (tasks[1].num_steps or 1), cancel_ns=cancel_ns)
+    return DynamicCase(name, tuple(sorted(tasks, key=lambda task: task.arrival_ns)), max_tasks)
+
+
+class Log(QuietObserver):
+    """Decisions, events that tell of work, and how each task ended."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.told: list[str] = []  # what had happened before each line
+        self.ended: dict[str, TaskOutcome] = {}
+        self.drifts = 0
+        self._news: list[str] = []
+
+    def write(
+        self,
+        time_ns: int,
+        events: Sequence[Event],
+        actions: Sequence[Any] = (),
+        plans: Sequence[Plan] = (),
+        refusals: Sequence[Any] = (),
+    ) -> None:
+        for event in events:
+            self.drifts += event.kind is EventKind.DRIFT
+            if event.kind not in (EventKind.PROGRESS, EventKind.PLAN_APPLIED, EventKind.WAKE):
+                self._news.append(f"{event.kind.name} {event.task_id}".strip())
+        for decision in (*actions, *plans):
+            if text := described(decision):
+                self.lines.append(text)
+                self.told.append(", ".join(self._news[-3:]))
+
+    def on_task_end(self, outcome: TaskOutcome) -> None:
+        self.ended[outcome.task_id] = outcome
+
+    @property
+    def order(self) -> list[str]:
+        return sorted(self.ended, key=lambda task_id: (self.ended[task_id].ended_ns, task_id))
+
+
+def described(decision: object) -> str:
+    """One line without times; plans by what they fuse."""
+    if isinstance(decision, Place):
+        return f"place {decision.task_id} on {decision.instance_id}"
+    if isinstance(decision, Reject):
+        return f"reject {decision.task_id}: {decision.refusal.reason}"
+    if isinstance(decision, Drain):
+        return f"drain {decision.task_id}"
+    if isinstance(decision, Plan):
+        htasks = " | ".join(
+            ",".join(f"{task_id}x{count}" for task_id, count in sorted(htask.quota.items()))
+            for htask in decision.htasks
+        )
+        return f"plan {decision.instance_id}: {htasks or 'nothing'}"
+    return ""
+
+
+def run_dynamic(case: DynamicCase, profile: Profile, device: torch.device) -> dict[str, Any]:
+    """Simulated, then run; completion times and decision logs of both."""
+    simulated = _simulate(case, profile)
+    measured = _train(case, profile, device)
+    difference = first_difference(simulated, measured)
+    return {
+        "name": case.name,
+        "max_tasks": case.max_tasks,
+        "tasks": [_ends(task, simulated, measured) for task in case.tasks],
+        "same_completion_order": simulated.order == measured.order,
+        "first_difference": difference,
+        "decisions": {"predicted": simulated.lines, "measured": measured.lines},
+        "drifts": {"predicted": simulated.drifts, "measured": measured.drifts},
+        "error": "",
+    }
+
+
+def _ends(task: TaskSpec, simulated: Log, measured: Log) -> dict[str, Any]:
+    row: dict[str, Any] = {"task_id": task.task_id, "arrival_s": task.arrival_ns / NS_PER_S}
+    for name, log in (("predicted", simulated), ("measured", measured)):
+        end = log.ended[task.task_id]
+        row |= {
+            f"{name}_s": (end.ended_ns - task.arrival_ns) / NS_PER_S,
+            f"{name}_waited_s": ((end.placed_ns or end.ended_ns) - task.arrival_ns) / NS_PER_S,
+            f"{name}_state": end.state.value,
+            f"{name}_steps": end.steps,
+        }
+    return row
+
+
+def first_difference(predicted: Log, measured: Log) -> Mapping[str, Any] | None:
+    """Where the logs part, and what had happened before in each; None: they are the same."""
+    pairs = zip(predicted.lines, measured.lines, strict=False)
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if equal is None:
+        if len(predicted.lines) == len(measured.lines):
+            return None
+        equal = min(len(predicted.lines), len(measured.lines))
+    found: dict[str, Any] = {"decision": equal}
+    for name, log in (("predicted", predicted), ("measured", measured)):
+        has = equal < len(log.lines)
+        found[name] = log.lines[equal] if has else "nothing more"
+        found[f"{name}_after"] = log.told[equal] if has else ", ".join(log._news[-3:])
+    found["why"] = _why(predicted, measured, found)
+    return found
+
+
+def _why(predicted: Log, measured: Log, found: Mapping[str, Any]) -> str:
+    if predicted.order != measured.order:
+        return f"tasks ended in another order: {predicted.order} and {measured.order}"
+    if predicted.drifts != measured.drifts:
+        return (
+            f"drift was told {measured.drifts} times in the measured run and {predicted.drifts} in"
+            " the predicted one, after which plans are reconsidered with corrected times"
+        )
+    if found["predicted_after"] != found["measured_after"]:
+        return "events came in another order"
+    return "the tasks stood at other steps when the plan was made"
+
+
+def _simulate(case: DynamicCase, profile: Profile) -> Log:
+    book = _book(profile)
+    executor = SimExecutor(make_builder(SimOptions()), book, SyntheticLibrary(0), SimOptions())
+    return _run(case, profile, book, executor)
+
+
+def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
+    shape = profile.model_shape
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    store = BackboneStore({shape.name: random_weights(shape, 0, device, dtype)}, device, dtype)
+    store.get(shape.name)  # loading is no part of the run
+    with tempfile.TemporaryDirectory() as folder:
+        options = TorchOptions(
+            Path(folder),
+            deterministic=bool(profile.program.get("deterministic", True)),
+            evaluate_tokens=0,
+            checkpoint_steps=0,
+            progress_interval_s=2.0,
+            step=profile.style,
+        )
+        executor = TorchExecutor(StepBuilder(), store, RandomTexts(shape.vocab), options)
+        try:
+            return _run(case, profile, _book(profile), executor)
+        finally:
+            executor.close()
+
+
+def _book(profile: Profile) -> CostBook:
+    shape = profile.model_shape
+    return CostBook(models={shape.name: shape}, profiles=[profile])
+
+
+def _run(case: DynamicCase, profile: Profile, book: CostBook, executor: Any) -> Log:
+    log = Log()
+    limit_bytes = int(0.9 * float(profile.device["memory_bytes"]))
+    shape = profile.model_shape
+    instance = InstanceSpec(INSTANCE, shape.name, profile.device_name, limit_bytes)
+    policy = FifoShared(max_tasks_per_instance=case.max_tasks)
+    planner = MuxTunePlanner(book)
+    Engine(policy, planner, executor, case.tasks, [instance], log, (log,)).run()
+    return log

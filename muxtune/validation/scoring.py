@@ -1,0 +1,180 @@
+"""From records to figures: errors, intervals, rankings, beside how far repeats spread. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+
+class Errors(NamedTuple):
+    """Relative errors of predictions, as shares. ``coverage``: how many of the measured values lie
+    inside the 90% interval. ``spread``: half of the middle 90% of the repeats over their median,
+    at a typical case. ``extrapolated``: share of the cases that the model flagged."""
+
+    count: int
+    mean: float
+    p95: float
+    worst: float
+    bias: float
+    coverage: float
+    spread: float
+    extrapolated: float
+
+
+def relative_error(row: Row, kind: str = "s") -> float:
+    return row[f"predicted_{kind}"] / row[f"measured_{kind}"] - 1.0
+
+
+def errors_of(rows: Sequence[Row], kind: str = "s") -> Errors | None:
+    """``kind``: which unit: s or bytes. None without rows."""
+    if not rows:
+        return None
+    errors = np.array([relative_error(row, kind) for row in rows])
+    inside = [
+        row[f"low_{kind}"] <= row[f"measured_{kind}"] <= row[f"high_{kind}"]
+        for row in rows
+        if f"low_{kind}" in row
+    ]
+    spreads = [spread_of(row["repeats_s"]) for row in rows if row.get("repeats_s")]
+    sizes = np.abs(errors)
+    return Errors(
+        len(rows),
+        float(sizes.mean()),
+        float(np.quantile(sizes, 0.95)),
+        float(sizes.max()),
+        float(errors.mean()),
+        float(np.mean(inside)) if inside else float("nan"),
+        float(np.median(spreads)) if spreads else 0.0,
+        float(np.mean([bool(row.get("extrapolated")) for row in rows])),
+    )
+
+
+def spread_of(repeats_s: Sequence[float]) -> float:
+    low, middle, high = np.quantile(repeats_s, (0.05, 0.5, 0.95))
+    return float((high - low) / 2 / middle)
+
+
+def usable(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if not row.get("error")]
+
+
+class Ranking(NamedTuple):
+    """Kendall's tau of predicted and measured seconds per token over a workload's plans.
+    ``excluded``: pairs that the repeats' spread does not tell apart."""
+
+    workload: int
+    plans: int
+    pairs: int
+    excluded: int
+    tau: float
+
+
+def rankings(rows: Sequence[Row]) -> list[Ranking]:
+    by_workload: dict[int, list[Row]] = {}
+    for row in usable(rows):
+        workload = row["case"]["labels"].get("workload")
+        if workload is not None:
+            by_workload.setdefault(int(workload), []).append(row)
+    return [_ranking(key, group) for key, group in sorted(by_workload.items())]
+
+
+def _ranking(workload: int, rows: Sequence[Row]) -> Ranking:
+    score = excluded = pairs = 0
+    for left, right in combinations(rows, 2):
+        measured = [row["measured_s"] / row["effective_tokens"] for row in (left, right)]
+        predicted = [row["predicted_s"] / row["effective_tokens"] for row in (left, right)]
+        noise = sum(
+            value * spread_of(row["repeats_s"])
+            for value, row in zip(measured, (left, right), strict=True)
+        )
+        if abs(measured[0] - measured[1]) <= noise:
+            excluded += 1
+            continue
+        pairs += 1
+        agree = (measured[0] - measured[1]) * (predicted[0] - predicted[1])
+        score += (agree > 0) - (agree < 0)
+    return Ranking(workload, len(rows), pairs, excluded, score / pairs if pairs else float("nan"))
+
+
+GOALS: Mapping[str, tuple[float, float]] = {
+    # mean, and the 95th percentile (of completion times: the worst decile)
+    "op": (0.05, 0.12),
+    "step": (0.03, 0.06),
+    "memory": (0.05, float("inf")),
+    "completion": (0.05, 0.08),
+}
+GOAL_TAU, GOAL_COVERAGE = 0.95, (0.85, 0.95)
+
+
+def summarise(
+    steps: Sequence[Row], single_ops: Sequence[Row], dynamic: Sequence[Row]
+) -> dict[str, Any]:
+    """Everything that a report says, as plain JSON."""
+    good = usable(steps)
+    op_rows = [op for row in usable(single_ops) for op in row["ops"]]
+    ends = [
+        task
+        for run in usable(dynamic)
+        for task in run["tasks"]
+        if task["predicted_state"] == task["measured_state"] == "done"
+    ]
+    memory = [row for row in good if row.get("measured_bytes")]
+    groups = {
+        "step": errors_of(good),
+        "memory": errors_of(memory, "bytes"),
+        "op": errors_of(op_rows),
+        "completion": errors_of(ends),
+    }
+    found = {name: _scored(name, errors) for name, errors in groups.items()}
+    if found["completion"]:
+        worst = np.quantile([abs(relative_error(row)) for row in ends], 0.9)
+        found["completion"]["worst_decile"] = float(worst)
+    return {
+        **found,
+        "step_by": {
+            name: _by(good, lambda row, name=name: row["case"]["labels"].get(name))
+            for name in ("grid", "mixed", "profiled_shape")
+        }
+        | {
+            "htasks": _by(good, lambda row: len(row["case"]["htasks"]) > 1),
+            "extrapolated": _by(good, lambda row: row["extrapolated"]),
+            "shape": _by(good, lambda row: row["case"]["shape"]["name"]),
+        },
+        "op_by_kind": _by(op_rows, lambda row: row["op"].partition(".")[0]),
+        "rankings": [item._asdict() for item in rankings(steps)],
+        "failed_steps": [
+            {"name": row["name"], "error": row["error"], "fit": row["predicted_bytes"]}
+            for row in steps
+            if row.get("error")
+        ],
+        "predicted_to_fit_but_failed": sum(bool(row.get("out_of_memory")) for row in steps),
+        "failed_ops": [row["name"] for row in single_ops if row.get("error")],
+        "dynamic": [_dynamic(run) for run in dynamic],
+    }
+
+
+def _scored(name: str, errors: Errors | None) -> dict[str, Any]:
+    if errors is None:
+        return {}
+    mean, p95 = GOALS[name]
+    return errors._asdict() | {"goal_mean": mean, "met": errors.mean <= mean and errors.p95 <= p95}
+
+
+def _by(rows: Sequence[Row], key: Any) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(key(row)), []).append(row)
+    found = {name: errors_of(group) for name, group in sorted(groups.items())}
+    return {name: errors._asdict() for name, errors in found.items() if errors is not None}
+
+
+def _dynamic(run: Row) -> dict[str, Any]:
+    if run.get("error"):
+        return {"name": run["name"], "error": run["error"]}
+    keys = ("name", "same_completion_order", "first_difference", "drifts")
+    return {key: run[key] for key in keys}

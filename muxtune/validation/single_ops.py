@@ -1,0 +1,158 @@
+"""Single operations at sizes between those of the profile, measured beside the cost model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from muxtune.cost import ops
+from muxtune.cost.captured import padded_rank
+from muxtune.cost.profiled import ProfiledCostModel
+from muxtune.cost.schema import CAPTURED, Profile
+from muxtune.profiling import cases
+from muxtune.profiling.bench import Bench, Case, Sweeper
+from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.validation.records import Records
+from muxtune.validation.steps import Models, Report
+from muxtune.validation.suite import seed_of
+
+NUM_DRAWS = 12
+_SWEEPS = 3
+
+
+def run_ops(
+    profile: Profile,
+    device: torch.device,
+    records: Records,
+    *,
+    end_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+    report: Report = lambda _share, _text: None,
+) -> int:
+    """Draws sizes by the profile's hash and measures them until ``end_s``; how many are left."""
+    model = Models(profile)(profile.model_shape)
+    random = np.random.default_rng(seed_of(profile.content_hash) + 1)
+    captured = profile.style == CAPTURED
+    draws = list((_captured_draws if captured else _eager_draws)(profile, random))
+    todo = [(name, draw) for name, draw in draws if not records.has(name)]
+    bench: Any = None
+    for number, (name, draw) in enumerate(todo):
+        if time.perf_counter() >= end_s:
+            return len(todo) - number
+        report(1.0 - (len(todo) - number) / len(draws), name)
+        if bench is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            exact = bool(profile.program.get("deterministic", True))
+            bench = (
+                CapturedOps(profile.model_shape, device, dtype, deterministic=exact, clock=clock)
+                if captured
+                else Bench(device, dtype, clock)
+            )
+        try:
+            rows = [_scored(model, *point) for point in draw(bench)]
+            records.add({"name": name, "ops": rows, "error": ""})
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            records.add({"name": name, "ops": [], "error": text})
+    return 0
+
+
+_Measured = tuple[str, tuple[float, ...], list[float]]
+
+
+def _scored(
+    model: ProfiledCostModel, name: str, size: tuple[float, ...], seconds: list[float]
+) -> dict[str, Any]:
+    if name.startswith("attention"):
+        value, width, outside = _attention_time(model, name, size)
+    else:
+        op = ops.Op(name, ops.BACKBONE, False, 1, size, 0.0, 0.0, 0.0, 1)
+        value, width, outside = model.op_time(op)
+    return {
+        "op": name,
+        "size": list(size),
+        "predicted_s": value,
+        "low_s": max(0.0, value - width),
+        "high_s": value + width,
+        "extrapolated": outside,
+        "measured_s": float(np.median(seconds)),
+        "repeats_s": seconds,
+    }
+
+
+def _attention_time(
+    model: ProfiledCostModel, name: str, size: tuple[float, ...]
+) -> tuple[float, float, bool]:
+    rate = model.attention_rates(1)[name.startswith("attention_backward")]
+    rows, pairs = size if len(size) == 2 else (size[0], size[0] * (size[0] + 1) / 2)
+    value = rate.per_call_s + rows * rate.per_row_s + pairs * rate.per_unit_s
+    return value, value * rate.relative_error, rows > rate.max_size
+
+
+def _captured_draws(
+    profile: Profile, random: np.random.Generator
+) -> Iterator[tuple[str, Callable[[CapturedOps], list[_Measured]]]]:
+    sites = next(op for name, op in profile.ops.items() if name.startswith("site_forward"))
+    largest = max(point["rows"] for point in sites["points"])
+    most_slots = int(max(point["slots"] for point in sites["points"]))
+    for _ in range(NUM_DRAWS):
+        rows = int(np.exp(random.uniform(np.log(largest / 32), np.log(largest))))
+        length = int(min(rows, random.integers(16, 512)))
+        slots = int(random.integers(1, most_slots + 1))
+        rank = int(random.choice((16, 32, 64)))
+        yield f"{rows} rows", lambda b, r=rows: _points(b, lambda: b.rows(r))
+        yield (
+            f"{slots} adapters of rank {rank}, {rows} rows",
+            lambda b, s=slots, k=rank, r=rows: _points(b, lambda: b.sites(s, k, r)),
+        )
+        yield (
+            f"attention of {rows} rows, {length} tokens each",
+            lambda b, r=rows, n=length: _points(b, lambda: b.attention(r, n)),
+        )
+    yield f"optimizer {padded_rank([24])}", lambda b: _points(b, lambda: b.optimizer(4, 24))
+
+
+def _points(bench: CapturedOps, work: Callable[[], None]) -> list[_Measured]:
+    first = len(bench.points)
+    work()
+    return [(p.name, tuple(p.sizes.values()), p.seconds) for p in bench.points[first:]]
+
+
+def _eager_draws(
+    profile: Profile, random: np.random.Generator
+) -> Iterator[tuple[str, Callable[[Bench], list[_Measured]]]]:
+    shape = profile.model_shape
+    linears = list({(x.in_features, x.out_features): x for x in shape.block_linears}.values())
+    points = next(op for name, op in profile.ops.items() if name.startswith("linear_"))["points"]
+    least, most = (f(point["rows"] for point in points) for f in (min, max))
+    exact = bool(profile.program.get("deterministic", True))
+    sums = torch.float64 if exact else torch.float32
+    for _ in range(NUM_DRAWS):
+        rows = int(np.exp(random.uniform(np.log(least), np.log(most))))
+        rank, linear = int(random.integers(4, 65)), linears[int(random.integers(len(linears)))]
+        length = int(random.integers(16, min(512, most) + 1))
+        drawn = [
+            (f"linear {linear.name} {rows}", cases.linear_case(linear, rows)),
+            (f"lora {linear.name} {rank} {rows}", cases.lora_case(linear, rank, rows, sums)),
+            (f"norm {rows}", cases.norm_case(shape, rows)),
+            (f"activation {rows}", cases.activation_case(shape, rows)),
+            (f"attention {length}", cases.attention_case(shape, length)),
+        ]
+        for name, case in drawn:
+            yield name, lambda bench, case=case: _swept(bench, case)
+
+
+def _swept(bench: Bench, case: Case) -> list[_Measured]:
+    sweeper = Sweeper(bench)
+    sweeper.add([case])
+    for _ in range(_SWEEPS):
+        sweeper.sweep()
+    size = tuple(float(value) for value in case.sizes.values())
+    return [
+        (name, size, [op["points"][0][key] for key in ("p05_s", "median_s", "p95_s")])
+        for name, op in sweeper.ops().items()
+    ]

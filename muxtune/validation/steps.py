@@ -1,0 +1,153 @@
+"""Step configurations on the real runners beside the cost model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from muxtune.cost.book import profiled_model
+from muxtune.cost.profiled import ProfiledCostModel
+from muxtune.cost.schema import CAPTURED, Profile
+from muxtune.cost.shapes import ModelShape
+from muxtune.planning.step_builder import StepBuilder, pass_load
+from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
+from muxtune.profiling.steps import StepBench, whole_rounds
+from muxtune.types import ReplicaShape
+from muxtune.validation.records import Records
+from muxtune.workload.synthetic import SyntheticLibrary
+
+Report = Callable[[float, str], None]
+_SOLO = ReplicaShape()
+
+
+class Models:
+    """The profile's cost model of each base model."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._known: dict[ModelShape, ProfiledCostModel] = {}
+
+    def __call__(self, shape: ModelShape) -> ProfiledCostModel:
+        if shape not in self._known:
+            self._known[shape] = profiled_model(shape, self.profile)
+        return self._known[shape]
+
+
+def predict(case: StepCase, model: ProfiledCostModel) -> dict[str, Any]:
+    """Seconds and bytes of the passes that ``StepBench`` runs for the case, without a device."""
+    plan, library = case.plan(), SyntheticLibrary(0)
+    for spec in case.specs().values():
+        library.add(spec)
+    num_rounds, batches = whole_rounds(plan, library, StepBuilder())
+    loads = [pass_load(batch, library) for batch in batches]
+    times = model.pass_times_s(loads, _SOLO)
+    parts: dict[str, float] = {}
+    for load in loads:
+        for category, seconds in model.breakdown_s(load).items():
+            parts[category] = parts.get(category, 0.0) + seconds
+    return {
+        "predicted_s": float(times.value.sum()),
+        "low_s": float(times.low.sum()),
+        "high_s": float(times.high.sum()),
+        "extrapolated": bool(times.extrapolated.any()),
+        "breakdown_s": parts,
+        "passes": len(loads),
+        "rounds": num_rounds,
+        "rows": sum(load.shape.padded_tokens for load in loads),
+        **predict_memory(case, model),
+    }
+
+
+def predict_memory(case: StepCase, model: ProfiledCostModel) -> dict[str, float]:
+    """Without what the framework itself takes, which no allocator counts."""
+    ledgers = model.memory_ledger_bytes(case.plan())
+    framework = model.memory.options.framework_bytes
+    peak = ledgers.peak
+    return {
+        "predicted_bytes": peak.value - framework,
+        "low_bytes": peak.low - framework,
+        "high_bytes": peak.high - framework,
+    }
+
+
+def fits(limit_bytes: float, models: Models) -> Callable[[StepCase], bool]:
+    return lambda case: predict_memory(case, models(case.shape))["predicted_bytes"] <= limit_bytes
+
+
+def run_steps(
+    cases: Sequence[StepCase],
+    profile: Profile,
+    device: torch.device,
+    records: Records,
+    *,
+    end_s: float,
+    case_s: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+    report: Report = lambda _share, _text: None,
+) -> int:
+    """Runs what is not in ``records`` yet until ``end_s`` (``time.perf_counter``); how many are
+    left. Cases that fail are recorded with their error."""
+    models, bench = Models(profile), None
+    todo = [case for case in cases if not records.has(case.name)]
+    for number, case in enumerate(todo):
+        if time.perf_counter() >= end_s:
+            return len(todo) - number
+        done = 1.0 - (len(todo) - number) / len(cases)
+        report(done, f"{case.name} ({case.shape.name}, {len(case.tasks)} tasks)")
+        if bench is None or bench.shape != case.shape:
+            if bench is not None:
+                bench.close()
+            bench = bench_of(profile, case.shape, device, clock)
+        records.add(_row(case, models(case.shape), bench, case_s))
+    return 0
+
+
+def bench_of(
+    profile: Profile, shape: ModelShape, device: torch.device, clock: Callable[[], float]
+) -> StepBench:
+    """The program that was profiled, as it was asked to run."""
+    return StepBench(
+        shape,
+        device,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        step=profile.style,
+        deterministic=bool(profile.program.get("deterministic", True)),
+        clock=clock,
+    )
+
+
+def _row(
+    case: StepCase, model: ProfiledCostModel, bench: StepBench, case_s: float
+) -> dict[str, Any]:
+    row = {"name": case.name, "case": case_to_json(case), **predict(case, model)}
+    try:
+        found = bench.run(case, case_s)
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        return row | {"error": f"{type(error).__name__}: {text}", "out_of_memory": is_memory}
+    asked = bench.options.step == CAPTURED
+    return row | {
+        "measured_s": float(np.median(found.repeats_s)),
+        "repeats_s": list(found.repeats_s),
+        "measured_bytes": found.peak_bytes,
+        "effective_tokens": found.effective_tokens,
+        "capture_s": {str(rows): seconds for rows, seconds in found.capture_s.items()},
+        "setup_s": found.setup_s,
+        # Another program than the profiled one cannot be scored.
+        "error": "ran eagerly: " + "; ".join(found.notices) if asked and not found.captured else "",
+    }
+
+
+def again(rows: Sequence[Mapping[str, Any]], profile: Profile) -> list[dict[str, Any]]:
+    """The same measurements beside what another profile predicts."""
+    models = Models(profile)
+    found = []
+    for row in rows:
+        case = case_from_json(row["case"])
+        found.append({**row, **predict(case, models(case.shape))})
+    return found

@@ -1,0 +1,153 @@
+"""The suite of a validation: step configurations drawn by the hash of the profile.
+
+The seed is the content hash of the frozen profile, so what is asked is unknown until the profile
+is fixed, and everybody who has the profile can draw the same suite. Half of the cases lie off the
+profile's grid (row counts and ranks that were not measured); some are of base models that were not
+profiled. What is predicted not to fit is drawn again: the planner would refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from muxtune.cost.shapes import ModelShape
+from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask
+
+PLANS_PER_WORKLOAD = 12
+NUM_WORKLOADS = 3
+_MAX_DRAWS = 200
+_HISTOGRAMS = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge", "code_alpaca_2k")
+_GRID_RANKS, _OTHER_RANKS = (16, 64), (8, 12, 24, 32, 40, 48)
+_TASKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+Fits = Callable[[StepCase], bool]
+
+
+class SuiteOptions(NamedTuple):
+    """``shapes``: the profiled one first. ``grid_rows``: row counts that were measured, the
+    largest is the limit. ``methods``: those besides LoRA that the program knows."""
+
+    num_cases: int
+    shapes: tuple[ModelShape, ...]
+    grid_rows: tuple[int, ...]
+    max_tasks: int = 32
+    methods: tuple[str, ...] = ("ia3", "bottleneck", "prefix")
+
+
+def seed_of(content_hash: str) -> int:
+    return int(content_hash[:15], 16)
+
+
+def draw_suite(content_hash: str, options: SuiteOptions, fits: Fits) -> list[StepCase]:
+    """Single cases, and ``NUM_WORKLOADS`` workloads of ``PLANS_PER_WORKLOAD`` plans each (fewer
+    of both in a small suite). Cases of one shape come one after the other."""
+    random = np.random.default_rng(seed_of(content_hash))
+    num_plans = min(NUM_WORKLOADS, options.num_cases // (2 * PLANS_PER_WORKLOAD))
+    cases: list[StepCase] = []
+    for workload in range(num_plans):
+        cases += _plans(random, options, fits, workload)
+    number = 0
+    while len(cases) < options.num_cases:
+        cases.append(_fitting(fits, lambda n=number: _single(random, options, n)))
+        number += 1
+    order = {shape.name: place for place, shape in enumerate(options.shapes)}
+    return sorted(cases, key=lambda case: order[case.shape.name])
+
+
+def _fitting(fits: Fits, draw: Callable[[], StepCase]) -> StepCase:
+    for _ in range(_MAX_DRAWS):
+        case = draw()
+        if fits(case):
+            return case
+    raise ValueError(f"{_MAX_DRAWS} draws did not fit the device's memory")
+
+
+def _pick(random: np.random.Generator, values: Sequence[Any]) -> Any:
+    return values[int(random.integers(len(values)))]
+
+
+def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> StepCase:
+    """Every other one off the grid; every third of another base model than the profiled."""
+    off_grid = number % 2 == 1
+    others = options.shapes[1:]
+    shape = _pick(random, others) if others and number % 3 == 2 else options.shapes[0]
+    max_rows = options.grid_rows[-1]
+    rows = _pick(random, options.grid_rows[1:] or options.grid_rows)
+    if off_grid:
+        rows = int(np.exp(random.uniform(np.log(max(options.grid_rows[0], 128)), np.log(max_rows))))
+    chunk = _pick(random, (32, 64, 128))
+    most = max(1, min(options.max_tasks, rows // chunk))
+    count = _pick(random, [n for n in _TASKS if n <= most])
+    mixed = number % 4 == 3
+    groups = min(count, _pick(random, (1, 1, 1, 2, 3, 4)))
+    share = rows // (chunk * -(-count // groups)) * chunk
+    tasks = tuple(
+        _task(random, max(chunk, min(1024, share)), options.methods if mixed else (), off_grid)
+        for _ in range(count)
+    )
+    labels = {"grid": not off_grid, "mixed": mixed, "profiled_shape": shape == options.shapes[0]}
+    return StepCase(
+        f"case {number:03d}", shape, tasks, _split(count, groups), chunk, rows, "chunk", labels
+    )
+
+
+def _task(
+    random: np.random.Generator, longest: int, methods: Sequence[str], off_grid: bool
+) -> StepTask:
+    method = _pick(random, ("lora", *methods)) if methods else "lora"
+    rank = int(_pick(random, _OTHER_RANKS if off_grid else _GRID_RANKS))
+    targets = TARGETS[method]
+    if method == "lora":
+        targets = _pick(random, (targets, targets, ("q_proj", "v_proj"), ("q_proj", "o_proj")))
+    return StepTask(
+        method,
+        rank,
+        str(_pick(random, _HISTOGRAMS)),
+        int(longest if random.random() < 0.5 else max(32, longest // 2)),
+        int(_pick(random, (1, 2, 4, 8))),
+        0.0,
+        targets,
+    )
+
+
+def _split(count: int, groups: int) -> tuple[tuple[int, ...], ...]:
+    ends = [count * group // groups for group in range(groups + 1)]
+    return tuple(tuple(range(low, high)) for low, high in pairwise(ends) if high > low)
+
+
+def _plans(
+    random: np.random.Generator, options: SuiteOptions, fits: Fits, workload: int
+) -> list[StepCase]:
+    """The same tasks, run by plans that differ in grouping, chunk length and micro-batch."""
+    count = min(options.max_tasks, (4, 6, 8)[workload % 3])
+    rows = options.grid_rows[-1]
+    longest = max(32, min(256, rows // count))
+    tasks = tuple(_task(random, longest, (), False) for _ in range(count))
+    found: list[StepCase] = []
+    variants = [
+        (groups, chunk, part)
+        for part in (1, 2, 4, 8)
+        for groups in (1, 2, count)
+        for chunk in (32, 64, 128)
+    ]
+    for place in random.permutation(len(variants)):
+        groups, chunk, part = variants[int(place)]
+        labels = {"workload": workload, "profiled_shape": True, "grid": False, "mixed": False}
+        case = StepCase(
+            f"workload {workload} plan {len(found):02d}", options.shapes[0], tasks,
+            _split(count, groups), chunk, rows // part, "chunk", labels,
+        )  # fmt: skip
+        if fits(case) and all(_key(case) != _key(other) for other in found):
+            found.append(case)
+        if len(found) == PLANS_PER_WORKLOAD:
+            break
+    return found
+
+
+def _key(case: StepCase) -> object:
+    """Plans that come out the same are one."""
+    plan = case.plan()
+    return tuple((htask.shapes, tuple(htask.quota.items())) for htask in plan.htasks)

@@ -1,0 +1,80 @@
+"""How operations add up to steps: planted factors are found, and honestly bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from muxtune.cost.calibration import (
+    Composition,
+    MemoryFit,
+    WholeStep,
+    fit_composition,
+    fit_memory,
+    step_features,
+)
+from muxtune.cost.schema import Profile, profile_warnings
+from muxtune.types import AdapterSlot, PassLoad, ShapeKey
+
+SLOT = AdapterSlot("lora", 8, ("q_proj",))
+
+
+def load(chunks: int, slots: int = 1) -> PassLoad:
+    return PassLoad(ShapeKey(64, chunks, (SLOT,) * slots), 100.0 * chunks, 64.0 * chunks, (0,))
+
+
+def breakdown_s(each: PassLoad) -> Mapping[str, float]:
+    rows = each.shape.padded_tokens
+    return {"backbone": 1e-5 * rows, "adapters": 2e-6 * rows * len(each.shape.slots)}
+
+
+def steps(work: float, adapters: float, pass_s: float, noise: float = 0.0) -> list[WholeStep]:
+    random, found = np.random.default_rng(3), []
+    for chunks, slots, passes in ((4, 1, 3), (16, 4, 4), (64, 8, 2), (8, 8, 6), (32, 2, 3)):
+        loads = (load(chunks, slots),) * passes
+        features = step_features(loads, breakdown_s)
+        seconds = float(np.dot(features, (work, adapters, pass_s)))
+        repeats = tuple(seconds * (1 + noise * random.standard_normal(3)))
+        found.append(WholeStep(f"{chunks}", loads, repeats, 0))
+    return found
+
+
+def test_planted_factors_come_out():
+    fit = fit_composition(steps(1.2, 0.5, 1e-3), breakdown_s)
+    for step in steps(1.2, 0.5, 1e-3):
+        predicted = fit.seconds(step_features(step.loads, breakdown_s))
+        assert predicted == pytest.approx(step.median_s, rel=0.02)
+    assert fit.work == pytest.approx(1.2, rel=0.03) and fit.adapters == pytest.approx(0.5, abs=0.1)
+    assert fit.num_steps == 5
+
+
+def test_noise_widens_the_interval_and_few_steps_do_not_overrule_the_operations():
+    exact, noisy = (fit_composition(steps(1.0, 1.0, 0.0, n), breakdown_s) for n in (0.0, 0.1))
+    assert exact.relative_error < 0.05 < noisy.relative_error
+    one = fit_composition(steps(1.0, 1.0, 0.0)[:1], breakdown_s)
+    assert one.adapters == pytest.approx(1.0, abs=0.01) and one.relative_error > 0.1
+    assert fit_composition([], breakdown_s) == Composition()
+
+
+def test_memory_of_passes_is_scaled_and_few_steps_change_nothing():
+    found = [step._replace(peak_bytes=int(1000 + 1.5 * 64 * 64 * 9)) for step in steps(1, 1, 0)]
+    sizes = {step.name: 1000.0 * (index + 1) for index, step in enumerate(found)}
+    found = [step._replace(peak_bytes=int(500 + 1.5 * sizes[step.name] + 70)) for step in found]
+    fit = fit_memory(found, lambda _: 500, lambda step: int(sizes[step.name]))
+    assert fit.pass_factor == pytest.approx(1.5, rel=0.01)
+    assert fit.fixed_bytes == pytest.approx(70, abs=5)
+    assert fit_memory(found[:2], lambda _: 0, lambda _: 1) == MemoryFit()
+
+
+def test_a_step_survives_its_json():
+    step = steps(1.0, 1.0, 0.0)[1]
+    assert WholeStep.of_json(step.to_json()) == step
+
+
+def test_a_device_that_others_used_is_named():
+    profile = Profile({}, {}, {}, "", {}, "", quality={"spread": 0.4})
+    (line,) = profile_warnings(profile)
+    assert "40%" in line and "muxtune profile" in line
+    assert profile_warnings(profile._replace(quality={"spread": 0.1})) == []

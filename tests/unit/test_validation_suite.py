@@ -1,0 +1,108 @@
+"""The suite that a profile's hash draws, and how records become figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxtune.cost.shapes import ModelShape
+from muxtune.profiling.step_cases import case_from_json, case_to_json
+from muxtune.validation.records import Records
+from muxtune.validation.scoring import rankings, relative_error, summarise
+from muxtune.validation.suite import PLANS_PER_WORKLOAD, SuiteOptions, draw_suite
+
+SHAPE = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256)
+OPTIONS = SuiteOptions(120, (SHAPE, SHAPE._replace(name="other")), (128, 512, 2048))
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return draw_suite(HASH, OPTIONS, lambda case: True)
+
+
+def test_the_hash_alone_decides(suite):
+    assert draw_suite(HASH, OPTIONS, lambda case: True) == suite
+    assert draw_suite("f" + HASH[1:], OPTIONS, lambda case: True) != suite
+
+
+def test_the_suite_is_as_wide_as_it_claims(suite):
+    assert len(suite) == 120 and len({case.name for case in suite}) == 120
+    single = [case for case in suite if "workload" not in case.labels]
+    off = [case for case in single if not case.labels["grid"]]
+    assert len(off) >= len(single) // 2
+    assert {case.shape.name for case in suite} == {"tiny", "other"}
+    assert max(len(case.tasks) for case in suite) >= 24
+    assert min(len(case.tasks) for case in suite) == 1
+    assert {len(case.htasks) > 1 for case in single} == {True, False}
+    assert {t.method for case in suite for t in case.tasks} > {"lora", "ia3"}
+    assert all(8 <= t.rank <= 64 for case in suite for t in case.tasks)
+    for case in suite:
+        for htask in case.plan().htasks:
+            longest = max(case.tasks[int(name[1:])].max_length_tokens for name in htask.quota)
+            assert min(htask.quota.values()) * case.chunk_tokens >= longest
+            assert htask.shapes[0].padded_tokens <= 2048 + case.chunk_tokens * len(htask.quota)
+
+
+def test_a_workload_has_different_plans_of_the_same_tasks(suite):
+    plans = [case for case in suite if case.labels.get("workload") == 0]
+    assert len(plans) == PLANS_PER_WORKLOAD
+    assert len({case.tasks for case in plans}) == 1
+    assert len({(case.htasks, case.chunk_tokens, case.micro_batch_tokens) for case in plans}) == 12
+
+
+def test_what_does_not_fit_is_drawn_again():
+    small = draw_suite(HASH, OPTIONS, lambda case: len(case.tasks) <= 8)
+    assert max(len(case.tasks) for case in small) <= 8
+    with pytest.raises(ValueError, match="memory"):
+        draw_suite(HASH, OPTIONS, lambda case: False)
+
+
+def test_a_case_survives_its_json(suite):
+    for case in suite[::17]:
+        assert case_from_json(json.loads(json.dumps(case_to_json(case)))) == case
+
+
+def row(name: str, predicted: float, measured: float, workload: int | None = None) -> Any:
+    labels = {"grid": True, "mixed": False, "profiled_shape": True}
+    labels |= {} if workload is None else {"workload": workload}
+    return {
+        "name": name, "error": "", "predicted_s": predicted, "measured_s": measured,
+        "low_s": 0.9 * predicted, "high_s": 1.1 * predicted, "effective_tokens": 100,
+        "repeats_s": [0.999 * measured, measured, 1.001 * measured], "extrapolated": False,
+        "case": {"labels": labels, "htasks": [[0]], "shape": {"name": "tiny"}},
+    }  # fmt: skip
+
+
+def test_errors_coverage_and_failures_are_told():
+    rows = [row("a", 1.05, 1.0), row("b", 0.8, 1.0)]
+    failed = row("c", 1.0, 1.0) | {
+        "error": "out of memory", "out_of_memory": True, "predicted_bytes": 1,
+    }  # fmt: skip
+    found = summarise([*rows, failed], [], [])
+    assert found["step"]["mean"] == pytest.approx(0.125)
+    assert found["step"]["coverage"] == 0.5 and found["step"]["count"] == 2
+    assert found["step"]["bias"] == pytest.approx(-0.075) and not found["step"]["met"]
+    assert found["predicted_to_fit_but_failed"] == 1
+    assert found["failed_steps"][0]["name"] == "c"
+    assert relative_error(rows[0]) == pytest.approx(0.05)
+
+
+def test_ranking_leaves_out_what_the_repeats_do_not_tell_apart():
+    rows = [row("a", 1.0, 1.0, 0), row("b", 2.0, 2.0, 0), row("c", 3.0, 2.0005, 0)]
+    (found,) = rankings(rows)
+    assert (found.pairs, found.excluded, found.tau) == (2, 1, 1.0)
+    (wrong,) = rankings([row("a", 2.0, 1.0, 0), row("b", 1.0, 2.0, 0)])
+    assert wrong.tau == -1.0
+
+
+def test_a_run_that_was_cut_off_keeps_its_whole_lines(tmp_path: Path):
+    records = Records(tmp_path / "steps.jsonl")
+    records.add({"name": "a", "x": 1})
+    with records.path.open("a") as file:
+        file.write('{"name": "b", "x"')
+    again = Records(records.path)
+    assert again.has("a") and not again.has("b")
