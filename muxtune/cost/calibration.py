@@ -22,6 +22,7 @@ from muxtune.cost import ops
 from muxtune.types import PassLoad
 
 PRIOR = (1.0, 1.0, 0.0)
+LEAST = (0.3, 0.2, 0.0)  # a fit to noise may not make operations vanish
 # One calibration step that is off by this share weighs as much as a factor that is off by one.
 STIFFNESS = 0.03
 MIN_RELATIVE_ERROR = 0.01
@@ -102,13 +103,13 @@ def fit_composition(steps: Sequence[WholeStep], breakdown_s: Breakdown) -> Compo
 
 
 def _fit(features: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
-    """Relative least squares, not negative, drawn towards ``PRIOR``. A pass's constant is
+    """Relative least squares from ``LEAST`` on, drawn towards ``PRIOR``. A pass's constant is
     measured in twentieths of the mean pass."""
     unit = np.array([1.0, 1.0, 0.05 * times.sum() / features[:, 2].sum()])
     rows = features * unit / times[:, None]
-    prior = np.array(PRIOR) / unit
+    prior, floor = np.array(PRIOR) / unit, np.array(LEAST) / unit
     stacked = np.concatenate([rows, STIFFNESS * np.eye(3)])
-    wanted = np.concatenate([np.ones(len(times)), STIFFNESS * prior])
+    wanted = np.concatenate([np.ones(len(times)), STIFFNESS * prior]) - stacked @ floor
     best, least = np.array(PRIOR), np.inf
     for count in (1, 2, 3):
         for active in combinations(range(3), count):
@@ -116,7 +117,7 @@ def _fit(features: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
             solved[list(active)] = np.linalg.lstsq(stacked[:, active], wanted, rcond=None)[0]
             error = float(np.sum((stacked @ solved - wanted) ** 2))
             if (solved >= 0).all() and error < least:
-                best, least = solved * unit, error
+                best, least = (floor + solved) * unit, error
     return float(best[0]), float(best[1]), float(best[2])
 
 

@@ -300,7 +300,8 @@ class CapturedOps:
         self._add(
             f"full_loss.{self.shape.hidden}x{self.shape.vocab}", {"rows": num_rows},
             lambda _: multi_task_cross_entropy_grad(
-                normed_TD, self.model.lm_head_VD, labels_T, slot_T, scale_S, 1, _LOSS_CHUNK_ROWS
+                normed_TD, self.model.lm_head_VD, labels_T, slot_T, scale_S, 1,
+                min(_LOSS_CHUNK_ROWS, num_rows), whole_chunks=True,
             ),
             blocks=1,
         )  # fmt: skip
