@@ -785,6 +785,8 @@ def where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
 
     chosen = getattr(config, "torch", None) or getattr(config, "backend", None) or {}
     device, dtype = str(chosen.get("device", AUTO)), str(chosen.get("dtype", AUTO))
+    # Asked of the driver's library, because ranks that are forked could not use CUDA otherwise.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     has_cuda = torch.cuda.is_available()
     if device == AUTO:
         wants_gpu = figures_of(config.cluster).kind == "gpu"

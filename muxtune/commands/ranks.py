@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -70,10 +70,32 @@ def check(config: CommonConfig, world_size: int) -> None:
             "Make them equal, with instances_per_gpu=1",
         )
     Layout(build.replicas_of(cluster)).check(build.shape_of(config.model), world_size)
-    if num_ranks(config) > 1 and build.where_to_compute(config)[0].type == "cuda":
-        problem = "is cuda, but several ranks train on CPUs only so far"
-        remedy = "Give backend.device=cpu, or one GPU: cluster.tp=1 cluster.pp=1"
-        raise ConfigError("backend.device", problem, remedy)
+    if num_ranks(config) > 1:
+        _check_step(config)
+        if build.where_to_compute(config)[0].type == "cuda":
+            _check_gpus(config)
+
+
+def _check_step(config: CommonConfig) -> None:
+    if getattr(config, "backend", {}).get("step") == "captured":
+        problem = "is captured, but several ranks run their operations eagerly so far"
+        raise ConfigError("backend.step", problem, "Give auto or eager, or one GPU")
+
+
+def _check_gpus(config: CommonConfig) -> None:
+    """A GPU for each rank on this host. Does not touch them: ranks are forked later."""
+    import torch
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks(config)))
+    if torch.cuda.device_count() < here:
+        problem = f"{here} ranks of this host need a GPU each, but torch sees "
+        remedy = "Give fewer ranks, other hosts (torchrun), or backend.device=cpu"
+        raise ConfigError("cluster.num_gpus", f"{problem}{torch.cuda.device_count()}", remedy)
+
+
+def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the backend: what ranks do where ``step`` leaves them the choice."""
+    return {**options, "step": "eager"}
 
 
 def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
@@ -96,6 +118,8 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     watch = Watch(info, limit_s)
     place = layout.places[info.rank]
     store = build.backbone_store(config)
+    if store.device.type == "cuda":
+        store.device = own_gpu(info)
     store.make = lambda name, model, tokenizer, device, dtype: StageBackbone(
         name, model, tokenizer, layout, place, device, dtype
     )
@@ -104,6 +128,15 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     patience = Patience(limit_s, watch.is_controller_idle)
     deterministic = bool(config.backend.get("deterministic", True))
     return Worker(backbone, team, patience, deterministic), watch, store
+
+
+def own_gpu(info: Any) -> Any:
+    """This rank's, which is also torch's current one from here on."""
+    import torch
+
+    device = torch.device("cuda", info.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _share_cores(num_ranks: int) -> None:

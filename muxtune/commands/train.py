@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,11 @@ def run(
     ended_before = tasks_that_ended(chapters)
     with ExitStack() as stack:
         store, make_instance = loaded or build.backbone_store(config), None
+        backend: Mapping[str, Any] = config.backend
         if info is not None and info.world_size > 1:
             crew = ranks.crew_of(config, info)
             store, make_instance = crew.store, crew.make_instance
+            backend = ranks.eager_options(backend)
             stack.push(lambda kind, error, trace: crew.close() if kind is None else None)
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))
@@ -134,7 +136,7 @@ def run(
         rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
         listener = TorchListener(display, trace)
         executor = build.torch_executor(
-            config.backend, folder.path, store, build.text_library(config, store), (listener,),
+            backend, folder.path, store, build.text_library(config, store), (listener,),
             make_instance=make_instance,
         )  # fmt: skip
         stack.callback(executor.close)

@@ -25,6 +25,7 @@ from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import OrderRunner
 from muxtune.runtime.distributed.schedule import sequential_schedule
+from muxtune.types import ReplicaShape
 from tests.runtime.distributed_helpers import run_world
 
 CONFIGS = {
@@ -32,6 +33,7 @@ CONFIGS = {
     "interleaved": Config(PIPELINE, 1, 1, "interleaved"),
     "accumulating": Config(PIPELINE, 1, 2, "1f1b"),
     "tensor": Config(TENSOR, 1, 1, "sequential"),
+    "both": Config(ReplicaShape(2, 2), 1, 1, "interleaved"),
 }
 
 
@@ -66,7 +68,8 @@ def train(rank: int, config: Config, path: Path) -> None:
 
 def seen(path: Path, config: Config) -> list[Seen]:
     """Losses from the last stage, norms from the first; parts of a step together."""
-    first, last = (torch.load(path.with_name(f"{path.name}-{rank}.pt")) for rank in (0, 1))
+    last_rank = Layout((config.replica,)).rank_of(0, config.replica.pp - 1, 0)
+    first, last = (torch.load(path.with_name(f"{path.name}-{rank}.pt")) for rank in (0, last_rank))
     shape = (NUM_TASKS, config.parts)
     return [
         Seen(a[:, 0].view(shape).sum(1), b[:, 1].view(shape)[:, -1])
@@ -77,12 +80,17 @@ def seen(path: Path, config: Config) -> list[Seen]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("static")
-    for name, config in CONFIGS.items():
-        run_world(2, train, config, path / name)
+    run_world(2, train_each, [name for name in CONFIGS if name != "both"], path)
+    run_world(4, train_each, ["both"], path)
     return path
 
 
-@pytest.mark.parametrize("name", ["interleaved", "accumulating", "tensor"])
+def train_each(rank: int, names: list[str], folder: Path) -> None:
+    for name in names:
+        train(rank, CONFIGS[name], folder / name)
+
+
+@pytest.mark.parametrize("name", ["interleaved", "accumulating", "tensor", "both"])
 def test_stages_give_what_one_rank_gives(folder: Path, name: str) -> None:
     one = seen(folder / "one", CONFIGS["one"])
     for mine, theirs in zip(seen(folder / name, CONFIGS[name]), one, strict=True):

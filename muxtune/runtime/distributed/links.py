@@ -118,11 +118,24 @@ class Links:
             move(tensor, channel.rank, group=channel.group)
 
 
+def used_here(*tensors: Tensor | None) -> None:
+    """Told where a CUDA tensor is used on another stream than the one that it was made on: its
+    memory is then not given away before the current stream is through with it."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class Arrival(NamedTuple):
     """What a piece of a lane's work came to, and on CUDA the event after which it is there."""
 
     value: Any
     event: Any
+
+    def come(self) -> None:
+        """The current stream waits for it."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
 
 
 class Lane:

@@ -98,6 +98,7 @@ class OrderRunner:
         self.on_cuda = device.type == "cuda"
         self._graphs: dict[int, Captured] = {}
         self._reduced: dict[int, Any] = {}
+        self._packed: dict[int, Captured] = {}  # of a stage of several ranks, before a transfer
         self._streams: dict[str, Any] = {}
         if self.on_cuda:
             names = (COMPUTE, COMM, "below", "above")
@@ -163,8 +164,10 @@ class OrderRunner:
             self._graphs[op] = capture(self._plain(op), visit.memory, stream)
         elif operation.action is Action.REDUCE:
             self._reduced[op] = visit.exchanged(operation.backward)
-        elif operation.action is Action.SEND_ACTIVATIONS and visit.part.tp is not None:
-            raise NotImplementedError("captured stages of several ranks")
+        else:
+            pack = visit.packing(operation)
+            if pack is not None:
+                self._packed[op] = capture(pack, visit.memory, self._streams[COMPUTE])
 
     def _own_ops(self, stream: str) -> Iterable[int]:
         graph = self.schedule.graph
@@ -280,11 +283,11 @@ class OrderRunner:
             Action.SEND_NORM: lambda: (visit.total_S if visit.part.is_first else visit.norm_S,),
         }[operation.action]
 
+        pack = self._packed.get(op, visit.packing(operation))
+
         def send() -> None:
-            if visit.part.tp is not None and operation.action is Action.SEND_ACTIVATIONS:
-                visit.leave()
-            if visit.part.tp is not None and operation.action is Action.SEND_GRADIENTS:
-                visit.pass_gradient()
+            if pack is not None:
+                pack()
             for source in sources():
                 dist.send(source, channel.rank, group=channel.group)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from muxtune.runtime.bank import SlotPool, TaskState
 from muxtune.runtime.batch import PassTensors
 from muxtune.runtime.distributed.eager import EagerPass, EagerStage
-from muxtune.runtime.distributed.links import Arrival, DistributedError, Links, Patience
+from muxtune.runtime.distributed.links import Arrival, DistributedError, Links, Patience, used_here
 from muxtune.runtime.distributed.schedule import (
     STEP_ONLY,
     TRANSFERS,
@@ -311,24 +311,34 @@ class StageRunner:
 
         def exchange() -> None:
             assert visit.current is not None
-            dist.all_reduce(visit.current.exchanged(operation.backward), group=links.tp)
+            exchanged = visit.current.exchanged(operation.backward)
+            used_here(exchanged)
+            dist.all_reduce(exchanged, group=links.tp)
 
         def send_activations() -> None:
             assert visit.current is not None
+            used_here(visit.current.x_TD, visit.current.added_TD)
             links.send(stage.leave(visit.current).contiguous(), operation.to_stage)
 
         def send_gradients() -> None:
             if visit.current is not None:
-                links.send(stage.gradient(visit.current).contiguous(), operation.to_stage)
+                used_here(visit.current.dx_TD)
+                gradient_TD = stage.gradient(visit.current)
+                used_here(gradient_TD)
+                links.send(gradient_TD.contiguous(), operation.to_stage)
             if visit.input.closing:
                 assert visit.squares_S is not None
+                used_here(visit.squares_S)
                 links.send(visit.squares_S, operation.to_stage)
 
         def send_norm() -> None:
             squares_S = visit.squares_S
             if remote:
-                squares_S = self.patience.wait(remote[0], "the norm of a gradient").value[1]
+                arrival = self.patience.wait(remote[0], "the norm of a gradient")
+                arrival.come()
+                squares_S = arrival.value[1]
             assert squares_S is not None
+            used_here(squares_S)
             links.send(squares_S, operation.to_stage)
 
         return {
@@ -370,10 +380,10 @@ class StageRunner:
                 label = round_.schedule.graph.subgraphs[before].label
                 what = f"'{label}' of round {round_.input.number}"
                 arrival = self.patience.wait(future, what)
-                if arrival.event is not None:
-                    torch.cuda.current_stream().wait_event(arrival.event)
+                arrival.come()
                 if not local:
                     message = arrival.value
+                    used_here(*message)
         return message
 
     def _computation(

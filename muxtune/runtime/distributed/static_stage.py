@@ -250,6 +250,16 @@ class VisitProgram:
         weight_D = model.blocks[index].attention_norm_D
         self._unsettled = _Unsettled(dnormed_TD, kept.x_TD, weight_D, kept.rstd_T)
 
+    def packing(self, operation: Operation) -> Callable[[], None] | None:
+        """What has to be done before a transfer where the stage's ranks meet first: it follows
+        their last exchange, so no computation could have done it."""
+        if self.part.tp is None:
+            return None
+        return {
+            Action.SEND_ACTIVATIONS: self.leave,
+            Action.SEND_GRADIENTS: self.pass_gradient,
+        }.get(operation.action)
+
     # -- optimizer steps
 
     def _sum_squares(self) -> None:
