@@ -223,6 +223,9 @@ class CapturedCostModel(ProfiledCostModel):
         return free, free
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
-        """By the blocks that were captured: launches grow with them, rows hardly count."""
+        """By the blocks that were captured: launches grow with them, rows hardly count. Nothing on
+        a CPU, where the program runs as it is."""
+        if "capture" not in self.profile.ops:
+            return Estimate(0.0, 0.0, 0.0, False)
         value, width, outside = self._table("capture").at((float(self.model.num_layers),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)

@@ -126,7 +126,7 @@ def profile_machine(
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
         clocks.append(clocks_now(target))
-    if style == CAPTURED and "capture" not in ops:
+    if style == CAPTURED and target.type == "cuda" and "capture" not in ops:
         ops["capture"] = _capture_op(shape, [_UNKNOWN_CAPTURE_S])
     raw = {
         "schema_version": SCHEMA_VERSION,

@@ -67,6 +67,7 @@ class StepBench:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.shape, self.device, self._clock = shape, device, clock
+        self._give_back()
         self._others_bytes = 0 if device.type == "cuda" else MemoryMeter(device).current_bytes()
         store = BackboneStore({shape.name: random_weights(shape, 0, device, dtype)}, device, dtype)
         self.backbone = store.get(shape.name)

@@ -2,7 +2,7 @@
 
     profile.json   the profile that is scored
     steps.jsonl, ops.jsonl, dynamic.jsonl   one record a line
-    summary.json, predicted_measured.png, errors.png   of the last attempt
+    report.json, predicted_measured.png, errors.png   of the last attempt
     attempts.jsonl one line an attempt, appended, never rewritten
     attempt-N/     the records and the profile of earlier attempts
 
@@ -21,7 +21,7 @@ from muxtune.cost.schema import Profile, load_profile
 from muxtune.errors import ProfileError
 from muxtune.validation.records import Records, read_lines
 
-PROFILE, ATTEMPTS = "profile.json", "attempts.jsonl"
+PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
 RECORDS = ("steps", "ops", "dynamic")
 
 
@@ -49,7 +49,7 @@ class Attempt:
         number = 1 + sum(1 for _ in self.folder.glob("attempt-*"))
         kept = self.folder / f"attempt-{number}"
         kept.mkdir()
-        for name in (PROFILE, "summary.json", *(f"{name}.jsonl" for name in RECORDS)):
+        for name in (PROFILE, REPORT, *(f"{name}.jsonl" for name in RECORDS)):
             if (self.folder / name).exists():
                 (self.folder / name).rename(kept / name)
 

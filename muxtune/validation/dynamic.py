@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from muxtune import codec
 from muxtune.cluster_policies.fifo_shared import FifoShared
 from muxtune.cost.book import CostBook
 from muxtune.cost.schema import Profile
@@ -40,8 +41,6 @@ from muxtune.validation.steps import Models, predict
 from muxtune.validation.suite import seed_of
 from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary
-from muxtune_sim.executor import SimExecutor
-from muxtune_sim.options import SimOptions, make_builder
 
 INSTANCE = "gpu0"
 
@@ -95,12 +94,22 @@ def _draw(
     for index, kind in enumerate(kinds):
         spec = kind.spec(f"t{index}", shape.name, index)
         steps = max(3, int(random.uniform(0.5, 1.0) * share_s / step_s))
-        arrival_s = 0.0 if index < 2 else random.uniform(0.05, 0.5) * duration_s
+        # One at a time: what arrives together is read one by one by the real executor only.
+        arrival_s = (0.1 * index + random.uniform(0.0, 0.05)) * duration_s if index else 0.0
         tasks.append(spec._replace(num_steps=steps, arrival_ns=int(arrival_s * NS_PER_S)))
     if max_tasks >= count:
         cancel_ns = int(0.45 * duration_s * NS_PER_S)
         tasks[1] = tasks[1]._replace(num_steps=10 * (tasks[1].num_steps or 1), cancel_ns=cancel_ns)
     return DynamicCase(name, tuple(sorted(tasks, key=lambda task: task.arrival_ns)), max_tasks)
+
+
+class End(NamedTuple):
+    """Of one task."""
+
+    state: str
+    ended_ns: int
+    placed_ns: int | None
+    steps: int
 
 
 class Log(QuietObserver):
@@ -109,7 +118,7 @@ class Log(QuietObserver):
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.told: list[str] = []  # what had happened before each line
-        self.ended: dict[str, TaskOutcome] = {}
+        self.ended: dict[str, End] = {}
         self.drifts = 0
         self._news: list[str] = []
 
@@ -131,7 +140,25 @@ class Log(QuietObserver):
                 self.told.append(", ".join(self._news[-3:]))
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        self.ended[outcome.task_id] = outcome
+        self.ended[outcome.task_id] = End(
+            outcome.state.value, outcome.ended_ns, outcome.placed_ns, outcome.steps
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        ended = {task_id: end._asdict() for task_id, end in self.ended.items()}
+        news = self._news[-3:]
+        return {
+            "lines": self.lines, "told": self.told, "ended": ended, "drifts": self.drifts,
+            "news": news,
+        }  # fmt: skip
+
+    @classmethod
+    def of_json(cls, raw: Mapping[str, Any]) -> Log:
+        log = cls()
+        log.lines, log.told, log.drifts = raw["lines"], raw["told"], raw["drifts"]
+        log.ended = {task_id: End(**end) for task_id, end in raw["ended"].items()}
+        log._news = raw["news"]
+        return log
 
     @property
     def order(self) -> list[str]:
@@ -156,19 +183,31 @@ def described(decision: object) -> str:
 
 
 def run_dynamic(case: DynamicCase, profile: Profile, device: torch.device) -> dict[str, Any]:
-    """Simulated, then run; completion times and decision logs of both."""
-    simulated = _simulate(case, profile)
+    """What happened on the device; ``with_prediction`` puts beside it what the simulator says,
+    which needs no device and may be done elsewhere."""
     measured = _train(case, profile, device)
-    difference = first_difference(simulated, measured)
     return {
         "name": case.name,
         "max_tasks": case.max_tasks,
+        "specs": codec.encode(case.tasks),
+        "measured": measured.to_json(),
+        "error": "",
+    }
+
+
+def with_prediction(row: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """The row with completion times and decision logs of both backends compared."""
+    if row.get("error"):
+        return dict(row)
+    case = DynamicCase(row["name"], codec.decode(row["specs"]), row["max_tasks"])
+    simulated, measured = _simulate(case, profile), Log.of_json(row["measured"])
+    return {
+        **row,
         "tasks": [_ends(task, simulated, measured) for task in case.tasks],
         "same_completion_order": simulated.order == measured.order,
-        "first_difference": difference,
+        "first_difference": first_difference(simulated, measured),
         "decisions": {"predicted": simulated.lines, "measured": measured.lines},
         "drifts": {"predicted": simulated.drifts, "measured": measured.drifts},
-        "error": "",
     }
 
 
@@ -179,7 +218,7 @@ def _ends(task: TaskSpec, simulated: Log, measured: Log) -> dict[str, Any]:
         row |= {
             f"{name}_s": (end.ended_ns - task.arrival_ns) / NS_PER_S,
             f"{name}_waited_s": ((end.placed_ns or end.ended_ns) - task.arrival_ns) / NS_PER_S,
-            f"{name}_state": end.state.value,
+            f"{name}_state": end.state,
             f"{name}_steps": end.steps,
         }
     return row
@@ -216,6 +255,9 @@ def _why(predicted: Log, measured: Log, found: Mapping[str, Any]) -> str:
 
 
 def _simulate(case: DynamicCase, profile: Profile) -> Log:
+    from muxtune_sim.executor import SimExecutor  # a machine with a GPU may lack simpy
+    from muxtune_sim.options import SimOptions, make_builder
+
     book = _book(profile)
     executor = SimExecutor(make_builder(SimOptions()), book, SyntheticLibrary(0), SimOptions())
     return _run(case, profile, book, executor)

@@ -51,7 +51,8 @@ def _scatter(
     axes: Axes, groups: Mapping[str, Rows], kind: str, scale: float, what: str, bars: bool
 ) -> None:
     ends: list[float] = []
-    for index, (name, rows) in enumerate(groups.items()):
+    for index, (name, all_rows) in enumerate(groups.items()):
+        rows = [row for row in all_rows if row[f"measured_{kind}"] > 0]
         measured = np.array([row[f"measured_{kind}"] for row in rows]) * scale
         predicted = np.array([row[f"predicted_{kind}"] for row in rows]) * scale
         marker, colour = MARKERS[index % len(MARKERS)], PALETTE[index % len(PALETTE)]
@@ -82,7 +83,8 @@ def error_boxes(path: Path, steps: Rows, ops: Rows, ends: Rows) -> Path:
         ]
         for name, rows in _by_shape(steps).items():
             groups[f"steps of {name}"] = [relative_error(row) for row in rows]
-        groups["peak memory"] = [relative_error(row, "bytes") for row in steps]
+        memory = [row for row in steps if row["measured_bytes"] > 0]
+        groups["peak memory"] = [relative_error(row, "bytes") for row in memory]
     if ends:
         groups["completion times"] = [relative_error(row) for row in ends]
     for row in ops:

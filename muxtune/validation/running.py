@@ -14,8 +14,8 @@ from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.profiling.measure import clock_of, profile_warnings_here
 from muxtune.report.run_folder import provenance
-from muxtune.validation.attempts import Attempt
-from muxtune.validation.dynamic import draw_dynamic, run_dynamic
+from muxtune.validation.attempts import REPORT, Attempt
+from muxtune.validation.dynamic import draw_dynamic, run_dynamic, with_prediction
 from muxtune.validation.plots import draw_all
 from muxtune.validation.scoring import summarise
 from muxtune.validation.single_ops import run_ops
@@ -46,13 +46,14 @@ def validate(
     options: ValidationOptions,
     report: Callable[[str, float, str], None] = lambda _what, _share, _text: None,
 ) -> dict[str, Any]:
-    """Runs what is left of the suite within the budget and writes summary.json and plots."""
+    """Runs what is left of the suite within the budget and writes report.json and plots."""
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
     warnings = profile_warnings_here(profile) if options.budget_s else []
     left = _run(attempt, device, options, report) if options.budget_s else {}
-    rows = [attempt.records[name].rows for name in ("steps", "ops", "dynamic")]
+    rows = [attempt.records[name].rows for name in ("steps", "ops")]
+    rows.append(_with_predictions(attempt))
     summary = summarise(*rows)
     if options.budget_s:
         summary["attempt"] = attempt.conclude(summary, left)
@@ -66,9 +67,19 @@ def validate(
         "warnings": warnings,
         "provenance": provenance(),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw_all(folder, *rows)
     return summary
+
+
+def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
+    """None where there is no simulator: they are added when the folder is scored elsewhere."""
+    rows = attempt.records["dynamic"].rows
+    try:
+        import simpy  # noqa: F401
+    except ImportError:
+        return []
+    return [with_prediction(row, attempt.profile) for row in rows]
 
 
 def _run(
