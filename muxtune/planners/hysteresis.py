@@ -2,8 +2,10 @@
 
 When tasks leave or conditions change, the running plan can often go on: shapes stay as they are,
 slots of tasks that left stay empty, a task that arrived gets an hTask of its own. Such a plan
-prepares little. It is kept when the better plan's gain up to the next finish is less than what
-the better plan costs to prepare. Everything here is a function of the view and the running plan.
+prepares little. It is kept while what the better plan would gain up to the next finish, and what
+was forgone by keeping before, is less than what the better plan costs to prepare: as with renting
+or buying skis, at most twice the cost is lost to never knowing how long it will be used. Everything
+here is a function of the view and the running plan.
 """
 
 from __future__ import annotations
@@ -12,20 +14,27 @@ from typing import NamedTuple
 
 from muxtune.types import HTask, InstanceView, Plan
 
-# A transition that takes less than this share of the time to the next finish is not weighed.
-LEAST_SHARE = 0.1
+
+class Choice(NamedTuple):
+    """Seconds in which every task takes one step if the running plan is kept, and under the better
+    plan, and what the better one costs to prepare beyond what the kept one does."""
+
+    kept_step_s: float
+    new_step_s: float
+    cost_s: float
 
 
 class Verdict(NamedTuple):
-    """Seconds: gained until ``horizon_s``, the next finish, and paid for it."""
+    """Seconds: gained until ``horizon_s``, the next finish; forgone before; and paid for it."""
 
     gain_s: float
+    forgone_s: float
     cost_s: float
     horizon_s: float
 
     @property
     def keeps(self) -> bool:
-        return self.gain_s < self.cost_s
+        return self.gain_s + self.forgone_s < self.cost_s
 
 
 def horizon_s(instance: InstanceView, plan: Plan) -> float:
@@ -36,9 +45,10 @@ def horizon_s(instance: InstanceView, plan: Plan) -> float:
     )
 
 
-def weigh(kept_step_s: float, new_step_s: float, cost_s: float, until_s: float) -> Verdict:
-    """``kept_step_s`` and ``new_step_s``: time in which every task takes one step."""
-    return Verdict(until_s * (1 - new_step_s / kept_step_s), cost_s, until_s)
+def weigh(choice: Choice, until_s: float, forgone_s: float = 0.0) -> Verdict:
+    """``until_s``: to the next finish. A kept plan that is faster gains less than nothing."""
+    gain_s = until_s * (1 - choice.new_step_s / choice.kept_step_s)
+    return Verdict(gain_s, forgone_s, choice.cost_s, until_s)
 
 
 def carried_htasks(instance: InstanceView, previous: Plan) -> tuple[HTask, ...]:
@@ -55,7 +65,8 @@ def carried_htasks(instance: InstanceView, previous: Plan) -> tuple[HTask, ...]:
 
 
 def reason(verdict: Verdict, better: str) -> str:
+    forgone = f", and {verdict.forgone_s:.2g} s forgone before," if verdict.forgone_s else ""
     return (
         f"kept: {better} would gain {verdict.gain_s:.2g} s in the {verdict.horizon_s:.3g} s to the "
-        f"next finish and cost {verdict.cost_s:.2g} s to prepare"
+        f"next finish{forgone} and cost {verdict.cost_s:.2g} s to prepare"
     )

@@ -38,7 +38,7 @@ from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
 from muxtune.planners.grouping import Memo as GroupTimes
 from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
-from muxtune.planners.hysteresis import LEAST_SHARE, carried_htasks, horizon_s, reason, weigh
+from muxtune.planners.hysteresis import Choice, carried_htasks, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
 from muxtune.planners.played import Candidate, Piece, Player, held_bytes, plan_of, refine
@@ -111,8 +111,8 @@ class MuxTunePlanner(PlannerBase):
     ``chunk_tokens``: 0 lets the planner choose, else fixed. ``tile_tokens``: chunk lengths are
     multiples of it (the kernels' row tile). ``max_shapes``: a partly filled micro-batch may take
     a smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose by
-    whether preparing a shape costs anything. ``hysteresis``: keep the running plan where a better
-    one does not pay for its transition (off by default: it makes planning a fleet slower).
+    whether preparing a shape costs anything. ``hysteresis``: keep the running plan where a better one
+    gains less than its transition costs (``muxtune.planners.hysteresis``); the plan's reason says so.
     ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share of it
     in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are played
     subgraph by subgraph to choose among them and to predict the one chosen; 0 (closed form only)
@@ -127,7 +127,7 @@ class MuxTunePlanner(PlannerBase):
         fusion: str = "planned",
         alignment: str = "chunk",
         max_shapes: int = 0,
-        hysteresis: bool = False,
+        hysteresis: bool = True,
         orchestration: bool = True,
         promise_margin: float = 0.05,
         plays: int = 40,
@@ -165,6 +165,7 @@ class MuxTunePlanner(PlannerBase):
         self._searched: dict[tuple[Hashable, ...], list[Group] | None] = {}
         self._carried_groups: dict[tuple[Hashable, ...], tuple[tuple[ShapeKey, ...], Group]] = {}
         self._captures: dict[int, tuple[Answer, float]] = {}
+        self._choices: dict[Hashable, tuple[Answer, object, Choice | None]] = {}
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
         self._class_tables: dict[tuple[TaskClass, tuple[int, ...], int], ClassTable] = {}
         self._tables: dict[tuple[str, str, ReplicaShape, tuple[int, ...]], PassTables] = {}
@@ -400,7 +401,14 @@ class MuxTunePlanner(PlannerBase):
 
     def forget_plans(self) -> None:
         super().forget_plans()
-        for memo in (self._groups, self._searched, self._carried_groups, self._group_times):
+        memos = (
+            self._groups,
+            self._searched,
+            self._carried_groups,
+            self._group_times,
+            self._choices,
+        )
+        for memo in memos:
             memo.clear()
 
     def orchestrate(self, site: Site, answer: Answer) -> Answer:
@@ -427,19 +435,51 @@ class MuxTunePlanner(PlannerBase):
         """Keeps the running plan where the gain does not pay for the transition."""
         if previous is None or not self.hysteresis or not previous.htasks:
             return plan
-        until_s = horizon_s(instance, plan)
-        if self._capture_s(site_of(instance), answer) < LEAST_SHARE * until_s:
+        if not self._capture_s(site_of(instance), answer):
             return plan
-        kept = self._kept(instance, previous, plan.epoch)
+        choice, kept = self._choice(instance, plan, answer, previous)
+        if choice is None:
+            return plan
+        verdict = weigh(choice, horizon_s(instance, plan), previous.predicted.forgone_s)
+        if not verdict.keeps:
+            return plan
+        kept = kept or self._kept(instance, previous, plan.epoch)
         if kept is None:
             return plan
+        predicted = kept.predicted._replace(forgone_s=verdict.forgone_s + verdict.gain_s)
+        return kept._replace(reason=reason(verdict, plan.reason), predicted=predicted)
+
+    def _choice(
+        self, instance: InstanceView, plan: Plan, answer: Answer, previous: Plan
+    ) -> tuple[Choice | None, Plan | None]:
+        """What keeping would mean; None where there is nothing to keep. It depends on the classes
+        of tasks in each running hTask and on what would replace them, so it is remembered. Then the
+        kept plan, where it was made on the way."""
+        present = {task.task_id for task in instance.tasks}
+        held = [
+            (id(htask.shapes), tuple(sorted([(self._known[name].key, quota)
+             for name, quota in htask.quota.items() if name in present])))
+            for htask in previous.htasks
+        ]  # fmt: skip
+        key = (id(answer), site_of(instance), tuple(held))
+        known = self._choices.get(key)
+        if known is None:
+            if len(self._choices) >= MEMO_GROUPS:
+                self._choices.clear()
+            # The entry keeps alive what it is known by.
+            running = tuple([htask.shapes for htask in previous.htasks])
+            kept = self._kept(instance, previous, plan.epoch)
+            choice = None if kept is None else self._choice_of(instance, plan, previous, kept)
+            self._choices[key] = answer, running, choice
+            return choice, kept
+        return known[2], None
+
+    def _choice_of(self, instance: InstanceView, plan: Plan, previous: Plan, kept: Plan) -> Choice:
         model = self.cost(site_of(instance))
         cost_s = model.transition_s(previous, plan).value
         cost_s -= model.transition_s(previous, kept).value
-        verdict = weigh(
-            kept.predicted.tasks_step_time_s, plan.predicted.tasks_step_time_s, cost_s, until_s
-        )
-        return kept._replace(reason=reason(verdict, plan.reason)) if verdict.keeps else plan
+        steps_s = (kept.predicted.tasks_step_time_s, plan.predicted.tasks_step_time_s)
+        return Choice(*steps_s, cost_s)
 
     def plan_kept(self, instance: InstanceView, previous: Plan | None) -> Plan | None:
         if previous is None or not previous.htasks:
@@ -461,11 +501,11 @@ class MuxTunePlanner(PlannerBase):
     def _kept(self, instance: InstanceView, previous: Plan, epoch: int) -> Plan | None:
         """The running hTasks without those who left, and one more for those who came."""
         site = site_of(instance)
-        if site.replica.pp > 1 or any(turn.count is None for turn in previous.round):
+        if site.replica.pp == 1 and any(turn.count is None for turn in previous.round):
             return None
         views = sorted(instance.tasks, key=lambda task: task.task_id)
         ids = [task.task_id for task in views]
-        classes = tuple(self.class_of_view(task) for task in views)
+        classes = tuple([self.class_of_view(task) for task in views])
         htasks = carried_htasks(instance, previous)
         groups = [self._carried(site, classes, ids, htask) for htask in htasks]
         came = [i for i, name in enumerate(ids) if name not in previous.predicted.step_time_s]
@@ -493,9 +533,10 @@ class MuxTunePlanner(PlannerBase):
             if turns is None:
                 return None
             costed = self._costed(site, groups, turns, resident)
-            answer = answer_of(costed, solo)
             if costed.peak_bytes > site.memory_limit_bytes:
                 return None
+            several = site.replica.num_gpus > 1
+            answer = self._finished(site, costed, solo) if several else answer_of(costed, solo)
             if not refuse_slow(classes, answer.step_times_s, solo, self.promise_margin):
                 return answer
         return None
