@@ -109,14 +109,14 @@ class MuxTunePlanner(PlannerBase):
     subgraphs where a replica has several GPUs.
 
     ``chunk_tokens``: 0 lets the planner choose, else fixed. ``tile_tokens``: chunk lengths are
-    multiples of it (the kernels' row tile). ``max_shapes``: a partly filled micro-batch may take
-    a smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose by
-    whether preparing a shape costs anything. ``hysteresis``: keep the running plan where a better one
-    gains less than its transition costs (``muxtune.planners.hysteresis``); the plan's reason says so.
-    ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share of it
-    in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are played
-    subgraph by subgraph to choose among them and to predict the one chosen; 0 (closed form only)
-    for fleets that plan often.
+    multiples of it (the kernels' row tile). ``max_shapes``: a partly filled micro-batch may take a
+    smaller one of this many shapes; 1 keeps the pass static; 0 lets the planner choose by whether
+    preparing a shape costs anything. ``hysteresis``: keep the running plan where a better one
+    gains less than its transition costs (``muxtune.planners.hysteresis``); the plan's reason says
+    so. ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share
+    of it in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are
+    played subgraph by subgraph to choose among them and to predict the one chosen; 0 (closed form
+    only) for fleets that plan often.
     """
 
     def __init__(
