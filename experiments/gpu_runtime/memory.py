@@ -10,20 +10,15 @@ activations held, as separate processes would hold them, until the next one does
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench import INSTANCE, MODEL, Bench, store_of
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "step_throughput"))
-
-import baselines
-from product import MIX
-
+from experiments.step_throughput import baselines
+from experiments.step_throughput.product import MIX
 from muxtune import build
 from muxtune.commands.plan import view_of
 from muxtune.config import conf_dir, register_schemas

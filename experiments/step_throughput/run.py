@@ -97,7 +97,7 @@ class Report:
             print(f"[{name}] FAILED: {str(error)[:600]}", flush=True)
         product.free()
         took_s = self.data["part_s"][name] = round(time.perf_counter() - start_s, 1)
-        shown = json.dumps(self.data.get(name), default=str)[:1200]
+        shown = json.dumps(self.data.get(name), default=str)[:1000]
         print(f"[{name}] {took_s} s of {seconds}: {shown}", flush=True)
         self.write()
 
@@ -162,9 +162,15 @@ class Bench:
             self._store = (name, store)
         return self._store[1]
 
-    def case(self, case: product.Case) -> dict[str, Any]:
+    def case(self, name: str) -> dict[str, Any]:
+        case = CASES[name]
         done = product.run(case, self.store(case.model), self.args.device, self.args.rounds)
-        return done.row | (device_times(done) if self.args.device == "cuda" else {})
+        times = device_times(done) if self.args.device == "cuda" else {}
+        if times and name == "lora_8":
+            counts = done.replays[0]
+            size = max(counts, key=lambda rows: counts[rows])
+            times["kernels"] = frozen.profile_kernels(done.runners[0].steps, size)
+        return done.row | times
 
     def workload(self) -> Workload:
         return Workload(8, (LORA["rank"],) * 8, model_shape("llama-2-7b").vocab)
@@ -288,7 +294,7 @@ def main() -> None:
         "check": lambda: check.run(check.LLAMA_2_7B), "bound": bench.bound,
         "ledger": lambda: ledger(report.data),
         **{name: lambda name=name: bench.peft(name) for name in ("hf_peft", "sl_peft")},
-        **{name: lambda case=case: bench.case(case) for name, case in CASES.items()},
+        **{name: lambda name=name: bench.case(name) for name in CASES},
     }  # fmt: skip
     for name in names:
         report.part(name, 0 if args.rehearse else seconds[name], parts[name])

@@ -20,7 +20,7 @@ outputs (4 D), q, k and v in one (Q + 2K), attention's output (Q), gate and up a
 same input are one there: a task that adapts one of them has room in all. Logits exist for
 ``loss_rows_max`` rows at a time, gradients go straight to where they accumulate, and the peak is
 in the MLP's backward: the gradients of its activations (3F) and of the residual stream, its norm
-and what the second stream still reads (4 D).
+and what the second stream still reads (4 D). Recomputed blocks, the first ones, keep their input.
 
 In the eager pass, a pass stages its adapter gradients apart while the activations are let go, so
 that the larger of the two counts. Recomputed blocks keep their input only (D). On top of it come
@@ -193,8 +193,12 @@ class MemoryModel:
         working = 3 * model.intermediate + 4 * model.hidden
         if any(slot.dropout for slot in kinds):
             working += model.intermediate  # the adapters' share of an input gradient, apart
-        stored_bytes = int(rows * model.num_layers * kept * self.options.dtype_bytes)
-        working_bytes = rows * working * self.options.dtype_bytes
+        recomputed = min(shape.recompute, model.num_layers)
+        if recomputed:
+            working += kept  # of the block that is computed again
+        stored = (model.num_layers - recomputed) * kept + recomputed * model.hidden
+        stored_bytes = int(rows * stored * self.options.dtype_bytes)
+        working_bytes = int(rows * working * self.options.dtype_bytes)
         loss_bytes = 12 * min(rows, self.options.loss_rows_max or rows) * model.vocab
         # The logits are gone when the backward begins: only what they need beyond it counts.
         return stored_bytes + working_bytes, max(0, loss_bytes - working_bytes)
@@ -207,7 +211,7 @@ class MemoryModel:
         return self._static_ranks[slot]
 
     def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
-        if self._is_static(shape.slots, replica) and not shape.recompute:
+        if self._is_static(shape.slots, replica):
             return self._static_parts(shape)
         model, rows = self.model, shape.padded_tokens + ops.prompt_rows(shape.slots)
         layers = stage_layers(model, replica.pp)[stage]

@@ -45,8 +45,8 @@ class PaddedPlanner(PlannerBase):
     sequence that any of the tasks has, so that shapes never change. Batches that do not fit in
     memory are split into micro-batches of fewer rows (in a pipeline into as many as are fastest);
     with ``recompute`` the activations of all
-    blocks may be recomputed instead, where that is predicted to take less time (for simulations:
-    the real executor does not recompute).
+    blocks may be recomputed instead, where that is predicted to take less time (captured steps
+    do so, the eager pass does not).
     """
 
     def __init__(

@@ -8,9 +8,6 @@ Shape suffixes: T rows of the pass, H query heads, K key-value heads, E head fea
 L tokens of one sequence, P shared keys of one sequence, M gathered shared keys, W = K * E.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
-# pyright: reportAttributeAccessIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 import functools
@@ -213,7 +210,9 @@ def _varlen(
 
     shares_keys = query_THE.shape[1] != key_TKE.shape[1]
     # Before torch 2.12 there is no such argument: the kernel takes fewer key heads as they are.
-    options = {"enable_gqa": shares_keys} if _has_argument(varlen_attn, "enable_gqa") else {}
+    options: dict[str, Any] = (
+        {"enable_gqa": shares_keys} if _has_argument(varlen_attn, "enable_gqa") else {}
+    )
     out_THE = varlen_attn(
         query_THE.contiguous(),
         key_TKE.contiguous(),

@@ -97,6 +97,11 @@ class AdapterPool(Protocol):
         """Nobody's from now on; what is in it may stay."""
         ...
 
+    def has_room(self, state: TaskState, slot: int) -> bool:
+        """Whether a slot that fits holds all that the task trains: options of a method may ask
+        for more than a pool of another kind has."""
+        ...
+
 
 class ParameterPool(NamedTuple):
     """One parameter of one site for all slots; slot s owns ``slot_rows[s]`` consecutive rows.
@@ -184,6 +189,9 @@ class SlotPool:
         self.describe_slot(slot, 0.0, 0.0)
         self.virtual.pop(slot, None)
 
+    def has_room(self, state: TaskState, slot: int) -> bool:
+        return True
+
     def fill_weights(self, state: TaskState, slot: int) -> None:
         """A copy of a task's weights alone, to compute with; the task stays where it is."""
         for key, parameters in self._parameters():
@@ -210,8 +218,11 @@ class SlotPool:
 
 
 class PoolKinds(Protocol):
-    def other_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool | None:
-        """An empty pool for these slots, or None where a ``SlotPool`` is wanted."""
+    def other_pool(
+        self, slots: tuple[AdapterSlot, ...], members: Mapping[int, TaskState]
+    ) -> AdapterPool | None:
+        """An empty pool for these slots and those who will be in them, or None where a
+        ``SlotPool`` is wanted."""
         ...
 
     def keep(self, pools: Sequence[AdapterPool]) -> None:
@@ -255,7 +266,14 @@ class AdapterBank:
         Pools that nobody needs are let go before new ones are made, so that the two need not fit
         into the memory together. Raises TaskError when a task does not fit its slot.
         """
-        matched = _match_pools(htasks, self.pools)
+        members = [
+            {slot: states[task_id] for task_id, slot in htask.slot_of.items() if task_id in states}
+            for htask in htasks
+        ]
+        matched = [
+            pool if pool is not None and _all_have_room(pool, own) else None
+            for pool, own in zip(_match_pools(htasks, self.pools), members, strict=True)
+        ]
         stay = {
             task_id: (pool, slot)
             for htask, pool in zip(htasks, matched, strict=True)
@@ -271,8 +289,8 @@ class AdapterBank:
         if self._kinds is not None:
             self._kinds.keep(self.pools)
         pools: list[AdapterPool] = []
-        for htask, pool in zip(htasks, matched, strict=True):
-            pools.append(pool if pool is not None else self._new_pool(htask.shapes[0].slots))
+        for htask, pool, own in zip(htasks, matched, members, strict=True):
+            pools.append(pool or self._new_pool(htask.shapes[0].slots, own))
             for task_id, slot in htask.slot_of.items():
                 if task_id in states and not _is_at(states[task_id], (pools[-1], slot)):
                     _put_in(states[task_id], pools[-1], slot)
@@ -284,8 +302,10 @@ class AdapterBank:
         nothing = no_gradient(param)
         return TaskTensors(param, nothing.to(self.grad_dtype), nothing, nothing)
 
-    def _new_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool:
-        other = None if self._kinds is None else self._kinds.other_pool(slots)
+    def _new_pool(
+        self, slots: tuple[AdapterSlot, ...], members: Mapping[int, TaskState]
+    ) -> AdapterPool:
+        other = None if self._kinds is None else self._kinds.other_pool(slots, members)
         return other if other is not None else self.slot_pool(slots)
 
     def slot_pool(self, slots: tuple[AdapterSlot, ...], trains: bool = True) -> SlotPool:
@@ -445,6 +465,10 @@ def _num_staying(htask: HTask, pool: AdapterPool) -> int:
         state is not None and htask.slot_of.get(state.task.task_id) == slot
         for slot, state in enumerate(pool.occupants)
     )
+
+
+def _all_have_room(pool: AdapterPool, members: Mapping[int, TaskState]) -> bool:
+    return all(pool.has_room(state, slot) for slot, state in members.items())
 
 
 def _check_fit(state: TaskState, slot: AdapterSlot, index: int) -> None:

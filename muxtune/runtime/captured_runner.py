@@ -43,11 +43,13 @@ _BOUNDS_STEP = 64
 
 class Capacity(NamedTuple):
     """What a program is made for besides its pool; see ``StepLayout``. ``sizes``: row counts,
-    those of the hTask's shapes among them; ``first``: those that are prepared with a plan."""
+    those of the hTask's shapes among them; ``first``: those that are prepared with a plan.
+    ``recompute``: of each size, the blocks of the smallest shape that holds it."""
 
     layout: StepLayout
     sizes: tuple[int, ...]
     first: tuple[int, ...]
+    recompute: tuple[int, ...] = ()
 
     def holds(self, other: Capacity) -> bool:
         mine, theirs = self.layout, other.layout
@@ -55,8 +57,13 @@ class Capacity(NamedTuple):
             mine.max_bounds >= theirs.max_bounds
             and mine.max_seqlen >= theirs.max_seqlen
             and mine.dropout == theirs.dropout
-            and set(other.first) <= set(self.sizes)
+            and all(self.blocks.get(size) == other.blocks[size] for size in other.first)
         )
+
+    @property
+    def blocks(self) -> dict[int, int]:
+        """How many blocks each size recomputes."""
+        return dict(zip(self.sizes, self.recompute or (0,) * len(self.sizes), strict=True))
 
 
 def capacity_of(
@@ -64,7 +71,8 @@ def capacity_of(
 ) -> Capacity:
     """Generous in what joining tasks may change: the number and the length of sequences (to at
     most ``longest_tokens``, beyond which they are refused)."""
-    shapes = sorted({shape.padded_tokens for shape in htask.shapes})
+    by_size = sorted((shape.padded_tokens, shape.recompute) for shape in htask.shapes)
+    shapes = sorted({size for size, _ in by_size})
     specs = [state.task for state in states]
     longest = max([_MIN_SEQLEN, *(spec.data.max_length_tokens for spec in specs)])
     max_seqlen = min(1 << (longest - 1).bit_length(), longest_tokens)
@@ -76,7 +84,8 @@ def capacity_of(
         shapes[-1], len(slots), max_bounds, max_seqlen, any(slot.dropout for slot in slots)
     )
     sizes = shapes if deterministic else sorted({*shapes, *_ladder(shapes[-1])})
-    return Capacity(layout, tuple(sizes), tuple(shapes))
+    blocks = [min(s for s in by_size if s[0] >= size)[1] for size in sizes]
+    return Capacity(layout, tuple(sizes), tuple(shapes), tuple(blocks))
 
 
 def _ladder(largest: int) -> list[int]:
@@ -105,7 +114,7 @@ class CapturedRunner:
         program = StepProgram(
             model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
         )
-        self.steps = CapturedSteps(program, capacity.sizes, pad_id, memory)
+        self.steps = CapturedSteps(program, capacity.sizes, pad_id, memory, capacity.blocks)
 
     @property
     def capture_s(self) -> float:

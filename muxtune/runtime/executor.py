@@ -520,11 +520,8 @@ def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
 
 def _check_captured(spec: TaskSpec, backbone: Backbone, options: TorchOptions) -> None:
     """A captured step fuses linears that read the same input, which one task cannot scale for one
-    of them alone. Raises ConfigError."""
-    captures = options.step == "captured" or (
-        options.step == "auto" and backbone.device.type == "cuda"
-    )
-    if spec.adapter.method != "ia3" or not captures:
+    of them alone: where nothing but a captured step is wanted, raises ConfigError."""
+    if spec.adapter.method != "ia3" or options.step != "captured":
         return
     fused = {name for group in GROUPS if len(group) > 1 for name in group}
     for site in backbone.matching_sites(spec.adapter.targets):

@@ -49,7 +49,9 @@ class Runners:
         """Memory that captured passes hold while none of them runs; see ``CaptureMemory``."""
         return 0 if self._memory is None else self._memory.idle_bytes()
 
-    def other_pool(self, slots: tuple[AdapterSlot, ...]) -> AdapterPool | None:
+    def other_pool(
+        self, slots: tuple[AdapterSlot, ...], members: Mapping[int, TaskState]
+    ) -> AdapterPool | None:
         if self.options.step == "eager":
             return None
         if self.options.step == "auto" and self.backbone.device.type != "cuda":
@@ -57,10 +59,18 @@ class Runners:
         if slots in self._refused:
             return None
         try:
-            return StaticPool(self._static_model(), slots, self.options.deterministic)
+            pool = StaticPool(self._static_model(), slots, self.options.deterministic)
         except Unsupported as reason:
             self._notice(f"{self.backbone.name}: runs eagerly, because {reason}")
             return None
+        for slot, state in members.items():
+            if not pool.has_room(state, slot):
+                self._notice(
+                    f"{self.backbone.name}: runs eagerly, because task '{state.task.task_id}' "
+                    "scales the input of a linear that the static step has fused with others"
+                )
+                return None
+        return pool
 
     def keep(self, pools: Sequence[AdapterPool]) -> None:
         ids = {id(pool) for pool in pools}
@@ -105,6 +115,8 @@ class Runners:
 
     def _runner(self, htask: HTask, pool: AdapterPool) -> PassRunner:
         if isinstance(pool, SlotPool):
+            if any(shape.recompute for shape in htask.shapes):
+                self._notice(f"{self.backbone.name}: runs eagerly, which recomputes nothing")
             return EagerRunner(self.backbone, pool, self.options.deterministic)
         assert isinstance(pool, StaticPool)
         states: list[TaskState] = [state for state in pool.occupants if state is not None]

@@ -13,9 +13,6 @@ arXiv 2310.01889). Two calls a layer for any number of slots.
 Shape suffixes: T rows, H query heads, K key-value heads, E head features, M shared keys.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
-# pyright: reportAttributeAccessIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 import itertools

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from muxtune.errors import DataError
+from muxtune.runtime import executor
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.captured_runner import DEPTH, CapturedRunner
 from muxtune.runtime.static_step.pool import StaticPool
@@ -327,3 +328,46 @@ def test_an_input_that_fused_linears_share_cannot_be_scaled_for_one(
     bench.prepare(task)
     (failure,) = bench.of(EventKind.TASK_FAILED)
     assert "names up_proj" in str(failure.data) and "backend.step=eager" in str(failure.data)
+
+
+def test_where_a_task_scales_the_input_of_a_fused_linear_its_htask_runs_eagerly(
+    store: BackboneStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a captured step is not insisted on (auto, on a GPU); it joins a captured one."""
+    monkeypatch.setattr(executor, "_check_captured", lambda *_: None)
+    options = {"feedforward_modules": ["up_proj"]}
+    ia3 = {"method": "ia3", "targets": ("up_proj", "v_proj"), "num_steps": STEPS}
+    plain, other = make_task("plain", **ia3), make_task("other", num_steps=STEPS)
+    scaled = make_task("scaled", **ia3, options=options)
+    weights = []
+    for mode in (CAPTURED, EAGER):
+        bench = Bench(tmp_path / mode["step"], store, **mode)
+        bench.prepare(plain, other, scaled)
+        bench.executor.apply(make_plan([make_htask([other, plain])]))
+        bench.until_step(other, 2)
+        slots = make_htask([other, scaled]).shapes[0].slots
+        bench.executor.apply(make_plan([make_htask([other, scaled], slots=slots)], 1))
+        bench.until_ended(other, scaled)
+        weights.append((bench.weights(other), bench.weights(scaled)))
+        assert not isinstance(runners(bench)[0], CapturedRunner)
+        told = [text for text in bench.recorder.notices if "scales the input" in text]
+        assert len(told) == (mode is CAPTURED)
+    for left, right in zip(*weights, strict=True):
+        assert worst_gap(left, right) < 1e-3
+
+
+def test_recomputed_blocks_change_no_bit_of_any_method(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    tasks, weights = mixed_tasks(), []
+    for blocks in (0, 1, 2):
+        htask = make_htask(tasks)
+        shape = htask.shapes[0]._replace(recompute=blocks)
+        bench = Bench(tmp_path / str(blocks), store, **CAPTURED)
+        bench.run(make_plan([htask._replace(shapes=(shape,))]), *tasks)
+        (runner,) = runners(bench)
+        assert set(runner.steps.recompute.values()) == {blocks}
+        weights.append([bench.weights(task) for task in tasks])
+    for other in weights[1:]:
+        for left, right in zip(weights[0], other, strict=True):
+            assert worst_gap(left, right) == 0.0

@@ -145,3 +145,32 @@ def test_too_many_rows_and_unknown_architectures_are_refused() -> None:
     model.config.model_type = "opt"
     with pytest.raises(Unsupported, match="opt"):
         StaticModel.of(model, 64)
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 9])
+def test_recomputed_blocks_give_the_same_bits_and_keep_less(
+    recompute: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, kept = [], []
+    for blocks in (0, recompute):
+        model = ref.tiny_llama()
+        made = steps_of(model, dropout=True)
+        ref.Reference(model, SLOTS, seed=1).fill(made.program.pools)
+        steps = CapturedSteps(made.program, [128], recompute={128: blocks})
+        backward = steps.program._backward
+
+        def spy(num_rows, rows, hidden, saved, dnormed, backward=backward):
+            kept.append([isinstance(item, torch.Tensor) for item in saved])
+            backward(num_rows, rows, hidden, saved, dnormed)
+
+        monkeypatch.setattr(steps.program, "_backward", spy)
+        batch = ref.random_batch(np.random.default_rng(3), {0: [5, 17], 1: [9, 13], 2: [30]})
+        slots = {s: SlotInput(20, closes=False, dropout=0.2, seed=s) for s in range(3)}
+        losses = steps.step(batch, slots).result().losses
+        pools = [pool for layer in made.program.pools.layers for pool in layer]
+        results.append((losses, [g.clone() for p in pools for g in (p.a[1], p.b[1])]))
+    assert kept == [[False, False], [recompute > 0, recompute > 1]]
+    assert results[0][0] == results[1][0]
+    assert any(grad.any() for grad in results[0][1])
+    for left, right in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(left, right)

@@ -96,6 +96,10 @@ def test_memory_grows_with_tasks_rows_and_ranks_and_falls_with_recomputation() -
     assert by_rank == sorted(set(by_rank))
     recomputed = [peak(ShapeKey(128, 64, (SLOT,), n)) for n in (0, 8, 16, 31)]
     assert recomputed == sorted(set(recomputed), reverse=True)
+    static = memory(static_step=True)
+    passes = [static.pass_bytes(ShapeKey(128, 64, (SLOT,), n)) for n in (0, 8, 16, 32)]
+    assert passes == sorted(set(passes), reverse=True)
+    assert passes[1] - passes[2] == pytest.approx((passes[2] - passes[3]) / 2, rel=1e-6)
 
 
 def test_stages_hold_their_share_and_early_ones_more_passes_in_flight() -> None:

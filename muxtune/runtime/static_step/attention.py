@@ -3,9 +3,6 @@
 Shape suffixes as in the package; C features of a QKV row.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
-# pyright: reportAttributeAccessIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 import itertools
@@ -88,7 +85,7 @@ def attention_backward(
     dout_THE = dout_TC.unflatten(1, (heads.num_heads, heads.head_dim))
     if qkv_TC.is_cuda:
         out_THE, lse, rng, unused = saved
-        grads = torch.ops.aten._flash_attention_backward(
+        dquery_THE, dkey_TKE, dvalue_TKE = torch.ops.aten._flash_attention_backward(
             dout_THE, *parts, out_THE, lse, cu_seqlens_N, cu_seqlens_N, max_seqlen, max_seqlen,
             0.0, True, rng, unused,
         )  # fmt: skip
@@ -96,8 +93,8 @@ def attention_backward(
         leaves = [part.detach().requires_grad_() for part in parts]
         with torch.enable_grad():
             out_THE = _reference(leaves[0], leaves[1], leaves[2], cu_seqlens_N)
-        grads = torch.autograd.grad(out_THE, leaves, dout_THE)
-    return rotate_backward(*grads, *rotary, heads)
+        dquery_THE, dkey_TKE, dvalue_TKE = torch.autograd.grad(out_THE, leaves, dout_THE)
+    return rotate_backward(dquery_THE, dkey_TKE, dvalue_TKE, *rotary, heads)
 
 
 def attention_with_shared(
@@ -122,12 +119,15 @@ def attention_with_shared_backward(
     parts = split_heads(qkv_TC, heads)
     own, other = _calls(packing, shared)
     dout_THE = dout_TC.unflatten(1, (heads.num_heads, heads.head_dim))
-    dquery_THE, *own_grads = flash_backward(dout_THE, *parts, out_THE, lse_HT, state, own, None)
+    dquery_THE, dkey_TKE, dvalue_TKE = flash_backward(
+        dout_THE, *parts, out_THE, lse_HT, state, own, None
+    )
     more_THE, dkey_RKE, dvalue_RKE = flash_backward(
         dout_THE, parts[0], shared.key_RKE, shared.value_RKE, out_THE, lse_HT, more, other, None
     )
     dquery_THE = dquery_THE + torch.where(shared.stretches.has_T[:, None, None], more_THE, 0)
-    return rotate_backward(dquery_THE, *own_grads, *rotary, heads), dkey_RKE, dvalue_RKE
+    dqkv_TC = rotate_backward(dquery_THE, dkey_TKE, dvalue_TKE, *rotary, heads)
+    return dqkv_TC, dkey_RKE, dvalue_RKE
 
 
 def _calls(packing: Packing, shared: SharedPart) -> tuple[Call, Call]:
@@ -146,10 +146,12 @@ def _reference(
     parts = []
     for start, stop in itertools.pairwise(bounds):
         if start < stop:
-            rows = [part[start:stop].transpose(0, 1) for part in (query_THE, key_TKE, value_TKE)]
+            query, key, value = (
+                part[start:stop].transpose(0, 1) for part in (query_THE, key_TKE, value_TKE)
+            )
             shares = query_THE.shape[1] != key_TKE.shape[1]
             out_HLE = functional.scaled_dot_product_attention(
-                *rows, is_causal=True, enable_gqa=shares
+                query, key, value, is_causal=True, enable_gqa=shares
             )
             parts.append(out_HLE.transpose(0, 1))
     return torch.cat(parts)

@@ -12,6 +12,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from muxtune.runtime.static_step.program import StepProgram
 from muxtune_kernels.adamw import adamw_tables
 
 _DEPTH = 3
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class HostResult(NamedTuple):
@@ -105,7 +107,8 @@ class CapturedSteps:
     """``row_counts``: the sizes that exist; a micro-batch takes the smallest that holds it.
 
     On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size;
-    ``replays``: how often each size has run.
+    ``replays``: how often each size has run. ``recompute``: of each size, as in
+    ``StepProgram.run``; 0 for those left out.
     """
 
     def __init__(
@@ -114,8 +117,9 @@ class CapturedSteps:
         row_counts: Iterable[int],
         pad_id: int = 0,
         memory: CaptureMemory | None = None,
+        recompute: Mapping[int, int] = NOTHING,
     ) -> None:
-        self.program, self.pad_id = program, pad_id
+        self.program, self.pad_id, self.recompute = program, pad_id, recompute
         self.row_counts = sorted(row_counts)
         layout, device = program.inputs.layout, program.model.device
         if not self.row_counts or self.row_counts[-1] > layout.max_rows:
@@ -184,7 +188,7 @@ class CapturedSteps:
         self.replays[num_rows] = self.replays.get(num_rows, 0) + 1
         if not self._on_cuda:
             self._load(host)
-            self.program.run(num_rows)
+            self._run(num_rows)
             metrics_3S.copy_(self.program.metrics)
             return Pending(metrics_3S.clone(), None)
         if not self.is_ready(num_rows):
@@ -195,6 +199,9 @@ class CapturedSteps:
             self._graphs[num_rows].replay()
             metrics_3S.copy_(self.program.metrics, non_blocking=True)
             return Pending(metrics_3S, _recorded())
+
+    def _run(self, num_rows: int) -> None:
+        self.program.run(num_rows, self.recompute.get(num_rows, 0))
 
     def _load(self, host: HostBuffer) -> None:
         self.program.inputs.buffer.copy_(host.buffer, non_blocking=True)
@@ -210,10 +217,10 @@ class CapturedSteps:
         with torch.cuda.stream(self.stream):
             self._load(host)
             with self._memory.lent():
-                self.program.run(num_rows)  # compiles kernels, uploads tables
+                self._run(num_rows)  # compiles kernels, uploads tables
             self._memory.stream.synchronize()
             with self._memory.capturing(graph):
-                self.program.run(num_rows)
+                self._run(num_rows)
         self._memory.stream.synchronize()
         self._kept.append(adamw_tables(self.program.pools.optimizer_pools))
         self._graphs[num_rows] = graph

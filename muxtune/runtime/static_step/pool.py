@@ -55,6 +55,12 @@ class StaticPool:
     def vacate(self, slot: int) -> None:
         """An idle slot's rows do nothing; whoever comes next clears them."""
 
+    def has_room(self, state: TaskState, slot: int) -> bool:
+        """False for IA3 on the input of one of several linears that are one here."""
+        if self.slots[slot].method != "ia3":
+            return True
+        return state.tensors.keys() <= {key for key, _ in self._tensors(slot)}
+
     def _tensors(self, slot: int) -> Iterator[tuple[ParameterKey, TaskTensors]]:
         for site_name, a, b in self.adapters.views(slot):
             yield (site_name, A), TaskTensors(*a)

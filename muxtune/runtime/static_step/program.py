@@ -7,9 +7,6 @@ gradients, which nobody waits for, run beside the next product on a second strea
 Shape suffixes as in the package.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false
-# pyright: reportAttributeAccessIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 import contextlib
@@ -98,7 +95,9 @@ class _Site(NamedTuple):
 class StepProgram:
     """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
     second stream. ``deterministic``: no atomics anywhere. ``extras``: the slots of methods that
-    have more than low-rank factors."""
+    have more than low-rank factors. ``recompute`` of a run: of how many blocks, the first ones,
+    only the input is kept; the backward computes the rest again, to the same bits (Chen et al.
+    2016, arXiv 1604.06174)."""
 
     def __init__(
         self,
@@ -132,11 +131,11 @@ class StepProgram:
         self._held: list[Any] = []
 
     @torch.no_grad()
-    def run(self, num_rows: int) -> StepResult:
+    def run(self, num_rows: int, recompute: int = 0) -> StepResult:
         """Reads the input buffer, updates the pools, writes ``metrics``."""
         with _determinism(self.deterministic):
             rows = self.inputs.step_rows(num_rows)
-            hidden, saved = self._forward(num_rows, rows)
+            hidden, saved = self._forward(num_rows, rows, recompute)
             loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
             self._backward(num_rows, rows, hidden, saved, dnormed_TD)
             self.metrics[0].copy_(loss_S)
@@ -148,15 +147,15 @@ class StepProgram:
         return StepResult(*self.metrics)
 
     def _forward(
-        self, num_rows: int, rows: StepRows
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Saved]]:
+        self, num_rows: int, rows: StepRows, recompute: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Saved | Tensor]]:
         ids_T = self.inputs.fields["input_ids"][:num_rows]
         x_TD, added_TD = self.model.embedding_VD.index_select(0, ids_T), None
-        saved = []
+        saved: list[Saved | Tensor] = []
         for index in range(len(self.model.blocks)):
             kept, added_TD = self._block_forward(index, x_TD, added_TD, rows)
             x_TD = kept.x_mid_TD
-            saved.append(kept)
+            saved.append(kept.x_in_TD if index < recompute else kept)
         return add_rms_norm(x_TD, added_TD, self.model.final_norm_D, self.model.eps), saved
 
     def _block_forward(
@@ -201,7 +200,7 @@ class StepProgram:
         num_rows: int,
         rows: StepRows,
         hidden: tuple[Tensor, Tensor, Tensor],
-        saved: list[Saved],
+        saved: list[Saved | Tensor],
         dnormed_TD: Tensor,
     ) -> None:
         model = self.model
@@ -209,7 +208,10 @@ class StepProgram:
         dx_TD = rms_norm_backward(dnormed_TD, x_TD, model.final_norm_D, rstd_T, None)
         for index in reversed(range(len(model.blocks))):
             kept = saved.pop()
+            if isinstance(kept, Tensor):
+                kept, _ = self._block_forward(index, kept, None, rows)
             dx_TD = self._block_backward(index, kept, dx_TD, rows)
+            del kept  # before the next block is computed again
             self._join_side()
         self._join_side()
 
@@ -327,11 +329,12 @@ def _determinism(wanted: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # its stub does not know the setting
+    fills = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
