@@ -48,10 +48,11 @@ def mixed_tasks() -> list[TaskSpec]:
     places = ("o_proj", "down_proj")
     return [
         make_task("lora", **common, targets=("all-linear",), rank=2),
-        make_task("ia3", **common, method="ia3", targets=("k_proj", "v_proj", "down_proj")),
+        make_task("ia3", **common, method="ia3", targets=("k_proj", "v_proj", "down_proj"), rank=0),
         make_task("houlsby", **common, method="bottleneck", targets=places, dropout=0.2, rank=3),
         make_task("prefix", **common, method="prefix", targets=(), rank=3, accumulation=2),
         make_task("prefix 1", **common, method="prefix", targets=(), rank=1, batch_size=5),
+        make_task("dora", **common, method="dora", targets=("q_proj", "up_proj"), rank=2),
     ]
 
 
@@ -185,7 +186,7 @@ def test_joins_leaves_and_plan_changes_in_the_middle_of_steps(
     eager = trained(tmp_path / "eager", store, tasks, **EAGER)
     bench = Bench(tmp_path / "captured", store, **CAPTURED)
     bench.prepare(*tasks)
-    dora = AdapterSlot("dora", 1, ("k_proj", "v_proj", "down_proj"))
+    dora = AdapterSlot("dora", 1, ("k_proj", "v_proj", "down_proj"), True)
     groups = [[tasks], [tasks[2:], tasks[:2]], [tasks[::-1]], [tasks[:1], tasks[3:], tasks[1:3]]]
     epoch = mixed = in_mid_step = 0
     while bench.done() < {task.task_id for task in tasks}:

@@ -26,6 +26,7 @@ from muxtune.runtime.static_step import (
 from muxtune.runtime.static_step.adapters import ALL_TARGETS, LoraState
 from muxtune.runtime.static_step.extras import ExtraPools
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
+from muxtune.runtime.static_step.pool import LOW_RANK
 from muxtune.runtime.tokenizers import ByteTokenizer
 from muxtune.runtime.training import train_pass
 from muxtune.types import AdapterSlot, TaskSpec
@@ -33,8 +34,8 @@ from muxtune.workload.encoding import EncodedSequence
 from tests.runtime.runtime_helpers import make_htask, make_task
 from tests.runtime.static_step_reference import tiny_llama
 
-LENGTHS = {0: [9, 4], 1: [7, 7], 2: [5, 12], 3: [6], 4: [3, 8], 5: [10], 6: [4, 4]}
-NUM_ROWS = 112  # some filler
+LENGTHS = {0: [9, 4], 1: [7, 7], 2: [5, 12], 3: [6], 4: [3, 8], 5: [10], 6: [4, 4], 7: [8, 3]}
+NUM_ROWS = 120  # some filler
 MAX_POSITIONS = 64
 
 
@@ -48,6 +49,7 @@ def tasks() -> list[TaskSpec]:
         make_task("ia3 out", method="ia3", targets=("gate_proj", "o_proj"),
                   options={"feedforward_modules": []}),
         make_task("prefix 2", method="prefix", targets=(), rank=2),
+        make_task("dora", method="dora", targets=("k_proj", "v_proj", "down_proj"), rank=3),
     ]  # fmt: skip
 
 
@@ -128,15 +130,16 @@ def static(at: Setting, keeps: frozenset[int] = frozenset(), on_gpu: bool = Fals
     model = StaticModel.of(plain, MAX_POSITIONS)
     slots = slots_of(at.specs)
     specs = tuple(
-        SlotSpec(slot.rank, slot.targets) if slot.method == "lora" else SlotSpec(0, ())
+        SlotSpec(slot.rank, slot.targets) if slot.method in LOW_RANK else SlotSpec(0, ())
         for slot in slots
     )
-    pools, extras = AdapterPools(model, specs, True), ExtraPools(model, slots, True)
+    pools = AdapterPools(model, specs, True)
+    extras = ExtraPools(model, slots, True, pools)
     for slot, state in enumerate(at.states):
-        if state.slot.method == "lora":
+        if state.slot.method in LOW_RANK:
             sites = {site for site, _ in state.tensors}
             pools.load(slot, {site: _lora(state, site) for site in sites}, 0)
-        else:
+        if state.slot.method != "lora":
             fill(extras, slot, {key: v.param for key, v in state.tensors.items()})
     layout = StepLayout(NUM_ROWS, len(slots), 24, 16, dropout=True)
     inputs, host = StepInputs(layout, model.device), HostBuffer(layout, False)
@@ -187,12 +190,9 @@ def test_losses_and_gradients_equal_the_eager_pass() -> None:
     result = made.program.run(NUM_ROWS)
     torch.testing.assert_close(result.loss_S, torch.tensor(losses), rtol=1e-5, atol=1e-5)
     for slot, wanted in enumerate(grads):
-        if at.states[slot].slot.method == "lora":
-            found = {}
-            for site, a, b in made.pools.views(slot):
-                found[site, "lora_A"], found[site, "lora_B"] = a[1], b[1]
-        else:
-            found = gradients(made.extras, slot)
+        found = gradients(made.extras, slot)
+        for site, a, b in made.pools.views(slot):
+            found[site, "lora_A"], found[site, "lora_B"] = a[1], b[1]
         assert wanted.keys() <= found.keys()
         for key, grad in found.items():
             if key in wanted:
@@ -237,9 +237,9 @@ def test_the_optimizer_steps_every_method_and_no_spare_row() -> None:
 
 def test_dora_and_prompts_have_no_static_form() -> None:
     model = StaticModel.of(tiny_llama(), MAX_POSITIONS)
-    for method in ("dora", "prompt"):
+    for method, dropout in (("dora", True), ("prompt", False)):
         with pytest.raises(Unsupported, match=method):
-            ExtraPools(model, (AdapterSlot(method, 4, ()),), True)
+            ExtraPools(model, (AdapterSlot(method, 4, (), dropout),), True)
 
 
 def test_rotary_tables_must_reach_behind_the_virtual_tokens() -> None:

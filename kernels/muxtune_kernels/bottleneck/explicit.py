@@ -53,7 +53,7 @@ class _Index(NamedTuple):
     slot_U: Tensor
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # captured graphs point to these tensors
 def _index(slot_ranks: tuple[int, ...], width: int, device: torch.device) -> _Index:
     offsets, total = slot_offsets(slot_ranks), sum(slot_ranks)
     used = [slot for slot, rank in enumerate(slot_ranks) if rank]

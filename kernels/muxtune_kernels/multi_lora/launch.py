@@ -85,22 +85,37 @@ class Layout(NamedTuple):
     slot_of_rank_R: Tensor
 
 
-@functools.lru_cache(maxsize=1024)
-def layout_of(adapters: Adapters, device: torch.device) -> Layout:
-    offsets, edges = slot_offsets(adapters.slot_ranks), slot_offsets(adapters.out_features)
+# Captured graphs point to these tensors, so they are never let go: a few small ones for each set
+# of ranks and each kind of linear, whatever the number of layers.
+@functools.cache
+def _layout_tensors(
+    slot_ranks: tuple[int, ...], out_features: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(offset_S, rank_S, edges, slot_of_rank_R)."""
+    offsets, edges = slot_offsets(slot_ranks), slot_offsets(out_features)
     offset_S, rank_S, edge_M = (
         torch.tensor(values, dtype=torch.int32, device=device)
-        for values in (offsets[:-1], adapters.slot_ranks, edges)
+        for values in (offsets[:-1], slot_ranks, edges)
     )
+    slot_S = torch.arange(len(slot_ranks))
+    slot_of_rank_R = torch.repeat_interleave(slot_S, torch.tensor(slot_ranks)).to(device)
+    return offset_S, rank_S, edge_M, slot_of_rank_R
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(adapters: Adapters, device: torch.device) -> Layout:
+    offset_S, rank_S, edge_M, slot_of_rank_R = _layout_tensors(
+        adapters.slot_ranks, adapters.out_features, device
+    )
+    edges = slot_offsets(adapters.out_features)
     rank_pad = max(16, next_power_of_2(max(adapters.slot_ranks)))
     members = len(adapters.out_features)
     align = next(p for p in (16, 8, 4, 2, 1) if all(edge % p == 0 for edge in edges))
     word = mix_word(adapters.module_key)
     word = word - (1 << 32) if word >= 1 << 31 else word
     return Layout(
-        offset_S, rank_S, edge_M, offsets[-1], rank_pad, members, members * rank_pad, align, word,
-        torch.repeat_interleave(torch.arange(len(offsets) - 1), torch.tensor(adapters.slot_ranks))
-        .to(device),
+        offset_S, rank_S, edge_M, sum(adapters.slot_ranks), rank_pad, members,
+        members * rank_pad, align, word, slot_of_rank_R,
     )  # fmt: skip
 
 

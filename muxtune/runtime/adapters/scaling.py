@@ -97,8 +97,15 @@ class _ScaleRows(torch.autograd.Function):
 
 def owned_rows(row_of_slot_S: Tensor, slot_rows: tuple[int, ...]) -> Tensor:
     """bool [R]: whether the task in the slot of each pool row has it; no host sync."""
-    used = rows_index(tuple((s, s + 1) for s, n in enumerate(slot_rows) if n), row_of_slot_S.device)
+    used = _slots_with_rows(slot_rows, row_of_slot_S.device)
     return row_of_slot_S.index_select(0, used) < len(used)
+
+
+# Captured graphs point to these tensors, so they are never let go.
+@functools.cache
+def _slots_with_rows(slot_rows: tuple[int, ...], device: torch.device) -> Tensor:
+    used = [slot for slot, count in enumerate(slot_rows) if count]
+    return torch.tensor(used, dtype=torch.int64, device=device)
 
 
 class _ScaleSpans(torch.autograd.Function):

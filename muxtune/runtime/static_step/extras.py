@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from muxtune.runtime.adapters import bottleneck as bottleneck_method
-from muxtune.runtime.adapters import ia3, prefix
+from muxtune.runtime.adapters import dora, ia3, prefix
 from muxtune.runtime.adapters.scaling import owned_rows, row_factors
 from muxtune.runtime.linear import module_key
 from muxtune.runtime.prepended import Stretches
+from muxtune.runtime.static_step.adapters import AdapterPools
 from muxtune.runtime.static_step.model import FusedLinear, StaticModel, Unsupported
 from muxtune.types import AdapterSlot
 from muxtune_kernels import AdamWPool
@@ -32,11 +33,11 @@ from muxtune_kernels.bottleneck import (
     bottleneck_backward,
     bottleneck_forward,
 )
-from muxtune_kernels.multi_lora import StepRows
+from muxtune_kernels.multi_lora import LoraLinear, StepRows
 from muxtune_kernels.rows import slot_offsets
 from muxtune_kernels.segments import segment_sum
 
-METHODS = ("lora", "ia3", "bottleneck", "prefix")
+METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix")
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -109,6 +110,64 @@ class Scale(NamedTuple):
         return row_factors(self.pool.tensors[0], self.pool.row_of_slot_S, slots_T)
 
 
+class Magnitudes(NamedTuple):
+    """DoRA behind one member of a fused linear: outputs scaled by m / |W + s B A| (see
+    ``adapters.dora``), the bias left out. All slots at once, idle ones too: shapes, and so the
+    bits of a slot, are the same whoever else is there. ``a_rows_Nr``, ``b_rows_Nr``: where
+    the slots' A and B lie in the pools; ``is_real_Nr``: False beyond a slot's rank."""
+
+    columns: slice
+    pool: Pool
+    lora: LoraLinear
+    square_O: Tensor
+    a_rows_Nr: Tensor
+    b_rows_Nr: Tensor
+    is_real_Nr: Tensor
+    slot_N: Tensor
+
+    def forward(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
+        """(a changed copy, what the backward wants besides y)."""
+        norm_NO = self._norms(rows)
+        factor_NO = self.pool.tensors[0] / norm_NO
+        factor_TO = row_factors(factor_NO, self.pool.row_of_slot_S, rows.rows.slot_of_row_T)
+        z_TC, bias_O = y_TC.clone(), self._bias()
+        z_TO = y_TC[:, self.columns] * factor_TO
+        z_TC[:, self.columns] = z_TO if bias_O is None else z_TO + bias_O * (1 - factor_TO)
+        return z_TC, (norm_NO, factor_NO)
+
+    def backward(
+        self, dz_TC: Tensor, y_TC: Tensor, saved: Any, rows: StepRows, deterministic: bool
+    ) -> Tensor:
+        norm_NO, factor_NO = saved
+        dpart_TO, part_TO, bias_O = dz_TC[:, self.columns], y_TC[:, self.columns], self._bias()
+        product_TO = dpart_TO * (part_TO if bias_O is None else part_TO - bias_O)
+        sums_NO = segment_sum(product_TO, rows.rows, self.pool.slot_rows, deterministic)
+        owned_N1 = owned_rows(self.pool.row_of_slot_S, self.pool.slot_rows)[:, None]
+        self.pool.store(torch.where(owned_N1, sums_NO / norm_NO, 0), rows.keep_S)
+        factor_TO = row_factors(factor_NO, self.pool.row_of_slot_S, rows.rows.slot_of_row_T)
+        dy_TC = dz_TC.clone()
+        dy_TC[:, self.columns] = (dpart_TO * factor_TO).to(dz_TC.dtype)
+        return dy_TC
+
+    def _bias(self) -> Tensor | None:
+        return None if self.lora.bias_O is None else self.lora.bias_O[self.columns]
+
+    def _norms(self, rows: StepRows) -> Tensor:
+        """[N, O], each slot's by itself: a NaN stays where it is."""
+        a_NrD = self._taken(self.lora.a_RD, self.a_rows_Nr)
+        b_NrO = self._taken(self.lora.b_RO[:, self.columns], self.b_rows_Nr)
+        weight_OD = self.lora.weight_OD[self.columns]
+        shared_NrO = torch.matmul(a_NrD.to(weight_OD.dtype), weight_OD.T).float()
+        own_NrO = torch.bmm(torch.bmm(a_NrD, a_NrD.mT), b_NrO)
+        scale_N11 = rows.scale_S.index_select(0, self.slot_N).view(-1, 1, 1)
+        extra_NrO = b_NrO * (2 * scale_N11 * shared_NrO + scale_N11.square() * own_NrO)
+        return (self.square_O + extra_NrO.sum(1)).clamp(min=dora.SMALLEST_SQUARE).sqrt()
+
+    def _taken(self, factor_RW: Tensor, rows_Nr: Tensor) -> Tensor:
+        taken_NrW = factor_RW.index_select(0, rows_Nr.flatten()).unflatten(0, rows_Nr.shape)
+        return torch.where(self.is_real_Nr[:, :, None], taken_NrW, 0)
+
+
 class Bottlenecks(NamedTuple):
     """The bottlenecks behind one member of a fused linear."""
 
@@ -150,6 +209,7 @@ class SiteExtras(NamedTuple):
     """Around one fused linear, in the order in which they run."""
 
     scales_in: tuple[Scale, ...]
+    magnitudes: tuple[Magnitudes, ...]
     scales_out: tuple[Scale, ...]
     bottlenecks: tuple[Bottlenecks, ...]
 
@@ -161,6 +221,10 @@ class SiteExtras(NamedTuple):
     def after(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, list[Any]]:
         """(what leaves the site, what the backward wants)."""
         saved: list[Any] = []
+        for magnitude in self.magnitudes:
+            z_TC, norms = magnitude.forward(y_TC, rows)
+            saved.append((y_TC, norms))
+            y_TC = z_TC
         for scale in self.scales_out:
             saved.append(y_TC)
             y_TC = scale.forward(y_TC, rows)
@@ -178,6 +242,9 @@ class SiteExtras(NamedTuple):
             dy_TC = item.backward(dy_TC, y_TC, inner, rows)
         for scale in reversed(self.scales_out):
             dy_TC = scale.backward(dy_TC, saved.pop(), rows, deterministic)
+        for magnitude in reversed(self.magnitudes):
+            y_TC, norms = saved.pop()
+            dy_TC = magnitude.backward(dy_TC, y_TC, norms, rows, deterministic)
         return dy_TC
 
     def before_backward(
@@ -244,21 +311,33 @@ class Prefixes(NamedTuple):
 
 
 class ExtraPools:
-    """The slots' tensors besides low-rank factors, on every block of a model.
+    """The slots' tensors besides low-rank factors, on every block of a model. ``adapters``: their
+    low-rank factors, which DoRA's norms are of.
 
     Raises Unsupported for a method that has no static form.
     """
 
     def __init__(
-        self, model: StaticModel, slots: tuple[AdapterSlot, ...], deterministic: bool
+        self,
+        model: StaticModel,
+        slots: tuple[AdapterSlot, ...],
+        deterministic: bool,
+        adapters: AdapterPools | None = None,
     ) -> None:
         for slot in slots:
             if slot.method not in METHODS:
                 raise Unsupported(f"the static step knows no '{slot.method}'")
+            if slot.method == "dora" and slot.dropout:
+                raise Unsupported("the static step knows no 'dora' with dropout")
         self.slots, self.deterministic, self.device = slots, deterministic, model.device
         self._pools: dict[tuple[str, str], Pool] = {}
+        loras = [None] * len(model.blocks) if adapters is None else adapters.layers
         self.layers = [
-            tuple(self._site(linear) for linear in block.linears) for block in model.blocks
+            tuple(
+                self._site(linear, None if pools is None else pools[index].lora)
+                for index, linear in enumerate(block.linears)
+            )
+            for block, pools in zip(model.blocks, loras, strict=True)
         ]
         self.prefixes = self._all_prefixes(model)
 
@@ -298,18 +377,21 @@ class ExtraPools:
         self._pools[key] = Pool.of(slot_rows, width, self.device)
         return self._pools[key]
 
+    def _users(self, method: str, site_name: str) -> list[bool]:
+        """Which slots have this method here."""
+        return [slot.method == method and _names(site_name, slot.targets) for slot in self.slots]
+
     def _ranks(self, method: str, site_name: str) -> list[int]:
         """0 for slots without this method here, else the rank."""
-        return [
-            slot.rank if slot.method == method and _names(site_name, slot.targets) else 0
-            for slot in self.slots
-        ]
+        users = self._users(method, site_name)
+        return [slot.rank * uses for slot, uses in zip(self.slots, users, strict=True)]
 
-    def _site(self, linear: FusedLinear) -> SiteExtras:
+    def _site(self, linear: FusedLinear, lora: LoraLinear | None) -> SiteExtras:
         edges, scales_in, scales_out, items = slot_offsets(linear.out_features), [], [], []
+        magnitudes = []
         for member, name in enumerate(linear.names):
             columns = slice(edges[member], edges[member + 1])
-            vectors = [int(rank > 0) for rank in self._ranks("ia3", name)]
+            vectors = [int(uses) for uses in self._users("ia3", name)]
             if any(vectors):
                 width = linear.out_features[member]
                 scales_out.append(Scale(columns, self._pool((name, ia3.OUT), vectors, width)))
@@ -317,10 +399,35 @@ class ExtraPools:
                     inputs = linear.weight_OD.shape[1]
                     pool = self._pool((name, ia3.IN), vectors, inputs)
                     scales_in.append(Scale(slice(0, inputs), pool))
+            ranks = self._ranks("dora", name)
+            if any(ranks):
+                assert lora is not None
+                magnitudes.append(self._magnitudes(name, columns, ranks, member, lora))
             ranks = self._ranks("bottleneck", name)
             if any(ranks):
                 items.append(self._bottlenecks(name, columns, ranks, linear.out_features[member]))
-        return SiteExtras(tuple(scales_in), tuple(scales_out), tuple(items))
+        return SiteExtras(tuple(scales_in), tuple(magnitudes), tuple(scales_out), tuple(items))
+
+    def _magnitudes(
+        self, name: str, columns: slice, ranks: Sequence[int], member: int, lora: LoraLinear
+    ) -> Magnitudes:
+        slots = [slot for slot, rank in enumerate(ranks) if rank]
+        width = columns.stop - columns.start
+        pool = self._pool((name, dora.MAGNITUDE), [int(rank > 0) for rank in ranks], width)
+        offsets, most = slot_offsets(lora.slot_ranks), max(ranks)
+        # Beyond its rank a slot's own first row stands in, and does not count.
+        rows = [
+            [offsets[slot] + (at if at < ranks[slot] else 0) for at in range(most)]
+            for slot in slots
+        ]
+        b_rows_Nr = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        real = [[at < ranks[slot] for at in range(most)] for slot in slots]
+        weight_OD = lora.weight_OD[columns]
+        norm_O = torch.linalg.vector_norm(weight_OD, dim=1, dtype=torch.float32)
+        return Magnitudes(
+            columns, pool, lora, norm_O.square(), b_rows_Nr + member * offsets[-1], b_rows_Nr,
+            torch.tensor(real, device=self.device), torch.tensor(slots, device=self.device),
+        )  # fmt: skip
 
     def _bottlenecks(
         self, name: str, columns: slice, ranks: Sequence[int], width: int

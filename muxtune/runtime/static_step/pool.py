@@ -18,6 +18,8 @@ from muxtune.runtime.static_step.extras import ExtraPools
 from muxtune.runtime.static_step.model import StaticModel
 from muxtune.types import AdapterSlot
 
+LOW_RANK = ("lora", "dora")
+
 
 class StaticPool:
     """Raises Unsupported for a method that the static step does not know."""
@@ -27,13 +29,13 @@ class StaticPool:
     ) -> None:
         self.slots = slots
         self.occupants: list[TaskState | None] = [None] * len(slots)
-        is_mixed = any(slot.method != "lora" for slot in slots)
-        self.extras = ExtraPools(model, slots, deterministic) if is_mixed else None
         specs = tuple(
-            SlotSpec(slot.rank, slot.targets) if slot.method == "lora" else SlotSpec(0, ())
+            SlotSpec(slot.rank, slot.targets) if slot.method in LOW_RANK else SlotSpec(0, ())
             for slot in slots
         )
         self.adapters = AdapterPools(model, specs, deterministic)
+        is_mixed = any(slot.method != "lora" for slot in slots)
+        self.extras = ExtraPools(model, slots, deterministic, self.adapters) if is_mixed else None
 
     def put(self, state: TaskState, slot: int) -> None:
         places = dict(self._tensors(slot))

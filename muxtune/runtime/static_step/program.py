@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from muxtune.runtime.prepended import Stretches
 from muxtune.runtime.static_step.adapters import AdapterPools
 from muxtune.runtime.static_step.attention import (
     Packing,
@@ -129,12 +130,15 @@ class StepProgram:
         # Low priority: the products that the backward waits for come first.
         self._side = torch.cuda.Stream(model.device, priority=0) if overlap and on_cuda else None
         self._held: list[Any] = []
+        self._rotary = Rotary(model.cos_LP, model.sin_LP, inputs.fields["positions"])
+        self._stretches: Stretches | None = None
 
     @torch.no_grad()
     def run(self, num_rows: int, recompute: int = 0) -> StepResult:
         """Reads the input buffer, updates the pools, writes ``metrics``."""
         with _determinism(self.deterministic):
             rows = self.inputs.step_rows(num_rows)
+            self._lay_out(num_rows, rows)
             hidden, saved = self._forward(num_rows, rows, recompute)
             loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
             self._backward(num_rows, rows, hidden, saved, dnormed_TD)
@@ -168,7 +172,7 @@ class StepProgram:
             x_TD, added_TD, block.attention_norm_D, model.eps
         )
         qkv_TC, h_qkv = qkv.forward(normed_in_TD, rows)
-        attended_TC, attention = self._attend(index, qkv_TC, rows)
+        attended_TC, attention = self._attend(index, qkv_TC)
         out_TD, h_out = out.forward(attended_TC, rows)
         x_mid_TD, normed_mid_TD, rstd_mid_T = add_rms_norm(
             x_TD, out_TD, block.mlp_norm_D, model.eps
@@ -261,15 +265,14 @@ class StepProgram:
 
     # -- attention
 
-    def _attend(self, index: int, qkv_TC: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
-        rotary, heads = self._rotary(rows), self.model.heads
-        shared = self._shared(index, rows)
+    def _attend(self, index: int, qkv_TC: Tensor) -> tuple[Tensor, Any]:
+        rotary, heads, shared = self._rotary, self.model.heads, self._shared(index)
         if shared is None:
             return attention_forward(qkv_TC, rotary, heads, self._packing())
         return attention_with_shared(qkv_TC, rotary, heads, self._packing(), shared)
 
     def _attend_backward(self, index: int, dout_TC: Tensor, kept: Saved, rows: StepRows) -> Tensor:
-        rotary, heads, shared = self._rotary(rows), self.model.heads, self._shared(index, rows)
+        rotary, heads, shared = self._rotary, self.model.heads, self._shared(index)
         if shared is None:
             return attention_backward(
                 dout_TC, kept.qkv_TC, kept.attended_TC, kept.attention, rotary, heads,
@@ -282,18 +285,20 @@ class StepProgram:
         self.extras.prefixes[index].store(grads[0], grads[1], rows)
         return dqkv_TC
 
-    def _shared(self, index: int, rows: StepRows) -> SharedPart | None:
-        if self.extras is None or not self.extras.prefixes:
-            return None
-        prefixes, num_rows = self.extras.prefixes[index], rows.rows.slot_of_row_T.shape[0]
-        keys = prefixes.gathered(self.model.dtype, self.model.heads)
-        return SharedPart(*keys, prefixes.stretches(rows, num_rows))
-
-    def _rotary(self, rows: StepRows) -> Rotary:
-        position_T = self.inputs.fields["positions"][: rows.rows.slot_of_row_T.shape[0]]
+    def _lay_out(self, num_rows: int, rows: StepRows) -> None:
+        """What the attention of every block is told of this micro-batch."""
+        position_T, self._stretches = self.inputs.fields["positions"][:num_rows], None
         if self.extras is not None and self.extras.prefixes:
-            position_T = self.extras.prefixes[0].shifted(position_T, rows)
-        return Rotary(self.model.cos_LP, self.model.sin_LP, position_T)
+            prefixes = self.extras.prefixes[0]  # of one layer as of all
+            position_T = prefixes.shifted(position_T, rows)
+            self._stretches = prefixes.stretches(rows, num_rows)
+        self._rotary = Rotary(self.model.cos_LP, self.model.sin_LP, position_T)
+
+    def _shared(self, index: int) -> SharedPart | None:
+        if self.extras is None or self._stretches is None:
+            return None
+        keys = self.extras.prefixes[index].gathered(self.model.dtype, self.model.heads)
+        return SharedPart(*keys, self._stretches)
 
     def _packing(self) -> Packing:
         fields = self.inputs.fields
