@@ -88,7 +88,7 @@ def show(summary: dict[str, Any], path: Path) -> None:
     console.print(make_table("Predicted against measured", COLUMNS, rows))
     for item in summary["rankings"]:
         console.print(
-            f"workload {item['workload']}: Kendall's tau {item['tau']:.3f} of {item['plans']} "
+            f"workload {item['workload']}: Kendall's tau {_tau(item['tau'])} of {item['plans']} "
             f"plans; {item['excluded']} pairs within the repeats' spread left out"
         )
     for run_ in summary["dynamic"]:
@@ -102,6 +102,10 @@ def show(summary: dict[str, Any], path: Path) -> None:
     console.print(f"wrote {path}", soft_wrap=True)
 
 
+def _tau(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
 def _row(name: str, item: dict[str, Any], goal: str) -> tuple[object, ...]:
     return (
         name,
@@ -109,7 +113,7 @@ def _row(name: str, item: dict[str, Any], goal: str) -> tuple[object, ...]:
         f"{item['mean']:.1%}",
         f"{item['p95']:.1%}",
         f"{item['bias']:+.1%}",
-        f"{item['coverage']:.0%}" if item["coverage"] == item["coverage"] else "-",
+        "-" if item["coverage"] is None else f"{item['coverage']:.0%}",
         f"{item['spread']:.1%}" if item["spread"] else "-",
         goal,
     )

@@ -67,6 +67,7 @@ _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
 _LOSS_CHUNK_ROWS = 1024
 Work = Callable[[], Any]
+BlockWork = Callable[[int], Any]  # of a block, by its place
 
 
 class Point(NamedTuple):
@@ -87,11 +88,12 @@ class CapturedOps:
         dtype: torch.dtype,
         *,
         deterministic: bool = True,
-        num_blocks: int = 4,
+        num_blocks: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.shape, self.device, self.deterministic = shape, device, deterministic
-        small = shape._replace(num_layers=num_blocks)
+        # Four of a 7B's leave any cache, and are so large that they are drawn on the GPU.
+        small = shape._replace(num_layers=num_blocks or (4 if device.type == "cuda" else 2))
         model, _ = random_model(small, 0, device, dtype)
         model.to(device=device, dtype=dtype).requires_grad_(False)
         self.model = StaticModel.of(model, MAX_POSITIONS)
@@ -233,10 +235,10 @@ class CapturedOps:
         xs = [self._fresh(num_rows, inputs_) for _, inputs_ in widths]
         dys = [self._fresh(num_rows, outputs) for outputs, _ in widths]
 
-        def forward(which: StepProgram) -> Work:
+        def forward(which: StepProgram) -> BlockWork:
             return lambda i: [s.forward(x, rows) for s, x in zip(which._sites(i), xs, strict=True)]
 
-        def backward(which: StepProgram) -> Work:
+        def backward(which: StepProgram) -> BlockWork:
             saved = [
                 [s.forward(x, rows)[1] for s, x in zip(which._sites(i), xs, strict=True)]
                 for i in range(len(self.model.blocks))
@@ -260,10 +262,10 @@ class CapturedOps:
             attended_TC: Tensor
             attention: Any
 
-        def forward(which: StepProgram) -> Work:
+        def forward(which: StepProgram) -> BlockWork:
             return lambda i: which._attend(i, qkv_TC.clone(), rows)
 
-        def backward(which: StepProgram) -> Work:
+        def backward(which: StepProgram) -> BlockWork:
             rotated_TC = qkv_TC.clone()
             kept = Kept(rotated_TC, *which._attend(0, rotated_TC, rows))
             return lambda i: which._attend_backward(i, dout_TC, kept, rows)
@@ -343,13 +345,11 @@ class CapturedOps:
             (rows, features), device=self.device, dtype=self.model.dtype, generator=generator
         )
 
-    def _add(
-        self, name: str, sizes: dict[str, float], work: Callable[[int], Any], blocks: int = 0
-    ) -> None:
+    def _add(self, name: str, sizes: dict[str, float], work: BlockWork, blocks: int = 0) -> None:
         seconds = self._time(work, blocks or len(self.model.blocks))
         self.points.append(Point(name, {k: float(v) for k, v in sizes.items()}, seconds))
 
-    def _time(self, work: Callable[[int], Any], blocks: int) -> list[float]:
+    def _time(self, work: BlockWork, blocks: int) -> list[float]:
         """Seconds of one call, of each of a few repeats."""
 
         def once(times: int) -> None:

@@ -63,8 +63,8 @@ def _works(
             f"attention of {num_rows} rows, {length} tokens each",
             lambda a=num_rows, b=length: bench.attention(a, b),
         )
-    for num_slots in (slots[0], slots[-1]):
-        yield True, "optimizer", lambda n=num_slots: bench.optimizer(n, ranks[-1])
+    for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
+        yield True, "optimizer", lambda n=num_slots, r=rank: bench.optimizer(n, r)
     for count in (rows[0], rows[-1], *rows[1:-1]):
         for num_slots in slots:
             for rank in ranks:

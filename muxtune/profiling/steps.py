@@ -12,24 +12,33 @@ import ctypes
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from muxtune.cost.schema import CAPTURED
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import StepCase
 from muxtune.protocols import LengthSource
+from muxtune.runtime.adapters.low_rank import A, B
 from muxtune.runtime.backbone import BackboneStore, random_weights
-from muxtune.runtime.bank import AdapterBank, AdapterPool, TaskState, grad_dtype_for
+from muxtune.runtime.bank import (
+    AdapterBank,
+    AdapterPool,
+    TaskState,
+    TaskTensors,
+    adapter_slot,
+    grad_dtype_for,
+)
 from muxtune.runtime.batch import place_task
 from muxtune.runtime.memory import MemoryMeter
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
 from muxtune.runtime.runners import Runners
-from muxtune.types import Cursor, MicroBatch, PassLoad, Plan
+from muxtune.types import Cursor, MicroBatch, PassLoad, Plan, TaskSpec
 from muxtune.workload.random_texts import RandomTexts
 
 MAX_ROUNDS = 4
@@ -39,7 +48,6 @@ MIN_PASSES = 3
 class StepMeasurement(NamedTuple):
     """``repeats_s``: seconds of the same passes, again and again. ``loads``: of these passes.
     ``peak_bytes``: above what the process held besides the weights; on a GPU, the allocator's.
-    ``captured``: whether the passes ran as captured steps; ``notices``: why not.
     ``capture_s``: by rows of a captured size."""
 
     repeats_s: tuple[float, ...]
@@ -47,10 +55,12 @@ class StepMeasurement(NamedTuple):
     num_rounds: int
     effective_tokens: int
     peak_bytes: int
-    captured: bool
-    notices: tuple[str, ...]
     capture_s: dict[int, float]
     setup_s: float
+
+
+class NotCaptured(Exception):
+    """The runtime would have run eagerly; the message says why."""
 
 
 class StepBench:
@@ -81,7 +91,9 @@ class StepBench:
         self._give_back()
 
     def run(self, case: StepCase, budget_s: float = 2.0, min_repeats: int = 3) -> StepMeasurement:
-        """Raises what the runtime raises; the bench can go on with another case."""
+        """Raises what the runtime raises, and NotCaptured where captured steps were asked for but
+        cannot be had; the bench can go on with another case."""
+        self._give_back()  # what an error before held on to
         on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
         try:
             with on_stream:
@@ -108,9 +120,12 @@ class StepBench:
         bank = AdapterBank(self.backbone, grad_dtype, runners)
         library, plan, specs = RandomTexts(self.shape.vocab), case.plan(), case.specs()
         states = {
-            key: bank.create(spec, library.add(spec).num_steps) for key, spec in specs.items()
+            key: self._state(bank, spec, library.add(spec).num_steps) for key, spec in specs.items()
         }
         ready, pools = _arranged(bank, runners, plan, states)
+        if self.options.step == CAPTURED and not all(runner.depth for runner in ready):
+            raise NotCaptured("; ".join(self._notices))
+        _draw(states.values())
         num_rounds, batches = whole_rounds(plan, library, StepBuilder())
         works = [(batch.htask, _work(batch, pools[batch.htask], library)) for batch in batches]
         self._pass_over(ready, works)  # warms up, and compiles where that is not done by then
@@ -126,7 +141,8 @@ class StepBench:
             for runner in captured
             for rows, seconds in runner.steps.capture_s.items()  # type: ignore[attr-defined]
         }
-        bank.arrange((), {})
+        # Nobody wants the tasks back, whose copies to the host would take longer than the steps.
+        del states, ready, pools
         runners.keep([])
         return StepMeasurement(
             tuple(repeats),
@@ -134,11 +150,24 @@ class StepBench:
             num_rounds,
             sum(len(p.sequence.tokens) for _, w in works for ps in w.placed.values() for p in ps),
             peak,
-            len(captured) == len(ready),
-            tuple(self._notices),
             sizes,
             setup_s,
         )
+
+    def _state(self, bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
+        """A fresh task; LoRA's factors are made on the device, by the thousandth of the time that
+        PEFT's initial values take."""
+        if spec.adapter.method != "lora":
+            return bank.create(spec, num_steps)
+        zero = torch.zeros((), device=self.device)
+        none = zero.to(bank.grad_dtype)
+        tensors = {}
+        for site in self.backbone.matching_sites(spec.adapter.targets):
+            for name, width in ((A, site.in_features), (B, site.out_features)):
+                size = (spec.adapter.rank, width)
+                nothing = zero.expand(size)
+                tensors[site.name, name] = TaskTensors(nothing, none.expand(size), nothing, nothing)
+        return TaskState(spec, adapter_slot(spec), num_steps, tensors)
 
     def _pass_over(
         self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
@@ -168,6 +197,15 @@ def _arranged(
         except Runners.Refused:
             bank.arrange((), {})
     raise RuntimeError("the runtime refused every kind of pool")
+
+
+@torch.no_grad()
+def _draw(states: Iterable[TaskState]) -> None:
+    """Weights that are no zeros, which a GPU computes with at less power, so faster."""
+    for state in states:
+        for key, tensors in state.tensors.items():
+            if state.task.adapter.method == "lora" and state.place is not None:
+                tensors.param.normal_(0.0, 0.02 if key[1] == A else 1e-3)
 
 
 def whole_rounds(

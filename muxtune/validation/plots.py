@@ -98,6 +98,11 @@ def error_boxes(path: Path, steps: Rows, ops: Rows, ends: Rows) -> Path:
     axes.invert_yaxis()
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=10)
+    ticks = [-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100, 200]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.minorticks_off()
+    largest = max(map(abs, [10.0, *(error for group in values for error in group)]))
+    axes.set_xlim(-min(110.0, 1.2 * largest), 1.2 * largest)
     axes.set_xlabel("relative error of the prediction (%; linear up to 10); box: quartiles, 5-95%")
     axes.grid(True, axis="x", alpha=0.3)
     return _save(figure, path)

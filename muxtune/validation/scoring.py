@@ -21,7 +21,7 @@ class Errors(NamedTuple):
     p95: float
     worst: float
     bias: float
-    coverage: float
+    coverage: float | None
     spread: float
     extrapolated: float
 
@@ -48,7 +48,7 @@ def errors_of(rows: Sequence[Row], kind: str = "s") -> Errors | None:
         float(np.quantile(sizes, 0.95)),
         float(sizes.max()),
         float(errors.mean()),
-        float(np.mean(inside)) if inside else float("nan"),
+        float(np.mean(inside)) if inside else None,
         float(np.median(spreads)) if spreads else 0.0,
         float(np.mean([bool(row.get("extrapolated")) for row in rows])),
     )
@@ -71,7 +71,7 @@ class Ranking(NamedTuple):
     plans: int
     pairs: int
     excluded: int
-    tau: float
+    tau: float | None
 
 
 def rankings(rows: Sequence[Row]) -> list[Ranking]:
@@ -98,7 +98,7 @@ def _ranking(workload: int, rows: Sequence[Row]) -> Ranking:
         pairs += 1
         agree = (measured[0] - measured[1]) * (predicted[0] - predicted[1])
         score += (agree > 0) - (agree < 0)
-    return Ranking(workload, len(rows), pairs, excluded, score / pairs if pairs else float("nan"))
+    return Ranking(workload, len(rows), pairs, excluded, score / pairs if pairs else None)
 
 
 GOALS: Mapping[str, tuple[float, float]] = {

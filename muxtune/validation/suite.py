@@ -77,7 +77,8 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
     max_rows = options.grid_rows[-1]
     rows = _pick(random, options.grid_rows[1:] or options.grid_rows)
     if off_grid:
-        rows = int(np.exp(random.uniform(np.log(max(options.grid_rows[0], 128)), np.log(max_rows))))
+        least = min(max(options.grid_rows[0], 128), max_rows // 2)
+        rows = int(np.exp(random.uniform(np.log(least), np.log(max_rows))))
     chunk = _pick(random, (32, 64, 128))
     most = max(1, min(options.max_tasks, rows // chunk))
     count = _pick(random, [n for n in _TASKS if n <= most])

@@ -1,0 +1,119 @@
+"""A captured profile of a tiny model and its validation, on the CPU, from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxtune.cost.book import profiled_model
+from muxtune.cost.captured import CapturedCostModel
+from muxtune.cost.schema import content_hash, load_profile
+from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ProfileError
+from muxtune.profiling import profile_machine, write_profile
+from muxtune.profiling.captured_ops import full_grid
+from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
+from muxtune.validation.dynamic import Log, first_difference
+from muxtune.validation.running import ValidationOptions, validate
+
+TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
+ALL = ("all-linear",)
+GRID: dict[str, Any] = {"rows": (32, 64), "slots": (1, 2), "ranks": (16,), "max_rows": 64}
+
+
+@pytest.fixture(scope="module")
+def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = profile_machine(TINY, 1.0, program="captured", show_progress=False, **GRID)
+    return write_profile(raw, tmp_path_factory.mktemp("profile") / "tiny.json")
+
+
+@pytest.fixture(scope="module")
+def report(profile_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("validation")
+    options = ValidationOptions(9.0, 3, (), 64, 2, 0.0, dynamic_s=0.3)
+    first = validate(folder, profile_path, options)
+    again = validate(folder, profile_path, options._replace(budget_s=0.0))
+    assert {**again, "left": 0, "attempt": 0, "warnings": 0} == {
+        **first, "left": 0, "attempt": 0, "warnings": 0,
+    }  # fmt: skip
+    return first | {"folder": folder}
+
+
+def test_the_model_reads_what_was_measured(profile_path: Path) -> None:
+    profile = load_profile(profile_path)
+    assert profile.style == "captured" and profile.steps
+    model = profiled_model(TINY, profile)
+    assert isinstance(model, CapturedCostModel)
+
+    def seconds(rows: int, slots: int, closes: tuple[int, ...] = ()) -> float:
+        shape = ShapeKey(rows, 1, (AdapterSlot("lora", 8, ALL),) * slots)
+        return model.pass_times_s([PassLoad(shape, 0.0, 0.0, closes)], ReplicaShape()).value[0]
+
+    assert seconds(64, 1) > seconds(32, 1) > 0
+    assert seconds(32, 2, (0, 1)) > seconds(32, 2, (0,)) > seconds(32, 2)
+    inside = ShapeKey(48, 1, (AdapterSlot("lora", 16, ALL),))
+    assert model.pass_coefficients(inside._replace(chunk_tokens=4096)).extrapolated
+    narrow = TINY._replace(name="other", hidden=64)
+    assert profiled_model(narrow, profile).pass_coefficients(inside).extrapolated
+
+
+def test_a_validation_writes_what_it_measured(report: dict[str, Any]) -> None:
+    assert report["step"]["count"] >= 1 and report["failed_steps"] == []
+    assert report["op"]["count"] > 0 and report["failed_ops"] == []
+    assert [run["name"] for run in report["dynamic"]] == ["arrivals and departures", "with a queue"]
+    assert report["completion"]["count"] >= 9, "all but the task that was withdrawn"
+    names = {path.name for path in report["folder"].iterdir()}
+    assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
+    assert len(names) <= 8
+    (attempt,) = (report["folder"] / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(attempt)["attempt"] == 1
+
+
+def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) -> None:
+    options = ValidationOptions(0.0)
+    validate(tmp_path, profile_path, options)
+    raw = json.loads(profile_path.read_text())
+    raw["created"] = "later"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**raw, "content_hash": content_hash(raw)}))
+    validate(tmp_path, other, options)
+    kept = load_profile(tmp_path / "attempt-1" / "profile.json")
+    assert kept.content_hash == load_profile(profile_path).content_hash
+    assert load_profile(tmp_path / "profile.json").created == "later"
+
+
+@pytest.mark.parametrize("cut", ["truncated", "tampered", "no operations"])
+def test_a_profile_that_is_not_whole_is_refused(
+    profile_path: Path, tmp_path: Path, cut: str
+) -> None:
+    text, bad = profile_path.read_text(), tmp_path / "bad.json"
+    raw = json.loads(text)
+    if cut == "no operations":
+        raw["ops"] = {}
+        text = json.dumps({**raw, "content_hash": content_hash(raw)})
+    elif cut == "tampered":
+        raw["steps"][0]["repeats_s"][0] *= 2
+        text = json.dumps(raw)
+    bad.write_text(text[:-100] if cut == "truncated" else text)
+    with pytest.raises(ProfileError, match="muxtune profile"):
+        validate(tmp_path / "v", bad, ValidationOptions(1.0))
+
+
+def test_points_that_a_budget_left_without_their_row_are_dropped() -> None:
+    points = [{"slots": s, "rows": r, "x": 0} for s in (1, 8) for r in (64, 128)]
+    assert full_grid(["slots", "rows"], [*points, {"slots": 1, "rows": 96, "x": 0}]) == points
+    assert full_grid(["rows"], [{"rows": 2}, {"rows": 1}]) == [{"rows": 1}, {"rows": 2}]
+
+
+def test_the_first_different_decision_is_shown_with_its_cause() -> None:
+    left, right = Log(), Log()
+    left.lines, right.lines = ["place a", "plan a"], ["place a", "plan a,b"]
+    left.told, right.told = ["", "TASK_DONE b"], ["", "TASK_DONE a"]
+    found = first_difference(left, right)
+    assert found is not None and found["decision"] == 1
+    assert (found["predicted"], found["measured"]) == ("plan a", "plan a,b")
+    assert "order" in found["why"]
+    assert first_difference(left, left) is None
