@@ -104,7 +104,8 @@ class TaskOutcome(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One call of the executor: ``verb`` is start, stop, prepare, cancel or apply."""
+    """One call of the executor: ``verb`` is start, stop, prepare, cancel or apply. ``prepare`` is
+    for resuming only: the engine calls it before it asks for a decision on the arrival."""
 
     verb: str
     argument: InstanceSpec | TaskSpec | Plan | str
@@ -443,7 +444,6 @@ class Decider:
         spec = event.data
         assert isinstance(spec, TaskSpec)
         self.fleet.add_task(spec)
-        self._commands.append(Command("prepare", spec))
         if spec.cancel_ns is not None:
             self._wakes.append((max(spec.cancel_ns, event.time_ns), spec.task_id))
         return True

@@ -190,6 +190,7 @@ class Engine:
         self._decider = Decider(policy, planner, options)
         self._timetable = Timetable(tasks, self.fleet.seen)
         self._num_idle_batches = 0
+        self._answers: list[Event] = []  # to what a resumed engine told the executor again
         self._ended = dict.fromkeys(TaskState, 0)
         self._counts = dict.fromkeys(("events", "plans", "refused", "drifts", "tokens"), 0)
 
@@ -218,7 +219,7 @@ class Engine:
             all_wait = until_ns == FOREVER_NS and len(fleet.tasks) == fleet.num_waiting
             if all_wait:
                 self._check_starting()
-            events = self.executor.wait(until_ns)
+            events = self._take_answers() if self._answers else self.executor.wait(until_ns)
             if not events and until_ns == FOREVER_NS:
                 raise self._stuck("the executor has nothing left to do")
             if all_wait and all(event.kind in OF_HARDWARE for event in events):
@@ -248,6 +249,10 @@ class Engine:
         if self._decider.num_batches:
             self._command(self._decider.standing_commands())
 
+    def _take_answers(self) -> list[Event]:
+        events, self._answers = sorted(self._answers, key=Event.sort_key.fget), []  # type: ignore[arg-type]
+        return events
+
     def totals(self) -> RunTotals:
         ended, counts = self._ended, self._counts
         return RunTotals(
@@ -266,11 +271,18 @@ class Engine:
         )
 
     def _with_due(self, events: list[Event], until_ns: int) -> list[Event]:
-        """Merges what is due at the same instant. A real executor may come back late."""
+        """Merges what is due at the same instant, and how arrivals that need no time are prepared.
+        A real executor may come back late."""
         now_ns = events[0].time_ns if events else max(until_ns, self.fleet.now_ns)
         if until_ns > now_ns:
             return events
-        events = events + self._timetable.due(now_ns)
+        due = self._timetable.due(now_ns)
+        events = events + due
+        for event in due:
+            if event.kind is EventKind.TASK_ARRIVED:
+                ready = self.executor.prepare(event.data)  # type: ignore[arg-type]
+                if ready is not None:
+                    events.append(ready)
         if len(events) > 1:
             events.sort(key=Event.sort_key.fget)  # type: ignore[arg-type]
         return events
@@ -286,7 +298,9 @@ class Engine:
 
     def _command(self, commands: Iterable[Command]) -> None:
         for verb, argument in commands:
-            getattr(self.executor, verb)(argument)
+            answer = getattr(self.executor, verb)(argument)
+            if answer is not None:
+                self._answers.append(answer)
 
     def _note(self, decision: Decision) -> None:
         """Counts, wakes and observers; the same for a live batch and for a folded one."""

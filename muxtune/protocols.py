@@ -193,8 +193,13 @@ class Executor(Protocol):
 
     def stop(self, instance_id: str) -> None: ...
 
-    def prepare(self, task: TaskSpec) -> None:
-        """Later: TASK_READY or TASK_FAILED."""
+    def prepare(self, task: TaskSpec) -> Event | None:
+        """The TASK_READY of a task that needs no time to be prepared; it joins the batch of the
+        arrival. Else None, and later TASK_READY or TASK_FAILED.
+
+        The engine asks before the batch of the arrival is decided and journalled: preparing
+        decides nothing.
+        """
         ...
 
     def apply(self, plan: Plan) -> None:

@@ -484,7 +484,8 @@ class InstanceView(NamedTuple):
 
 
 class EventKind(enum.IntEnum):
-    """The order of kinds is the order of events of one instant: departures before arrivals."""
+    """The order of kinds is the order of events of one instant: departures before arrivals, and a
+    task arrives before it is ready."""
 
     INSTANCE_READY = 0
     INSTANCE_FAILED = 1
@@ -501,8 +502,8 @@ class EventKind(enum.IntEnum):
     MEMORY_PRESSURE = 30
     DRIFT = 31  # raised by the engine
     PLACEMENT_REFUSED = 32  # raised by the engine: the planner could not take the task
-    TASK_READY = 40
-    TASK_ARRIVED = 41
+    TASK_ARRIVED = 40
+    TASK_READY = 41
     WAKE = 50
 
 

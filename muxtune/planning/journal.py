@@ -1,6 +1,6 @@
 """The decision log: append-only JSON lines, one batch of events and what was decided on it a line.
 
-First line: ``{"schema": 1, "config": ..., "versions": ...}``. Every other line: ``{"index",
+First line: ``{"schema": 2, "config": ..., "versions": ...}``. Every other line: ``{"index",
 "time_ns", "events", "actions", "plans", "refusals"}`` in the form of ``muxtune.codec``. Plans are
 written in full, when they change. Equal decisions give equal bytes.
 """
@@ -18,7 +18,7 @@ from muxtune import codec
 from muxtune.errors import DataError, OutputError
 from muxtune.types import Action, Event, Plan, Refusal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class JournalBatch(NamedTuple):

@@ -38,6 +38,7 @@ from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
 
 event_order = Event.sort_key.fget
+FIRST_CURSOR = Cursor()
 
 
 class SimExecutor:
@@ -109,25 +110,25 @@ class SimExecutor:
         if self._remove(instance_id) is not None:
             self.emit(Event(self.now_ns, EventKind.INSTANCE_STOPPED, "", instance_id))
 
-    def prepare(self, task: TaskSpec) -> None:
-        name = task.task_id
-        if name in self._ready:
-            self.emit(Event(self.now_ns, EventKind.TASK_READY, name, data=self._ready[name]))
-            return
-        try:
-            data = self.library.add(task)
-        except MuxTuneError as error:
-            failure = FailureData(str(error))
-            self._emit_after(
-                to_ns(self.options.prepare_s), EventKind.TASK_FAILED, name, "", failure
-            )
-            return
-        self._ready[name] = data
-        self._parked[name] = Cursor()
-        self._emit_after(to_ns(self.options.prepare_s), EventKind.TASK_READY, name, "", data)
-        if name in self.options.fail_task_at_ns:
-            delay_ns = self.options.fail_task_at_ns[name] - self.now_ns
-            self._later(delay_ns, lambda: self._withdraw(name, "injected failure"))
+    def prepare(self, task: TaskSpec) -> Event | None:
+        name, options = task.task_id, self.options
+        if name not in self._ready:
+            prepare_ns = to_ns(options.prepare_s) if options.prepare_s else 0
+            try:
+                data = self.library.add(task)
+            except MuxTuneError as error:
+                failure = FailureData(str(error))
+                self._emit_after(prepare_ns, EventKind.TASK_FAILED, name, "", failure)
+                return None
+            self._ready[name] = data
+            self._parked[name] = FIRST_CURSOR
+            if options.fail_task_at_ns and name in options.fail_task_at_ns:
+                delay_ns = options.fail_task_at_ns[name] - self.now_ns
+                self._later(delay_ns, lambda: self._withdraw(name, "injected failure"))
+            if prepare_ns > 0:
+                self._emit_after(prepare_ns, EventKind.TASK_READY, name, "", data)
+                return None
+        return Event(self.now_ns, EventKind.TASK_READY, name, data=self._ready[name])
 
     def apply(self, plan: Plan) -> None:
         actor = self._actors.get(plan.instance_id)
@@ -170,6 +171,9 @@ class SimExecutor:
         for record, commands in history:
             self._wait_again(record)
             self._events.clear()
+            for event in record.events:
+                if event.kind is EventKind.TASK_ARRIVED:
+                    self.prepare(event.data)  # type: ignore[arg-type]
             for verb, argument in commands:
                 getattr(self, verb)(argument)
 
@@ -278,7 +282,7 @@ class SimExecutor:
 
     def _wait_again(self, record: JournalBatch) -> None:
         """The one wait that led to a recorded batch; what it returns is in the record."""
-        own = (EventKind.TASK_ARRIVED, EventKind.WAKE)
+        own = (EventKind.TASK_ARRIVED, EventKind.TASK_READY, EventKind.WAKE)
         while self.now_ns < record.time_ns:
             self.wait(record.time_ns)
             if self.now_ns == record.time_ns:

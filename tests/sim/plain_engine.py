@@ -220,7 +220,6 @@ class PlainEngine:
         task_id, host = event.task_id, self.hosts.get(event.instance_id)
         if event.kind is EventKind.TASK_ARRIVED:
             spec = self.open[task_id]
-            self.commands.append(("prepare", spec))
             if spec.cancel_ns is not None:
                 when_ns = max(spec.cancel_ns, self.now_ns)
                 self.come(when_ns, lambda: self.tell(EventKind.WAKE, task_id))
@@ -314,17 +313,15 @@ class PlainEngine:
     def arrive(self, spec: TaskSpec) -> None:
         self.specs.remove(spec)
         self.open[spec.task_id] = spec
+        self.cursors[spec.task_id] = Cursor()
         self.tell(EventKind.TASK_ARRIVED, spec.task_id, data=spec)
+        self.tell(EventKind.TASK_READY, spec.task_id, data=self.library.add(spec))
 
     def start(self, spec: InstanceSpec) -> None:
         self.hosts[spec.instance_id] = Host(spec)
         self.tell(EventKind.INSTANCE_READY, host=spec.instance_id)
         if spec.instance_id in self.fail_at_ns:
             self.at(self.fail_at_ns[spec.instance_id], lambda: self.fail(spec.instance_id))
-
-    def prepare(self, spec: TaskSpec) -> None:
-        self.cursors[spec.task_id] = Cursor()
-        self.tell(EventKind.TASK_READY, spec.task_id, data=self.library.add(spec))
 
     def cancel(self, task_id: str) -> None:
         for host in self.hosts.values():

@@ -72,7 +72,8 @@ def test_an_arrival_at_the_instant_of_a_finish_is_one_batch():
     run.run()
     batch = next(batch for batch in run.journal.batches if batch.time_ns == seconds(4))
     kinds = [event.kind for event in batch.events]
-    assert kinds == [EventKind.PROGRESS, EventKind.TASK_DONE, EventKind.TASK_ARRIVED]
+    arrived = [EventKind.TASK_ARRIVED, EventKind.TASK_READY]
+    assert kinds == [EventKind.PROGRESS, EventKind.TASK_DONE, *arrived]
     assert run.ended_s == {"a": 4.0, "b": 7.0}
 
 
