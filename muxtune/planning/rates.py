@@ -29,13 +29,12 @@ from muxtune.planning.facts import (
     padded_pairs,
 )
 from muxtune.planning.packing import PackLoad
-from muxtune.planning.step_builder import StepBuilder
+from muxtune.planning.step_builder import PlanCourse, StepBuilder
 from muxtune.planning.tables import CHUNKS, LONGEST, LOSS_ROWS, PAIRS, BoundedMemo, StepTable
 from muxtune.protocols import CostModel, LengthSource
 from muxtune.types import NS_PER_S, Cursor, Forecast, HTask, PackRule, Plan
 
 _MAX_ARRANGEMENTS = 100_000
-_MAX_PLANS = 8_192  # at least the busy instances of a fleet: each asks about its plan twice
 
 # Task id, cursor, table, micro-batch (or step) stood at, units to the end, what is left of a step
 # that another packing began, and the hTask.
@@ -49,7 +48,14 @@ class MeanStepBuilder(StepBuilder):
     def __init__(self, max_walked: int = 20_000) -> None:
         super().__init__(max_walked)
         self._arrangements: BoundedMemo[_Arrangement] = BoundedMemo(_MAX_ARRANGEMENTS)
-        self._courses: BoundedMemo[_MeanCourse] = BoundedMemo(_MAX_PLANS)
+
+    def course(
+        self, plan: Plan, cursors: Cursors, lengths: LengthSource, cost: CostModel
+    ) -> PlanCourse:
+        course = self._mean_course(plan, cursors, lengths, cost)
+        if course is None or course.is_stuck:
+            return super().course(plan, cursors, lengths, cost)
+        return course
 
     def advance(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
@@ -57,15 +63,15 @@ class MeanStepBuilder(StepBuilder):
         course = self._mean_course(plan, cursors, lengths)
         if course is None:
             return super().advance(plan, cursors, lengths, rounds)
-        return {**cursors, **course.cursors(rounds)}
+        return course.advance(rounds)
 
     def forecast(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource, cost: CostModel
     ) -> Forecast:
-        course = self._mean_course(plan, cursors, lengths)
+        course = self._mean_course(plan, cursors, lengths, cost)
         if course is None or course.is_stuck:
             return super().forecast(plan, cursors, lengths, cost)
-        return course.forecast(cost)
+        return course.forecast()
 
     def rounds_until(
         self,
@@ -75,18 +81,18 @@ class MeanStepBuilder(StepBuilder):
         cost: CostModel,
         elapsed_ns: int,
     ) -> tuple[int, int]:
-        course = self._mean_course(plan, cursors, lengths)
+        course = self._mean_course(plan, cursors, lengths, cost)
         if course is None or course.is_stuck:
             return super().rounds_until(plan, cursors, lengths, cost, elapsed_ns)
-        return course.rounds_until(cost, elapsed_ns)
+        return course.rounds_until(elapsed_ns)
 
     def duration_ns(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource, cost: CostModel, rounds: int
     ) -> int:
-        course = self._mean_course(plan, cursors, lengths)
+        course = self._mean_course(plan, cursors, lengths, cost)
         if course is None or course.is_stuck:
             return super().duration_ns(plan, cursors, lengths, cost, rounds)
-        return course.duration_ns(cost, rounds)
+        return course.duration_ns(rounds)
 
     def round_tokens(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
@@ -94,15 +100,7 @@ class MeanStepBuilder(StepBuilder):
         course = self._mean_course(plan, cursors, lengths)
         if course is None or course.is_stuck:
             return super().round_tokens(plan, cursors, lengths, rounds)
-        return course.effective_tokens(rounds), course.padded_tokens(rounds)
-
-    def padded_tokens(
-        self, plan: Plan, cursors: Cursors, lengths: LengthSource, rounds: int
-    ) -> int:
-        course = self._mean_course(plan, cursors, lengths)
-        if course is None or course.is_stuck:
-            return super().padded_tokens(plan, cursors, lengths, rounds)
-        return course.padded_tokens(rounds)
+        return course.round_tokens(rounds)
 
     def remainder(
         self,
@@ -116,21 +114,25 @@ class MeanStepBuilder(StepBuilder):
         return self._book(lengths).remainder(task._replace(task_id=task_id), htask, cursor)
 
     def _mean_course(
-        self, plan: Plan, cursors: Cursors, lengths: LengthSource
+        self,
+        plan: Plan,
+        cursors: Cursors,
+        lengths: LengthSource,
+        cost: CostModel | None = None,
     ) -> _MeanCourse | None:
+        """``cost``: needed for answers in time."""
         if len(plan.replicas) > 1:
             return None
-        key = (id(plan), id(lengths))  # a course keeps both alive, so the ids stay theirs
-        course = self._courses.get(key)
-        if course is None or list(map(cursors.get, course.task_ids)) != course.start:
-            arrangement = self._arrangement(plan, lengths)
-            if arrangement.groups is None:
-                return None
-            course = _MeanCourse(plan, arrangement.groups, cursors, lengths, self)
-            self._courses.put(key, course)
-        return course
+        groups = self._groups(plan, lengths)
+        if groups is None:
+            return None
+        if len(groups) == 1 and len(groups[0].members) == 1 and not plan.drains:
+            alone = _course_alone(plan, groups[0], cursors, lengths, cost)
+            if alone is not None:
+                return alone
+        return _MeanCourse(plan, groups, cursors, lengths, self, cost)
 
-    def _arrangement(self, plan: Plan, lengths: LengthSource) -> _Arrangement:
+    def _groups(self, plan: Plan, lengths: LengthSource) -> list[_Group] | None:
         """What plans with the same classes in the same slots share. Shapes count as the same when
         they are the same object, as in plans made of one remembered arrangement: they are deep."""
         htasks = plan.htasks
@@ -142,7 +144,7 @@ class MeanStepBuilder(StepBuilder):
         known = self._arrangements.get(key)
         if known is None:
             known = self._arrangements.put(key, self._new_arrangement(plan, lengths))
-        return known
+        return known.groups
 
     def _new_arrangement(self, plan: Plan, lengths: LengthSource) -> _Arrangement:
         facts = self._plan_facts(plan, lengths)
@@ -216,6 +218,17 @@ class _Group:
         self._means: dict[tuple[int, ...], _Means] = {}
         self._unit_s: dict[tuple[int, ...], float] = {}
         self._cost: CostModel | None = None
+        self._alone: tuple[CostModel | None, tuple[float, float]] = (None, (0.0, 0.0))
+
+    def alone(self, cost: CostModel | None) -> tuple[float, float]:
+        """Mean nanoseconds and padded tokens of a round while the first member is at work."""
+        known, found = self._alone
+        if known is not cost or not found[1]:
+            per_round = self.units_per_round
+            round_ns = 0.0 if cost is None else per_round * self.unit_s(cost, (0,)) * NS_PER_S
+            found = (round_ns, per_round * self.means((0,)).padded_tokens)
+            self._alone = (cost, found)
+        return found
 
     def means(self, active: tuple[int, ...]) -> _Means:
         """``active``: members that contribute."""
@@ -309,7 +322,7 @@ def _passes_by_longest(htask: HTaskFacts, longest_TV: Sequence[np.ndarray]) -> n
 
 
 class _MeanCourse:
-    """How a plan goes on from given cursors."""
+    """How a plan goes on from given cursors. ``cost`` may be None where no times are asked for."""
 
     def __init__(
         self,
@@ -318,19 +331,18 @@ class _MeanCourse:
         cursors: Cursors,
         lengths: LengthSource,
         builder: MeanStepBuilder,
+        cost: CostModel | None,
     ) -> None:
-        self.plan, self.lengths = plan, lengths
-        self.task_ids: list[str] = []
-        self.start: list[Cursor] = []
+        self.plan, self.lengths, self._start = plan, lengths, cursors
         self.is_stuck = False  # a task at work that no round visits
-        self._groups = groups
+        self._groups, self._cost = groups, cost
         self._rows: list[_Row] = []
         self._ends: list[list[tuple[int, int]]] = []  # by group: (member, rounds to its end)
-        self._round_ns: tuple[CostModel | None, float] = (None, 0.0)  # while all are at work
         for group, htask in zip(groups, plan.htasks, strict=True):
             self._place(group, htask, cursors, builder)
         self._active = [tuple([member for member, _ in ends]) for ends in self._ends]
         self.first_end = min([end for ends in self._ends for _, end in ends], default=0)
+        self._round_ns = -1.0  # of a round while all are at work, once it is known
 
     def _place(
         self, group: _Group, htask: HTask, cursors: Cursors, builder: MeanStepBuilder
@@ -338,21 +350,11 @@ class _MeanCourse:
         drains, per_round, by_steps = self.plan.drains, group.units_per_round, group.by_steps
         rows, at_work = self._rows, []
         self._ends.append(at_work)
-        if len(htask.quota) == 1 and not drains and per_round and not by_steps:
-            (task_id,) = htask.quota
-            if self._place_alone(group, task_id, cursor_of(cursors, task_id)):
-                return
-        start_cursors = [cursor_of(cursors, task_id) for task_id in htask.quota]
-        self.task_ids += htask.quota
-        self.start += start_cursors
         each = zip(
-            htask.quota,
-            start_cursors,
-            map(self.lengths.num_steps, htask.quota),
-            group.members,
-            strict=True,
+            htask.quota, map(self.lengths.num_steps, htask.quota), group.members, strict=True
         )
-        for member, (task_id, cursor, last_step, (table, task)) in enumerate(each):
+        for member, (task_id, last_step, (table, task)) in enumerate(each):
+            cursor = cursor_of(cursors, task_id)
             step = cursor[0]
             if step >= last_step:
                 continue
@@ -379,25 +381,8 @@ class _MeanCourse:
             rows.append((task_id, cursor, table, start, units, remainder, group))
             at_work.append((member, -(-units // per_round)))
 
-    def _place_alone(self, group: _Group, task_id: str, cursor: Cursor) -> bool:
-        """The common case of ``_place``: one task, which no packing left within a step; False
-        where it is another."""
-        ((table, _),) = group.members
-        last_step = self.lengths.num_steps(task_id)
-        if cursor[0] >= last_step:
-            return False
-        start, end = table.span(cursor, last_step)
-        if start is None:
-            return False
-        self.task_ids.append(task_id)
-        self.start.append(cursor)
-        self._rows.append((task_id, cursor, table, start, end - start, (), group))
-        self._ends[-1].append((0, -((start - end) // group.units_per_round)))
-        return True
-
-    def cursors(self, rounds: int) -> dict[str, Cursor]:
-        """Of the tasks at work."""
-        after: dict[str, Cursor] = {}
+    def advance(self, rounds: int) -> dict[str, Cursor]:
+        after = dict(self._start)
         for task_id, cursor, table, start, units, remainder, group in self._rows:
             done = rounds * group.units_per_round
             if done > units:
@@ -413,7 +398,10 @@ class _MeanCourse:
                 after[task_id] = Cursor(cursor.step, tuple(rest))
         return after
 
-    def effective_tokens(self, rounds: int) -> int:
+    def round_tokens(self, rounds: int) -> tuple[int, int]:
+        return self._effective_tokens(rounds), self.padded_tokens(rounds)
+
+    def _effective_tokens(self, rounds: int) -> int:
         tokens = 0
         for _, _, table, start, units, remainder, group in self._rows:
             done = rounds * group.units_per_round
@@ -433,25 +421,23 @@ class _MeanCourse:
             tokens += table.tokens_between(start, stop)
         return tokens
 
-    def forecast(self, cost: CostModel) -> Forecast:
+    def forecast(self) -> Forecast:
         first = self.first_end
         if not first:
             return Forecast(0, 0, (), True)
-        if len(self.task_ids) == 1:
-            return Forecast(first, self.duration_ns(cost, first), (self.task_ids[0],), True)
         names = []
         for htask, ends in zip(self.plan.htasks, self._ends, strict=True):
             for member, end in ends:
                 if end == first:
                     names.append(list(htask.quota)[member])
         names.sort()
-        return Forecast(first, self.duration_ns(cost, first), tuple(names), True)
+        return Forecast(first, self.duration_ns(first), tuple(names), True)
 
-    def duration_ns(self, cost: CostModel, rounds: int) -> int:
+    def duration_ns(self, rounds: int) -> int:
         if rounds <= self.first_end:
-            return round(rounds * self._first_round_ns(cost))
+            return round(rounds * self._first_round_ns())
         stretches = self._stretches(rounds)
-        return round(sum(length * self._mean_ns(cost, active) for length, active in stretches))
+        return round(sum(length * self._mean_ns(active) for length, active in stretches))
 
     def padded_tokens(self, rounds: int) -> int:
         if rounds <= self.first_end:
@@ -460,31 +446,31 @@ class _MeanCourse:
             sum(length * self._mean_tokens(active) for length, active in self._stretches(rounds))
         )
 
-    def rounds_until(self, cost: CostModel, elapsed_ns: int) -> tuple[int, int]:
+    def rounds_until(self, elapsed_ns: int) -> tuple[int, int]:
         if elapsed_ns <= 0 or not self.first_end:
             return 0, 0
-        rounds = self._rounds_near(cost, elapsed_ns)
-        duration_ns = self.duration_ns(cost, rounds)
+        rounds = self._rounds_near(elapsed_ns)
+        duration_ns = self.duration_ns(rounds)
         # Whole nanoseconds may put a boundary on either side of what real numbers say.
-        while rounds > 1 and (before_ns := self.duration_ns(cost, rounds - 1)) >= elapsed_ns:
+        while rounds > 1 and (before_ns := self.duration_ns(rounds - 1)) >= elapsed_ns:
             rounds, duration_ns = rounds - 1, before_ns
         last = self._last_end()
         while duration_ns < elapsed_ns and rounds < last:
             rounds += 1
-            duration_ns = self.duration_ns(cost, rounds)
+            duration_ns = self.duration_ns(rounds)
         return rounds, duration_ns
 
-    def _rounds_near(self, cost: CostModel, elapsed_ns: int) -> int:
-        round_ns = self._first_round_ns(cost)
+    def _rounds_near(self, elapsed_ns: int) -> int:
+        round_ns = self._first_round_ns()
         if round_ns > 0 and elapsed_ns <= self.first_end * round_ns:
             return max(1, ceil(elapsed_ns / round_ns))
         rounds = 0
         for length, active in self._stretches(self._last_end()):
-            ahead = elapsed_ns / max(self._mean_ns(cost, active), 1e-9)
+            ahead = elapsed_ns / max(self._mean_ns(active), 1e-9)
             if ahead <= length:
                 return rounds + ceil(ahead)
             rounds += length
-            elapsed_ns -= round(length * self._mean_ns(cost, active))
+            elapsed_ns -= round(length * self._mean_ns(active))
         return rounds
 
     def _last_end(self) -> int:
@@ -503,16 +489,17 @@ class _MeanCourse:
             yield stop - before, active
             before = stop
 
-    def _first_round_ns(self, cost: CostModel) -> float:
-        if self._round_ns[0] is not cost:
-            self._round_ns = (cost, self._mean_ns(cost, self._active))
-        return self._round_ns[1]
+    def _first_round_ns(self) -> float:
+        if self._round_ns < 0:
+            self._round_ns = self._mean_ns(self._active)
+        return self._round_ns
 
-    def _mean_ns(self, cost: CostModel, active: list[tuple[int, ...]]) -> float:
+    def _mean_ns(self, active: list[tuple[int, ...]]) -> float:
+        assert self._cost is not None
         seconds = 0.0
         for group, members in zip(self._groups, active, strict=True):
             if members:
-                seconds += group.units_per_round * group.unit_s(cost, members)
+                seconds += group.units_per_round * group.unit_s(self._cost, members)
         return seconds * NS_PER_S
 
     def _mean_tokens(self, active: list[tuple[int, ...]]) -> float:
@@ -520,3 +507,71 @@ class _MeanCourse:
             group.units_per_round * group.means(members).padded_tokens
             for group, members in zip(self._groups, active, strict=True)
         )
+
+
+class _CourseAlone(_MeanCourse):
+    """The common case of one task, which no packing left within a step."""
+
+    is_stuck = False
+
+    def __init__(
+        self,
+        group: _Group,
+        task_id: str,
+        table: StepTable,
+        span: tuple[int, int],
+        cost: CostModel | None,
+    ) -> None:
+        self._group, self._task_id, self._table, self._cost = group, task_id, table, cost
+        self._first, last = span
+        self.first_end = -((self._first - last) // group.units_per_round)
+        self._num_units = last - self._first
+        self._round_ns, self._round_tokens = group.alone(cost)
+
+    def forecast(self) -> Forecast:
+        rounds = self.first_end
+        duration_ns = round(rounds * self._round_ns)
+        # What Forecast(...) does, without its keyword handling: every lone task is asked for.
+        return tuple.__new__(Forecast, (rounds, duration_ns, (self._task_id,), True))
+
+    def advance(self, rounds: int) -> dict[str, Cursor]:
+        unit = self._first + min(rounds * self._group.units_per_round, self._num_units)
+        by_steps = self._group.by_steps
+        return {self._task_id: Cursor(unit) if by_steps else self._table.cursor_at(unit)}
+
+    def padded_tokens(self, rounds: int) -> int:
+        return round(min(rounds, self.first_end) * self._round_tokens)
+
+    def _effective_tokens(self, rounds: int) -> int:
+        start, table = self._first, self._table
+        stop = start + min(rounds * self._group.units_per_round, self._num_units)
+        if self._group.by_steps:
+            start, stop = table.start_of(start), table.start_of(stop)
+        return table.tokens_between(start, stop)
+
+    def duration_ns(self, rounds: int) -> int:
+        return round(min(rounds, self.first_end) * self._round_ns)
+
+    def _rounds_near(self, elapsed_ns: int) -> int:
+        if elapsed_ns <= self.first_end * self._round_ns:
+            return max(1, ceil(elapsed_ns / self._round_ns))
+        return self.first_end
+
+    def _last_end(self) -> int:
+        return self.first_end
+
+
+def _course_alone(
+    plan: Plan, group: _Group, cursors: Cursors, lengths: LengthSource, cost: CostModel | None
+) -> _CourseAlone | None:
+    """None where the general course is needed."""
+    (task_id,) = plan.htasks[0].quota
+    (step, left), last_step = cursor_of(cursors, task_id), lengths.num_steps(task_id)
+    if step >= last_step or not group.units_per_round:
+        return None
+    ((table, _),) = group.members
+    if group.by_steps:
+        start, end = (step if left is None else None), last_step
+    else:
+        start, end = table.span(cursors[task_id], last_step)
+    return None if start is None else _CourseAlone(group, task_id, table, (start, end), cost)

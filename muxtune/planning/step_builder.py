@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from math import fsum
 from operator import mul
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from muxtune.errors import ConfigError
 from muxtune.planning.dealt import DealtCourse
@@ -93,6 +93,21 @@ def _pairs_before(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
+class PlanCourse(Protocol):
+    """How a plan goes on from given cursors: the answers of ``StepBuilder`` for whoever asks
+    several times."""
+
+    def forecast(self) -> Forecast: ...
+
+    def advance(self, rounds: int) -> dict[str, Cursor]: ...
+
+    def rounds_until(self, elapsed_ns: int) -> tuple[int, int]: ...
+
+    def round_tokens(self, rounds: int) -> tuple[int, int]: ...
+
+    def padded_tokens(self, rounds: int) -> int: ...
+
+
 class StepBuilder:
     """Pure: equal arguments give equal answers; it only remembers tables.
 
@@ -106,6 +121,12 @@ class StepBuilder:
         self._books: dict[int, TableBook] = {}
         self._plans: BoundedMemo[_KnownPlan] = BoundedMemo(_MAX_PLANS)
         self._overlays: BoundedMemo[Overlay] = BoundedMemo(_MAX_OVERLAYS)
+
+    def course(
+        self, plan: Plan, cursors: Cursors, lengths: LengthSource, cost: CostModel
+    ) -> PlanCourse:
+        """From these cursors on, which must not change while it is asked."""
+        return _AskedCourse(self, plan, cursors, lengths, cost)
 
     def next_round(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource
@@ -249,6 +270,35 @@ class StepBuilder:
 
 
 # ------------------------------------------------------------------------------------ courses
+
+
+class _AskedCourse:
+    """Asks a step builder again, which remembers each plan's last course."""
+
+    def __init__(
+        self,
+        builder: StepBuilder,
+        plan: Plan,
+        cursors: Cursors,
+        lengths: LengthSource,
+        cost: CostModel,
+    ) -> None:
+        self._builder, self._start, self._cost = builder, (plan, cursors, lengths), cost
+
+    def forecast(self) -> Forecast:
+        return self._builder.forecast(*self._start, self._cost)
+
+    def advance(self, rounds: int) -> dict[str, Cursor]:
+        return self._builder.advance(*self._start, rounds)
+
+    def rounds_until(self, elapsed_ns: int) -> tuple[int, int]:
+        return self._builder.rounds_until(*self._start, self._cost, elapsed_ns)
+
+    def round_tokens(self, rounds: int) -> tuple[int, int]:
+        return self._builder.round_tokens(*self._start, rounds)
+
+    def padded_tokens(self, rounds: int) -> int:
+        return self._builder.padded_tokens(*self._start, rounds)
 
 
 class _KnownPlan:

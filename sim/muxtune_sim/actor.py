@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from muxtune.planning.step_builder import StepBuilder
+from muxtune.planning.step_builder import PlanCourse, StepBuilder
 from muxtune.protocols import CostModel, TaskLibrary
 from muxtune.types import (
     AdapterSlot,
@@ -29,6 +29,9 @@ from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 
 
+NO_FORECAST = Forecast(0, 0, (), True)
+
+
 class World(Protocol):
     """What an actor needs of the simulation around it."""
 
@@ -43,7 +46,9 @@ class World(Protocol):
 
     def settle_later(self, actor: InstanceActor) -> None: ...
 
-    def busy_changed(self, actor: InstanceActor) -> None: ...
+    def busy_changed(self, actor: InstanceActor) -> None:
+        """``is_running`` is another than ``is_busy``, which is set."""
+        ...
 
     def tokens_at(self, task_id: str, cursor: Cursor) -> int:
         """Effective tokens of a task up to a cursor."""
@@ -80,13 +85,14 @@ class InstanceActor:
         self.leaving: dict[str, str | None] = {}  # to the failure's message, None for a withdrawal
         self.share = 1  # busy instances on the most crowded of its GPUs
         self.is_running = False
+        self.is_busy = False  # in the eyes of its neighbours, who are told between segments only
         self.generation = 0
         self._pending: list[tuple[int, Plan]] = []  # (from when on it is known, plan), by epoch
-        self._forecast = Forecast(0, 0, (), True)
+        self._course: PlanCourse | None = None  # of the segment
+        self._forecast = NO_FORECAST
         self._transition_ns = 0
         self._target_rounds = self._target_work_ns = 0
         self._work_ns = self._segment_start_ns = self._last_ns = 0
-        self._round_tokens: int | None = None  # padded tokens of a round, where always the same
         self._tokens_before: dict[str, int] = {}  # of each task, when it joined
         self._joined_at: dict[str, int] = {}  # steps of each task, when it joined
         self._to_write: list[AdapterSlot] = []  # of tasks that have left unfinished
@@ -158,10 +164,12 @@ class InstanceActor:
 
     def settle(self, now_ns: int) -> None:
         """Called once all decisions of an instant are known, before time passes."""
-        self._account(now_ns)
         if not self.is_running:
             self._start(now_ns)
-        elif self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
+            self._schedule(now_ns)
+            return
+        self._account(now_ns)
+        if self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
             self._aim_at_boundary(now_ns)
         self._schedule(now_ns)
 
@@ -177,14 +185,14 @@ class InstanceActor:
         assert self.plan is not None
         rounds, epoch, name = self._target_rounds, self.plan.epoch, self.spec.instance_id
         ended = self._ended_after(rounds)
-        before = self.cursors
-        if len(ended) == len(before) and not self.plan.drains:
+        if len(ended) == len(self.cursors) and not self.plan.drains:
             num_steps = self.world.library.num_steps
-            self.cursors = {name: Cursor(num_steps(name)) for name in before}
+            self.cursors = {name: Cursor(num_steps(name)) for name in ended}
         else:
             self.cursors = self._cursors_after(rounds)
         stays = len(self.cursors) - len(self.gone) > len(ended)
-        self._tell_progress(before, rounds, now_ns, stays)
+        if rounds:
+            self._tell_progress(rounds, now_ns, stays)
         self._rest(now_ns)
         for task_id in ended:
             self._end(task_id, epoch, now_ns)
@@ -222,6 +230,7 @@ class InstanceActor:
     def _start(self, now_ns: int) -> None:
         """A segment: some plan from its boundary on, until something ends or changes."""
         self._transition_ns = 0
+        self._course = None
         newest = self._newest_known(now_ns) if self._pending else None
         if newest is not None:
             self._take_over(newest, now_ns)
@@ -232,15 +241,18 @@ class InstanceActor:
             self._rest_idle()
             return
         world = self.world
-        self._forecast = world.builder.forecast(plan, self.cursors, world.library, self._pass_cost)
-        if not self._forecast.task_ids:
+        course = world.builder.course(plan, self.cursors, world.library, self._pass_cost)
+        forecast = self._forecast = course.forecast()
+        if not forecast.task_ids:
             self._rest_idle()
             return
+        self._course = course
         self.is_running = True
         self._work_ns, self._segment_start_ns, self._last_ns = 0, now_ns, now_ns
-        self._target_rounds = self._forecast.rounds
-        self._target_work_ns = self._transition_ns + self._forecast.duration_ns
-        world.busy_changed(self)
+        self._target_rounds = forecast.rounds
+        self._target_work_ns = self._transition_ns + forecast.duration_ns
+        if not self.is_busy:
+            world.busy_changed(self)
 
     def _newest_known(self, now_ns: int) -> Plan | None:
         """Takes what is known by now out of the plans on their way; the last one counts."""
@@ -276,12 +288,10 @@ class InstanceActor:
 
     def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
         """What the rounds of a plan that holds tasks take, and what getting to them takes."""
-        timed = self.world.pacer.timed(plan, self.cursors, self.cost)
-        self._pass_cost = timed.cost
+        self._pass_cost, once_s = self.world.pacer.timed(plan, self.cursors, self.cost)
         if self.world.options.charge_transitions:
             transition_s = self.cost.transition_s(previous, plan).value
-            self._transition_ns = to_ns(transition_s + timed.once_s)
-        self._round_tokens = padded_round_tokens(plan)
+            self._transition_ns = to_ns(transition_s + once_s)
         sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
         if peak_bytes > sums["peak_predicted_memory_bytes"]:
             sums["peak_predicted_memory_bytes"] = round(peak_bytes)
@@ -328,10 +338,8 @@ class InstanceActor:
             self.reach(now_ns)
             self._start(now_ns)
             return
-        world, worked_ns = self.world, max(1, self._work_ns - self._transition_ns)
-        rounds, work_ns = world.builder.rounds_until(
-            self.plan, self.cursors, world.library, self._pass_cost, worked_ns
-        )
+        assert self._course is not None
+        rounds, work_ns = self._course.rounds_until(max(1, self._work_ns - self._transition_ns))
         if rounds < self._target_rounds:
             self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns
 
@@ -365,24 +373,22 @@ class InstanceActor:
 
     def _rest_idle(self) -> None:
         self.is_running = False
-        self.world.busy_changed(self)
+        if self.is_busy:
+            self.world.busy_changed(self)
 
     def _rounds_done(self, now_ns: int) -> int:
         """Whole rounds behind it in mid-segment."""
-        assert self.plan is not None
+        assert self._course is not None
         self._account(now_ns)
         worked_ns = self._work_ns - self._transition_ns
-        builder, library = self.world.builder, self.world.library
-        rounds, end_ns = builder.rounds_until(
-            self.plan, self.cursors, library, self._pass_cost, max(0, worked_ns)
-        )
+        rounds, end_ns = self._course.rounds_until(max(0, worked_ns))
         self._target_rounds = rounds if end_ns == worked_ns else max(0, rounds - 1)
         return self._target_rounds
 
     def _cursors_after(self, rounds: int) -> dict[str, Cursor]:
-        if rounds == 0 or self.plan is None:
+        if rounds == 0 or self._course is None:
             return dict(self.cursors)
-        return self.world.builder.advance(self.plan, self.cursors, self.world.library, rounds)
+        return self._course.advance(rounds)
 
     def _ended_after(self, rounds: int) -> tuple[str, ...]:
         forecast = self._forecast
@@ -411,21 +417,16 @@ class InstanceActor:
             self._sums["lost_tokens"] += tokens_at(task_id, cursor) - tokens_at(task_id, kept)
         self.world.park(task_id, kept)
 
-    def _tell_progress(
-        self, before: dict[str, Cursor], rounds: int, now_ns: int, stays: bool
-    ) -> None:
+    def _tell_progress(self, rounds: int, now_ns: int, stays: bool) -> None:
         """``stays``: whether any task goes on after this."""
-        if not rounds or self.plan is None:
-            return
-        builder, library, options = self.world.builder, self.world.library, self.world.options
+        plan, course, options = self.plan, self._course, self.world.options
+        assert plan is not None and course is not None
         if not options.emit_progress or not (stays or options.emit_last_progress):
-            if self._round_tokens is not None and not self.gone:
-                padded_tokens = rounds * self._round_tokens
-            else:
-                padded_tokens = builder.padded_tokens(self.plan, before, library, rounds)
+            each = None if self.gone else padded_round_tokens(plan)
+            padded_tokens = course.padded_tokens(rounds) if each is None else rounds * each
             self._sums["padded_tokens"] += padded_tokens
             return
-        effective_tokens, padded_tokens = builder.round_tokens(self.plan, before, library, rounds)
+        effective_tokens, padded_tokens = course.round_tokens(rounds)
         self._sums["padded_tokens"] += padded_tokens
         # Under contention the transition took its share of the wall time, too.
         wall_ns, work_ns = now_ns - self._segment_start_ns, max(1, self._target_work_ns)
@@ -436,7 +437,7 @@ class InstanceActor:
             padded_tokens,
             {name: at.step for name, at in self.cursors.items() if name not in self.gone},
         )
-        name, epoch = self.spec.instance_id, self.plan.epoch
+        name, epoch = self.spec.instance_id, plan.epoch
         self.world.emit(Event(now_ns, EventKind.PROGRESS, "", name, epoch, data))
 
 

@@ -65,7 +65,6 @@ class SimExecutor:
         self._finished: list[InstanceTotals] = []
         self._unsettled: dict[str, InstanceActor] = {}
         self._sharing: dict[str, list[InstanceActor]] = {}  # by GPU
-        self._busy: set[str] = set()
         self._tokens = TokenTables(library)
         self._ready: dict[str, TaskReadyData] = {}
         self._parked: dict[str, Cursor] = {}
@@ -217,10 +216,9 @@ class SimExecutor:
         self._unsettled[actor.spec.instance_id] = actor
 
     def busy_changed(self, actor: InstanceActor) -> None:
-        name = actor.spec.instance_id
-        if actor.is_running == (name in self._busy):
+        if actor.is_running == actor.is_busy:
             return
-        (self._busy.add if actor.is_running else self._busy.discard)(name)
+        actor.is_busy = actor.is_running
         for gpu in actor.spec.gpu_ids:
             if len(self._sharing[gpu]) > 1:
                 for neighbour in self._sharing[gpu]:
@@ -292,7 +290,7 @@ class SimExecutor:
 
     def _share_of(self, actor: InstanceActor) -> int:
         counts = (
-            sum(other.spec.instance_id in self._busy for other in self._sharing[gpu])
+            sum(other.is_busy for other in self._sharing[gpu])
             for gpu in actor.spec.gpu_ids
         )
         return max(1, max(counts, default=1))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from muxtune.planning.rates import MeanStepBuilder
+from muxtune.planning.rates import MeanStepBuilder, _CourseAlone, _MeanCourse
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.types import Cursor, PackRule
 from tests.unit.planning_helpers import (
@@ -86,6 +86,31 @@ def test_a_task_alone_takes_its_exact_time_over_whole_periods():
     arguments = (plan, fresh(plan), lengths, COST, 600)
     exact_ns = StepBuilder().duration_ns(*arguments)
     assert abs(MeanStepBuilder().duration_ns(*arguments) - exact_ns) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, None])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_task_alone_is_answered_as_one_of_many(count: int | None, step: int):
+    """Beside a task that has ended, which takes the general way."""
+    rng = random.Random(5)
+    lengths = TableLengths()
+    lengths.add("a", draw_batches(rng, 6, 5, 100), 40)
+    lengths.add("ended", draw_batches(rng, 3, 5, 100), 40)
+    alone = make_plan([one_htask({"a": 3}, 64, ladder=[(64, 6)])], [(0, count)])
+    beside = make_plan([one_htask({"a": 3, "ended": 3}, 64, ladder=[(64, 6)])], [(0, count)])
+    cursors = {"a": Cursor(step), "ended": Cursor(40)}
+    builder = MeanStepBuilder()
+    one = builder.course(alone, cursors, lengths, COST)
+    many = builder.course(beside, cursors, lengths, COST)
+    assert (type(one), type(many)) == (_CourseAlone, _MeanCourse)
+    first = many.forecast()
+    assert one.forecast() == first
+    for rounds in (0, 1, first.rounds // 2, first.rounds, first.rounds + 3):
+        assert one.advance(rounds)["a"] == many.advance(rounds)["a"]
+        assert one.round_tokens(rounds) == many.round_tokens(rounds)
+    for elapsed_ns in (0, 1, first.duration_ns // 3, first.duration_ns, 2 * first.duration_ns):
+        assert one.rounds_until(elapsed_ns) == many.rounds_until(elapsed_ns)
+    assert builder.round_tokens(alone, cursors, lengths, 2) == one.round_tokens(2)
 
 
 def test_tasks_that_end_no_longer_take_time():
