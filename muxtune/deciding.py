@@ -116,10 +116,10 @@ class Decision(NamedTuple):
     PLACEMENT_REFUSED). ``wakes``: (time, task id) to come back at; no id: a policy's own wake."""
 
     batch: JournalBatch
-    raised: list[Event]
-    commands: list[Command]
-    outcomes: list[TaskOutcome]
-    wakes: list[tuple[int, str]]
+    raised: Sequence[Event]
+    commands: Sequence[Command]
+    outcomes: Sequence[TaskOutcome]
+    wakes: Sequence[tuple[int, str]]
 
 
 class Decider:
@@ -131,7 +131,16 @@ class Decider:
         self.policy, self.planner, self.options = policy, planner, options
         self.fleet = Fleet(options.tenants)
         self.num_batches = 0
-        self._clear()
+        self._actions: list[Action] = []
+        self._raised: list[Event] = []
+        self._commands: list[Command] = []
+        self._outcomes: list[TaskOutcome] = []
+        self._wakes: list[tuple[int, str]] = []
+        self._touched: set[str] = set()
+        self._new_plans: dict[str, Plan] = {}
+        self._placed: dict[str, list[TaskRecord]] = {}
+        self._in_vain: dict[tuple[str, str], int] = {}
+        self._new_in_queue: list[str] = []
         absorb: dict[EventKind, Callable[[Event], bool]] = {
             EventKind.INSTANCE_READY: self._on_instance_ready,
             EventKind.INSTANCE_FAILED: self._on_instance_gone,
@@ -202,36 +211,45 @@ class Decider:
         stopping = [name for name, record in fleet.records.items() if record.stop_told]
         return commands + [Command("stop", name) for name in stopping]
 
-    def _clear(self) -> None:
-        self._actions: list[Action] = []
-        self._raised: list[Event] = []
-        self._commands: list[Command] = []
-        self._outcomes: list[TaskOutcome] = []
-        self._wakes: list[tuple[int, str]] = []
-        self._touched: set[str] = set()
-        self._new_plans: dict[str, Plan] = {}
-        self._placed: dict[str, list[TaskRecord]] = {}
-        self._in_vain: dict[tuple[str, str], int] = {}
-        self._new_in_queue: list[str] = []
-
     def _decision(self, events: tuple[Event, ...]) -> Decision:
+        """What the batch has gathered; most of it is empty most of the time."""
         plans: tuple[Plan, ...] = ()
         if self._new_plans:
-            plans = tuple([self._new_plans[name] for name in sorted(self._new_plans)])
+            ordered = sorted(self._new_plans.items()) if len(self._new_plans) > 1 else None
+            plans = tuple([plan for _, plan in ordered] if ordered else self._new_plans.values())
             self._commands.extend([Command("apply", plan) for plan in plans])
+            self._new_plans = {}
         refusals: tuple[Refusal, ...] = ()
         if self._raised:
             data = (event.data for event in self._raised)
             refusals = tuple(item for item in data if isinstance(item, Refusal))
-        if self._new_in_queue and self.options.tell_waits:
-            refusals += tuple(must_wait(self.fleet, self._new_in_queue))
-        batch = JournalBatch(
-            self.num_batches, self.fleet.now_ns, events, tuple(self._actions), plans, refusals
+        if self._new_in_queue:
+            if self.options.tell_waits:
+                refusals += tuple(must_wait(self.fleet, self._new_in_queue))
+            self._new_in_queue.clear()
+        now_ns = self.fleet.now_ns
+        actions, raised, commands = tuple(self._actions), (), tuple(self._commands)
+        outcomes, wakes = (), ()
+        if actions:
+            self._actions.clear()
+        if commands:
+            self._commands.clear()
+        if self._raised:
+            raised, self._raised = self._raised, []
+        if self._outcomes:
+            outcomes, self._outcomes = self._outcomes, []
+        if self._wakes:
+            wakes, self._wakes = self._wakes, []
+        if self._placed:
+            self._placed.clear()
+        if self._in_vain:
+            self._in_vain.clear()
+        # What JournalBatch(...) and Decision(...) do, without their keyword handling.
+        batch = tuple.__new__(
+            JournalBatch, (self.num_batches, now_ns, events, actions, plans, refusals)
         )
-        decision = Decision(batch, self._raised, self._commands, self._outcomes, self._wakes)
         self.num_batches += 1
-        self._clear()
-        return decision
+        return tuple.__new__(Decision, (batch, raised, commands, outcomes, wakes))
 
     def _ask_policy(self, event: Event) -> None:
         fleet = self.fleet

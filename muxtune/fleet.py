@@ -21,6 +21,7 @@ from muxtune.planning.disciplines import WaitingLines
 from muxtune.types import (
     NO_EPOCH,
     AdapterSlot,
+    AdapterSpec,
     Corrections,
     Discipline,
     InstanceSpec,
@@ -33,6 +34,7 @@ from muxtune.types import (
 )
 
 NOTHING: frozenset[str] = frozenset()
+MAX_KNOWN_ADAPTERS = 4_096
 arrival_order = attrgetter("arrival_ns", "task_id")
 _STEPS_DONE = TaskView._fields.index("steps_done")
 
@@ -155,14 +157,14 @@ class TaskQueue(Collection[TaskView]):
 
     def __init__(self) -> None:
         self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
-        self._where: dict[str, tuple[str, int]] = {}
         self.lines = WaitingLines()
+        self._tasks = self.lines.tasks
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._tasks)
 
     def __contains__(self, task: object) -> bool:
-        return getattr(task, "task_id", task) in self._where
+        return getattr(task, "task_id", task) in self._tasks
 
     def __iter__(self) -> Iterator[TaskView]:
         lanes = chain.from_iterable(lanes.values() for lanes in self._lanes.values())
@@ -177,21 +179,20 @@ class TaskQueue(Collection[TaskView]):
             lane = lanes[task.priority] = OrderedDict()
         in_order = not lane or arrival_order(lane[next(reversed(lane))]) <= arrival_order(task)
         lane[task.task_id] = task
-        self._where[task.task_id] = (task.model, task.priority)
         self.lines.add(task)
         if not in_order:  # a task that came back; rare, so the lane is sorted anew
             ordered = sorted(lane.values(), key=arrival_order)
             lanes[task.priority] = OrderedDict((item.task_id, item) for item in ordered)
 
     def remove(self, task_id: str) -> None:
-        model, priority = self._where.pop(task_id)
-        self.lines.remove(task_id)
-        lanes = self._lanes[model]
-        del lanes[priority][task_id]
-        if not lanes[priority]:
-            del lanes[priority]
-        if not lanes:
-            del self._lanes[model]
+        task = self.lines.remove(task_id)
+        lanes = self._lanes[task.model]
+        lane = lanes[task.priority]
+        del lane[task_id]
+        if not lane:
+            del lanes[task.priority]
+            if not lanes:
+                del self._lanes[task.model]
 
     def num_waiting(self, model: str) -> int:
         return sum(map(len, self._lanes.get(model, {}).values()))
@@ -347,6 +348,7 @@ class Fleet:
         self.quotas = Quotas(rules or {})
         self.instances: Mapping[str, InstanceView] = InstanceViews(self)
         self._loads = LoadIndex()
+        self._slots = AdapterSlots()
         self._changed: set[str] = set()
 
     # -- what policies read
@@ -396,7 +398,7 @@ class Fleet:
         return record
 
     def make_ready(self, task: TaskRecord, data: TaskReadyData) -> None:
-        task.view = task_view(task.spec, data)
+        task.view = task_view(task.spec, data, self._slots.of(task.spec.adapter))
         task.ready_ns = self.now_ns
         self.enqueue(task)
 
@@ -506,14 +508,35 @@ class Fleet:
         self.touch(record)
 
 
-def task_view(spec: TaskSpec, data: TaskReadyData) -> TaskView:
+class AdapterSlots:
+    """One object for all slots that are equal: planners know tasks that are alike by it, without
+    comparing what it holds. Adapters that several tasks share are recognised at once."""
+
+    def __init__(self) -> None:
+        self._of_adapter: dict[int, tuple[AdapterSpec, AdapterSlot]] = {}
+        self._equal: dict[AdapterSlot, AdapterSlot] = {}
+
+    def of(self, adapter: AdapterSpec) -> AdapterSlot:
+        known = self._of_adapter.get(id(adapter))
+        if known is None:
+            if len(self._of_adapter) >= MAX_KNOWN_ADAPTERS:
+                self._of_adapter.clear()
+            slot = slot_of(adapter)
+            known = self._of_adapter[id(adapter)] = adapter, self._equal.setdefault(slot, slot)
+        return known[1]
+
+
+def slot_of(adapter: AdapterSpec) -> AdapterSlot:
+    return AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0)
+
+
+def task_view(spec: TaskSpec, data: TaskReadyData, slot: AdapterSlot | None = None) -> TaskView:
     """What policies and planners see of a prepared task."""
-    adapter = spec.adapter
     return TaskView(
         spec.task_id,
         spec.tenant,
         spec.model,
-        AdapterSlot(adapter.method, adapter.rank, adapter.targets, adapter.dropout > 0),
+        slot or slot_of(spec.adapter),
         spec.sequences_per_step,
         spec.data.max_length_tokens,
         data.lengths,

@@ -86,7 +86,8 @@ def _run_engine(
     observers: Sequence[Any],
 ) -> RunTotals:
     with ExitStack() as stack:
-        rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
+        file = stack.enter_context(folder.stream(TASKS_FILE))
+        rows = stack.enter_context(TaskRows(file))
         display = stack.enter_context(FleetProgress(len(tasks)))
         journal = None
         if config.journal:

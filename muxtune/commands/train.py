@@ -133,7 +133,8 @@ def run(
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))
         stack.callback(trace.end)
-        rows = TaskRows(stack.enter_context(folder.stream(TASKS_FILE)))
+        file = stack.enter_context(folder.stream(TASKS_FILE))
+        rows = stack.enter_context(TaskRows(file))
         listener = TorchListener(display, trace)
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),

@@ -99,14 +99,13 @@ class GroupCost(NamedTuple):
     load: PassLoad
 
 
-class KnownTask(NamedTuple):
-    """What a task's key was made of; views are rebuilt, but these parts stay the same objects."""
+class KnownParts(NamedTuple):
+    """A class's key, and what keeps alive the parts of a view that it was looked up by: views are
+    rebuilt, but tasks that are alike share these parts."""
 
+    key: str
     slot: AdapterSlot
     lengths: LengthSummary
-    sequences_per_step: int
-    max_slowdown: float | None
-    key: str
 
 
 class CostedArrangement(NamedTuple):
@@ -154,7 +153,7 @@ class PlannerBase:
         self._memo: dict[tuple[Site, tuple[str, ...]], Answer | Refusal] = {}
         self._solo: dict[tuple[Site, TaskClass], float] = {}
         self._keys: dict[TaskClass, str] = {}
-        self._known: dict[str, KnownTask] = {}
+        self._known: dict[tuple[object, ...], KnownParts] = {}
         self._classes: dict[str, TaskClass] = {}
         self.lengths: dict[str, LengthSummary] = {}
 
@@ -164,10 +163,13 @@ class PlannerBase:
         """See ``InstancePlanner.plan``. Returns ``previous`` itself when nothing changes."""
         if not instance.tasks:
             return Refusal("an instance without tasks needs no plan", ())
+        promised = False
         for task in instance.tasks:
             if task.deadline_ns is not None:
                 return self._plan_in_time(instance, previous)
-        return self._plan_for_life(instance, previous)
+            promised = promised or task.placed_ns is not None
+        plan = self._plan_for_life if promised else self._plan
+        return plan(instance, previous)
 
     def _plan_in_time(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         """With deadlines as bounds on the slowdown. They keep a task out that would break them;
@@ -364,22 +366,20 @@ class PlannerBase:
 
     def _key_of(self, task: TaskView) -> str:
         """A string that orders and names the task's class; strings remember their hash."""
-        known = self._known.get(task.task_id)
-        if (
-            known is not None
-            and known.lengths is task.lengths
-            and known.slot is task.slot
-            and known.sequences_per_step == task.sequences_per_step
-            and known.max_slowdown == task.max_slowdown
-        ):
-            return known.key
-        if len(self._known) >= MEMO_TASKS:
-            self._known.clear()
-        key = self._new_key(task)
-        self._known[task.task_id] = KnownTask(
-            task.slot, task.lengths, task.sequences_per_step, task.max_slowdown, key
+        parts = (
+            id(task.slot),
+            id(task.lengths),
+            task.sequences_per_step,
+            task.max_length_tokens,
+            task.max_slowdown,
         )
-        return key
+        known = self._known.get(parts)
+        if known is None:
+            if len(self._known) >= MEMO_TASKS:
+                self._known.clear()
+            known = KnownParts(self._new_key(task), task.slot, task.lengths)
+            self._known[parts] = known
+        return known[0]
 
     def _new_key(self, task: TaskView) -> str:
         found = class_of(task)
@@ -574,13 +574,11 @@ def bind(
     ):
         return previous
     base = answer.prediction
-    prediction = Prediction(
-        *base[:4],
-        dict(zip(ids, answer.step_times_s, strict=True)),
-        dict(zip(ids, answer.solo_times_s, strict=True)),
-        *base[6:],
-    )
-    return Plan(
+    step_times_s = dict(zip(ids, answer.step_times_s, strict=True))
+    solo_times_s = dict(zip(ids, answer.solo_times_s, strict=True))
+    # What Prediction(...) and Plan(...) do, without their keyword handling: fleets plan often.
+    prediction = tuple.__new__(Prediction, (*base[:4], step_times_s, solo_times_s, *base[6:]))
+    parts = (
         instance.instance_id,
         (NO_EPOCH if previous is None else previous.epoch) + 1,
         instance.draining,
@@ -593,6 +591,7 @@ def bind(
         arrangement.reason,
         answer.interleaves,
     )
+    return tuple.__new__(Plan, parts)
 
 
 def class_of(task: TaskView) -> TaskClass:
@@ -683,6 +682,9 @@ def bad_cost(shape: ShapeKey, seconds: float) -> ConfigError:
 
 
 def _bind_group(group: GroupShape, ids: tuple[str, ...]) -> HTask:
+    if len(group.members) == 1:
+        name = ids[group.members[0]]
+        return HTask(group.shapes, {name: 0}, {name: group.quota[0]}, group.packing)
     names = [ids[member] for member in group.members]
     return HTask(
         group.shapes,

@@ -50,20 +50,20 @@ class WaitingLines:
     ``note_placed`` of every task that gets or gives up a place."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, TaskView] = {}
+        self.tasks: dict[str, TaskView] = {}
         self._sorted: dict[Discipline, dict[str, list[Entry]]] = {}
         self._by_tenant: dict[str, dict[str, OrderedDict[str, TaskView]]] | None = None
         self._num_placed: dict[str, int] = {}
 
     def add(self, task: TaskView) -> None:
-        self._tasks[task.task_id] = task
+        self.tasks[task.task_id] = task
         for discipline, lines in self._sorted.items():
             insort(lines.setdefault(task.model, []), entry_of(task, discipline))
         if self._by_tenant is not None:
             self._add_by_tenant(self._by_tenant, task)
 
-    def remove(self, task_id: str) -> None:
-        task = self._tasks.pop(task_id)
+    def remove(self, task_id: str) -> TaskView:
+        task = self.tasks.pop(task_id)
         for discipline, lines in self._sorted.items():
             line = lines[task.model]
             del line[bisect_left(line, entry_of(task, discipline))]
@@ -72,6 +72,7 @@ class WaitingLines:
             del lanes[task.tenant][task_id]
             if not lanes[task.tenant]:
                 del lanes[task.tenant]
+        return task
 
     def note_placed(self, tenant: str, change: int) -> None:
         self._num_placed[tenant] = self._num_placed.get(tenant, 0) + change
@@ -83,13 +84,13 @@ class WaitingLines:
         lines = self._sorted.get(discipline)
         if lines is None:
             lines = self._sorted[discipline] = self._all_sorted(discipline)
-        return (self._tasks[task_id] for _, _, task_id in lines.get(model, ()))
+        return (self.tasks[task_id] for _, _, task_id in lines.get(model, ()))
 
     # -- inside
 
     def _all_sorted(self, discipline: Discipline) -> dict[str, list[Entry]]:
         lines: dict[str, list[Entry]] = {}
-        for task in self._tasks.values():
+        for task in self.tasks.values():
             lines.setdefault(task.model, []).append(entry_of(task, discipline))
         for line in lines.values():
             line.sort()
@@ -99,7 +100,7 @@ class WaitingLines:
         """Each task that is handed out counts as placed for those that follow."""
         if self._by_tenant is None:
             self._by_tenant = {}
-            for task in sorted(self._tasks.values(), key=by_arrival):
+            for task in sorted(self.tasks.values(), key=by_arrival):
                 self._add_by_tenant(self._by_tenant, task)
         lines = {tenant: iter(line.values()) for tenant, line in self._lanes_of(model)}
         heads = [

@@ -6,6 +6,7 @@ Everything streams: memory does not grow with the number of tasks.
 from __future__ import annotations
 
 import csv
+import math
 import random
 import time
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,8 @@ from muxtune.types import (
     Refusal,
     TaskState,
 )
+
+ROWS_AT_A_TIME = 256
 
 
 class PlanSample(NamedTuple):
@@ -41,7 +44,8 @@ class PlanSample(NamedTuple):
 
 
 class RecordingPlanner:
-    """Passes calls on; times them and keeps a seeded reservoir sample (Vitter's algorithm R).
+    """Passes calls on; times them and keeps a seeded reservoir sample (Li's algorithm L, "Reservoir
+    sampling algorithms of time complexity O(n(1 + log(N/n)))", 1994, which skips most calls).
 
     The wall clock never reaches a decision.
     """
@@ -51,22 +55,35 @@ class RecordingPlanner:
         self.num_calls, self.time_ns = 0, 0
         self._random = random.Random(seed)
         self._samples: list[tuple[int, PlanSample]] = []
+        self._next_kept = 1 if num_samples else 0  # the call that will be kept
+        self._threshold = 1.0
 
     def plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         start_ns = time.perf_counter_ns()
         answer = self.planner.plan(instance, previous)
         self.time_ns += time.perf_counter_ns() - start_ns
-        self._sample(instance, previous, answer)
+        self.num_calls += 1
+        if self.num_calls == self._next_kept:
+            self._keep(PlanSample(instance, previous, answer))
         return answer
 
-    def _sample(self, view: InstanceView, previous: Plan | None, answer: Plan | Refusal) -> None:
-        self.num_calls += 1
+    def _keep(self, sample: PlanSample) -> None:
+        """The first calls all; from then on each kept one takes the place of any other."""
+        entry = (self.num_calls, sample)
         if len(self._samples) < self.num_samples:
-            self._samples.append((self.num_calls, PlanSample(view, previous, answer)))
-        elif self.num_samples:
-            slot = int(self._random.random() * self.num_calls)
-            if slot < self.num_samples:
-                self._samples[slot] = (self.num_calls, PlanSample(view, previous, answer))
+            self._samples.append(entry)
+        else:
+            self._samples[self._random.randrange(self.num_samples)] = entry
+        skipped = 0
+        if len(self._samples) == self.num_samples:
+            self._threshold *= (1 - self._random.random()) ** (1 / self.num_samples)
+            skipped = self._num_skipped()
+        self._next_kept += 1 + skipped
+
+    def _num_skipped(self) -> int:
+        if self._threshold >= 1:
+            return 0
+        return int(math.log(1 - self._random.random()) / math.log1p(-self._threshold))
 
     @property
     def samples(self) -> list[PlanSample]:
@@ -95,7 +112,7 @@ def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
         outcome.task_id,
         outcome.tenant,
         outcome.model,
-        outcome.state.value,
+        str(outcome.state),
         arrival_ns / NS_PER_S,
         _seconds(placed_ns),
         _seconds(outcome.first_start_ns),
@@ -174,14 +191,29 @@ def _seconds(time_ns: int | None) -> float | None:
 
 
 class TaskRows(QuietObserver):
-    """Writes one CSV row a task as tasks end."""
+    """Writes one CSV row a task as tasks end, many at a time; a context manager, whose end writes
+    the last ones."""
 
     def __init__(self, file: IO[str]) -> None:
         self._writer = csv.writer(file, lineterminator="\n")
         self._writer.writerow(TASK_COLUMNS)
+        self._waiting: list[TaskOutcome] = []
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        self._writer.writerow(task_row(outcome))
+        self._waiting.append(outcome)
+        if len(self._waiting) >= ROWS_AT_A_TIME:
+            self._write()
+
+    def __enter__(self) -> TaskRows:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self._write()
+
+    def _write(self) -> None:
+        self._writer.writerows(map(task_row, self._waiting))
+        self._waiting.clear()
 
 
 class Troubles(QuietObserver):
@@ -192,7 +224,7 @@ class Troubles(QuietObserver):
         self.messages: list[str] = []
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        if outcome.state in {TaskState.FAILED, TaskState.REFUSED}:
+        if outcome.state is TaskState.FAILED or outcome.state is TaskState.REFUSED:
             self.num_tasks += 1
             if len(self.messages) < self.num_kept:
                 named = f"'{outcome.task_id}'" in outcome.message

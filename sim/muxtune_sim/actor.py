@@ -28,7 +28,6 @@ from muxtune.types import (
 from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 
-
 NO_FORECAST = Forecast(0, 0, (), True)
 
 

@@ -289,10 +289,7 @@ class SimExecutor:
             self.wait(record.time_ns + 1)  # something starts at this very instant, and tells
 
     def _share_of(self, actor: InstanceActor) -> int:
-        counts = (
-            sum(other.is_busy for other in self._sharing[gpu])
-            for gpu in actor.spec.gpu_ids
-        )
+        counts = (sum(other.is_busy for other in self._sharing[gpu]) for gpu in actor.spec.gpu_ids)
         return max(1, max(counts, default=1))
 
     def _withdraw(self, task_id: str, message: str | None) -> None:
