@@ -112,8 +112,9 @@ class Command(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """``batch`` is what is journalled. ``raised``: events that the engine itself made (DRIFT,
-    PLACEMENT_REFUSED). ``wakes``: (time, task id) to come back at; no id: a policy's own wake."""
+    """``batch`` is what is journalled; its plans are applied after the commands. ``raised``: events
+    that the engine itself made (DRIFT, PLACEMENT_REFUSED). ``wakes``: (time, task id) to come back
+    at; no id: a policy's own wake."""
 
     batch: JournalBatch
     raised: Sequence[Event]
@@ -217,8 +218,7 @@ class Decider:
         if self._new_plans:
             ordered = sorted(self._new_plans.items()) if len(self._new_plans) > 1 else None
             plans = tuple([plan for _, plan in ordered] if ordered else self._new_plans.values())
-            self._commands.extend([Command("apply", plan) for plan in plans])
-            self._new_plans = {}
+            self._new_plans.clear()
         refusals: tuple[Refusal, ...] = ()
         if self._raised:
             data = (event.data for event in self._raised)
@@ -255,8 +255,7 @@ class Decider:
         fleet = self.fleet
         view: FleetView = fleet
         actions = self.policy.on_event(event, view)
-        if fleet.has_changes:
-            fleet.forget_changes()
+        fleet.forget_changes()
         for action in actions:
             self._actions.append(action)
             self._act[type(action)](action)
@@ -655,10 +654,12 @@ def check_plan(record: InstanceRecord, plan: Plan) -> None:
             f"{record.epoch + 1} of '{record.spec.instance_id}' is due",
             "return previous itself, or a plan of the next epoch",
         )
+    tasks = record.tasks.keys()
+    if len(plan.htasks) == 1 and plan.htasks[0].quota.keys() == tasks:
+        return
     planned: set[str] = set()
     for htask in plan.htasks:
         planned.update(htask.quota)
-    tasks = record.tasks.keys()
     if planned == tasks:
         return
     if planned - tasks or (tasks - planned) - record.draining:

@@ -130,7 +130,7 @@ class Timetable:
 
     def due(self, now_ns: int) -> list[Event]:
         """Events that are due by ``now_ns``, which becomes their time."""
-        events = self._due_wakes(now_ns)
+        events = self._due_wakes(now_ns) if self._wakes else []
         while self.next_spec is not None and self.next_spec.arrival_ns <= now_ns:
             spec = self.next_spec
             events.append(Event(now_ns, EventKind.TASK_ARRIVED, spec.task_id, data=spec))
@@ -192,7 +192,8 @@ class Engine:
         self._num_idle_batches = 0
         self._answers: list[Event] = []  # to what a resumed engine told the executor again
         self._ended = dict.fromkeys(TaskState, 0)
-        self._counts = dict.fromkeys(("events", "plans", "refused", "drifts", "tokens"), 0)
+        self._num_events = self._num_plans = self._num_refused = self._num_drifts = 0
+        self._num_tokens = 0
 
     @property
     def fleet(self) -> Fleet:
@@ -239,7 +240,8 @@ class Engine:
         Every command is idempotent for an executor, and each is answered at least once: a running
         instance answers ``start`` with INSTANCE_READY, a prepared task answers ``prepare`` with
         TASK_READY, and TASK_DONE follows a plan that holds a finished task. An executor that has a
-        method ``restore(history)`` is first given the (record, commands) of every batch.
+        method ``restore(history)`` is first given the (record, commands) of every batch; the tasks
+        that it prepared and the plans that it applied are the record's.
         """
         history = [(record, self._refold(record)) for record in records]
         self._timetable.skip_to(self.fleet.now_ns)
@@ -254,7 +256,7 @@ class Engine:
         return events
 
     def totals(self) -> RunTotals:
-        ended, counts = self._ended, self._counts
+        ended = self._ended
         return RunTotals(
             sum(ended.values()),
             ended[TaskState.DONE],
@@ -262,12 +264,12 @@ class Engine:
             ended[TaskState.REFUSED],
             ended[TaskState.CANCELLED],
             self.fleet.now_ns,
-            counts["tokens"],
+            self._num_tokens,
             self._decider.num_batches,
-            counts["events"],
-            counts["plans"],
-            counts["refused"],
-            counts["drifts"],
+            self._num_events,
+            self._num_plans,
+            self._num_refused,
+            self._num_drifts,
         )
 
     def _with_due(self, events: list[Event], until_ns: int) -> list[Event]:
@@ -277,23 +279,27 @@ class Engine:
         if until_ns > now_ns:
             return events
         due = self._timetable.due(now_ns)
+        in_order = not events and len(due) == 1
         events = events + due
         for event in due:
             if event.kind is EventKind.TASK_ARRIVED:
                 ready = self.executor.prepare(event.data)  # type: ignore[arg-type]
                 if ready is not None:
                     events.append(ready)
-        if len(events) > 1:
+        if not in_order:
             events.sort(key=Event.sort_key.fget)  # type: ignore[arg-type]
         return events
 
     def _carry_out(self, decision: Decision) -> None:
+        batch = decision.batch
         if self.journal is not None:
-            batch = decision.batch
             self.journal.write(
                 batch.time_ns, batch.events, batch.actions, batch.plans, batch.refusals
             )
-        self._command(decision.commands)
+        if decision.commands:
+            self._command(decision.commands)
+        for plan in batch.plans:
+            self.executor.apply(plan)
         self._note(decision)
 
     def _command(self, commands: Iterable[Command]) -> None:
@@ -304,27 +310,28 @@ class Engine:
 
     def _note(self, decision: Decision) -> None:
         """Counts, wakes and observers; the same for a live batch and for a folded one."""
-        batch, counts = decision.batch, self._counts
-        for time_ns, task_id in decision.wakes:
+        (_, now_ns, events, _, plans, _), raised, _, outcomes, wakes = decision
+        for time_ns, task_id in wakes:
             self._timetable.wake_at(time_ns, task_id)
-        counts["events"] += len(batch.events)
-        for event in decision.raised:
-            counts["drifts" if event.kind is EventKind.DRIFT else "refused"] += 1
-        for outcome in decision.outcomes:
+        self._num_events += len(events)
+        for event in raised:
+            if event.kind is EventKind.DRIFT:
+                self._num_drifts += 1
+            else:
+                self._num_refused += 1
+        self._num_plans += len(plans)
+        for on_plan in self._on_plan:
+            for plan in plans:
+                on_plan(plan)
+        for outcome in outcomes:
             self._ended[outcome.state] += 1
-            counts["tokens"] += outcome.effective_tokens
-        if batch.plans:
-            counts["plans"] += len(batch.plans)
-            for on_plan in self._on_plan:
-                for plan in batch.plans:
-                    on_plan(plan)
-        for outcome in decision.outcomes:
+            self._num_tokens += outcome.effective_tokens
             for on_task_end in self._on_task_end:
                 on_task_end(outcome)
         for on_batch in self._on_batch:
-            on_batch(batch.time_ns, batch.events)
+            on_batch(now_ns, events)
 
-    def _refold(self, record: JournalBatch) -> list[Command]:
+    def _refold(self, record: JournalBatch) -> Sequence[Command]:
         decision = redecide(self._decider, record)
         differences = compare(record, decision.batch)
         if differences:

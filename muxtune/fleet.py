@@ -126,9 +126,13 @@ class InstanceRecord:
 
     def add(self, task: TaskRecord) -> None:
         """Keeps ``tasks`` in order of arrival; most often the new one is the youngest."""
-        youngest = self.tasks[next(reversed(self.tasks))].view if self.tasks else None
-        self.tasks[task.spec.task_id] = task
-        if youngest is not None and arrival_order(task.view) < arrival_order(youngest):
+        tasks = self.tasks
+        if not tasks:
+            tasks[task.spec.task_id] = task
+            return
+        youngest = tasks[next(reversed(tasks))].view
+        tasks[task.spec.task_id] = task
+        if arrival_order(task.view) < arrival_order(youngest):
             ordered = sorted(self.tasks.values(), key=lambda item: arrival_order(item.view))
             self.tasks = {item.spec.task_id: item for item in ordered}
 
@@ -137,18 +141,19 @@ class InstanceRecord:
             tasks = [task for name, task in self.tasks.items() if name not in self.shed]
         else:
             tasks = self.tasks.values()
+        spec = self.spec
         return InstanceView(
-            self.spec.instance_id,
+            spec.instance_id,
             now_ns,
             tuple([task.view for task in tasks]),  # type: ignore[misc]
             self.plan,
             self.memory_limit_bytes,
             self.corrections,
-            self.spec.model,
-            self.spec.device,
-            self.spec.replicas,
+            spec.model,
+            spec.device,
+            spec.replicas,
             frozenset(self.draining) if self.draining else NOTHING,
-            self.spec.gpu_ids,
+            spec.gpu_ids,
         )
 
 
@@ -298,8 +303,12 @@ class LoadIndex:
         del names[bisect_left(names, instance_id)]
 
     def move(self, model: str, load: int, new_load: int, instance_id: str) -> None:
-        self.remove(model, load, instance_id)
-        self.add(model, new_load, instance_id)
+        by_load = self._by_model[model]
+        names = by_load[load]
+        del names[bisect_left(names, instance_id)]
+        if new_load >= len(by_load):
+            by_load.append([])
+        insort(by_load[new_load], instance_id)
 
     def in_order(self, model: str) -> Iterator[str]:
         return chain.from_iterable(self._by_model.get(model, ()))
@@ -363,7 +372,7 @@ class Fleet:
 
     @property
     def waiting_models(self) -> Collection[str]:
-        return self.queue.models
+        return self.queue.models if self.queue.lines.tasks else ()
 
     def waiting(self, model: str, discipline: Discipline = Discipline.FIFO) -> Iterator[TaskView]:
         return self.queue.of_model(model, discipline)
@@ -385,10 +394,6 @@ class Fleet:
         record.view = None
         self._changed.add(record.spec.instance_id)
 
-    @property
-    def has_changes(self) -> bool:
-        return bool(self._changed)
-
     def forget_changes(self) -> None:
         self._changed.clear()
 
@@ -398,7 +403,8 @@ class Fleet:
         return record
 
     def make_ready(self, task: TaskRecord, data: TaskReadyData) -> None:
-        task.view = task_view(task.spec, data, self._slots.of(task.spec.adapter))
+        spec = task.spec
+        task.view = task_view(spec, data, self._slots.of(spec.adapter))
         task.ready_ns = self.now_ns
         self.enqueue(task)
 
@@ -408,9 +414,9 @@ class Fleet:
         return len(self.queue) + self.quotas.num_held
 
     def enqueue(self, task: TaskRecord) -> None:
-        task.state, task.instance_id = TaskState.QUEUED, ""
-        if not self.quotas.rules or self.quotas.takes(task.ready_view):
-            self.queue.add(task.ready_view)
+        task.state, task.instance_id, view = TaskState.QUEUED, "", task.ready_view
+        if not self.quotas.rules or self.quotas.takes(view):
+            self.queue.add(view)
 
     def dequeue(self, task: TaskRecord) -> None:
         """Takes a task out of whatever it waits in, if it waits."""
@@ -497,15 +503,17 @@ class Fleet:
         del self.records[record.spec.instance_id]
 
     def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
-        name, model, load = record.spec.instance_id, record.spec.model, len(record.tasks)
-        self.queue.lines.note_placed(task.spec.tenant, 1 if joins else -1)
+        spec, task_spec, load = record.spec, task.spec, len(record.tasks)
+        name = spec.instance_id
+        self.queue.lines.note_placed(task_spec.tenant, 1 if joins else -1)
         if joins:
             record.add(task)
         else:
-            del record.tasks[task.spec.task_id]
+            del record.tasks[task_spec.task_id]
         if not record.stopping:
-            self._loads.move(model, load, len(record.tasks), name)
-        self.touch(record)
+            self._loads.move(spec.model, load, len(record.tasks), name)
+        record.view = None
+        self._changed.add(name)
 
 
 class AdapterSlots:

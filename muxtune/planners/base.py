@@ -48,6 +48,12 @@ TRIES = 3  # of a plan whose takeover tightens the bounds that it is made for
 DEADLINE_STEPS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
 
+# The part of a view that a Site is made of, as it stands there.
+OF_SITE = slice(
+    InstanceView._fields.index("memory_limit_bytes"), InstanceView._fields.index("replicas") + 1
+)
+
+
 class TaskClass(NamedTuple):
     """All that planning depends on of a task; equal classes are interchangeable."""
 
@@ -150,7 +156,7 @@ class PlannerBase:
 
     def __init__(self, costs: CostBook) -> None:
         self.costs = costs
-        self._memo: dict[tuple[Site, tuple[str, ...]], Answer | Refusal] = {}
+        self._memo: dict[tuple[tuple[object, ...], tuple[str, ...]], Answer | Refusal] = {}
         self._solo: dict[tuple[Site, TaskClass], float] = {}
         self._keys: dict[TaskClass, str] = {}
         self._known: dict[tuple[object, ...], KnownParts] = {}
@@ -283,10 +289,9 @@ class PlannerBase:
         else:
             keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
             keys, ids = zip(*keyed, strict=True)
-        site = site_of(instance)
-        answer = self._memo.get((site, keys))
+        answer = self._memo.get((instance[OF_SITE], keys))
         if answer is None:
-            answer = self._remember(site, keys)
+            answer = self._remember(instance, keys)
         if isinstance(answer, Refusal):
             return answer._replace(task_ids=ids)
         plan = bind(instance, ids, answer, previous)
@@ -390,11 +395,12 @@ class PlannerBase:
             self.lengths[found.lengths_hash] = task.lengths
         return key
 
-    def _remember(self, site: Site, keys: tuple[str, ...]) -> Answer | Refusal:
+    def _remember(self, instance: InstanceView, keys: tuple[str, ...]) -> Answer | Refusal:
         if len(self._memo) >= MEMO_ARRANGEMENTS:
             self._memo.clear()
         classes = tuple(self._classes[key] for key in keys)
-        answer = self._memo[site, keys] = self._answer(site, classes)
+        answer = self._answer(site_of(instance), classes)
+        self._memo[instance[OF_SITE], keys] = answer
         return answer
 
     def _answer(self, site: Site, classes: tuple[TaskClass, ...]) -> Answer | Refusal:

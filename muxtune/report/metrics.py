@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from muxtune.engine import QuietObserver, TaskOutcome
-from muxtune.report.recording import finish_time_ratio, met_deadline, slowdown
+from muxtune.report.recording import met_deadline
 from muxtune.types import NS_PER_S, InstanceSpec, TaskState
 
 NS_PER_HOUR = 3_600 * NS_PER_S
@@ -49,14 +49,17 @@ class TenantTimes:
             self.num_met += bool(met_deadline(outcome))
         if outcome.state is not TaskState.DONE:
             return
-        placed_ns = outcome.ended_ns if outcome.placed_ns is None else outcome.placed_ns
+        arrival_ns, ended_ns, placed_ns = outcome.arrival_ns, outcome.ended_ns, outcome.placed_ns
+        if placed_ns is None:
+            placed_ns = ended_ns
         self.effective_tokens += outcome.effective_tokens
-        self.completion_s.append((outcome.ended_ns - outcome.arrival_ns) / NS_PER_S)
-        self.queueing_s.append((placed_ns - outcome.arrival_ns) / NS_PER_S)
-        slowed = slowdown(outcome)
-        if slowed is not None:
-            self.slowdown.append(slowed)
-            self.finish_time_ratio.append(finish_time_ratio(outcome) or slowed)
+        completion_s = (ended_ns - arrival_ns) / NS_PER_S
+        self.completion_s.append(completion_s)
+        self.queueing_s.append((placed_ns - arrival_ns) / NS_PER_S)
+        solo_s = outcome.solo_time_s
+        if solo_s and ended_ns > placed_ns:  # see ``slowdown`` and ``finish_time_ratio``
+            self.slowdown.append((ended_ns - placed_ns) / NS_PER_S / solo_s)
+            self.finish_time_ratio.append(completion_s / solo_s)
 
 
 class TaskMetrics(QuietObserver):

@@ -16,6 +16,7 @@ from muxtune.types import NS_PER_S, Event, Plan
 
 LIVE_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 10.0
+BATCHES_A_LOOK = 16  # of a simulated run, between two looks at the clock
 
 
 class Ticker:
@@ -69,6 +70,7 @@ class FleetProgress(_Display, QuietObserver):
     ) -> None:
         super().__init__(console, plain_interval_s, "{task.fields[state]}")
         self.num_tasks, self.num_ended, self.now_ns = num_tasks, 0, 0
+        self._num_batches = 0
         self._bar = self.bars.add_task("simulate", total=num_tasks, state="")
 
     def __enter__(self) -> FleetProgress:
@@ -80,7 +82,8 @@ class FleetProgress(_Display, QuietObserver):
 
     def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
         self.now_ns = time_ns
-        if self.ticker.due():
+        self._num_batches += 1
+        if self._num_batches % BATCHES_A_LOOK == 0 and self.ticker.due():
             self._show()
 
     def _show(self) -> None:

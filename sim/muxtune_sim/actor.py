@@ -28,6 +28,7 @@ from muxtune.types import (
 from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 
+FIRST_CURSOR = Cursor()
 NO_FORECAST = Forecast(0, 0, (), True)
 
 
@@ -41,7 +42,9 @@ class World(Protocol):
 
     def emit(self, event: Event) -> None: ...
 
-    def wake(self, actor: InstanceActor, delay_ns: int, generation: int) -> None: ...
+    def wake(self, actor: InstanceActor, delay_ns: int) -> None:
+        """Unless the actor is of a later generation by then."""
+        ...
 
     def settle_later(self, actor: InstanceActor) -> None: ...
 
@@ -59,7 +62,9 @@ class World(Protocol):
 
     def park(self, task_id: str, cursor: Cursor) -> None: ...
 
-    def finish(self, task_id: str, host: InstanceActor) -> None: ...
+    def finish(self, task_id: str, steps: int, tokens: int, host: InstanceActor) -> None:
+        """A task has done all of its steps, with so many effective tokens."""
+        ...
 
     def end(self, event: Event) -> None:
         """A task is done, failed or was cancelled; passes the event on."""
@@ -104,10 +109,11 @@ class InstanceActor:
         newest = self._pending[-1][1] if self._pending else self.plan
         if newest is not None and plan.epoch <= newest.epoch:
             return False
-        options = self.world.options
-        num_tasks = len(plan.predicted.step_time_s)
-        delay_s = options.planning_base_s + options.planning_per_task_s * num_tasks
-        self._pending.append((now_ns + to_ns(delay_s) if delay_s else now_ns, plan))
+        options, known_ns = self.world.options, now_ns
+        if options.planning_base_s or options.planning_per_task_s:
+            num_tasks = len(plan.predicted.step_time_s)
+            known_ns += to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
+        self._pending.append((known_ns, plan))
         self.world.settle_later(self)
         return True
 
@@ -186,7 +192,7 @@ class InstanceActor:
         ended = self._ended_after(rounds)
         if len(ended) == len(self.cursors) and not self.plan.drains:
             num_steps = self.world.library.num_steps
-            self.cursors = {name: Cursor(num_steps(name)) for name in ended}
+            self.cursors = {task_id: Cursor(num_steps(task_id)) for task_id in ended}
         else:
             self.cursors = self._cursors_after(rounds)
         stays = len(self.cursors) - len(self.gone) > len(ended)
@@ -304,7 +310,8 @@ class InstanceActor:
     def _join(self, task_id: str) -> Cursor:
         cursor = self.world.take_cursor(task_id, self)
         if cursor is not None:
-            self._tokens_before[task_id] = self.world.tokens_at(task_id, cursor)
+            begun = cursor is not FIRST_CURSOR
+            self._tokens_before[task_id] = self.world.tokens_at(task_id, cursor) if begun else 0
             self._joined_at[task_id] = cursor.step
             return cursor
         self.gone.add(task_id)  # it ended while this plan was on its way
@@ -319,13 +326,14 @@ class InstanceActor:
 
     def _end(self, task_id: str, epoch: int, now_ns: int) -> None:
         """A task is done, or has come to the step boundary that it drains towards."""
-        self._count_left(task_id, self.cursors[task_id])
+        cursor = self.cursors[task_id]
+        tokens = self._count_left(task_id, cursor)
         self.gone.add(task_id)
-        steps = self.cursors[task_id].step
+        steps = cursor.step
         if steps >= self.world.library.num_steps(task_id):
-            self.world.finish(task_id, self)
+            self.world.finish(task_id, steps, tokens, self)
             return
-        self.world.park(task_id, self.cursors[task_id])
+        self.world.park(task_id, cursor)
         name = self.spec.instance_id
         self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, steps))
 
@@ -346,13 +354,17 @@ class InstanceActor:
         """One wake: the awaited boundary, or an earlier moment at which a plan becomes known."""
         self.generation += 1
         delay_ns = None
+        if not self._pending:
+            if self.is_running:
+                self.world.wake(self, (self._target_work_ns - self._work_ns) * self.share)
+            return
         if self.is_running:
             delay_ns = (self._target_work_ns - self._work_ns) * self.share
         for from_ns, _ in self._pending:
             if from_ns > now_ns and (delay_ns is None or from_ns - now_ns < delay_ns):
                 delay_ns = from_ns - now_ns
         if delay_ns is not None:
-            self.world.wake(self, delay_ns, self.generation)
+            self.world.wake(self, delay_ns)
 
     def _account(self, now_ns: int) -> None:
         if not self.is_running:
@@ -397,12 +409,13 @@ class InstanceActor:
         ended = self.world.builder.ended(self.plan, self._cursors_after(rounds), self.world.library)
         return tuple(sorted(ended - self.gone))
 
-    def _count_left(self, task_id: str, cursor: Cursor) -> None:
-        """A task leaves: what it was given here."""
-        given = self.world.tokens_at(task_id, cursor) - self._tokens_before.pop(task_id)
+    def _count_left(self, task_id: str, cursor: Cursor) -> int:
+        """A task leaves: counts what it was given here, and tells what it ever was."""
+        tokens = self.world.tokens_at(task_id, cursor)
         if self.world.options.charge_checkpoints and self.plan is not None:
             self._write_later(self.plan, task_id)
-        self._sums["effective_tokens"] += given
+        self._sums["effective_tokens"] += tokens - self._tokens_before.pop(task_id)
+        return tokens
 
     def _write_later(self, plan: Plan, task_id: str) -> None:
         if self.cursors[task_id].step < self.world.library.num_steps(task_id):

@@ -7,9 +7,10 @@ interrupted and nothing queues in SimPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from simpy import Environment, Timeout
+from simpy import Event as SimEvent
 
 from muxtune.deciding import Command
 from muxtune.engine import FOREVER_NS
@@ -31,14 +32,26 @@ from muxtune.types import (
     TaskReadyData,
     TaskSpec,
 )
-from muxtune_sim.actor import InstanceActor, departure
+from muxtune_sim.actor import FIRST_CURSOR, InstanceActor, departure
 from muxtune_sim.hardware import Hardware, Unit
 from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
 
 event_order = Event.sort_key.fget
-FIRST_CURSOR = Cursor()
+
+
+class Wake(SimEvent):
+    """A timeout that knows whom it wakes: lighter than one with a callback of its own."""
+
+    def __init__(
+        self, env: Environment, delay_ns: int, actor: InstanceActor, call: Callable[..., None]
+    ) -> None:
+        super().__init__(env)
+        self.callbacks.append(call)  # type: ignore[union-attr]
+        self._ok, self._value = True, None
+        self.actor, self.generation = actor, actor.generation
+        env.schedule(self, delay=delay_ns)
 
 
 class SimExecutor:
@@ -140,20 +153,20 @@ class SimExecutor:
         self._withdraw(task_id, None)
 
     def wait(self, until_ns: int) -> list[Event]:
-        env, events = self._env, self._events
+        env, events, coming = self._env, self._events, self._env._queue
         while not events:
             if self.now_ns >= until_ns:
                 return []
             if self._unsettled:
                 self._settle()
                 continue
-            instant_ns = env.peek()
-            if instant_ns > until_ns:
+            instant_ns = int(coming[0][0]) if coming else FOREVER_NS
+            if instant_ns > until_ns or not coming:
                 if until_ns < FOREVER_NS:
                     self.now_ns = until_ns
                 return []
-            self.now_ns = int(instant_ns)
-            while env.peek() == instant_ns:
+            self.now_ns = instant_ns
+            while coming and coming[0][0] == instant_ns:
                 env.step()
         self._events = []
         if len(events) > 1:
@@ -162,7 +175,7 @@ class SimExecutor:
 
     # -- beside the protocol
 
-    def restore(self, history: Iterable[tuple[JournalBatch, list[Command]]]) -> None:
+    def restore(self, history: Iterable[tuple[JournalBatch, Sequence[Command]]]) -> None:
         """Brings a fresh executor to where the commands of a journal lead. One that lived through
         them already stays as it is."""
         if self._actors:
@@ -175,6 +188,8 @@ class SimExecutor:
                     self.prepare(event.data)  # type: ignore[arg-type]
             for verb, argument in commands:
                 getattr(self, verb)(argument)
+            for plan in record.plans:
+                self.apply(plan)
 
     def instance_totals(self) -> list[InstanceTotals]:
         running = [actor.totals(self.now_ns) for actor in self._actors.values()]
@@ -203,14 +218,13 @@ class SimExecutor:
     def emit(self, event: Event) -> None:
         self._events.append(event)
 
-    def wake(self, actor: InstanceActor, delay_ns: int, generation: int) -> None:
-        def on_wake(_event: object) -> None:
-            if actor.generation == generation:
-                actor.on_wake(self.now_ns)
-
+    def wake(self, actor: InstanceActor, delay_ns: int) -> None:
         # SimPy's clock stands at its last event, ours may be ahead of it.
-        timeout = Timeout(self._env, delay_ns + self.now_ns - self._env._now)
-        timeout.callbacks.append(on_wake)  # type: ignore[union-attr]
+        Wake(self._env, delay_ns + self.now_ns - int(self._env._now), actor, self._on_wake)
+
+    def _on_wake(self, wake: Wake) -> None:
+        if wake.actor.generation == wake.generation:
+            wake.actor.on_wake(self.now_ns)
 
     def settle_later(self, actor: InstanceActor) -> None:
         self._unsettled[actor.spec.instance_id] = actor
@@ -237,9 +251,8 @@ class SimExecutor:
         self._parked[task_id] = cursor
         self._host.pop(task_id, None)
 
-    def finish(self, task_id: str, host: InstanceActor) -> None:
-        steps = self.library.num_steps(task_id)
-        result = ResultData(steps, self._tokens.tokens(task_id, steps))
+    def finish(self, task_id: str, steps: int, tokens: int, host: InstanceActor) -> None:
+        result = ResultData(steps, tokens)
         assert host.plan is not None
         name, epoch = host.spec.instance_id, host.plan.epoch
         event = Event(self.now_ns, EventKind.TASK_DONE, task_id, name, epoch, result)
@@ -275,8 +288,9 @@ class SimExecutor:
 
     def _settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, {}
+        now_ns = self.now_ns
         for actor in unsettled.values():
-            actor.settle(self.now_ns)
+            actor.settle(now_ns)
 
     def _wait_again(self, record: JournalBatch) -> None:
         """The one wait that led to a recorded batch; what it returns is in the record."""

@@ -55,12 +55,14 @@ class Pacer:
         self._builder, self._lengths = builder, lengths
         self._paces: dict[tuple[Any, ...], tuple[Plan, Pace]] = {}
         self._costs: dict[tuple[int, float], PacedCost] = {}
+        self._unpaced: dict[int, TimedPlan] = {}  # by the identity of the cost, which they hold
 
     def timed(self, plan: Plan, cursors: Mapping[str, Cursor], cost: CostModel) -> TimedPlan:
         """From these cursors on. Raises ConfigError for an order that is not valid."""
         if not plan.htasks or len(plan.replicas) > 1 or plan.replicas[0].num_gpus == 1:
             # Several replicas meet after every micro-batch: nothing interleaves.
-            return TimedPlan(cost, 0.0)
+            found = self._unpaced.get(id(cost))
+            return found or self._unpaced.setdefault(id(cost), TimedPlan(cost, 0.0))
         passes, times_s = self._mean_passes(plan, cursors, cost)
         pace = self._ordered(plan, cost) if plan.order else pace_of(plan, cost, passes, times_s)
         key = (id(cost), round(pace.factor, 9))
