@@ -184,20 +184,17 @@ class Decider:
 
     def decide(self, time_ns: int, events: Sequence[Event]) -> Decision:
         """All decisions on the events of one instant, which come sorted."""
-        self.fleet.now_ns = time_ns
-        absorb = self._absorb
+        fleet, absorb, touched = self.fleet, self._absorb, self._touched
+        fleet.now_ns = time_ns
         relevant = [event for event in events if absorb[event.kind](event)]
         for event in (*relevant, *self._raised) if self._raised else relevant:
             self._ask_policy(event)
-        touched = self._touched
         while touched:
             name = touched.pop() if len(touched) == 1 else min(touched)
             touched.discard(name)
-            record = self.fleet.records.get(name)
+            record = fleet.records.get(name)
             if record is not None and record.ready:
                 self._plan_instance(record)
-        if self._new_plans:
-            self._adopt_plans()
         return self._decision(tuple(events))
 
     def standing_commands(self) -> list[Command]:
@@ -214,48 +211,36 @@ class Decider:
 
     def _decision(self, events: tuple[Event, ...]) -> Decision:
         """What the batch has gathered; most of it is empty most of the time."""
-        plans: tuple[Plan, ...] = ()
-        if self._new_plans:
-            ordered = sorted(self._new_plans.items()) if len(self._new_plans) > 1 else None
-            plans = tuple([plan for _, plan in ordered] if ordered else self._new_plans.values())
-            self._new_plans.clear()
+        plans = self._adopt_plans() if self._new_plans else ()
+        actions = commands = outcomes = raised = wakes = ()
         refusals: tuple[Refusal, ...] = ()
+        if self._actions:
+            actions, self._actions = tuple(self._actions), []
+            self._placed.clear()
+        if self._outcomes:
+            outcomes, self._outcomes = self._outcomes, []
+        if self._commands:
+            commands, self._commands = self._commands, []
         if self._raised:
-            data = (event.data for event in self._raised)
-            refusals = tuple(item for item in data if isinstance(item, Refusal))
+            raised, self._raised = self._raised, []
+            refusals = tuple([e.data for e in raised if isinstance(e.data, Refusal)])
+            self._in_vain.clear()
         if self._new_in_queue:
             if self.options.tell_waits:
                 refusals += tuple(must_wait(self.fleet, self._new_in_queue))
             self._new_in_queue.clear()
-        now_ns = self.fleet.now_ns
-        actions, raised, commands = tuple(self._actions), (), tuple(self._commands)
-        outcomes, wakes = (), ()
-        if actions:
-            self._actions.clear()
-        if commands:
-            self._commands.clear()
-        if self._raised:
-            raised, self._raised = self._raised, []
-        if self._outcomes:
-            outcomes, self._outcomes = self._outcomes, []
         if self._wakes:
             wakes, self._wakes = self._wakes, []
-        if self._placed:
-            self._placed.clear()
-        if self._in_vain:
-            self._in_vain.clear()
         # What JournalBatch(...) and Decision(...) do, without their keyword handling.
-        batch = tuple.__new__(
-            JournalBatch, (self.num_batches, now_ns, events, actions, plans, refusals)
-        )
+        parts = (self.num_batches, self.fleet.now_ns, events, actions, plans, refusals)
         self.num_batches += 1
+        batch = tuple.__new__(JournalBatch, parts)
         return tuple.__new__(Decision, (batch, raised, commands, outcomes, wakes))
 
     def _ask_policy(self, event: Event) -> None:
-        fleet = self.fleet
-        view: FleetView = fleet
+        view: FleetView = self.fleet
         actions = self.policy.on_event(event, view)
-        fleet.forget_changes()
+        self.fleet.forget_changes()
         for action in actions:
             self._actions.append(action)
             self._act[type(action)](action)
@@ -280,7 +265,8 @@ class Decider:
                 break
         if len(record.tasks) == len(record.shed):
             self._plan_nothing(record)
-        self._placed.pop(name, None)
+        if self._placed:
+            self._placed.pop(name, None)
         if not refused:
             return
         events = [self._beside_what_stays(record, event) for event in reversed(refused)]
@@ -368,12 +354,18 @@ class Decider:
                 "remember a refusal until the instance changes",
             )
 
-    def _adopt_plans(self) -> None:
-        for name, plan in self._new_plans.items():
+    def _adopt_plans(self) -> tuple[Plan, ...]:
+        """The batch's plans in order of their instances, which from now on have them."""
+        named = self._new_plans.items()
+        plans: list[Plan] = []
+        for name, plan in sorted(named) if len(named) > 1 else named:
             record = self.fleet.records[name]
             record.plan, record.plan_corrections = plan, record.corrections
             record.plan_limit_bytes = record.memory_limit_bytes
             record.view = None
+            plans.append(plan)
+        self._new_plans.clear()
+        return tuple(plans)
 
     # -- events
 

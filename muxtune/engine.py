@@ -217,22 +217,31 @@ class Engine:
             self._carry_out(decider.begin(self._first_instances))
         while timetable.next_spec is not None or fleet.tasks:
             until_ns = timetable.next_ns
-            all_wait = until_ns == FOREVER_NS and len(fleet.tasks) == fleet.num_waiting
-            if all_wait:
-                self._check_starting()
-            events = self._take_answers() if self._answers else self.executor.wait(until_ns)
-            if not events and until_ns == FOREVER_NS:
-                raise self._stuck("the executor has nothing left to do")
-            if all_wait and all(event.kind in OF_HARDWARE for event in events):
-                self._num_idle_batches += 1
-                if self._num_idle_batches > MAX_IDLE_BATCHES:
-                    raise self._stuck("GPUs come and go, and the cluster policy uses none of them")
+            if until_ns == FOREVER_NS:
+                events = self._last_events()
             else:
                 self._num_idle_batches = 0
-            events = self._with_due(events, until_ns)
+                events = self._take_answers() if self._answers else self.executor.wait(until_ns)
+                events = self._with_due(events, until_ns)
             if events:
                 self._carry_out(decider.decide(events[0].time_ns, events))
         return self.totals()
+
+    def _last_events(self) -> list[Event]:
+        """Of a run in which nothing is due by itself any more."""
+        all_wait = len(self.fleet.tasks) == self.fleet.num_waiting
+        if all_wait:
+            self._check_starting()
+        events = self._take_answers() if self._answers else self.executor.wait(FOREVER_NS)
+        if not events:
+            raise self._stuck("the executor has nothing left to do")
+        if all_wait and all(event.kind in OF_HARDWARE for event in events):
+            self._num_idle_batches += 1
+            if self._num_idle_batches > MAX_IDLE_BATCHES:
+                raise self._stuck("GPUs come and go, and the cluster policy uses none of them")
+        else:
+            self._num_idle_batches = 0
+        return events
 
     def resume(self, records: Iterable[JournalBatch]) -> None:
         """Folds a journal, then tells the executor again what it may have lost; ``run`` goes on.
@@ -275,9 +284,12 @@ class Engine:
     def _with_due(self, events: list[Event], until_ns: int) -> list[Event]:
         """Merges what is due at the same instant, and how arrivals that need no time are prepared.
         A real executor may come back late."""
-        now_ns = events[0].time_ns if events else max(until_ns, self.fleet.now_ns)
-        if until_ns > now_ns:
-            return events
+        if events:
+            now_ns = events[0].time_ns
+            if until_ns > now_ns:
+                return events
+        else:
+            now_ns = max(until_ns, self.fleet.now_ns)
         due = self._timetable.due(now_ns)
         in_order = not events and len(due) == 1
         events = events + due

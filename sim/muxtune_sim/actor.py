@@ -82,6 +82,7 @@ class InstanceActor:
         self, spec: InstanceSpec, cost: CostModel, world: World, started_ns: int = 0
     ) -> None:
         self.spec, self.cost, self.world, self.started_ns = spec, cost, world, started_ns
+        self._tells_applied = world.options.emit_plan_applied
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment
@@ -118,7 +119,7 @@ class InstanceActor:
         return True
 
     def tell_applied(self, now_ns: int) -> None:
-        if self.plan is not None and self.world.options.emit_plan_applied:
+        if self.plan is not None and self._tells_applied:
             name, epoch = self.spec.instance_id, self.plan.epoch
             self.world.emit(Event(now_ns, EventKind.PLAN_APPLIED, "", name, epoch))
 
@@ -154,7 +155,7 @@ class InstanceActor:
         """Where the tasks stand that were at work."""
         if self.is_running:
             cursors = self._cursors_after(self._rounds_done(now_ns))
-            self._rest(now_ns)
+            self._rest()
             self.world.busy_changed(self)
         else:
             cursors = self.cursors
@@ -198,7 +199,7 @@ class InstanceActor:
         stays = len(self.cursors) - len(self.gone) > len(ended)
         if rounds:
             self._tell_progress(rounds, now_ns, stays)
-        self._rest(now_ns)
+        self._rest()
         for task_id in ended:
             self._end(task_id, epoch, now_ns)
         if self.leaving:
@@ -269,27 +270,30 @@ class InstanceActor:
 
     def _take_over(self, plan: Plan, now_ns: int) -> None:
         previous, self.plan = self.plan, plan
-        kept, self.cursors = self.cursors, {}
+        kept, cursors = self.cursors, {}
         gone, self.gone = self.gone, set()
-        for htask in plan.htasks:
+        self.cursors = cursors
+        htasks = plan.htasks
+        for htask in htasks:
             for task_id in htask.quota:
                 cursor = kept.pop(task_id, None)
                 if cursor is None or task_id in gone:
                     cursor = self._join(task_id)
-                self.cursors[task_id] = cursor
+                cursors[task_id] = cursor
         for task_id, cursor in kept.items():
             if task_id in gone:
                 self.world.forget(task_id)
             else:
                 self._drop(task_id, cursor, plan.epoch, now_ns)
-        if plan.htasks:
+        if htasks:
             self._begin_rounds(previous, plan)
         if self._to_write:
             seconds = sum(self.cost.checkpoint_s(slot).value for slot in self._to_write)
             self._transition_ns += to_ns(seconds)
             self._to_write.clear()
         self._sums["plans"] += 1
-        self.tell_applied(now_ns)
+        if self._tells_applied:
+            self.tell_applied(now_ns)
 
     def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
         """What the rounds of a plan that holds tasks take, and what getting to them takes."""
@@ -369,15 +373,15 @@ class InstanceActor:
     def _account(self, now_ns: int) -> None:
         if not self.is_running:
             return
-        passed_ns = now_ns - self._last_ns
+        passed_ns, sums = now_ns - self._last_ns, self._sums
         self._last_ns = now_ns
         self._work_ns += passed_ns // self.share
-        self._sums["busy_ns"] += passed_ns
-        self._sums["task_ns"] += passed_ns * (len(self.cursors) - len(self.gone))
+        sums["busy_ns"] += passed_ns
+        sums["task_ns"] += passed_ns * (len(self.cursors) - len(self.gone))
 
-    def _rest(self, now_ns: int) -> None:
-        """Between two segments; still busy in the eyes of its neighbours until it goes idle."""
-        self._account(now_ns)
+    def _rest(self) -> None:
+        """Between two segments, its time accounted for; still busy in the eyes of its neighbours
+        until it goes idle."""
         self.is_running = False
         self._sums["rounds"] += self._target_rounds
         self._sums["transition_ns"] += min(self._work_ns, self._transition_ns)
