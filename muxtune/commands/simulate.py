@@ -18,17 +18,19 @@ from muxtune.report.progress import FleetProgress
 from muxtune.report.recording import Promises, RecordingPlanner, TaskRows, Troubles
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
+from muxtune.report.task_table import write_parquet
 from muxtune.types import NS_PER_S, InstanceSpec
 
 EXACT_TIMES, MEAN_TIMES = "exact", "mean"
 MAX_EXACT_TASKS = 2_000
 SLOWDOWN_PLOT = "slowdown.png"
-TASKS_FILE, TENANTS_FILE = "tasks.csv", "tenants.csv"
+TASKS_FILE, PARQUET_FILE, TENANTS_FILE = "tasks.csv", "tasks.parquet", "tenants.csv"
 SAMPLES_FILE, JOURNAL_FILE = "plan_samples.jsonl", "journal.jsonl"
 
 
 def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
-    """Writes tasks.csv while it runs, then plan_samples.jsonl; returns the summary."""
+    """Writes tasks.csv while it runs, then tasks.parquet with the same rows, tenants.csv and
+    plan_samples.jsonl; returns the summary."""
     started_s = time.perf_counter()
     costs = build.cost_book(config)
     tasks = build.tasks(config, costs)
@@ -48,6 +50,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     promises = Promises()
     observers = (metrics, troubles, promises)
     totals = _run_engine(config, folder, planner, executor, tasks, instances, observers)
+    _copy_rows(folder)
     with folder.stream(SAMPLES_FILE) as file:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
     with folder.stream(TENANTS_FILE) as file:
@@ -99,6 +102,13 @@ def _run_engine(
         engine = Engine(policy, planner, executor, tasks, first, journal, told, options)
         with few_collections():
             return engine.run()
+
+
+def _copy_rows(folder: RunFolder) -> None:
+    with folder.stream(PARQUET_FILE, "wb") as file:
+        written = write_parquet(folder.path / TASKS_FILE, file)
+    if not written:
+        (folder.path / PARQUET_FILE).unlink()
 
 
 def tells_waits(config: SimulateConfig, num_tasks: int) -> bool:

@@ -18,17 +18,19 @@ draws. ``targets`` are parted by ``|``; a ``histogram`` may be written out as qu
 ========================== ======================================================================
 
 At least one of steps, tokens and duration_s is needed in each row; the first in that order counts.
-Blank cells of optional columns mean "not given". Other columns are ignored and listed in
-``Trace.ignored``. ``read_trace("philly")`` is the shipped Microsoft Philly trace; its source and
-licence are in ``data/philly/SOURCE.md``. There is no public trace of LLM fine-tuning arrivals:
-Philly gives arrivals and durations of other training jobs, the mix gives the rest.
+Blank cells of optional columns mean "not given". Other columns are not used; a warning names them,
+and ``Trace.ignored`` lists them. ``read_trace("philly")`` is the shipped Microsoft Philly trace; its
+source and licence are in ``data/philly/SOURCE.md``. There is no public trace of LLM fine-tuning
+arrivals: Philly gives arrivals and durations of other training jobs, the mix gives the rest.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -40,12 +42,15 @@ import numpy as np
 from muxtune.errors import ConfigError, DataError
 from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, TaskSpec
 from muxtune.workload.arrivals import ONE_TENANT, Bursts, People, bursty_arrivals_s
+from muxtune.workload.fields import closest
 from muxtune.workload.methods import own_targets
 from muxtune.workload.mix import MIX_FIELDS, Draws, TaskMix
 from muxtune.workload.synthetic import histogram, tokenizer_of
 from muxtune.workload.tasks import check_id
 
+_log = logging.getLogger(__name__)
 PHILLY = "philly"
+ROWS_AT_A_TIME = 8_192
 DEFAULT_TENANT = "default"
 _ALIASES = {"submit_s": "arrival_s", "vc": "tenant"}
 _WORK = ("steps", "tokens", "duration_s")
@@ -139,6 +144,9 @@ def read_trace(path: str | Path) -> Trace:
     missing = np.all([np.isnan(values) for values in work.values()], axis=0)
     table.refuse(np.flatnonzero(missing), f"gives none of {', '.join(_WORK)}")
     num_gpus = table.numbers("num_gpus", low=1.0, whole=True)
+    ignored = tuple(sorted(set(table.columns) - set(_COLUMNS)))
+    if ignored:
+        _warn_of(name, ignored)
     return Trace(
         path=name,
         arrival_s=arrival_s,
@@ -147,9 +155,19 @@ def read_trace(path: str | Path) -> Trace:
         task_ids=_ids(table),
         tenants=_tenants(table),
         columns={column: table.values(column) for column in _MIX_COLUMNS if table.has(column)},
-        ignored=tuple(sorted(set(table.columns) - set(_COLUMNS))),
+        ignored=ignored,
         **work,
     )
+
+
+@functools.cache  # once, however often a sweep reads the file
+def _warn_of(path: str, ignored: tuple[str, ...]) -> None:
+    hints = "".join(closest(column, _COLUMNS) for column in ignored)
+    known = ", ".join((*_COLUMNS, *_ALIASES))
+    _log.warning(
+        "%s: columns that are not used: %s. %sKnown are: %s",
+        path, ", ".join(ignored), hints, known,
+    )  # fmt: skip
 
 
 class _Table(NamedTuple):
@@ -534,19 +552,25 @@ class _Rows(NamedTuple):
     arrival_ns: np.ndarray
 
     def tasks(self) -> Iterator[TaskSpec]:
-        slack_ns = (self.trace.deadline_s - self.trace.arrival_s) * NS_PER_S
+        """Some thousand at a time, so that a million do not stand in memory as Python numbers."""
+        for start in range(0, len(self.steps), ROWS_AT_A_TIME):
+            yield from self._some_tasks(start, start + ROWS_AT_A_TIME)
+
+    def _some_tasks(self, start: int, stop: int) -> Iterator[TaskSpec]:
+        trace, part = self.trace, slice(start, stop)
+        slack_ns = (trace.deadline_s[part] - trace.arrival_s[part]) * NS_PER_S
         slacks = [None if math.isnan(slack) else round(slack) for slack in slack_ns.tolist()]
         rows = zip(
-            self.trace.task_ids,
-            self.trace.tenants,
-            self.kinds.index.tolist(),
-            self.steps.tolist(),
-            self.arrival_ns.tolist(),
+            trace.task_ids[part],
+            trace.tenants[part],
+            self.kinds.index[part].tolist(),
+            self.steps[part].tolist(),
+            self.arrival_ns[part].tolist(),
             slacks,
             strict=True,
         )
         templates = self.kinds.templates
-        for seed, (task_id, tenant, kind, steps, arrival_ns, slack) in enumerate(rows):
+        for seed, (task_id, tenant, kind, steps, arrival_ns, slack) in enumerate(rows, start):
             like = templates[kind]
             # Positional and without _replace: this loop makes 1e5 tasks.
             yield TaskSpec(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from muxtune.cli import main
+from muxtune.report.recording import TASK_COLUMNS
 
 TASKS = ["workload=poisson", "workload.limit=60", "workload.load=0.5", "planner=batched"]
 
@@ -24,6 +26,16 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_parquet(folder: Path) -> None:
+    """Holds what the CSV file holds, as numbers, flags and texts."""
+    table = parquet.read_table(folder / "tasks.parquet")
+    assert table.column_names == list(TASK_COLUMNS)
+    assert str(table.schema.field("met_deadline").type) == "bool"
+    blank = {None: "", "": ""}
+    for row, cells in zip(table.to_pylist(), rows(folder), strict=True):
+        assert {name: str(blank.get(value, value)) for name, value in row.items()} == cells
+
+
 def test_several_devices_and_failures_from_a_shipped_cluster(tmp_path: Path):
     words = ["cluster=mixed_spot", "cluster.failures.gpu_mtbf_h=1", "plan_samples=0"]
     summary = simulate(tmp_path / "run", *words, "cluster.failures.spot_lifetime_h=1")
@@ -32,6 +44,7 @@ def test_several_devices_and_failures_from_a_shipped_cluster(tmp_path: Path):
     hours = [summary[f"{kind}_gpu_hours"] for kind in ("busy", "idle", "failed")]
     assert sum(hours) == pytest.approx(summary["gpu_hours"])
     again = simulate(tmp_path / "again", *words, "cluster.failures.spot_lifetime_h=1")
+    check_parquet(tmp_path / "run")
     assert (tmp_path / "run" / "tasks.csv").read_bytes() == (
         tmp_path / "again" / "tasks.csv"
     ).read_bytes()

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import logging
 import math
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_seed_decides_draws_not_arrivals() -> None:
     assert [task.arrival_ns for task in first] == [task.arrival_ns for task in other]
 
 
-def test_generic_file(tmp_path: Path) -> None:
+def test_generic_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(
         tmp_path,
         "id,arrival_s,steps,tokens,duration_s,tenant,model,histogram,batch_size,rank,"
@@ -124,8 +125,12 @@ def test_generic_file(tmp_path: Path) -> None:
         "\n"
         "c,12,,,30,,,,,,,,\n",
     )
-    trace = read_trace(path)
+    with caplog.at_level(logging.WARNING):
+        trace = read_trace(path)
+        read_trace(path)
     assert trace.ignored == ("colour",)
+    (warning,) = caplog.messages
+    assert "not used: colour." in warning and "max_slowdown" in warning and str(path) in warning
     stream = trace_tasks(trace, ONE_KIND, lambda task: 1000.0)
     first, second, third = stream
     assert "columns not used: colour" in stream.notes
