@@ -164,6 +164,7 @@ class TaskQueue(Collection[TaskView]):
         self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
         self.lines = WaitingLines()
         self._tasks = self.lines.tasks
+        self.models: Collection[str] = ()  # of the tasks that wait, sorted
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -179,6 +180,7 @@ class TaskQueue(Collection[TaskView]):
         lanes = self._lanes.get(task.model)
         if lanes is None:
             lanes = self._lanes[task.model] = {}
+            self.models = sorted(self._lanes)
         lane = lanes.get(task.priority)
         if lane is None:
             lane = lanes[task.priority] = OrderedDict()
@@ -198,17 +200,17 @@ class TaskQueue(Collection[TaskView]):
             del lanes[task.priority]
             if not lanes:
                 del self._lanes[task.model]
+                self.models = sorted(self._lanes)
 
     def num_waiting(self, model: str) -> int:
         return sum(map(len, self._lanes.get(model, {}).values()))
 
-    @property
-    def models(self) -> Collection[str]:
-        return self._lanes.keys() if len(self._lanes) < 2 else sorted(self._lanes)
-
     def of_model(self, model: str, discipline: Discipline) -> Iterator[TaskView]:
         lanes = self._lanes.get(model, {})
         if discipline is Discipline.FIFO:
+            if len(lanes) == 1:
+                (lane,) = lanes.values()
+                return iter(lane.values())
             return _merged([lane.values() for lane in lanes.values()])
         if discipline is not Discipline.PRIORITY:
             return self.lines.in_order(model, discipline)
@@ -372,7 +374,7 @@ class Fleet:
 
     @property
     def waiting_models(self) -> Collection[str]:
-        return self.queue.models if self.queue.lines.tasks else ()
+        return self.queue.models
 
     def waiting(self, model: str, discipline: Discipline = Discipline.FIFO) -> Iterator[TaskView]:
         return self.queue.of_model(model, discipline)

@@ -5,10 +5,10 @@
 Every point is one `muxtune simulate` in a process of its own, on one core: start of the program,
 drawing the tasks, planning and writing the results included. Arrivals are Poisson, tasks are the
 three data sets of the MuxTune paper (as in workload=philly). Modules are compiled beforehand, as
-they are once the program has run (a short run before the first point). For the planner `muxtune` 100 sampled
-plans are made again from scratch and compared. CPU seconds count beside wall seconds because the
-machine may be shared; "reference" is a fixed loop, timed before each run, to tell how fast the core
-was at the moment.
+they are once the program has run (a short run before the first point). For the planner `muxtune`
+100 sampled plans are made again from scratch and compared. CPU seconds count beside wall seconds
+because the machine may be shared; "reference" is a fixed loop, timed before each run, to tell how
+fast the core was at the moment.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ on which nothing can be placed costs a look at each head and at the least-loaded
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from itertools import islice
 
 from muxtune.errors import ConfigError
@@ -80,7 +79,10 @@ class FifoPolicy:
         models = fleet.waiting_models
         if not models:
             return []
-        return [action for model in models for action in self._fill(model, fleet)]
+        actions: list[Action] = []
+        for model in models:
+            self._fill(model, fleet, actions)
+        return actions
 
     # -- for policies on this base
 
@@ -104,21 +106,24 @@ class FifoPolicy:
 
     # -- inside
 
-    def _fill(self, model: str, fleet: FleetView) -> Iterator[Action]:
+    def _fill(self, model: str, fleet: FleetView, actions: list[Action]) -> None:
         """Places heads until one finds no room."""
         candidates = self.candidates(model, fleet)
         if not candidates and not self._is_unserved(model, fleet):
             return
         for task in fleet.waiting(model, self.discipline):
-            refusal = self._rejection(task, candidates, fleet)
-            if refusal is not None:
-                yield Reject(task.task_id, refusal)
-                continue
-            chosen = self._choose(task, candidates, fleet)
-            if chosen is None:
-                return
+            if self._refused or not candidates:
+                refusal = self._rejection(task, candidates, fleet)
+                if refusal is not None:
+                    actions.append(Reject(task.task_id, refusal))
+                    continue
+                chosen = self._choose(task, candidates, fleet)
+                if chosen is None:
+                    return
+            else:
+                chosen = candidates[0]
             self.taken(chosen, candidates)
-            yield Place(task.task_id, chosen[1])
+            actions.append(Place(task.task_id, chosen[1]))
 
     def _choose(
         self, task: TaskView, candidates: list[Candidate], fleet: FleetView

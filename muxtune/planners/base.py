@@ -572,26 +572,29 @@ def bind(
 ) -> Plan:
     arrangement = answer.costed.arrangement
     htasks = tuple([_bind_group(group, ids) for group in arrangement.groups])
+    epoch = NO_EPOCH if previous is None else previous.epoch
     if (
         previous is not None
+        and previous.htasks
         and previous.htasks == htasks
         and previous.round == answer.turns
         and previous.drains == instance.draining
     ):
         return previous
     base = answer.prediction
+    replicas = instance.replicas
     step_times_s = dict(zip(ids, answer.step_times_s, strict=True))
     solo_times_s = dict(zip(ids, answer.solo_times_s, strict=True))
     # What Prediction(...) and Plan(...) do, without their keyword handling: fleets plan often.
     prediction = tuple.__new__(Prediction, (*base[:4], step_times_s, solo_times_s, *base[6:]))
     parts = (
         instance.instance_id,
-        (NO_EPOCH if previous is None else previous.epoch) + 1,
+        epoch + 1,
         instance.draining,
-        instance.replicas,
+        replicas,
         htasks,
         answer.turns,
-        DispatchRule.SINGLE if len(instance.replicas) == 1 else DispatchRule.BALANCED,
+        DispatchRule.SINGLE if len(replicas) == 1 else DispatchRule.BALANCED,
         prediction,
         answer.order,
         arrangement.reason,

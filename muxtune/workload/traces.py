@@ -19,8 +19,8 @@ draws. ``targets`` are parted by ``|``; a ``histogram`` may be written out as qu
 
 At least one of steps, tokens and duration_s is needed in each row; the first in that order counts.
 Blank cells of optional columns mean "not given". Other columns are not used; a warning names them,
-and ``Trace.ignored`` lists them. ``read_trace("philly")`` is the shipped Microsoft Philly trace; its
-source and licence are in ``data/philly/SOURCE.md``. There is no public trace of LLM fine-tuning
+and ``Trace.ignored`` lists them. ``read_trace("philly")`` is the shipped Microsoft Philly trace;
+its source and licence are in ``data/philly/SOURCE.md``. There is no public trace of LLM fine-tuning
 arrivals: Philly gives arrivals and durations of other training jobs, the mix gives the rest.
 """
 

@@ -237,11 +237,12 @@ class InstanceActor:
         """A segment: some plan from its boundary on, until something ends or changes."""
         self._transition_ns = 0
         self._course = None
-        newest = self._newest_known(now_ns) if self._pending else None
-        if newest is not None:
-            self._take_over(newest, now_ns)
-            if newest.drains:
-                self._release_at_boundary(newest, now_ns)
+        if self._pending:
+            newest = self._newest_known(now_ns)
+            if newest is not None:
+                self._take_over(newest, now_ns)
+                if newest.drains:
+                    self._release_at_boundary(newest, now_ns)
         plan = self.plan
         if plan is None or len(self.gone) == len(self.cursors):
             self._rest_idle()
@@ -263,17 +264,19 @@ class InstanceActor:
     def _newest_known(self, now_ns: int) -> Plan | None:
         """Takes what is known by now out of the plans on their way; the last one counts."""
         if len(self._pending) == 1:
-            return self._pending.pop()[1] if self._pending[0][0] <= now_ns else None
+            ((from_ns, plan),) = self._pending
+            if from_ns > now_ns:
+                return None
+            self._pending.clear()
+            return plan
         known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
         self._pending = [item for item in self._pending if item[0] > now_ns]
         return known[-1] if known else None
 
     def _take_over(self, plan: Plan, now_ns: int) -> None:
-        previous, self.plan = self.plan, plan
-        kept, cursors = self.cursors, {}
-        gone, self.gone = self.gone, set()
-        self.cursors = cursors
-        htasks = plan.htasks
+        previous, self.plan, htasks = self.plan, plan, plan.htasks
+        kept, gone, cursors = self.cursors, self.gone, {}
+        self.cursors, self.gone = cursors, set()
         for htask in htasks:
             for task_id in htask.quota:
                 cursor = kept.pop(task_id, None)
