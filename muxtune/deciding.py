@@ -202,7 +202,7 @@ class Decider:
         fleet = self.fleet
         commands = [Command("start", record.spec) for record in fleet.records.values()]
         commands += [Command("prepare", task.spec) for task in fleet.tasks.values()]
-        withdrawn = [task.spec.task_id for task in fleet.tasks.values() if task.cancelling]
+        withdrawn = [task.task_id for task in fleet.tasks.values() if task.cancelling]
         commands += [Command("cancel", task_id) for task_id in withdrawn]
         plans = [record.plan for record in fleet.records.values() if record.plan is not None]
         commands += [Command("apply", plan) for plan in plans]
@@ -249,7 +249,7 @@ class Decider:
 
     def _plan_instance(self, record: InstanceRecord) -> None:
         """One plan, or the tasks that it cannot hold go back and the policy is told."""
-        name = record.spec.instance_id
+        name = record.name
         refused: list[Event] = []
         while len(record.tasks) > len(record.shed):
             answer = self.planner.plan(self.fleet.view_of(record), record.plan)
@@ -283,9 +283,9 @@ class Decider:
         return event._replace(data=event.data._replace(task_ids=stays))
 
     def _keep(self, record: InstanceRecord, plan: Plan) -> None:
-        name = record.spec.instance_id
+        name = record.name
         if plan is record.plan:
-            placed = {task.spec.task_id for task in self._placed.get(name, ())}
+            placed = {task.task_id for task in self._placed.get(name, ())}
             if placed.isdisjoint(plan.task_ids):
                 self._new_plans.pop(name, None)
                 return
@@ -296,7 +296,7 @@ class Decider:
 
     def _plan_nothing(self, record: InstanceRecord) -> None:
         """The engine's own plan for an instance whose last task has left."""
-        name = record.spec.instance_id
+        name = record.name
         self._new_plans.pop(name, None)
         if record.memory_limit_bytes != record.spec.memory_limit_bytes:
             record.memory_limit_bytes = record.spec.memory_limit_bytes
@@ -312,13 +312,13 @@ class Decider:
 
         The event names the task that is queued again, or none when nothing was placed.
         """
-        name, task_id = record.spec.instance_id, ""
+        name, task_id = record.name, ""
         view = self.fleet.view_of(record)
         refusal = refusal._replace(task_ids=tuple(task.task_id for task in view.tasks))
         placed = self._placed.get(name)
         if placed:
             task = placed.pop()
-            task_id = task.spec.task_id
+            task_id = task.task_id
             self._count_in_vain(task_id, name)
             self.fleet.unplace(task)
             task.num_placements -= 1
@@ -383,7 +383,7 @@ class Decider:
         data = event.data if isinstance(event.data, FailureData) else FailureData("")
         for task in list(record.tasks.values()):
             self.fleet.unplace(task)
-            task_id = task.spec.task_id
+            task_id = task.task_id
             self.fleet.set_steps(task, data.kept_steps.get(task_id, steps_of(task)))
             task.lost_steps += data.lost_steps.get(task_id, 0)
             self._back_to_queue(task)
@@ -435,7 +435,7 @@ class Decider:
             return
         record.corrections = record.corrections._replace(time_percent=percent)
         self._touch(record)
-        name, now_ns = record.spec.instance_id, self.fleet.now_ns
+        name, now_ns = record.name, self.fleet.now_ns
         self._raised.append(Event(now_ns, EventKind.DRIFT, "", name, record.epoch, data))
 
     def _on_pressure(self, event: Event) -> bool:
@@ -519,11 +519,11 @@ class Decider:
         self.fleet.enqueue(task)
         if task.cancelling:  # the executor is told again: it may have forgotten with the instance
             self.fleet.dequeue(task)
-            self._commands.append(Command("cancel", task.spec.task_id))
+            self._commands.append(Command("cancel", task.task_id))
 
     def _touch(self, record: InstanceRecord) -> None:
         self.fleet.touch(record)
-        self._touched.add(record.spec.instance_id)
+        self._touched.add(record.name)
 
     def _end(
         self, task: TaskRecord, state: TaskState, result: ResultData, message: str = ""
@@ -598,7 +598,7 @@ class Decider:
 
     def _stop(self, record: InstanceRecord) -> None:
         record.stop_told = True
-        self._commands.append(Command("stop", record.spec.instance_id))
+        self._commands.append(Command("stop", record.name))
 
     def _drain_instance(self, action: DrainInstance) -> None:
         record = self.fleet.records.get(action.instance_id)
@@ -639,11 +639,11 @@ def ignore(event: Event) -> bool:
 
 def check_plan(record: InstanceRecord, plan: Plan) -> None:
     """Raises ConfigError for a plan that breaks the contract: a plug-in's fault."""
-    if plan.instance_id != record.spec.instance_id or plan.epoch != record.epoch + 1:
+    if plan.instance_id != record.name or plan.epoch != record.epoch + 1:
         raise ConfigError(
             "planner",
             f"it answered with epoch {plan.epoch} of '{plan.instance_id}' where epoch "
-            f"{record.epoch + 1} of '{record.spec.instance_id}' is due",
+            f"{record.epoch + 1} of '{record.name}' is due",
             "return previous itself, or a plan of the next epoch",
         )
     tasks = record.tasks.keys()
@@ -657,7 +657,7 @@ def check_plan(record: InstanceRecord, plan: Plan) -> None:
     if planned - tasks or (tasks - planned) - record.draining:
         raise ConfigError(
             "planner",
-            f"its plan for '{record.spec.instance_id}' misses {sorted(tasks - planned)} and has "
+            f"its plan for '{record.name}' misses {sorted(tasks - planned)} and has "
             f"the unknown {sorted(planned - tasks)}",
             "plan every task of the view, or answer with a Refusal",
         )
@@ -725,7 +725,7 @@ def relieved_limit_bytes(
 def solo_time_s(record: InstanceRecord, task: TaskRecord) -> float | None:
     if record.plan is None or task.view is None:
         return None
-    step_s = record.plan.predicted.solo_step_time_s.get(task.spec.task_id)
+    step_s = record.plan.predicted.solo_step_time_s.get(task.task_id)
     return None if step_s is None else step_s * task.view.num_steps
 
 

@@ -54,11 +54,12 @@ class TaskRecord:
         "spec",
         "state",
         "steps_ns",
+        "task_id",
         "view",
     )
 
     def __init__(self, spec: TaskSpec) -> None:
-        self.spec = spec
+        self.spec, self.task_id = spec, spec.task_id
         self.state = TaskState.ARRIVED
         self.view: TaskView | None = None
         self.instance_id = ""
@@ -93,6 +94,7 @@ class InstanceRecord:
         "draining",
         "ends",
         "memory_limit_bytes",
+        "name",
         "plan",
         "plan_corrections",
         "plan_limit_bytes",
@@ -107,7 +109,7 @@ class InstanceRecord:
     )
 
     def __init__(self, spec: InstanceSpec) -> None:
-        self.spec = spec
+        self.spec, self.name = spec, spec.instance_id
         self.ready = False
         self.stopping = self.stop_told = False
         self.tasks: dict[str, TaskRecord] = {}  # by arrival
@@ -128,13 +130,13 @@ class InstanceRecord:
         """Keeps ``tasks`` in order of arrival; most often the new one is the youngest."""
         tasks = self.tasks
         if not tasks:
-            tasks[task.spec.task_id] = task
+            tasks[task.task_id] = task
             return
         youngest = tasks[next(reversed(tasks))].view
-        tasks[task.spec.task_id] = task
+        tasks[task.task_id] = task
         if arrival_order(task.view) < arrival_order(youngest):
             ordered = sorted(self.tasks.values(), key=lambda item: arrival_order(item.view))
-            self.tasks = {item.spec.task_id: item for item in ordered}
+            self.tasks = {item.task_id: item for item in ordered}
 
     def build_view(self, now_ns: int) -> InstanceView:
         if self.shed:
@@ -143,7 +145,7 @@ class InstanceRecord:
             tasks = self.tasks.values()
         spec = self.spec
         return InstanceView(
-            spec.instance_id,
+            self.name,
             now_ns,
             tuple([task.view for task in tasks]),  # type: ignore[misc]
             self.plan,
@@ -394,7 +396,7 @@ class Fleet:
 
     def touch(self, record: InstanceRecord) -> None:
         record.view = None
-        self._changed.add(record.spec.instance_id)
+        self._changed.add(record.name)
 
     def forget_changes(self) -> None:
         self._changed.clear()
@@ -422,7 +424,7 @@ class Fleet:
 
     def dequeue(self, task: TaskRecord) -> None:
         """Takes a task out of whatever it waits in, if it waits."""
-        task_id, tenant = task.spec.task_id, task.spec.tenant
+        task_id, tenant = task.task_id, task.spec.tenant
         if task_id in self.queue:
             self.queue.remove(task_id)
             self.quotas.leave_queue(tenant, placed=False)
@@ -437,10 +439,10 @@ class Fleet:
                 self.queue.add(view)
 
     def place(self, task: TaskRecord, record: InstanceRecord) -> None:
-        self.queue.remove(task.spec.task_id)
+        self.queue.remove(task.task_id)
         if self.quotas.rules:
             self.quotas.leave_queue(task.spec.tenant, placed=True)
-        task.state, task.instance_id = TaskState.PLACED, record.spec.instance_id
+        task.state, task.instance_id = TaskState.PLACED, record.name
         if task.placed_ns is None:
             task.placed_ns = self.now_ns
         task.num_placements += 1
@@ -453,7 +455,7 @@ class Fleet:
         """Takes a task off its instance; the caller decides what becomes of it."""
         record = self.records[task.instance_id]
         self._move(record, task, joins=False)
-        task_id = task.spec.task_id
+        task_id = task.task_id
         if self.quotas.rules:
             self.quotas.leave_instance(task.spec.tenant)
             self.admit_held(task.spec.tenant)
@@ -465,7 +467,7 @@ class Fleet:
 
     def end_task(self, task: TaskRecord) -> None:
         self.dequeue(task)
-        del self.tasks[task.spec.task_id]
+        del self.tasks[task.task_id]
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
         task.steps_ns = self.now_ns
@@ -487,13 +489,13 @@ class Fleet:
 
     def make_instance_ready(self, record: InstanceRecord) -> None:
         record.ready = True
-        self.starting.pop(record.spec.instance_id, None)
-        self._loads.add(record.spec.model, 0, record.spec.instance_id)
+        self.starting.pop(record.name, None)
+        self._loads.add(record.spec.model, 0, record.name)
         self.touch(record)
 
     def close_instance(self, record: InstanceRecord) -> None:
         """No task can be placed there any longer."""
-        name = record.spec.instance_id
+        name = record.name
         if record.ready and not record.stopping:
             self._loads.remove(record.spec.model, len(record.tasks), name)
         record.stopping = True
@@ -501,19 +503,19 @@ class Fleet:
 
     def remove_instance(self, record: InstanceRecord) -> None:
         self.close_instance(record)
-        self.starting.pop(record.spec.instance_id, None)
-        del self.records[record.spec.instance_id]
+        self.starting.pop(record.name, None)
+        del self.records[record.name]
 
     def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
-        spec, task_spec, load = record.spec, task.spec, len(record.tasks)
-        name = spec.instance_id
-        self.queue.lines.note_placed(task_spec.tenant, 1 if joins else -1)
+        name, tasks = record.name, record.tasks
+        load = len(tasks)
+        self.queue.lines.note_placed(task.spec.tenant, 1 if joins else -1)
         if joins:
             record.add(task)
         else:
-            del record.tasks[task_spec.task_id]
+            del tasks[task.task_id]
         if not record.stopping:
-            self._loads.move(spec.model, load, len(record.tasks), name)
+            self._loads.move(record.spec.model, load, load + 1 if joins else load - 1, name)
         record.view = None
         self._changed.add(name)
 

@@ -82,6 +82,7 @@ class InstanceActor:
         self, spec: InstanceSpec, cost: CostModel, world: World, started_ns: int = 0
     ) -> None:
         self.spec, self.cost, self.world, self.started_ns = spec, cost, world, started_ns
+        self.name, self._options = spec.instance_id, world.options
         self._tells_applied = world.options.emit_plan_applied
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
@@ -110,7 +111,7 @@ class InstanceActor:
         newest = self._pending[-1][1] if self._pending else self.plan
         if newest is not None and plan.epoch <= newest.epoch:
             return False
-        options, known_ns = self.world.options, now_ns
+        options, known_ns = self._options, now_ns
         if options.planning_base_s or options.planning_per_task_s:
             num_tasks = len(plan.predicted.step_time_s)
             known_ns += to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
@@ -120,7 +121,7 @@ class InstanceActor:
 
     def tell_applied(self, now_ns: int) -> None:
         if self.plan is not None and self._tells_applied:
-            name, epoch = self.spec.instance_id, self.plan.epoch
+            name, epoch = self.name, self.plan.epoch
             self.world.emit(Event(now_ns, EventKind.PLAN_APPLIED, "", name, epoch))
 
     def withdraw(self, task_id: str, message: str | None) -> None:
@@ -137,7 +138,7 @@ class InstanceActor:
 
     def fail(self, now_ns: int, message: str) -> FailureData:
         """The instance is lost: its tasks fall back to their last checkpoint."""
-        interval = max(1, self.world.options.checkpoint_steps)
+        interval = max(1, self._options.checkpoint_steps)
         kept, lost = {}, {}
         for task_id, cursor in self._halt(now_ns).items():
             joined = self._joined_at.get(task_id, 0)
@@ -189,7 +190,7 @@ class InstanceActor:
     def reach(self, now_ns: int) -> None:
         """The end of a round: tasks end, leave, and make room for the pending plan."""
         assert self.plan is not None
-        rounds, epoch, name = self._target_rounds, self.plan.epoch, self.spec.instance_id
+        rounds, epoch, name = self._target_rounds, self.plan.epoch, self.name
         ended = self._ended_after(rounds)
         if len(ended) == len(self.cursors) and not self.plan.drains:
             num_steps = self.world.library.num_steps
@@ -229,7 +230,7 @@ class InstanceActor:
         if self.is_running:
             self._account(now_ns)
         self._sums["up_ns"] = now_ns - self.started_ns
-        return InstanceTotals(self.spec.instance_id, **self._sums)
+        return InstanceTotals(self.name, **self._sums)
 
     # -- inside
 
@@ -301,7 +302,7 @@ class InstanceActor:
     def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
         """What the rounds of a plan that holds tasks take, and what getting to them takes."""
         self._pass_cost, once_s = self.world.pacer.timed(plan, self.cursors, self.cost)
-        if self.world.options.charge_transitions:
+        if self._options.charge_transitions:
             transition_s = self.cost.transition_s(previous, plan).value
             self._transition_ns = to_ns(transition_s + once_s)
         sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
@@ -328,7 +329,7 @@ class InstanceActor:
         """The new plan does not hold the task: its open step is lost."""
         self._count_left(task_id, cursor)
         self._fall_back(task_id, cursor, cursor.step)
-        name = self.spec.instance_id
+        name = self.name
         self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, cursor.step))
 
     def _end(self, task_id: str, epoch: int, now_ns: int) -> None:
@@ -341,7 +342,7 @@ class InstanceActor:
             self.world.finish(task_id, steps, tokens, self)
             return
         self.world.park(task_id, cursor)
-        name = self.spec.instance_id
+        name = self.name
         self.world.emit(Event(now_ns, EventKind.TASK_RELEASED, task_id, name, epoch, steps))
 
     def _aim_at_boundary(self, now_ns: int) -> None:
@@ -419,7 +420,7 @@ class InstanceActor:
     def _count_left(self, task_id: str, cursor: Cursor) -> int:
         """A task leaves: counts what it was given here, and tells what it ever was."""
         tokens = self.world.tokens_at(task_id, cursor)
-        if self.world.options.charge_checkpoints and self.plan is not None:
+        if self._options.charge_checkpoints and self.plan is not None:
             self._write_later(self.plan, task_id)
         self._sums["effective_tokens"] += tokens - self._tokens_before.pop(task_id)
         return tokens
@@ -438,7 +439,7 @@ class InstanceActor:
 
     def _tell_progress(self, rounds: int, now_ns: int, stays: bool) -> None:
         """``stays``: whether any task goes on after this."""
-        plan, course, options = self.plan, self._course, self.world.options
+        plan, course, options = self.plan, self._course, self._options
         assert plan is not None and course is not None
         if not options.emit_progress or not (stays or options.emit_last_progress):
             each = None if self.gone else padded_round_tokens(plan)
@@ -456,7 +457,7 @@ class InstanceActor:
             padded_tokens,
             {name: at.step for name, at in self.cursors.items() if name not in self.gone},
         )
-        name, epoch = self.spec.instance_id, plan.epoch
+        name, epoch = self.name, plan.epoch
         self.world.emit(Event(now_ns, EventKind.PROGRESS, "", name, epoch, data))
 
 

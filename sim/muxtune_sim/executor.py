@@ -114,7 +114,7 @@ class SimExecutor:
 
     def _tell_ready(self, actor: InstanceActor) -> None:
         """Unless it was stopped or failed on the way."""
-        name = actor.spec.instance_id
+        name = actor.name
         if self._actors.get(name) is actor:
             self.emit(Event(self.now_ns, EventKind.INSTANCE_READY, "", name))
 
@@ -207,7 +207,7 @@ class SimExecutor:
     def gpus_changed(self, kind: EventKind, unit: Unit, gpu_ids: tuple[str, ...]) -> None:
         if kind is EventKind.GPUS_DOWN:
             lost = {
-                actor.spec.instance_id for gpu in gpu_ids for actor in self._sharing.get(gpu, ())
+                actor.name for gpu in gpu_ids for actor in self._sharing.get(gpu, ())
             }
             for name in sorted(lost):
                 self._fail_instance(name, f"{unit.message} of {unit.name}")
@@ -227,7 +227,7 @@ class SimExecutor:
             wake.actor.on_wake(self.now_ns)
 
     def settle_later(self, actor: InstanceActor) -> None:
-        self._unsettled[actor.spec.instance_id] = actor
+        self._unsettled[actor.name] = actor
 
     def busy_changed(self, actor: InstanceActor) -> None:
         if actor.is_running == actor.is_busy:
@@ -254,7 +254,7 @@ class SimExecutor:
     def finish(self, task_id: str, steps: int, tokens: int, host: InstanceActor) -> None:
         result = ResultData(steps, tokens)
         assert host.plan is not None
-        name, epoch = host.spec.instance_id, host.plan.epoch
+        name, epoch = host.name, host.plan.epoch
         event = Event(self.now_ns, EventKind.TASK_DONE, task_id, name, epoch, result)
         self.end(event)
 
@@ -317,7 +317,7 @@ class SimExecutor:
             return
         if host is not None:
             host.silence(task_id)
-        name = "" if host is None else host.spec.instance_id
+        name = "" if host is None else host.name
         self.end(departure(self.now_ns, task_id, name, NO_EPOCH, cursor.step, message))
         if host is None and not any(actor.expects(task_id) for actor in self._actors.values()):
             self.forget(task_id)
