@@ -535,9 +535,10 @@ class Decider:
             self._touched.add(instance_id)
         self.fleet.end_task(task)
         spec = task.spec
+        steps, tokens, output_path, final_loss, perplexity_before, perplexity_after = result
         self._outcomes.append(
             TaskOutcome(
-                spec.task_id,
+                task.task_id,
                 spec.tenant,
                 spec.model,
                 state,
@@ -547,14 +548,14 @@ class Decider:
                 task.first_start_ns,
                 self.fleet.now_ns,
                 instance_id,
-                result.steps,
-                result.effective_tokens,
+                steps,
+                tokens,
                 solo_s,
                 message,
-                result.output_path,
-                result.final_loss,
-                result.perplexity_before,
-                result.perplexity_after,
+                output_path,
+                final_loss,
+                perplexity_before,
+                perplexity_after,
                 spec.priority,
                 spec.deadline_ns,
                 task.num_placements,
@@ -567,18 +568,18 @@ class Decider:
     # -- actions
 
     def _place(self, action: Place) -> None:
-        task = self.fleet.tasks.get(action.task_id)
-        record = self.fleet.records.get(action.instance_id)
-        if task is None or action.task_id not in self.fleet.queue:
-            raise broken_action(action, f"task '{action.task_id}' is not queued")
+        fleet, (task_id, name) = self.fleet, action
+        task, record = fleet.tasks.get(task_id), fleet.records.get(name)
+        if task is None or task_id not in fleet.queue.tasks:
+            raise broken_action(action, f"task '{task_id}' is not queued")
         if record is None or not record.ready or record.stopping:
-            raise broken_action(action, f"instance '{action.instance_id}' is not ready")
+            raise broken_action(action, f"instance '{name}' is not ready")
         if record.spec.model != task.spec.model:
-            raise broken_action(action, f"'{action.instance_id}' serves {record.spec.model}")
-        self.fleet.place(task, record)
-        record.unstarted.add(action.task_id)
-        self._placed.setdefault(action.instance_id, []).append(task)
-        self._touched.add(action.instance_id)
+            raise broken_action(action, f"'{name}' serves {record.spec.model}")
+        fleet.place(task, record)
+        record.unstarted.add(task_id)
+        self._placed.setdefault(name, []).append(task)
+        self._touched.add(name)
 
     def _start_instance(self, action: StartInstance) -> None:
         name = action.spec.instance_id

@@ -165,14 +165,14 @@ class TaskQueue(Collection[TaskView]):
     def __init__(self) -> None:
         self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
         self.lines = WaitingLines()
-        self._tasks = self.lines.tasks
+        self.tasks = self.lines.tasks  # by id
         self.models: Collection[str] = ()  # of the tasks that wait, sorted
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self.tasks)
 
     def __contains__(self, task: object) -> bool:
-        return getattr(task, "task_id", task) in self._tasks
+        return (task if isinstance(task, str) else getattr(task, "task_id", task)) in self.tasks
 
     def __iter__(self) -> Iterator[TaskView]:
         lanes = chain.from_iterable(lanes.values() for lanes in self._lanes.values())
@@ -425,7 +425,7 @@ class Fleet:
     def dequeue(self, task: TaskRecord) -> None:
         """Takes a task out of whatever it waits in, if it waits."""
         task_id, tenant = task.task_id, task.spec.tenant
-        if task_id in self.queue:
+        if task_id in self.queue.tasks:
             self.queue.remove(task_id)
             self.quotas.leave_queue(tenant, placed=False)
         elif not self.quotas.drop(task_id):
@@ -466,7 +466,8 @@ class Fleet:
         return record
 
     def end_task(self, task: TaskRecord) -> None:
-        self.dequeue(task)
+        if task.state is not TaskState.PLACED:
+            self.dequeue(task)
         del self.tasks[task.task_id]
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
@@ -544,20 +545,26 @@ def slot_of(adapter: AdapterSpec) -> AdapterSlot:
 
 def task_view(spec: TaskSpec, data: TaskReadyData, slot: AdapterSlot | None = None) -> TaskView:
     """What policies and planners see of a prepared task."""
+    # Taken apart at once: every task of a fleet is asked for each of the fields.
+    (
+        task_id, model, tenant, adapter, source, _, batch_size, accumulation, _, _, _, arrival_ns,
+        priority, deadline_ns, max_slowdown, _,
+    ) = spec  # fmt: skip
+    num_steps, lengths = data
     return TaskView(
-        spec.task_id,
-        spec.tenant,
-        spec.model,
-        slot or slot_of(spec.adapter),
-        spec.sequences_per_step,
-        spec.data.max_length_tokens,
-        data.lengths,
-        data.num_steps,
+        task_id,
+        tenant,
+        model,
+        slot or slot_of(adapter),
+        batch_size * accumulation,
+        source.max_length_tokens,
+        lengths,
+        num_steps,
         0,
-        spec.arrival_ns,
-        spec.priority,
-        spec.deadline_ns,
-        spec.max_slowdown,
+        arrival_ns,
+        priority,
+        deadline_ns,
+        max_slowdown,
     )
 
 

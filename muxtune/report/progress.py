@@ -82,9 +82,9 @@ class FleetProgress(_Display, QuietObserver):
 
     def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
         self.now_ns = time_ns
-        self._num_batches += 1
         if self._num_batches % BATCHES_A_LOOK == 0 and self.ticker.due():
             self._show()
+        self._num_batches += 1
 
     def _show(self) -> None:
         of = f"/{self.num_tasks:,}" if self.num_tasks is not None else ""

@@ -206,9 +206,7 @@ class SimExecutor:
 
     def gpus_changed(self, kind: EventKind, unit: Unit, gpu_ids: tuple[str, ...]) -> None:
         if kind is EventKind.GPUS_DOWN:
-            lost = {
-                actor.name for gpu in gpu_ids for actor in self._sharing.get(gpu, ())
-            }
+            lost = {actor.name for gpu in gpu_ids for actor in self._sharing.get(gpu, ())}
             for name in sorted(lost):
                 self._fail_instance(name, f"{unit.message} of {unit.name}")
         self.emit(Event(self.now_ns, kind, data=GpuData(gpu_ids, unit.name, unit.message)))
