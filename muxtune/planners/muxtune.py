@@ -455,10 +455,10 @@ class MuxTunePlanner(PlannerBase):
         """What keeping would mean; None where there is nothing to keep. It depends on the classes
         of tasks in each running hTask and on what would replace them, so it is remembered. Then the
         kept plan, where it was made on the way."""
-        present = {task.task_id for task in instance.tasks}
+        keys = {task.task_id: self._key_of(task) for task in instance.tasks}
         held = [
-            (id(htask.shapes), tuple(sorted([(self._known[name].key, quota)
-             for name, quota in htask.quota.items() if name in present])))
+            (id(htask.shapes), tuple(sorted([(keys[name], quota)
+             for name, quota in htask.quota.items() if name in keys])))
             for htask in previous.htasks
         ]  # fmt: skip
         key = (id(answer), site_of(instance), tuple(held))
