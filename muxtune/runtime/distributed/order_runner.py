@@ -98,6 +98,7 @@ class OrderRunner:
         self.on_cuda = device.type == "cuda"
         self._graphs: dict[int, Captured] = {}
         self._reduced: dict[int, Any] = {}
+        self._parting: dict[int, Captured] = {}  # after the ranks of a stage have met
         self._packed: dict[int, Captured] = {}  # of a stage of several ranks, before a transfer
         self._streams: dict[str, Any] = {}
         if self.on_cuda:
@@ -162,12 +163,21 @@ class OrderRunner:
                 visit.memory = torch.cuda.graph_pool_handle()
             stream = self._streams[COMPUTE]
             self._graphs[op] = capture(self._plain(op), visit.memory, stream)
+            if self._meets(op):
+                self._parting[op] = capture(visit.part_again, visit.memory, stream)
         elif operation.action is Action.REDUCE:
             self._reduced[op] = visit.exchanged(operation.backward)
         else:
             pack = visit.packing(operation)
             if pack is not None:
                 self._packed[op] = capture(pack, visit.memory, self._streams[COMPUTE])
+
+    def _meets(self, op: int) -> bool:
+        """Whether the stage's ranks sum up gradients after this operation."""
+        operation = self.schedule.operation(op)
+        visit = self.visits[self.schedule.graph.visit_of[op]]
+        is_end = operation.action is Action.BACKWARD and operation.is_last
+        return is_end and visit.part.step is not None
 
     def _own_ops(self, stream: str) -> Iterable[int]:
         graph = self.schedule.graph
@@ -251,14 +261,16 @@ class OrderRunner:
                  if (item.round, node) in tokens]  # fmt: skip
         if item.stream == COMPUTE:
             enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
-            ends = operation.action is Action.BACKWARD and operation.is_last
+            meets = self._meets(item.op)
+            part_again = self._parting.get(item.op, visit.part_again)
 
             def work() -> None:
                 if enters:
                     self.load(first_round + item.round, visit_index)
                 self._graphs[item.op]()
-                if ends and visit.part.step is not None:
+                if meets:
                     visit.meet()
+                    part_again()
         else:
             work = self._communication(item.op, visit)
         tokens[item.round, item.op] = self._on_stream(

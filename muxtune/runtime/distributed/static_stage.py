@@ -113,7 +113,13 @@ class VisitProgram:
         self._unsettled: _Unsettled | None = None
         self._halves: dict[Part, Any] = {}
         self._grads = [_slot_grads(pools, slot) for slot in range(num_slots)]
-        self._shared = [_shared_grads(pools, slot) for slot in range(num_slots)]
+        self._shared = [] if part.step is None else (
+            [_shared_grads(pools, slot) for slot in range(num_slots)])  # fmt: skip
+        # What the stage's ranks sum when a step closes: gradients that all of them hold, then
+        # the squares of those that each holds alone. One message, because hundreds of small
+        # launches would take longer than all of it.
+        num_shared = sum(grad.numel() for grads in self._shared for grad in grads)
+        self.met = torch.zeros(num_shared + num_slots if self._shared else 0, **sums)
         fields = inputs.fields
         self._settings = AdamWSlots(
             *fields["settings"], step_S=pools.settings.step_S, active_S=fields["active"]
@@ -263,30 +269,35 @@ class VisitProgram:
     # -- optimizer steps
 
     def _sum_squares(self) -> None:
-        """This stage's, where its ranks need not meet for it."""
+        """This stage's; where its ranks must meet for them, what each brings along."""
         if self.part.step is None:
-            sums = [_square_sum(grads) for grads in self._grads]
-            own_S = torch.stack(sums)
-            torch.add(own_S, self.squares_S, out=self.total_S) if not self.part.is_last else (
-                self.total_S.copy_(own_S))  # fmt: skip
-
-    @torch.no_grad()
-    def meet(self) -> None:
-        """The stage's ranks sum what they share. Not part of a graph."""
-        for grads in self._shared:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.part.step)
-            parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                list(grads), [p.view_as(g) for p, g in zip(parts, grads, strict=True)]
-            )
+            self._total(torch.stack([_square_sum(grads) for grads in self._grads]))
+            return
         shared_S = torch.stack([_square_sum(grads) for grads in self._shared])
         all_S = torch.stack([_square_sum(grads) for grads in self._grads])
-        own_S = all_S - shared_S
-        dist.all_reduce(own_S, group=self.part.step)
-        own_S += shared_S
-        torch.add(own_S, self.squares_S, out=self.total_S) if not self.part.is_last else (
-            self.total_S.copy_(own_S))  # fmt: skip
+        flat = [grad.flatten() for grads in self._shared for grad in grads]
+        torch.cat([*flat, all_S - shared_S], out=self.met)
+
+    def meet(self) -> None:
+        """The stage's ranks sum what they have brought. Not part of a graph."""
+        dist.all_reduce(self.met, group=self.part.step)
+
+    @torch.no_grad()
+    def part_again(self) -> None:
+        """Everybody takes the sums home."""
+        grads = [grad for grads in self._shared for grad in grads]
+        *flat, own_S = self.met.split([*(grad.numel() for grad in grads), self.total_S.numel()])
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            grads, [part.view_as(grad) for part, grad in zip(flat, grads, strict=True)]
+        )
+        self._total(own_S + torch.stack([_square_sum(grads) for grads in self._shared]))
+
+    def _total(self, own_S: Tensor) -> None:
+        """With the stages after this one."""
+        if self.part.is_last:
+            self.total_S.copy_(own_S)
+        else:
+            torch.add(own_S, self.squares_S, out=self.total_S)
 
     def _step(self) -> None:
         squares_S = self.total_S if self.part.is_first else self.norm_S
