@@ -6,13 +6,14 @@ Shape suffixes: n tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from muxtune.planning.step_builder import StepBuilder
-from muxtune.runtime.static_step import Sequence, SlotInput
+from muxtune.runtime.static_step import Sequence as PackedSequence
+from muxtune.runtime.static_step import SlotInput
 from muxtune.types import (
     AdapterSlot,
     Cursor,
@@ -39,15 +40,22 @@ CHUNK_TOKENS = 64
 class Round(NamedTuple):
     """One micro-batch, in which every task of it closes an optimizer step."""
 
-    sequences: list[Sequence]
+    sequences: list[PackedSequence]
     slots: dict[int, SlotInput]
     effective_tokens: int
 
 
 class Workload:
-    """``num_tasks`` tasks of the mix; ``rounds`` gives micro-batches of up to ``fused`` tasks."""
+    """``num_tasks`` tasks of the mix; ``rounds`` gives micro-batches of up to ``fused`` tasks, or
+    one for each of ``groups`` of tasks' numbers."""
 
-    def __init__(self, num_tasks: int, ranks: tuple[int, ...], vocab: int, fused: int = 8) -> None:
+    def __init__(
+        self, num_tasks: int, ranks: tuple[int, ...], vocab: int, fused: int = 8,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        if groups is None:
+            starts = range(0, num_tasks, fused)
+            groups = [range(first, min(first + fused, num_tasks)) for first in starts]
         self.ranks, self.vocab = ranks, vocab
         self.library = SyntheticLibrary(seed=0, period_steps=64, num_variants=64)
         self.names = [MIX[i % len(MIX)] for i in range(num_tasks)]
@@ -56,7 +64,7 @@ class Workload:
             self.library.add(
                 TaskSpec(f"t{slot:02d}", "llama-2-7b", data=data, num_steps=1 << 20, seed=slot)
             )
-        self.plan = _plan(num_tasks, ranks, fused)
+        self.plan = _plan(groups, ranks)
         self._builder = StepBuilder()
         self._slot_of = {f"t{slot:02d}": slot for slot in range(num_tasks)}
 
@@ -79,7 +87,9 @@ class Workload:
                 samples = samples or self.library.batch(chunk.task_id, steps[chunk.task_id])
                 count = samples[piece.position].tokens
                 tokens_n = random.integers(0, self.vocab, count)
-                sequences.append(Sequence(slot, tokens_n, np.ones(count, bool), piece.position))
+                sequences.append(
+                    PackedSequence(slot, tokens_n, np.ones(count, bool), piece.position)
+                )
             slots[slot] = SlotInput(
                 micro_batch.loss_tokens[chunk.task_id],
                 keeps=False,
@@ -97,13 +107,12 @@ class Workload:
         return sorted(sizes)
 
 
-def _plan(num_tasks: int, ranks: tuple[int, ...], fused: int) -> Plan:
-    """Hand-made: each ``fused`` neighbouring tasks are one hTask, each closes its step at once."""
+def _plan(groups: Sequence[Sequence[int]], ranks: tuple[int, ...]) -> Plan:
+    """Hand-made: each group of tasks is one hTask, each task closes its step at once."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     quota = BATCH_SIZE * MAX_LENGTH_TOKENS // CHUNK_TOKENS
     htasks = []
-    for first in range(0, num_tasks, fused):
-        members = range(first, min(first + fused, num_tasks))
+    for members in groups:
         slots = tuple(AdapterSlot("lora", ranks[slot], targets) for slot in members)
         shape = ShapeKey(CHUNK_TOKENS, quota * len(slots), slots)
         ids = [f"t{slot:02d}" for slot in members]

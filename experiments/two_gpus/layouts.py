@@ -6,6 +6,7 @@ Shape suffixes: D input features, O output features, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,14 +88,14 @@ class Weights:
         return (own, slice(None)) if cut.axis != "in" else (slice(None), own)
 
     @torch.no_grad()
-    def fill_adapters(self, pools: AdapterPools, first_task: int) -> None:
+    def fill_adapters(self, pools: AdapterPools, tasks: Sequence[int]) -> None:
         """Both factors random, so that every gradient is there from the first step on."""
-        for slot in range(len(pools.slots)):
+        for slot, task in enumerate(tasks):
             for name, a, b in pools.views(slot):
                 inputs, outputs = self.sizes[name.rsplit(".", 1)[-1]]
                 rank, cut = a[0].shape[0], self._cut(name)
                 for letter, tensors, size in (("A", a, inputs), ("B", b, outputs)):
-                    key = f"{name}/{letter}/{first_task + slot}"
+                    key = f"{name}/{letter}/{task}"
                     scale = size**-0.5 if letter == "A" else 1e-3
                     whole = drawn(key, (rank, size), scale, self.device)
                     columns = cut.of_parameter(f"lora_{letter}") or slice(None)

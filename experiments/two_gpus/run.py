@@ -1,7 +1,7 @@
 """What interleaving tasks brings on two GPUs: see README.md.
 
-python -m experiments.two_gpus.run --out two_gpus.json            # on two GPUs
-python -m experiments.two_gpus.run --cpu --out /tmp/two.json      # tiny, gloo: does it work
+python -m experiments.two_gpus.run --out rows.jsonl                    # on two GPUs
+python -m experiments.two_gpus.run --device cpu --out /tmp/rows.jsonl  # tiny, gloo: does it work
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from experiments.step_throughput.workload import Workload
+from experiments.two_gpus.cases import NUM_TASKS, RANK, SETS, Config
 from experiments.two_gpus.layouts import Weights
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.planning.orchestration import (
-    NVLINK_H200,
-    SLOW_LINK_H200,
+    Contention,
     TemplateOptions,
     bubble_account,
     one_f_one_b,
@@ -40,32 +40,17 @@ from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem
 from muxtune.planning.orchestration.template import order_of
 from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Links
-from muxtune.runtime.distributed.order_runner import COMPUTE, OrderRunner, TimedSpan
+from muxtune.runtime.distributed.order_runner import COMM, COMPUTE, OrderRunner, TimedSpan
 from muxtune.runtime.distributed.schedule import Action, Schedule, sequential_schedule
 from muxtune.runtime.distributed.static_stage import VisitProgram
 from muxtune.runtime.static_step import AdapterPools, Sequence, SlotInput, SlotSpec, StepLayout
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
-NUM_TASKS, RANK, KNOWN_ROUNDS, TRACED = 8, 16, 8, 8
+KNOWN_ROUNDS, TRACED = 8, 8
+_CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
-SOLO = ReplicaShape(1, 1)
-
-
-class Config(NamedTuple):
-    """``fused``: tasks in one hTask. ``parts``: micro-batches of a step. ``order``: interleaved,
-    sequential (one micro-batch after another), or 1f1b (each hTask's step by itself)."""
-
-    replica: ReplicaShape
-    fused: int
-    parts: int
-    order: str
-
-    @property
-    def name(self) -> str:
-        shape = f"tp{self.replica.tp} pp{self.replica.pp}"
-        return f"{shape}, {self.fused} tasks fused, {self.parts} parts, {self.order}"
 
 
 class Visits(NamedTuple):
@@ -87,12 +72,12 @@ class Rank(NamedTuple):
 def known_rounds(config: Config, vocab: int, most: int) -> list[list[tuple[list[Sequence], dict]]]:
     """(sequences, slots) of each visit, for some rounds that repeat; ``most``: tokens of a
     sequence."""
-    work = Workload(NUM_TASKS, (RANK,) * NUM_TASKS, vocab, fused=config.fused)
+    work = Workload(NUM_TASKS, (RANK,) * NUM_TASKS, vocab, groups=config.groups)
     rounds = work.rounds(0)
     return [
         [
-            _part(micro_batch, htask * config.fused, part, config.parts, most)
-            for htask, micro_batch in enumerate(next(rounds))
+            _part(micro_batch, group, part, config.parts, most)
+            for group, micro_batch in zip(config.groups, next(rounds), strict=True)
             for part in range(config.parts)
         ]
         for _ in range(KNOWN_ROUNDS)
@@ -100,16 +85,16 @@ def known_rounds(config: Config, vocab: int, most: int) -> list[list[tuple[list[
 
 
 def _part(
-    micro_batch: Any, first_slot: int, part: int, parts: int, most: int
+    micro_batch: Any, group: tuple[int, ...], part: int, parts: int, most: int
 ) -> tuple[list[Sequence], dict]:
-    """Every ``parts``-th sequence, the longest first; slots counted from the hTask's first."""
+    """Every ``parts``-th sequence, the longest first; a task's slot is its place in the group."""
     by_length = sorted(micro_batch.sequences, key=lambda s: (-len(s.tokens_n), s.slot, s.position))
     chosen = [
-        Sequence(s.slot - first_slot, s.tokens_n[:most], s.is_target_n[:most], s.position)
+        Sequence(group.index(s.slot), s.tokens_n[:most], s.is_target_n[:most], s.position)
         for s in by_length[part::parts]
     ]
     slots = {
-        slot - first_slot: SlotInput(
+        group.index(slot): SlotInput(
             item.loss_tokens, keeps=part > 0, closes=part == parts - 1, scale=item.scale, lr=1e-4
         )
         for slot, item in micro_batch.slots.items()
@@ -120,18 +105,17 @@ def _part(
 def make_visits(config: Config, rank: Rank, weights: Weights, stage_part: Any) -> Visits:
     on_cuda = rank.device.type == "cuda"
     rounds = known_rounds(config, rank.shape.vocab, 512 if on_cuda else 6)
-    num_htasks = NUM_TASKS // config.fused
     pools = []
-    for htask in range(num_htasks):
-        slots = (SlotSpec(RANK),) * config.fused
+    for group in config.groups:
+        slots = (SlotSpec(RANK),) * len(group)
         pools.append(AdapterPools(stage_part.model, slots, deterministic=False))
-        weights.fill_adapters(pools[-1], htask * config.fused)
+        weights.fill_adapters(pools[-1], group)
     programs, hosts = [], [[] for _ in range(KNOWN_ROUNDS + 1)]
-    for index in range(num_htasks * config.parts):
+    for index in range(len(config.groups) * config.parts):
         sizes = [sum(len(s.tokens_n) for s in known[index][0]) for known in rounds]
         num_rows = -(-max(sizes) // 64) * 64
         bounds = max(len(known[index][0]) for known in rounds) + 4
-        layout = StepLayout(num_rows, config.fused, bounds, 512)
+        layout = StepLayout(num_rows, len(config.groups[index // config.parts]), bounds, 512)
         inputs = StepInputs(layout, rank.device)
         pool = pools[index // config.parts]
         programs.append(VisitProgram(stage_part, pool, inputs, num_rows))
@@ -148,23 +132,24 @@ def make_visits(config: Config, rank: Rank, weights: Weights, stage_part: Any) -
 
 
 def run_config(
-    config: Config, rank: Rank, weights: Weights, stage_part: Any, links: Any, rounds: int,
-    slow: bool,
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, rank: Rank, weights: Weights, stage_part: Any, links: Any, rounds: int
+) -> dict[str, Any]:
     """One configuration on all ranks: measured and predicted."""
     visits = make_visits(config, rank, weights, stage_part)
     htasks = tuple(i // config.parts for i in range(len(visits.programs)))
-    base = sequential_schedule(htasks, NUM_TASKS // config.fused, rank.shape, config.replica)
+    base = sequential_schedule(htasks, len(config.groups), rank.shape, config.replica)
     runner = OrderRunner(
         base, weights.stage, visits.programs, links, _loader(visits), rank.device,
-        separate=config.order == "interleaved" or config.replica.tp == 1,
+        separate=config.order == "interleaved" or config.replica.tp == 1, early=config.early,
     )  # fmt: skip
     began_s = time.perf_counter()
     runner.prepare()
     prepared_s = time.perf_counter() - began_s
     runner.run(2)
-    durations = op_durations_ns(runner)
-    problem = base.graph.problem._replace(durations_ns=by_htask(base, durations))
+    began_s = time.perf_counter()
+    profile = profiled(runner, config)
+    profiled_s = time.perf_counter() - began_s
+    problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
     runner.run(3)
     seconds = statistics.median(runner.run(rounds, first_round=3) for _ in range(3))
@@ -176,14 +161,17 @@ def run_config(
     seconds = max(item[0] for item in every)
     tokens = sum(visits.tokens[(3 + at) % KNOWN_ROUNDS] for at in range(rounds))
     row = {
-        "name": config.name, **config._asdict(), "rounds": rounds, "prepared_s": prepared_s,
+        "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
+        "prepared_s": prepared_s, "profiled_s": profiled_s,
         "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
         "rows_per_round": sum(p.num_rows for p in visits.programs),
         "losses": [metrics[0] for metrics in every[-1][2]],
         "peak_memory_gb": _peak_gb(rank.device),
+        "waiting_slowdown": profile.waiting, "contention": list(profile.contention),
     }  # fmt: skip
+    row["compute_alone_ms"], row["comm_alone_ms"] = busiest_ms(base, profile)
     row |= measured_shares([item[1] for item in every], config)
-    row |= predicted(problem, order, config, rounds, slow)
+    row |= predicted(problem, order, config, rounds, profile)
     row["prediction_error"] = row["predicted_round_ms"] / row["round_ms"] - 1
     if config.order == "interleaved":
         row["spans"] = [[list(span) for span in item[1]] for item in every]
@@ -232,10 +220,9 @@ def _accumulating(problem: RoundProblem, config: Config) -> RoundProblem:
 
 
 def predicted(
-    problem: RoundProblem, order: Any, config: Config, rounds: int, slow: bool
+    problem: RoundProblem, order: Any, config: Config, rounds: int, profile: Profile
 ) -> dict[str, Any]:
-    """By the player, from each operation's time alone; with the contention that was measured
-    beforehand where communication and computing overlap."""
+    """By the player, from what was profiled before the order ran."""
     if config.order == "1f1b":
         problem = _accumulating(problem, config)
     timeline = play(order, problem, rounds)
@@ -248,25 +235,60 @@ def predicted(
         "predicted_imbalance": account.imbalance,
         "predicted_stalls": account.stalls,
     }
-    if config.replica.tp > 1:
-        contention = SLOW_LINK_H200 if slow else NVLINK_H200
-        if config.order == "interleaved":
-            graph = RoundGraph(problem)
-            sequences = checked_sequences(graph, order)
-            timeline = play_contended(graph, sequences, rounds, contention)
-            out["predicted_round_ms"] = timeline.makespan_ns / rounds / 1e6
+    if config.replica.tp > 1 and config.order == "interleaved":
+        graph = RoundGraph(problem)
+        sequences = checked_sequences(graph, order)
+        timeline = play_contended(graph, sequences, rounds, profile.contention)
+        out["predicted_round_ms"] = timeline.makespan_ns / rounds / 1e6
     return out
 
 
-# ----------------------------------------------------------------------------- measurement
+# ------------------------------------------------------------------------------- profiling
 
 
-def op_durations_ns(runner: OrderRunner) -> dict[int, int]:
+class Profile(NamedTuple):
+    """What was timed before an order ran. ``durations_ns``: of every operation alone, by the
+    slowest rank; on a pipeline's stages beside a receive that waits, as it does there.
+    ``waiting``: what such a receive costs a computation, as a factor. ``contention``: between a
+    computation and an exchange."""
+
+    durations_ns: dict[int, int]
+    waiting: float
+    contention: Contention
+
+
+def profiled(runner: OrderRunner, config: Config) -> Profile:
+    durations = op_durations_s(runner)
+    heaviest = max(runner._own_ops(COMPUTE), key=lambda op: durations[op])
+    waiting, contention = 1.0, Contention()
+    if config.replica.pp > 1:
+        waiting = _highest(waiting_slowdown(runner, heaviest))
+    if config.replica.tp > 1:
+        mine = exchange_contention(runner, heaviest)
+        contention = Contention(*(_highest(value) for value in mine))
+    graph = runner.schedule.graph
+    factors = [1.0 if graph.stream_of[op] % 2 else waiting for op in range(graph.num_ops)]
+    return Profile(
+        {op: round(1e9 * durations[op] * factors[op]) for op in durations}, waiting, contention
+    )
+
+
+def _highest(value: float) -> float:
+    """Of the ranks' values; no kernel is faster for company."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return max(1.0, *every)
+
+
+def op_durations_s(runner: OrderRunner) -> dict[int, float]:
     """Every operation alone: computing by replaying it on a device that does nothing else,
     exchanges and transfers between ranks that do nothing else. The slowest rank counts."""
     graph, own = runner.schedule.graph, {}
     for op in runner._own_ops(COMPUTE):
-        own[op] = _seconds(runner, runner._graphs[op], 2)
+        own[op] = _replayed_s(runner, op, 2)
+        if runner._meets(op):
+            visit = runner.visits[graph.visit_of[op]]
+            own[op] += _seconds(runner, lambda op=op, visit=visit: _meet(runner, op, visit), 2)
     known: dict[tuple[str, int], float] = {}
     for op in range(graph.num_ops):
         if graph.stream_of[op] % 2:
@@ -278,15 +300,89 @@ def op_durations_ns(runner: OrderRunner) -> dict[int, int]:
             own[op] = known[key]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
-    return {
-        op: round(1e9 * max(one[op] for one in every if op in one)) for op in range(graph.num_ops)
-    }
+    return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
 
 
-def _seconds(runner: OrderRunner, work: Any, repeats: int) -> float:
+def _meet(runner: OrderRunner, op: int, visit: VisitProgram) -> None:
+    visit.meet()
+    runner._parting.get(op, visit.part_again)()
+
+
+def waiting_slowdown(runner: OrderRunner, op: int) -> float:
+    """A computation's time beside a receive that has been posted and waits, over its time alone.
+    The stages take turns."""
+    assert runner.links is not None
+    other, slowdown = 1 - runner.stage, 1.0
+    tensor = torch.zeros_like(runner.visits[0].sent_TD)
+    for turn in range(2):
+        dist.barrier()
+        if runner.stage != turn:
+            channel = runner.links.sends[other]
+            dist.barrier()
+            runner._on_stream(COMM, lambda c=channel: dist.send(tensor, c.rank, group=c.group), ())
+            continue
+        alone_s = _replayed_s(runner, op, 8)
+        channel, name = runner.links.receives[other], "below" if turn else "above"
+        runner._on_stream(name, lambda c=channel: dist.recv(tensor, c.rank, group=c.group), ())
+        time.sleep(0.02)  # by then it waits
+        slowdown = _replayed_s(runner, op, 8) / alone_s
+        dist.barrier()
+    if runner.on_cuda:
+        torch.cuda.synchronize()
+    dist.barrier()
+    return slowdown
+
+
+def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
+    """(computing's, exchanging's) time beside the other, over the time alone."""
+    visit = runner.visits[runner.schedule.graph.visit_of[op]]
+    buffer = torch.zeros_like(visit.sent_TD)
+
+    def exchange() -> None:
+        dist.all_reduce(buffer, group=visit.part.tp)
+
+    compute_s = _highest_s(_replayed_s(runner, op, 8))
+    comm_s = _highest_s(_seconds(runner, exchange, 8, COMM))
+    found = []
+    # Each is watched while the other is busy all the time.
+    for watched, share in ((COMPUTE, 0.5), (COMM, 2.0)):
+        counts = {COMPUTE: 16, COMM: max(2, round(16 * compute_s / comm_s / share))}
+        dist.barrier()
+        together = _together(runner, {COMPUTE: runner._graphs[op], COMM: exchange}, counts)
+        alone_s = counts[watched] * (compute_s if watched == COMPUTE else comm_s)
+        found.append(together[watched] / alone_s)
+    return found[0], found[1]
+
+
+def _highest_s(value: float) -> float:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return max(every)
+
+
+def _together(runner: OrderRunner, works: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+    """Seconds that each stream is busy."""
     if not runner.on_cuda:
-        return 1e-4  # the CPU shows that it works, not how fast
-    stream = runner._streams[COMPUTE]
+        works[COMM]()
+        return {name: _CPU_S * counts[name] for name in works}
+    marks = {}
+    for name, work in works.items():
+        with torch.cuda.stream(runner._streams[name]):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(counts[name]):
+                work()
+            stop.record()
+        marks[name] = (start, stop)
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(stop) / 1e3 for name, (start, stop) in marks.items()}
+
+
+def _seconds(runner: OrderRunner, work: Any, repeats: int, stream_name: str = COMPUTE) -> float:
+    if not runner.on_cuda:
+        work()
+        return _CPU_S
+    stream = runner._streams[stream_name]
     with torch.cuda.stream(stream):
         work()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -296,6 +392,11 @@ def _seconds(runner: OrderRunner, work: Any, repeats: int) -> float:
         stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3 / repeats
+
+
+def _replayed_s(runner: OrderRunner, op: int, repeats: int) -> float:
+    """Only a graph can run again and again; on a CPU an operation consumes what it needs."""
+    return _seconds(runner, runner._graphs[op], repeats) if runner.on_cuda else _CPU_S
 
 
 def _transfer_seconds(runner: OrderRunner, visit: VisitProgram, action: Action) -> float:
@@ -309,8 +410,17 @@ def _transfer_seconds(runner: OrderRunner, visit: VisitProgram, action: Action) 
     return _seconds(runner, lambda: move(tensor, channel.rank, group=channel.group), 10)
 
 
-def by_htask(base: Schedule, durations: dict[int, int]) -> tuple[tuple[int, ...], ...]:
+def busiest_ms(base: Schedule, profile: Profile) -> list[float]:
+    """Of a round: the most that one stage computes, and that it communicates, by the profile."""
+    sums = [0] * base.graph.num_streams
+    for op, duration_ns in profile.durations_ns.items():
+        sums[base.graph.stream_of[op]] += duration_ns
+    return [max(sums[kind::2]) / 1e6 for kind in (0, 1)]
+
+
+def by_htask(base: Schedule, profile: Profile) -> tuple[tuple[int, ...], ...]:
     """As the player takes them: one row an hTask, the mean of its micro-batches."""
+    durations = profile.durations_ns
     first, count = base.graph.first_op, len(base.operations)
     return tuple(
         tuple(
@@ -343,108 +453,115 @@ def measured_shares(spans: list[list[TimedSpan]], config: Config) -> dict[str, A
 
 # ------------------------------------------------------------------------------------ ranks
 
-ONE = [Config(SOLO, 8, 1, "sequential"), Config(SOLO, 1, 1, "sequential")]
-PIPELINE, TENSOR = ReplicaShape(1, 2), ReplicaShape(2, 1)
-PIPELINES = [
-    Config(PIPELINE, 1, 1, "interleaved"), Config(PIPELINE, 1, 1, "sequential"),
-    Config(PIPELINE, 1, 2, "1f1b"), Config(PIPELINE, 2, 1, "interleaved"),
-    Config(PIPELINE, 4, 1, "interleaved"), Config(PIPELINE, 8, 4, "1f1b"),
-    Config(PIPELINE, 8, 2, "1f1b"), Config(PIPELINE, 2, 2, "1f1b"),
-]  # fmt: skip
-TENSORS = [
-    Config(TENSOR, 4, 1, "interleaved"), Config(TENSOR, 4, 1, "sequential"),
-    Config(TENSOR, 8, 1, "sequential"), Config(TENSOR, 2, 1, "interleaved"),
-    Config(TENSOR, 2, 1, "sequential"), Config(TENSOR, 1, 1, "interleaved"),
-]  # fmt: skip
 
-
-def layouts(only: str) -> list[list[Config]]:
-    found = {"one": ONE, "pp": PIPELINES, "tp": TENSORS}
-    if only == "few":
-        return [[PIPELINES[i] for i in (4, 3, 0, 5)], [TENSORS[0], TENSORS[1]]]
-    if only == "slow":
-        return [PIPELINES[:2], TENSORS[:3]]
-    return [found[name] for name in only.split(",")]
-
-
-def rank_main(rank: int, args: Any, port: int) -> None:
+def rank_main(rank: int, args: Any, layouts: list[list[Config]], port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device("cpu" if args.cpu else f"cuda:{rank}")
-    if not args.cpu:
+    device = torch.device("cpu" if args.device == "cpu" else f"cuda:{rank}")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(1 if args.cpu else 8)
+    torch.set_num_threads(1 if device.type == "cpu" else 8)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    dtype = torch.float32 if args.cpu else torch.bfloat16
-    shape = TINY if args.cpu else model_shape(args.shape)
-    me, rows = Rank(rank, device, dtype, shape), []
-    code = 0
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shape = TINY if device.type == "cpu" else model_shape(args.shape)
+    me, code = Rank(rank, device, dtype, shape), 0
     try:
-        for configs in layouts(args.only):
-            rows += run_layout(configs, me, args, rows)
+        for configs in layouts:
+            run_layout(configs, me, args)
     except BaseException:
         traceback.print_exc()
         code = 1
-    if rank == 0:
-        write(args, rows)
     sys.stdout.flush()
     os._exit(code)
 
 
-def run_layout(configs: list[Config], me: Rank, args: Any, before: list[dict]) -> list[dict]:
-    replica = configs[0].replica
+def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
+    replica, held = configs[0].replica, None
+    for config in configs:
+        if not affordable(config, args, held is None):
+            continue
+        start_s = time.perf_counter()
+        held = held or hold(replica, me)
+        row = run_config(config, me, *held, args.rounds)
+        if me.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if me.rank == 0:
+            spent_s = time.perf_counter() - start_s
+            tell(args, {**row, "label": args.label, "seconds": spent_s})
+            print(
+                f"[{spent_s:.1f} s] {args.label}: {config.name}: {row['round_ms']:.1f} ms a round "
+                f"({row['prediction_error']:+.1%} predicted), "
+                f"{row['effective_tokens_per_s']:,.0f} tok/s, bubble {row['steady_bubble']:.1%}",
+                flush=True,
+            )
+
+
+def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
+    """What a rank holds of a layout: its weights, as a part of the model, and its links."""
     layout = Layout((replica,))
     place = layout.places[me.rank if replica.num_gpus > 1 else 0]
     links = Links(layout, place, me.device) if replica.num_gpus > 1 else None
     weights = Weights(me.shape, replica, place.stage, place.part, me.device, me.dtype)
     groups = (None, None) if links is None else (links.tp, links.step)
-    part = weights.stage_part(*groups)
-    rows: list[dict] = []
-    for config in configs:
-        start_s = time.perf_counter()
-        row = run_config(config, me, weights, part, links, args.rounds, args.slow)
-        rows.append(row)
-        if me.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if me.rank == 0:
-            hidden = ("spans", "losses", "htask_of_op", "label_of_op")
-            shown = {k: v for k, v in row.items() if k not in hidden}
-            print(f"[{time.perf_counter() - start_s:.1f} s] {shown}", flush=True)
-            write(args, before + rows)
-    return rows
+    return weights, weights.stage_part(*groups), links
 
 
-def write(args: Any, rows: list[dict]) -> None:
+def affordable(config: Config, args: Any, is_first: bool) -> bool:
+    """Whether it ends before the deadline, as rank 0 sees it."""
+    expected_s = config.expected_s(args.rounds, is_first) if args.device == "cuda" else 0.0
+    left_s = args.deadline - time.time()
+    box = [expected_s <= left_s]
+    dist.broadcast_object_list(box, src=0)
+    if dist.get_rank() == 0:
+        what = "begins" if box[0] else "is left out"
+        print(f"{config.name} {what}: {expected_s:.0f} s expected, {left_s:.0f} s left", flush=True)
+    return box[0]
+
+
+def tell(args: Any, row: dict[str, Any]) -> None:
+    """One line a row, at once: a run that is cut off has told what it knew."""
+    with Path(args.out).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def facts(args: Any) -> dict[str, Any]:
     import platform
 
-    facts = {
+    on_cuda = args.device == "cuda"
+    return {
         "command": f"python -m experiments.two_gpus.run --only {args.only} --rounds {args.rounds}",
-        "device": torch.cuda.get_device_name() if not args.cpu else platform.machine(),
-        "torch": torch.__version__, "shape": "tiny" if args.cpu else args.shape,
-        "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE", "0"),
+        "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+        "torch": torch.__version__, "shape": args.shape if on_cuda else "tiny",
+        "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "date": time.strftime("%Y-%m-%d"), "tasks": NUM_TASKS, "rank": RANK,
     }  # fmt: skip
-    text = json.dumps({"facts": facts, "rows": rows})
-    Path(args.out).write_text(text, "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="two_gpus.json")
+    parser.add_argument("--out", default="two_gpus.jsonl")
     parser.add_argument("--shape", default="llama-2-13b")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--only", default="one,pp,tp", help="or slow: a few over a slow link")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--slow", action="store_true", help="NCCL_P2P_DISABLE=1 is set")
+    parser.add_argument("--only", default="one,pp,tp", help=f"of {', '.join(SETS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--label", default="", help="of the rows: which link, which limits")
+    parser.add_argument("--budget", type=float, default=1e6, help="seconds for all of it")
     args = parser.parse_args()
+    args.deadline = time.time() + args.budget
+    layouts = [list(SETS[name]) for name in args.only.split(",")]
+    for config in (config for configs in layouts for config in configs):
+        assert config.groups  # planned once, before there are ranks
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context: Any = multiprocessing.get_context("fork" if args.cpu else "spawn")
-    ranks = [context.Process(target=rank_main, args=(rank, args, port)) for rank in range(2)]
+    context: Any = multiprocessing.get_context("fork" if args.device == "cpu" else "spawn")
+    ranks = [
+        context.Process(target=rank_main, args=(rank, args, layouts, port)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
+    tell(args, {"facts": facts(args), "label": args.label})
     sys.exit(max(abs(process.exitcode or 0) for process in ranks))
 
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from muxtune.cost import ops
@@ -96,11 +97,23 @@ def memory_options(model: ModelShape, kind: str, *, eager: bool = False) -> Memo
     )
 
 
+@lru_cache(maxsize=256)
 def stage_layers(model: ModelShape, pp: int) -> tuple[int, ...]:
-    """Layers on each stage: even, and the first stages take what is left over (the last stage
-    has the loss head)."""
-    share, extra = divmod(model.num_layers, pp)
-    return tuple(share + (stage < extra) for stage in range(pp))
+    """Layers on each stage, so that the busiest has the least to do: the last one also computes
+    the loss head, which is worth as many layers as their weights go into its own. The others are
+    even, and the first stages take what is left over."""
+    if pp == 1:
+        return (model.num_layers,)
+    weights = sum(item.in_features * item.out_features for item in model.block_linears)
+    head_layers = model.vocab * model.hidden / weights
+    others = pp - 1
+
+    def busiest(last: int) -> tuple[float, int]:
+        return max(-(-(model.num_layers - last) // others), last + head_layers), -last
+
+    last = min(range(1, model.num_layers - others + 1), key=busiest)
+    share, extra = divmod(model.num_layers - last, others)
+    return (*(share + (stage < extra) for stage in range(others)), last)
 
 
 class MemoryModel:

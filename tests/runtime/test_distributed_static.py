@@ -8,19 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from experiments.two_gpus.cases import NUM_TASKS, PIPELINE, SOLO, TENSOR, Config
 from experiments.two_gpus.layouts import Weights
-from experiments.two_gpus.run import (
-    NUM_TASKS,
-    PIPELINE,
-    SOLO,
-    TENSOR,
-    TINY,
-    Config,
-    Rank,
-    _loader,
-    choose_order,
-    make_visits,
-)
+from experiments.two_gpus.run import TINY, Rank, _loader, choose_order, make_visits
 from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import OrderRunner
@@ -29,11 +19,12 @@ from muxtune.types import ReplicaShape
 from tests.runtime.distributed_helpers import run_world
 
 CONFIGS = {
-    "one": Config(SOLO, 1, 1, "sequential"),
-    "interleaved": Config(PIPELINE, 1, 1, "interleaved"),
-    "accumulating": Config(PIPELINE, 1, 2, "1f1b"),
-    "tensor": Config(TENSOR, 1, 1, "sequential"),
-    "both": Config(ReplicaShape(2, 2), 1, 1, "interleaved"),
+    "one": Config(SOLO, "1", 1, "sequential"),
+    "interleaved": Config(PIPELINE, "1", 1, "interleaved"),
+    "accumulating": Config(PIPELINE, "1", 2, "1f1b"),
+    "tensor": Config(TENSOR, "1", 1, "sequential"),
+    "both": Config(ReplicaShape(2, 2), "1", 1, "interleaved"),
+    "late": Config(PIPELINE, "1", 1, "interleaved", early=False),
 }
 
 
@@ -55,7 +46,9 @@ def train(rank: int, config: Config, path: Path) -> None:
     visits = make_visits(config, me, weights, part)
     htasks = tuple(i // config.parts for i in range(len(visits.programs)))
     base = sequential_schedule(htasks, NUM_TASKS, TINY, config.replica)
-    runner = OrderRunner(base, place.stage, visits.programs, links, _loader(visits), me.device)
+    runner = OrderRunner(
+        base, place.stage, visits.programs, links, _loader(visits), me.device, early=config.early
+    )
     runner.prepare()
     if config.order != "sequential":
         runner.schedule, _ = choose_order(base.graph.problem, config, base)
@@ -90,7 +83,7 @@ def train_each(rank: int, names: list[str], folder: Path) -> None:
         train(rank, CONFIGS[name], folder / name)
 
 
-@pytest.mark.parametrize("name", ["interleaved", "accumulating", "tensor", "both"])
+@pytest.mark.parametrize("name", ["interleaved", "late", "accumulating", "tensor", "both"])
 def test_stages_give_what_one_rank_gives(folder: Path, name: str) -> None:
     one = seen(folder / "one", CONFIGS["one"])
     for mine, theirs in zip(seen(folder / name, CONFIGS[name]), one, strict=True):

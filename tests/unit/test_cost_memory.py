@@ -119,6 +119,17 @@ def test_layers_are_spread_evenly_over_stages() -> None:
     assert stage_layers(LLAMA, 5) == (7, 7, 6, 6, 6)
 
 
+def test_the_last_stage_has_fewer_layers_where_its_head_is_worth_some() -> None:
+    llama3 = model_shape("llama-3.1-8b")  # the head weighs as much as 2.4 layers
+    assert stage_layers(llama3, 2) == (17, 15)
+    assert stage_layers(llama3, 4) == (9, 9, 8, 6)
+    assert stage_layers(llama3, llama3.num_layers) == (1,) * llama3.num_layers
+    assert stage_layers(model_shape("llama-2-13b"), 2) == (
+        20,
+        20,
+    )  # half a layer: no split is better
+
+
 def test_eager_ledger_agrees_with_measured_hf_peft_peaks() -> None:
     """H100, LoRA rank 16 on seven linears: 16.6, 18.9, 23.7, 33.0, 51.8 GB. The slope between the
     last two set the eager factor; the level and the first three are predictions."""

@@ -87,12 +87,19 @@ def launches_of(schedule: Schedule, stage: int, rounds: int) -> list[Launch]:
 
 class OrderRunner:
     """``visits``: this stage's program of each visit. ``load(round, visit)``: fills its inputs on
-    the current stream. On CUDA ``prepare`` captures; on a CPU operations run as they are."""
+    the current stream. On CUDA ``prepare`` captures; on a CPU operations run as they are.
+
+    ``early``: receives are posted a round ahead, so that no sender waits. A posted receive holds
+    multiprocessors of a GPU until its message is there, so else it is posted when the computation
+    before the one that needs it begins.
+    """
 
     def __init__(
         self, schedule: Schedule, stage: int, visits: Sequence[VisitProgram], links: Links | None,
         load: Callable[[int, int], None], device: torch.device, separate: bool = True,
+        early: bool = True,
     ) -> None:  # fmt: skip
+        self.early = early
         self.schedule, self.stage, self.visits = schedule, stage, visits
         self.links, self.load, self.device = links, load, device
         self.on_cuda = device.type == "cuda"
@@ -201,25 +208,30 @@ class OrderRunner:
         start_s = time.perf_counter()
         marks = self._mark()
         pending = {stream: list(reversed(ops)) for stream, ops in receives.items()}
+        computed: list[Any] = []
         for item in plan:
-            self._post(pending, item, tokens)
+            self._post(pending, item, tokens, computed[-2:-1])
             self._launch(item, tokens, first_round, trace)
+            if item.stream == COMPUTE:
+                computed.append(tokens[item.round, item.op])
         self._finish(tokens)
         seconds = time.perf_counter() - start_s
         self._origin = marks
         return seconds
 
     def _post(
-        self, pending: Mapping[str, list[tuple[int, int]]], item: Launch, tokens: dict[Any, Any]
-    ) -> None:
+        self, pending: Mapping[str, list[tuple[int, int]]], item: Launch, tokens: dict[Any, Any],
+        gate: Sequence[Any],
+    ) -> None:  # fmt: skip
         """Receives of this round and the next in the sender's order: early enough that nothing
-        waits for the host, and no more than the device's queues hold."""
+        waits for the host, and no more than the device's queues hold. If not ``early``, those that
+        ``item`` needs, after ``gate``."""
         for stream, ops in pending.items():
             wanted = {(item.round, message) for message in item.messages} & set(ops)
-            while ops and (wanted or ops[-1][0] <= item.round + 1):
+            while ops and (wanted or (self.early and ops[-1][0] <= item.round + 1)):
                 node = ops.pop()
                 wanted.discard(node)
-                tokens[node] = self._receive(stream, node[1])
+                tokens[node] = self._receive(stream, node[1], () if self.early else gate)
 
     def _receives(self, rounds: int) -> dict[str, list[tuple[int, int]]]:
         """What neighbours send here, each in its order."""
@@ -237,7 +249,7 @@ class OrderRunner:
             ]
         return found
 
-    def _receive(self, stream: str, op: int) -> Any:
+    def _receive(self, stream: str, op: int, gate: Sequence[Any]) -> Any:
         operation = self.schedule.operation(op)
         visit = self.visits[self.schedule.graph.visit_of[op]]
         channel = self.links.receives[self.stage + (1 if stream == "above" else -1)]
@@ -251,7 +263,7 @@ class OrderRunner:
             for target in targets:
                 dist.recv(target, channel.rank, group=channel.group)
 
-        return self._on_stream(stream, work, ())
+        return self._on_stream(stream, work, gate)
 
     def _launch(self, item: Launch, tokens: dict[Any, Any], first_round: int, trace: bool) -> None:
         graph = self.schedule.graph

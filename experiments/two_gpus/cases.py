@@ -1,0 +1,123 @@
+"""What is measured: configurations, how tasks are grouped in them, and how long each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.step_throughput.workload import BATCH_SIZE, MAX_LENGTH_TOKENS, MIX
+from muxtune.cost.book import CostBook
+from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.types import AdapterSlot, InstanceView, Plan, ReplicaShape, TaskView
+from muxtune.workload.lengths import summarise
+from muxtune.workload.synthetic import histogram
+
+NUM_TASKS, RANK = 8, 16
+MODEL, DEVICE = "llama-2-13b", "H200-SXM"
+SOLO, PIPELINE, TENSOR = ReplicaShape(1, 1), ReplicaShape(1, 2), ReplicaShape(2, 1)
+Groups = tuple[tuple[int, ...], ...]
+
+# Seconds on two H200, after the run of 2026-11-22: loading a layout and compiling for the first
+# time; a configuration beside its rounds; a round, and one of a pipeline that drains.
+FIRST_S, EACH_S, ROUND_S, DRAINED_ROUND_S = 40.0, 8.0, 0.4, 0.75
+
+
+class Config(NamedTuple):
+    """``grouping``: how many tasks are fused into an hTask, so that hTasks are of about equal
+    size; or ``planned``: as the planner does. ``parts``: micro-batches of a step. ``order``:
+    interleaved, sequential (one micro-batch after another), or 1f1b (each hTask's step by itself).
+    ``early``: see ``OrderRunner``."""
+
+    replica: ReplicaShape
+    grouping: str
+    parts: int
+    order: str
+    early: bool = True
+
+    @property
+    def name(self) -> str:
+        shape = f"tp{self.replica.tp} pp{self.replica.pp}"
+        tasks = self.grouping if self.grouping == "planned" else f"{self.grouping} fused"
+        late = "" if self.early else ", late receives"
+        return f"{shape}, {tasks}, {self.parts} parts, {self.order}{late}"
+
+    @property
+    def groups(self) -> Groups:
+        return groups_of(self.replica, self.grouping)
+
+    def expected_s(self, rounds: int, is_first: bool) -> float:
+        """Of a run on two H200: three measured runs, a warm-up and a traced one."""
+        drains = self.replica.pp > 1 and self.order != "interleaved"
+        round_s = DRAINED_ROUND_S if drains else ROUND_S
+        return FIRST_S * is_first + EACH_S + round_s * (3 * rounds + 13)
+
+
+@lru_cache(maxsize=64)
+def groups_of(replica: ReplicaShape, grouping: str) -> Groups:
+    if grouping == "planned":
+        return planned_groups(replica)
+    return balanced_groups(NUM_TASKS // int(grouping))
+
+
+def _lengths_tokens(dataset: str) -> np.ndarray:
+    found = histogram(dataset)
+    return np.minimum(np.repeat(found.lengths_tokens, found.counts), MAX_LENGTH_TOKENS)
+
+
+def balanced_groups(count: int) -> Groups:
+    """The longest task first, to the group of fewest tokens among those with room."""
+    means = [float(_lengths_tokens(MIX[i % len(MIX)]).mean()) for i in range(NUM_TASKS)]
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for task in sorted(range(NUM_TASKS), key=lambda i: -means[i]):
+        free = [group for group in groups if len(group) < NUM_TASKS // count]
+        min(free, key=lambda group: sum(means[i] for i in group)).append(task)
+    return tuple(tuple(sorted(group)) for group in groups)
+
+
+def planned_groups(replica: ReplicaShape) -> Groups:
+    """The hTasks of the planner's plan, by the analytic costs of this device."""
+    costs = CostBook()
+    limit = int(0.9 * costs.figures(DEVICE).memory_bytes)
+    tasks = tuple(_task(index) for index in range(NUM_TASKS))
+    view = InstanceView("i", 0, tasks, None, limit, model=MODEL, device=DEVICE, replicas=(replica,))
+    plan = MuxTunePlanner(costs).plan(view, None)
+    assert isinstance(plan, Plan), plan
+    return tuple(tuple(sorted(int(name) for name in htask.quota)) for htask in plan.htasks)
+
+
+def _task(index: int) -> TaskView:
+    dataset = MIX[index % len(MIX)]
+    tokens = _lengths_tokens(dataset)
+    lengths = summarise(tokens, np.maximum(tokens - 1, 1), dataset)
+    slot = AdapterSlot("lora", RANK, ("all-linear",))
+    return TaskView(
+        str(index), "t", MODEL, slot, BATCH_SIZE, MAX_LENGTH_TOKENS, lengths, 1_000, 0, 0
+    )
+
+
+def _pipeline(grouping: str, order: str = "interleaved", parts: int = 1, early: bool = True):
+    return Config(PIPELINE, grouping, parts, order, early)
+
+
+def _tensor(grouping: str, order: str) -> Config:
+    return Config(TENSOR, grouping, 1, order)
+
+
+# What matters most comes first: a run that is cut off has it.
+SETS: dict[str, Sequence[Config]] = {
+    "one": [Config(SOLO, "8", 1, "sequential"), Config(SOLO, "planned", 1, "sequential")],
+    "pp": [
+        _pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4),
+        _pipeline("4"), _pipeline("2"), _pipeline("planned", "sequential"), _pipeline("1"),
+        _pipeline("planned", early=False),
+    ],
+    "tp": [
+        _tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential"),
+        _tensor("planned", "interleaved"), _tensor("2", "interleaved"), _tensor("2", "sequential"),
+    ],
+    "pp-few": [_pipeline("planned"), _pipeline("1", "sequential")],
+    "tp-few": [_tensor("4", "interleaved"), _tensor("4", "sequential")],
+}  # fmt: skip

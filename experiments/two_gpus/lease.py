@@ -1,0 +1,104 @@
+"""Everything that two GPUs are needed for, in one call that may be cut off at any moment.
+
+python -m experiments.two_gpus.lease --output FOLDER --budget 560             # on two GPUs
+python -m experiments.two_gpus.lease --output FOLDER --device cpu --rounds 1  # does it work
+
+Each phase is a run of its own, because NCCL reads its limits once; rows are on the disk as soon as
+they are measured, and the report at the end is made of those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.two_gpus.cases import SETS
+
+ROWS = "rows.jsonl"
+GRACE_S = 15.0
+
+
+class Phase(NamedTuple):
+    """``label``: the link, and NCCL's limits where it has any. ``share``: of the budget that is
+    left, the most that it may take."""
+
+    label: str
+    sets: str
+    environment: Mapping[str, str]
+    share: float
+
+
+ONE_CHANNEL = {"NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_NCHANNELS_PER_PEER": "1"}
+SLOW = {"NCCL_P2P_DISABLE": "1"}
+PHASES = (
+    Phase("NVLink, one channel", "pp,one", ONE_CHANNEL, 0.5),
+    Phase("NVLink, 8 CTAs", "tp", {"NCCL_MAX_CTAS": "8"}, 0.5),
+    Phase("NVLink", "pp-few,tp-few", {}, 0.5),
+    Phase("slow", "tp-few,pp-few", SLOW, 0.6),
+    Phase("NVLink, 4 CTAs", "tp-few", {"NCCL_MAX_CTAS": "4"}, 1.0),
+)
+
+
+def expected_s(phase: Phase, rounds: int) -> float:
+    return sum(
+        config.expected_s(rounds, number == 0)
+        for name in phase.sets.split(",")
+        for number, config in enumerate(SETS[name])
+    )
+
+
+def run_phase(phase: Phase, args: Any, left_s: float) -> int:
+    """The exit status; a phase that outlasts its time is ended with all of its ranks."""
+    command = [
+        *(sys.executable, "-m", "experiments.two_gpus.run", "--only", phase.sets),
+        *("--label", phase.label, "--out", str(args.output / ROWS), "--shape", args.shape),
+        *("--rounds", str(args.rounds), "--device", args.device, "--budget", str(left_s)),
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, **phase.environment}, start_new_session=True
+    )
+    try:
+        return process.wait(left_s + GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def chosen(names: str) -> Sequence[Phase]:
+    """By numbers, from 0."""
+    return PHASES if not names else [PHASES[int(number)] for number in names.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
+    parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--shape", default="llama-2-13b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    end_s, failed = time.monotonic() + args.budget - GRACE_S, []
+    for phase in chosen(args.phases):
+        left_s = phase.share * (end_s - time.monotonic())
+        wanted_s = expected_s(phase, args.rounds)
+        print(f"== {phase.label}: {wanted_s:.0f} s expected, {left_s:.0f} s given", flush=True)
+        if left_s <= 0 or run_phase(phase, args, left_s):
+            failed.append(phase.label)
+    report = [sys.executable, "-m", "experiments.two_gpus.report", str(args.output / ROWS)]
+    code = subprocess.run([*report, "--output", str(args.output)]).returncode
+    if failed:
+        print(f"not whole: {'; '.join(failed)}", flush=True)
+    sys.exit(code or bool(failed))
+
+
+if __name__ == "__main__":
+    main()
