@@ -248,11 +248,13 @@ class CommonConfig:
 @dataclass
 class PlanConfig(CommonConfig):
     """``state``: plan what line ``index`` of a saved plan_samples.jsonl asked, from scratch, and
-    compare; ``format``: table or json."""
+    compare; ``format``: table or json; ``explain``: plan the same tasks in other ways too, to say
+    why this one."""
 
     state: str = ""
     index: int = 0
     format: str = "table"
+    explain: bool = True
 
 
 @dataclass

@@ -21,6 +21,8 @@ from muxtune.planners.explanation import (
     layouts,
     padding,
     remedies,
+    saturation_tokens,
+    unpromised,
 )
 from muxtune.planners.representative import Representative, representative
 from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of, played, schedule_spans
@@ -30,6 +32,7 @@ from muxtune.report.gantt import gantt, schedule_trace
 from muxtune.report.recording import PlanSample
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
+from muxtune.report.why import Why, why_lines
 from muxtune.types import (
     NS_PER_S,
     Cursor,
@@ -47,7 +50,6 @@ PLAN_FILE, TRACE_FILE = "plan.json", "trace.json"
 GANTT_FILE, ZOOM_FILE = "gantt.png", "gantt_zoom.png"
 ZOOM = 24
 DRAWN_ROUNDS = 2.5
-SHOWN_APART = 3  # pairs of hTasks that come closest to being one
 MIN_HELP = 0.005
 SAMPLED_ROUNDS = 16  # of which the breakdown is the mean
 
@@ -80,6 +82,10 @@ class Explanation(NamedTuple):
     fusions: list[Fusion]
     alternatives: list[Alternative]
     remedies: list[Alternative]
+    unpromised: Alternative | None
+
+
+NOT_EXPLAINED = Explanation([], [], [], None)
 
 
 def run(config: PlanConfig, folder: RunFolder) -> dict[str, Any]:
@@ -251,6 +257,7 @@ def explain(config: PlanConfig, costs: CostBook, instance: InstanceView, plan: P
         fusions(instance, plan, make({})),
         alternatives(instance, plan, make),
         sorted(helpful, key=lambda item: item.slower),
+        unpromised(instance, plan, make),
     )
 
 
@@ -268,16 +275,19 @@ def _present(
     library: TaskLibrary,
 ) -> dict[str, Any]:
     cost = costs(spec.model, spec.device)
-    explanation = explain(config, costs, view_of(spec, taken), plan)
+    asked = view_of(spec, taken)
+    explanation = explain(config, costs, asked, plan) if config.explain else NOT_EXPLAINED
     sample = sample_rounds(plan, library, cost)
     ledgers = cost.memory_ledger_bytes(plan)
+    why = why_lines(_why(cost, spec, plan, taken, explanation))
     content = {
         "plan": codec.encode(plan),
+        "why": why,
         "late": [item._asdict() for item in late_tasks(plan, taken)],
         "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
         "sampled_round": sample._asdict()
         | {"padding": sample.padding._asdict(), "pace": sample.pace._asdict()},
-        "fusions": [item._asdict() for item in explanation.fusions],
+        "fusions": [item._asdict() for item in explanation.fusions if item.step_time_s],
         "alternatives": [item._asdict() for item in explanation.alternatives],
         "remedies": [item._asdict() for item in explanation.remedies],
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
@@ -289,8 +299,9 @@ def _present(
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
-        _print_plan(spec, plan, taken, refused, sample, ledgers)
-        _print_explanation(explanation)
+        _print_plan(spec, plan, taken, refused, sample, ledgers, why)
+        if config.explain:
+            _print_explanation(explanation)
         for name in (PLAN_FILE, *pictures):
             make_console().print(f"wrote {folder.path / name}", soft_wrap=True)
     predicted = plan.predicted
@@ -305,6 +316,26 @@ def _present(
         "padded_tokens_per_s": sample.padded_tokens / predicted.round_time_s.value,
         "peak_memory_bytes": ledgers.peak.value,
     }
+
+
+def _why(
+    cost: CostModel,
+    spec: InstanceSpec,
+    plan: Plan,
+    taken: list[TaskView],
+    explanation: Explanation,
+) -> Why:
+    largest = tuple([htask.shapes[-1] for htask in plan.htasks])
+    return Why(
+        plan,
+        sum(view.lengths.mean_tokens * view.sequences_per_step for view in taken),
+        saturation_tokens(cost, plan.replicas[0], min(shape.chunk_tokens for shape in largest)),
+        tuple([shape.padded_tokens for shape in largest]),
+        spec.memory_limit_bytes,
+        explanation.fusions,
+        explanation.alternatives,
+        explanation.unpromised,
+    )
 
 
 def draw_order(
@@ -350,13 +381,15 @@ def _print_plan(
     refused: list[Refused],
     sample: RoundSample,
     ledgers: StageLedgers,
+    why: list[str],
 ) -> None:
     console = make_console()
     console.print(_htask_table(plan))
     console.print(_task_table(plan, taken))
     console.print(_time_table(plan, sample))
     console.print(_memory_table(ledgers, spec.memory_limit_bytes))
-    console.print(f"why: {plan.reason or 'the planner gave no reason'}", soft_wrap=True)
+    for line in (f"why: {why[0]}", *(f"  {line}" for line in why[1:])):
+        console.print(line, soft_wrap=True)
     if plan.predicted.round_time_s.extrapolated:
         console.print("note: these times are extrapolated beyond what was measured")
     for item in late_tasks(plan, taken):
@@ -480,9 +513,6 @@ def _memory_table(ledgers: StageLedgers, limit_bytes: int) -> Any:
 
 def _print_explanation(explanation: Explanation) -> None:
     console = make_console()
-    apart = sorted((f for f in explanation.fusions if f.apart), key=lambda item: item.slower)
-    for item in [f for f in explanation.fusions if not f.apart] + apart[:SHOWN_APART]:
-        console.print(_fusion_line(item), soft_wrap=True)
     rows = [
         (item.name, format_seconds(item.step_time_s), f"{item.slower:+.1%}")
         for item in explanation.alternatives[:4]
@@ -495,14 +525,6 @@ def _print_explanation(explanation: Explanation) -> None:
         console.print(f"would help: {item.name}: {item.slower:+.1%} time", soft_wrap=True)
     if not helpful:
         console.print("would help: neither more memory nor finer shapes; only a faster device")
-
-
-def _fusion_line(item: Fusion) -> str:
-    sets = [", ".join(names) for names in item.task_ids]
-    otherwise = f"{format_seconds(item.step_time_s)} ({item.slower:+.1%}) a step of every task"
-    if item.apart:
-        return f"kept apart: {sets[0]} | {sets[1]}: in one hTask it would be {otherwise}"
-    return f"fused: {sets[0]}: each in an hTask of its own it would be {otherwise}"
 
 
 def _print_refused(refused: list[Refused]) -> None:

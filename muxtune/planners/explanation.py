@@ -5,18 +5,20 @@ All of it is asked on demand, by planning the same tasks again under other optio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple, Protocol, cast
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import MuxTuneError
-from muxtune.protocols import InstancePlanner
-from muxtune.types import InstanceView, MicroBatch, PackRule, Plan, ReplicaShape
+from muxtune.protocols import CostModel, InstancePlanner
+from muxtune.types import InstanceView, MicroBatch, PackRule, Plan, ReplicaShape, ShapeKey
 
 MakePlanner = Callable[[Mapping[str, object]], InstancePlanner]
 
 MAX_PAIRED = 4
+SATURATED, MOST_TOKENS = 0.9, 1 << 15  # of the token rate of passes as long as this
 ALTERNATIVES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("all tasks in one hTask", {"fusion": "all_spatial"}),
     ("every task in an hTask of its own", {"fusion": "all_temporal"}),
@@ -35,12 +37,13 @@ class Alternative(NamedTuple):
 
 class Fusion(NamedTuple):
     """Why tasks share an hTask, or do not: seconds until every task of the instance has taken a
-    step, were only these otherwise. ``task_ids``: of the hTasks concerned; ``apart``: these are
-    hTasks that could be one, else one that could be an hTask a task."""
+    step, were only these otherwise; None where memory forbids that. ``task_ids``: of the hTasks
+    concerned; ``apart``: these are hTasks that could be one, else one that could be an hTask a
+    task."""
 
     task_ids: tuple[tuple[str, ...], ...]
     apart: bool
-    step_time_s: float
+    step_time_s: float | None
     slower: float
 
 
@@ -65,6 +68,26 @@ def alternatives(
     return sorted((item for item in found if item is not None), key=lambda item: item.slower)
 
 
+def saturation_tokens(cost: CostModel, replica: ReplicaShape, chunk_tokens: int) -> int:
+    """Tokens from which on a longer pass hardly computes more tokens a second: where it reaches
+    ``SATURATED`` of the rate of a very long one, in chunks of this length, without adapters."""
+    sizes = [1 << i for i in range(max(1, (MOST_TOKENS // chunk_tokens).bit_length()))]
+    shapes = [ShapeKey(chunk_tokens, size, ()) for size in sizes]
+    rates = [s.padded_tokens / cost.pass_coefficients(s, replica).base_s for s in shapes]
+    pairs = zip(shapes, rates, strict=True)
+    return next(shape.padded_tokens for shape, rate in pairs if rate >= SATURATED * max(rates))
+
+
+def unpromised(instance: InstanceView, plan: Plan, make_planner: MakePlanner) -> Alternative | None:
+    """What could be done were nobody promised a ``max_slowdown``; None where nobody is, or where
+    it makes no difference."""
+    if not any(task.max_slowdown for task in instance.tasks):
+        return None
+    tasks = tuple([task._replace(max_slowdown=None) for task in instance.tasks])
+    free = instance._replace(tasks=tasks)
+    return _alternative("without promises", free, plan, make_planner, {})
+
+
 class Partitioner(Protocol):
     """A planner that can say what another partition into hTasks would take."""
 
@@ -75,8 +98,8 @@ class Partitioner(Protocol):
 
 def fusions(instance: InstanceView, plan: Plan, planner: InstancePlanner) -> list[Fusion]:
     """Each hTask of several tasks, and each two of the first ``MAX_PAIRED`` hTasks; empty for
-    planners that cannot choose. What does not fit in memory is left out."""
-    if not hasattr(planner, "partition_step_s"):
+    planners that cannot choose."""
+    if getattr(planner, "chooses_htasks", False) is not True:
         return []
     ask = cast(Partitioner, planner).partition_step_s
     groups = [tuple(sorted(htask.quota)) for htask in plan.htasks]
@@ -90,7 +113,7 @@ def fusions(instance: InstanceView, plan: Plan, planner: InstancePlanner) -> lis
         found.append(((one, two), True, [*others, (*one, *two)]))
     now_s = plan.predicted.tasks_step_time_s
     asked = [(names, apart, ask(instance, cut)) for names, apart, cut in found]
-    return [Fusion(names, apart, s, s / now_s - 1) for names, apart, s in asked if s is not None]
+    return [Fusion(names, apart, s, s / now_s - 1 if s else math.inf) for names, apart, s in asked]
 
 
 def layouts(

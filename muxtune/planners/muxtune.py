@@ -188,15 +188,18 @@ class MuxTunePlanner(PlannerBase):
         chooses = self.fusion == "planned" and site.replica.num_gpus > 1
         several = chooses and len(classes) > 1
         others = self._other_groups(site, classes, chunks, limit) if several else []
+        if several and site.replica.pp == 1 and self.orchestration:
+            others += self._overlapping(site, classes, chunks, limit)
         if site.replica.pp > 1 and self.plays and self.orchestration:
             plays = self.plays if several else min(self.plays, PLAYS_ALONE if chooses else 1)
             starts = [groups, *others]
             found, turns, ratio = self._refined(site, classes, chunks, limit, starts, plays)
             return self._costed(site, found, turns, resident)._replace(played_ratio=ratio)
         costed = self._costed(site, groups, _turns(groups, site, self.orchestration), resident)
+        different = {tuple(found): found for found in others if found != groups}
         candidates = [costed] + [
             self._costed(site, found, _turns(found, site, self.orchestration), resident)
-            for found in others
+            for found in different.values()
         ]
         return min(candidates, key=lambda each: self._played_step_s(site, each, len(classes)))
 
@@ -213,6 +216,15 @@ class MuxTunePlanner(PlannerBase):
         found = [self._cut(site, classes, chunks, limit, each) for each in partitions]
         return [groups for groups in found if groups is not None]
 
+    def _overlapping(
+        self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...], limit: float
+    ) -> list[list[Group]]:
+        """The same in micro-batches of half the memory: collectives hide behind another
+        micro-batch only where there is memory for it."""
+        found = self._search(site, classes, chunks, limit / 2)
+        halves = self._other_groups(site, classes, chunks, limit / 2)
+        return halves if found is None else [found, *halves]
+
     def _buckets(self, classes: Sequence[TaskClass], count: int) -> list[list[int]]:
         """Longest processing time first, by tokens a step."""
         tokens = [
@@ -227,12 +239,16 @@ class MuxTunePlanner(PlannerBase):
             totals[least] += tokens[index]
         return buckets
 
+    @property
+    def chooses_htasks(self) -> bool:
+        return self.alignment != "pad" and self.fusion != "off"
+
     def partition_step_s(
         self, instance: InstanceView, partition: Sequence[Sequence[str]]
     ) -> float | None:
         """Seconds until every task has taken a step, were these sets of task ids the hTasks; None
         where that does not fit in memory, or where the planner does not choose hTasks."""
-        if self.alignment == "pad" or self.fusion == "off":
+        if not self.chooses_htasks:
             return None
         site, at = site_of(instance), {task.task_id: i for i, task in enumerate(instance.tasks)}
         classes = tuple([self._classes[self._key_of(task)] for task in instance.tasks])

@@ -183,24 +183,20 @@ def test_plan_explains_several_gpus_and_draws_their_rounds(
     assert any(event["ph"] == "X" for event in trace)
 
 
-SWITCHES = {
-    "fusion": "planned,all_spatial,all_temporal",
-    "orchestration": "true,false",
-}
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_the_switches_of_each_level_are_one_multirun(switch: str, tmp_path: Path):
-    words = ["-m", "cluster=a40_x4", "cluster.pp=2", f"planner.{switch}={SWITCHES[switch]}"]
-    assert run("plan", *words, *FEW_TASKS, f"output_dir={tmp_path}") == 0
-    found = [json.loads((tmp_path / f"{at}/summary.json").read_text())
-             for at in range(len(SWITCHES[switch].split(",")))]  # fmt: skip
-    planned, *others = [each["tasks_step_time_s"] for each in found]
-    assert all(planned <= other * (1 + 1e-9) for other in others)
-    assert max(others) > planned
-    assert all((tmp_path / f"{at}/gantt.png").exists() for at in range(len(found)))
-    if switch == "fusion":
-        assert [each["num_htasks"] for each in found[1:]] == [1, 4]
+def test_the_switches_of_all_levels_are_one_multirun_and_one_table(tmp_path: Path):
+    words = ["-m", "experiment=switches", "planner.plays=6", "model=tiny", "workload.limit=3"]
+    words += ["planner.fusion=planned,all_spatial", "planner.alignment=chunk,pad"]
+    assert run("plan", *words, f"output_dir={tmp_path}") == 0
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    levels = ("planner.fusion", "planner.alignment", "planner.orchestration")
+    times = {tuple(r[level] for level in levels): float(r["tasks_step_time_s"]) for r in rows}
+    assert len(times) == len(rows) == 8
+    best = times["planned", "chunk", "True"]
+    assert best == min(times.values())
+    for worse in (("all_spatial", "chunk", "True"), ("planned", "pad", "True"),
+                  ("planned", "chunk", "False")):  # fmt: skip
+        assert times[worse] > best
+    assert len(list(tmp_path.glob("*/gantt.png"))) == 8
 
 
 @pytest.mark.parametrize(("deadline_s", "why"), [(1e-6, "no plan keeps it"), (1e6, "")])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from experiments.near_optimum.by_iteration import cost_of
 from experiments.near_optimum.instances import random_instance
+from experiments.paper_figures.testbeds import CASES, MIXED, Assumptions, books
+from experiments.paper_figures.testbeds import view as paper_view
 from muxtune.cost import CostBook
 from muxtune.errors import ConfigError
 from muxtune.planners.base import site_of
@@ -21,8 +23,10 @@ from muxtune.planning.orchestration import (
     RoundGraph,
     pipeline_limits,
     play,
+    played,
     round_problem,
 )
+from muxtune.planning.orchestration.accounting import contended_bound_ns
 from muxtune.types import Plan, ReplicaShape
 
 COSTS = CostBook()
@@ -80,6 +84,23 @@ def test_a_round_without_an_order_is_predicted_as_it_was_played(replica: Replica
     assert predicted.round_time_s.value == pytest.approx(player.whole_step_s(pieces), rel=1e-9)
     assert predicted.played_ratio != 1
     assert sum(predicted.breakdown_s.values()) == pytest.approx(predicted.round_time_s.value)
+
+
+def test_communication_is_hidden_where_two_smaller_micro_batches_fit_in_memory():
+    """The largest micro-batches leave no memory for a second one, and a fifth of the round to their
+    collectives; what is exposed beside a second one is contention, which no order avoids."""
+    case, heavy = CASES[0], Assumptions(tasks=4, batch=32)
+    costs = books(case, heavy)[0]
+    view = paper_view(case, MIXED, heavy, costs)
+    plan = MuxTunePlanner(costs).plan(view, None)
+    plain = MuxTunePlanner(costs, orchestration=False).plan(view, None)
+    assert isinstance(plan, Plan) and isinstance(plain, Plan) and plan.order
+    assert plan.predicted.tasks_step_time_s < 0.93 * plain.predicted.tasks_step_time_s
+    times = costs(view.model, view.device).subgraph_times_s(plan)
+    timeline, contention = played(plan, times), Contention(*times.contention)
+    bound_ns = contended_bound_ns(timeline.graph, contention)
+    assert timeline.period_ns <= 1.005 * bound_ns
+    assert plan.predicted.peak_memory_bytes.value <= view.memory_limit_bytes
 
 
 @pytest.mark.parametrize("seed", [62])
