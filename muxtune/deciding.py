@@ -422,9 +422,10 @@ class Decider:
         assert isinstance(data, ProgressData)
         if record is None:
             return False
+        tasks, set_steps = record.tasks, self.fleet.set_steps
         for task_id, steps in data.steps_done.items():
-            if task_id in record.tasks:
-                self.fleet.set_steps(record.tasks[task_id], steps)
+            if task_id in tasks:
+                set_steps(tasks[task_id], steps)
         if event.epoch == record.epoch and record.plan is not None:
             self._check_drift(record, record.plan, data)
         return True

@@ -471,16 +471,18 @@ class Fleet:
         del self.tasks[task.task_id]
 
     def set_steps(self, task: TaskRecord, steps: int) -> None:
-        task.steps_ns = self.now_ns
-        if task.view is not None and task.view.placed_ns is not None:
-            task.view = task.view._replace(steps_done=steps, steps_ns=self.now_ns)
-            if task.instance_id:
-                self.records[task.instance_id].view = None
-        if task.view is None or task.view.steps_done == steps:
+        task.steps_ns, view = self.now_ns, task.view
+        if view is None:
             return
-        view = task.view
-        # What _replace(steps_done=steps) does; asked for every task at every Progress.
-        task.view = tuple.__new__(TaskView, (*view[:_STEPS_DONE], steps, *view[_STEPS_DONE + 1 :]))
+        if view.placed_ns is not None:
+            task.view = view._replace(steps_done=steps, steps_ns=self.now_ns)
+        elif view[_STEPS_DONE] != steps:
+            # What _replace(steps_done=steps) does; asked for every task at every Progress.
+            parts = list(view)
+            parts[_STEPS_DONE] = steps
+            task.view = tuple.__new__(TaskView, parts)
+        else:
+            return
         if task.instance_id:
             self.records[task.instance_id].view = None
 
