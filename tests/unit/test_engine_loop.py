@@ -354,3 +354,16 @@ def test_no_drift_from_few_rounds():
     planner = FakePlanner(pass_s=1.0)
     run = Run(shared(), tasks, [instance()], planner, pass_s=1.5, engine_options=options)
     assert run.run().num_drifts == 0
+
+
+@pytest.mark.parametrize(("prepare_s", "ready_s"), [(0.0, 1.0), (5.0, 6.0)])
+def test_a_task_is_ready_in_the_batch_of_its_arrival_unless_that_takes_time(prepare_s, ready_s):
+    options = SimOptions(prepare_s=prepare_s)
+    run = Run(shared(), [task("a", 2, arrival_s=1.0)], [instance()], options=options)
+    run.run()
+    ready = EventKind.TASK_READY
+    (batch,) = [b for b in run.journal.batches if ready in [event.kind for event in b.events]]
+    assert batch.time_ns == seconds(ready_s)
+    kinds = [event.kind for event in batch.events]
+    assert kinds == ([ready] if prepare_s else [EventKind.TASK_ARRIVED, ready])
+    assert run.ended_s == {"a": ready_s + 2.0}

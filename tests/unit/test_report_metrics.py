@@ -17,7 +17,7 @@ from muxtune.report.metrics import (
     fairness_index,
     fleet_summary,
 )
-from muxtune.report.recording import TASK_COLUMNS, task_row
+from muxtune.report.recording import TASK_COLUMNS, RecordingPlanner, task_row
 from muxtune.types import InstanceSpec, TaskState
 from muxtune_sim.options import InstanceTotals
 
@@ -106,3 +106,28 @@ def test_hours_add_up_and_shared_gpus_count_once():
 
 def test_energy_is_not_guessed_for_a_device_without_a_known_power():
     assert energy_kwh({"0": "d"}, {"0": HOUR}, {}, HOUR, PowerDraw({"d": 0.0})) is None
+
+
+class Numbered:
+    """A planner whose answer to its n-th question is n."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def plan(self, instance: Any, previous: Any) -> Any:
+        self.asked += 1
+        return self.asked
+
+
+def test_sampled_plans_are_any_of_those_made_each_as_likely():
+    times_kept = dict.fromkeys(range(1, 31), 0)
+    for seed in range(1_500):
+        planner = RecordingPlanner(Numbered(), 5, seed)
+        for _ in range(30):
+            planner.plan(None, None)  # type: ignore[arg-type]
+        kept = [sample.plan for sample in planner.samples]
+        assert len(set(kept)) == 5 and kept == sorted(kept)  # type: ignore[type-var]
+        for number in kept:
+            times_kept[number] += 1  # type: ignore[index]
+    # A number is kept 250 times on average; 65 is 4.5 standard deviations.
+    assert all(abs(times - 250) < 65 for times in times_kept.values())
