@@ -34,6 +34,11 @@ from muxtune_kernels.bottleneck import (
     bottleneck_forward,
 )
 from muxtune_kernels.multi_lora import LoraLinear, StepRows
+from muxtune_kernels.row_scaling import (
+    SlotVectors,
+    scale_slot_rows_,
+    scale_slot_rows_backward_,
+)
 from muxtune_kernels.rows import slot_offsets
 from muxtune_kernels.segments import segment_sum
 
@@ -86,28 +91,39 @@ class Scale(NamedTuple):
     columns: slice
     pool: Pool
 
-    def forward(self, x_TW: Tensor, rows: StepRows) -> Tensor:
-        """A scaled copy."""
-        out_TW = x_TW.clone()
-        out_TW[:, self.columns] *= self._factors(rows).to(x_TW.dtype)
-        return out_TW
+    def forward_(self, out_TW: Tensor, x_TW: Tensor, rows: StepRows) -> None:
+        """The owners' rows of ``out``, a copy of x where nobody scales."""
+        scale_slot_rows_(out_TW[:, self.columns], x_TW[:, self.columns], self._vectors(rows))
 
-    def backward(
-        self, dout_TW: Tensor, x_TW: Tensor, rows: StepRows, deterministic: bool
-    ) -> Tensor:
-        """Gradient of x; the vectors' goes where the optimizer reads it."""
-        dpart_TW, part_TW = dout_TW[:, self.columns], x_TW[:, self.columns]
-        product_TW = dpart_TW * part_TW
-        sums_UW = segment_sum(product_TW, rows.rows, self.pool.slot_rows, deterministic)
-        owned_U1 = owned_rows(self.pool.row_of_slot_S, self.pool.slot_rows)[:, None]
-        self.pool.store(torch.where(owned_U1, sums_UW, 0), rows.keep_S)
-        dx_TW = dout_TW.clone()
-        dx_TW[:, self.columns] *= self._factors(rows).to(dout_TW.dtype)
-        return dx_TW
+    def backward_(self, dx_TW: Tensor, dout_TW: Tensor, x_TW: Tensor, rows: StepRows) -> None:
+        """The owners' rows of ``dx``; the vectors' gradient goes where the optimizer reads it."""
+        dx, dout, x = (tensor[:, self.columns] for tensor in (dx_TW, dout_TW, x_TW))
+        scale_slot_rows_backward_(dx, dout, x, self._vectors(rows))
 
-    def _factors(self, rows: StepRows) -> Tensor:
-        slots_T = rows.rows.slot_of_row_T
-        return row_factors(self.pool.tensors[0], self.pool.row_of_slot_S, slots_T)
+    def _vectors(self, rows: StepRows) -> SlotVectors:
+        bounds_S3, pool = rows.rows.slot_bounds_S3, self.pool
+        assert bounds_S3 is not None
+        return SlotVectors(
+            pool.tensors[0], pool.tensors[1], pool.slot_of_row_U, pool.row_of_slot_S, bounds_S3,
+            rows.keep_S,
+        )  # fmt: skip
+
+
+def _scaled(scales: Sequence[Scale], x_TW: Tensor, rows: StepRows) -> Tensor:
+    """A copy with the columns of every scale, which do not meet."""
+    out_TW = x_TW.clone()
+    for scale in scales:
+        scale.forward_(out_TW, x_TW, rows)
+    return out_TW
+
+
+def _scaled_backward(
+    scales: Sequence[Scale], dout_TW: Tensor, x_TW: Tensor, rows: StepRows
+) -> Tensor:
+    dx_TW = dout_TW.clone()
+    for scale in scales:
+        scale.backward_(dx_TW, dout_TW, x_TW, rows)
+    return dx_TW
 
 
 class Magnitudes(NamedTuple):
@@ -214,9 +230,7 @@ class SiteExtras(NamedTuple):
     bottlenecks: tuple[Bottlenecks, ...]
 
     def before(self, x_TD: Tensor, rows: StepRows) -> Tensor:
-        for scale in self.scales_in:
-            x_TD = scale.forward(x_TD, rows)
-        return x_TD
+        return _scaled(self.scales_in, x_TD, rows) if self.scales_in else x_TD
 
     def after(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, list[Any]]:
         """(what leaves the site, what the backward wants)."""
@@ -225,9 +239,9 @@ class SiteExtras(NamedTuple):
             z_TC, norms = magnitude.forward(y_TC, rows)
             saved.append((y_TC, norms))
             y_TC = z_TC
-        for scale in self.scales_out:
+        if self.scales_out:
             saved.append(y_TC)
-            y_TC = scale.forward(y_TC, rows)
+            y_TC = _scaled(self.scales_out, y_TC, rows)
         for item in self.bottlenecks:
             z_TC, inner = item.forward(y_TC, rows)
             saved.append((y_TC, inner))
@@ -240,20 +254,16 @@ class SiteExtras(NamedTuple):
         for item in reversed(self.bottlenecks):
             y_TC, inner = saved.pop()
             dy_TC = item.backward(dy_TC, y_TC, inner, rows)
-        for scale in reversed(self.scales_out):
-            dy_TC = scale.backward(dy_TC, saved.pop(), rows, deterministic)
+        if self.scales_out:
+            dy_TC = _scaled_backward(self.scales_out, dy_TC, saved.pop(), rows)
         for magnitude in reversed(self.magnitudes):
             y_TC, norms = saved.pop()
             dy_TC = magnitude.backward(dy_TC, y_TC, norms, rows, deterministic)
         return dy_TC
 
-    def before_backward(
-        self, dx_TD: Tensor, x_TD: Tensor, rows: StepRows, deterministic: bool
-    ) -> Tensor:
-        """``x_TD``: as it came, before any scaling; at most one scale reads an input."""
-        for scale in self.scales_in:
-            dx_TD = scale.backward(dx_TD, x_TD, rows, deterministic)
-        return dx_TD
+    def before_backward(self, dx_TD: Tensor, x_TD: Tensor, rows: StepRows) -> Tensor:
+        """``x_TD``: as it came, before any scaling."""
+        return _scaled_backward(self.scales_in, dx_TD, x_TD, rows) if self.scales_in else dx_TD
 
 
 class Prefixes(NamedTuple):

@@ -261,7 +261,7 @@ class StepProgram:
         self._factor_grad(dh, read_TD, site.lora, rows)
         if site.extras is None or dx_TD is None:
             return dx_TD
-        return site.extras.before_backward(dx_TD, x_TD, rows, self.deterministic)
+        return site.extras.before_backward(dx_TD, x_TD, rows)
 
     # -- attention
 
