@@ -2,14 +2,14 @@
 
 Joins, leaves and data only fill buffers as long as the pool's slots and the sizes hold. In
 deterministic mode a micro-batch always has the rows of its own shape; else it takes the smallest
-of a few sizes that holds its tokens, because rows need no alignment here. All sizes are captured
-when a plan takes over.
+of a few sizes that holds its tokens, because rows need no alignment here: besides the shapes' own
+sizes those that fit the micro-batches to come. All are captured when a plan takes over.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +35,19 @@ from muxtune.types import HTask, PackRule
 from muxtune.workload.encoding import EncodedSequence
 
 DEPTH = 2  # results are read this many passes late
-MAX_SIZES = 8
+MAX_CLOSE_SIZES = 4
+_LEAST_GAIN = 0.005  # of all rows: a size costs a second or two of capturing
 _SIZE_STEP = 128
 _MIN_SEQLEN = 512
 _BOUNDS_STEP = 64
 
 
 class Capacity(NamedTuple):
-    """What a program is made for besides its pool; see ``StepLayout``. ``sizes``: row counts,
-    those of the hTask's shapes among them; ``first``: those that are prepared with a plan.
-    ``recompute``: of each size, the blocks of the smallest shape that holds it."""
+    """What a program is made for besides its pool; see ``StepLayout``. ``blocks``: row counts of
+    the hTask's shapes, and how many blocks each recomputes."""
 
     layout: StepLayout
-    sizes: tuple[int, ...]
-    first: tuple[int, ...]
-    recompute: tuple[int, ...] = ()
+    blocks: Mapping[int, int]
 
     def holds(self, other: Capacity) -> bool:
         mine, theirs = self.layout, other.layout
@@ -57,22 +55,16 @@ class Capacity(NamedTuple):
             mine.max_bounds >= theirs.max_bounds
             and mine.max_seqlen >= theirs.max_seqlen
             and mine.dropout == theirs.dropout
-            and all(self.blocks.get(size) == other.blocks[size] for size in other.first)
+            and other.blocks.items() <= self.blocks.items()
         )
 
-    @property
-    def blocks(self) -> dict[int, int]:
-        """How many blocks each size recomputes."""
-        return dict(zip(self.sizes, self.recompute or (0,) * len(self.sizes), strict=True))
 
-
-def capacity_of(
-    htask: HTask, states: Iterable[TaskState], deterministic: bool, longest_tokens: int
-) -> Capacity:
+def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) -> Capacity:
     """Generous in what joining tasks may change: the number and the length of sequences (to at
     most ``longest_tokens``, beyond which they are refused)."""
-    by_size = sorted((shape.padded_tokens, shape.recompute) for shape in htask.shapes)
-    shapes = sorted({size for size, _ in by_size})
+    by_size = sorted(((s.padded_tokens, s.recompute) for s in htask.shapes), reverse=True)
+    blocks = dict(by_size)  # of shapes of one size the one that recomputes least
+    shapes = sorted(blocks)
     specs = [state.task for state in states]
     longest = max([_MIN_SEQLEN, *(spec.data.max_length_tokens for spec in specs)])
     max_seqlen = min(1 << (longest - 1).bit_length(), longest_tokens)
@@ -81,18 +73,34 @@ def capacity_of(
     max_bounds = -(-wanted // _BOUNDS_STEP) * _BOUNDS_STEP
     slots = htask.shapes[0].slots
     layout = StepLayout(
-        shapes[-1], len(slots), max_bounds, max_seqlen, any(slot.dropout for slot in slots)
-    )
-    sizes = shapes if deterministic else sorted({*shapes, *_ladder(shapes[-1])})
-    blocks = [min(s for s in by_size if s[0] >= size)[1] for size in sizes]
-    return Capacity(layout, tuple(sizes), tuple(shapes), tuple(blocks))
+        shapes[-1], len(slots), max_bounds, max_seqlen, any(slot.dropout for slot in slots),
+        shapes[0],
+    )  # fmt: skip
+    return Capacity(layout, blocks)
 
 
-def _ladder(largest: int) -> list[int]:
-    """Up to MAX_SIZES sizes below the largest, close together: a micro-batch that misses its
-    shape does so by the filler of its chunks, a part of it."""
-    step = -(-largest // (2 * MAX_SIZES * _SIZE_STEP)) * _SIZE_STEP
-    return [size for i in range(1, MAX_SIZES) if (size := largest - i * step) >= _SIZE_STEP]
+def close_sizes(rows: Collection[int], given: Collection[int], most: int) -> list[int]:
+    """Up to MAX_CLOSE_SIZES sizes, besides those ``given``, that micro-batches with ``rows``
+    tokens are best off with: rows need no alignment to chunks, so a shape's own size is a part
+    too large for them. Each next size is the one that leaves least filler.
+    """
+    whole = {-(-count // _SIZE_STEP) * _SIZE_STEP for count in rows}
+    sizes, added = set(given), []
+    for _ in range(MAX_CLOSE_SIZES):
+        candidates = [size for size in sorted(whole - sizes) if size <= most]
+        best = min(candidates, key=lambda size: _rows_taken(rows, {*sizes, size}), default=None)
+        if best is None:
+            break
+        taken = _rows_taken(rows, sizes)
+        if taken - _rows_taken(rows, {*sizes, best}) < _LEAST_GAIN * taken:
+            break
+        sizes.add(best)
+        added.append(best)
+    return added
+
+
+def _rows_taken(rows: Collection[int], sizes: Collection[int]) -> int:
+    return sum(min((size for size in sizes if size >= count), default=0) for count in rows)
 
 
 class CapturedRunner:
@@ -114,20 +122,22 @@ class CapturedRunner:
         program = StepProgram(
             model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
         )
-        self.steps = CapturedSteps(program, capacity.sizes, pad_id, memory, capacity.blocks)
+        self.steps = CapturedSteps(program, capacity.blocks, pad_id, memory, capacity.blocks)
 
     @property
     def capture_s(self) -> float:
         return sum(self.steps.capture_s.values())
 
-    def prepare(self, rows_ahead: Iterable[int] = ()) -> bool:
+    def prepare(self, rows_ahead: Collection[int] = ()) -> bool:
         """Capture the shapes' sizes, and those that micro-batches with ``rows_ahead`` tokens are
         best off with; False if all are there. Nothing is captured later, while tasks wait."""
         before = len(self.steps.capture_s)
-        self.steps.capture(self.capacity.first)
+        self.steps.capture(self.capacity.blocks)
         if not self.deterministic:
+            most = self.capacity.layout.max_rows
+            close = close_sizes(rows_ahead, self.steps.row_counts, most)
             with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
-                self.steps.capture({self.steps.size_for(rows) for rows in rows_ahead})
+                self.steps.capture(close)
         return len(self.steps.capture_s) > before
 
     def start(self, work: PassWork, mark: Mark) -> PendingPass:
@@ -199,4 +209,4 @@ class _Captured:
         return PassResult(losses, outcomes)
 
 
-__all__ = ["DEPTH", "Capacity", "CapturedRunner", "capacity_of"]
+__all__ = ["DEPTH", "Capacity", "CapturedRunner", "capacity_of", "close_sizes"]

@@ -122,7 +122,7 @@ class Runners:
         states: list[TaskState] = [state for state in pool.occupants if state is not None]
         virtual_tokens = 0 if pool.extras is None else pool.extras.max_virtual_tokens
         longest = _longest(self.backbone.model.config) - virtual_tokens
-        wanted = capacity_of(htask, states, self.options.deterministic, longest)
+        wanted = capacity_of(htask, states, longest)
         known = self._captured.get(id(pool))
         if known is not None and known.capacity.holds(wanted):
             return known

@@ -12,7 +12,12 @@ import torch
 from muxtune.errors import DataError
 from muxtune.runtime import executor
 from muxtune.runtime.backbone import BackboneStore
-from muxtune.runtime.captured_runner import DEPTH, CapturedRunner
+from muxtune.runtime.captured_runner import (
+    DEPTH,
+    MAX_CLOSE_SIZES,
+    CapturedRunner,
+    close_sizes,
+)
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.types import AdapterSlot, EventKind, PackRule, TaskSpec
 from tests.runtime.runtime_helpers import (
@@ -372,3 +377,29 @@ def test_recomputed_blocks_change_no_bit_of_any_method(
     for other in weights[1:]:
         for left, right in zip(weights[0], other, strict=True):
             assert worst_gap(left, right) == 0.0
+
+
+def test_sizes_are_those_that_the_micro_batches_to_come_are_best_off_with() -> None:
+    rows = [3400, 3450, 3600, 3610, 3700]
+    assert sorted(close_sizes(rows, [4096], 4096)) == [3456, 3712]
+    assert close_sizes(rows, [3712, 3456], 4096) == [], "what there is is close enough"
+    assert close_sizes([], [4096], 4096) == []
+    assert close_sizes([4090], [4096], 4096) == []
+    wide = range(100, 4000, 100)
+    spread = close_sizes(wide, [4096], 4096)
+    assert len(spread) == MAX_CLOSE_SIZES
+    taken = sum(min(size for size in (*spread, 4096) if size >= count) for count in wide)
+    assert taken < 0.7 * len(wide) * 4096
+
+
+def test_a_micro_batch_takes_the_smallest_size_that_is_there(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """Fast mode: fewer rows than its shape has; deterministic: always its shape's."""
+    task = make_task("a", num_steps=STEPS, max_length_tokens=60, batch_size=8)
+    for deterministic in (False, True):
+        bench = Bench(tmp_path / str(deterministic), store, **CAPTURED, deterministic=deterministic)
+        bench.run(make_plan([make_htask([task], 64, 16)]), task)
+        (runner,) = runners(bench)
+        sizes = set(runner.steps.replays)
+        assert sizes == {1024} if deterministic else max(sizes) < 1024

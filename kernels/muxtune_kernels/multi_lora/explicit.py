@@ -39,12 +39,14 @@ class LoraLinear(NamedTuple):
 
 class StepRows(NamedTuple):
     """The rows of a micro-batch. keep_S: int32; a slot that is not 0 adds to its gradients, the
-    others overwrite them."""
+    others overwrite them. tuned_rows: the number of rows that sums are cut up for, 0: as many as
+    there are; where it is the same, a row's bits do not depend on how many rows there are."""
 
     rows: SlotRows
     scale_S: Tensor
     dropout: RowDropout | None
     keep_S: Tensor
+    tuned_rows: int = 0
 
 
 def lora_linear_forward(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[Tensor, Any]:
@@ -100,7 +102,7 @@ def _cuda(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[Any, Any, Any]
     tensors = launch.RowTensors(step.rows.slot_of_row_T, bounds_S3, step.scale_S, step.dropout)
     adapters = launch.Adapters(lin.slot_ranks, lin.out_features, lin.module_key, lin.deterministic)
     tuning = tuning_of(
-        x_TD.shape[0], x_TD.shape[1], lin.out_features, len(lin.slot_ranks),
+        step.tuned_rows or x_TD.shape[0], x_TD.shape[1], lin.out_features, len(lin.slot_ranks),
         launch.layout_of(adapters, x_TD.device).rank_pad, x_TD.element_size(), lin.deterministic,
     )  # fmt: skip
     return tensors, adapters, tuning

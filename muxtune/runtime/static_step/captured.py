@@ -107,8 +107,8 @@ class CapturedSteps:
     """``row_counts``: the sizes that exist; a micro-batch takes the smallest that holds it.
 
     On a CPU the program runs as it is. ``capture_s``: seconds spent on preparing each size;
-    ``replays``: how often each size has run. ``recompute``: of each size, as in
-    ``StepProgram.run``; 0 for those left out.
+    ``replays``: how often each size has run. ``recompute``: as in ``StepProgram.run``; a size
+    that is left out takes that of the next larger one, or 0.
     """
 
     def __init__(
@@ -140,13 +140,14 @@ class CapturedSteps:
         self.replays: dict[int, int] = {}
 
     def capture(self, row_counts: Iterable[int] | None = None) -> float:
-        """Prepare these sizes (default: every one), largest first, so that the smaller ones find
-        its memory. State is left as it was: the trial step has filler rows only. Returns the
-        seconds of all that was prepared so far."""
-        wanted = self.row_counts if row_counts is None else row_counts
+        """Prepare these sizes (default: every one), new ones too, largest first, so that the
+        smaller ones find its memory. State is left as it was: the trial step has filler rows
+        only. Returns the seconds of all that was prepared so far."""
+        wanted = self.row_counts if row_counts is None else list(row_counts)
         for num_rows in sorted(wanted, reverse=True):
             if not self.is_ready(num_rows):
                 self._prepare(num_rows)
+            self.row_counts = sorted({*self.row_counts, num_rows})
         return sum(self.capture_s.values())
 
     def is_ready(self, num_rows: int) -> bool:
@@ -201,7 +202,8 @@ class CapturedSteps:
             return Pending(metrics_3S, _recorded())
 
     def _run(self, num_rows: int) -> None:
-        self.program.run(num_rows, self.recompute.get(num_rows, 0))
+        larger = [size for size in self.recompute if size >= num_rows]
+        self.program.run(num_rows, self.recompute[min(larger)] if larger else 0)
 
     def _load(self, host: HostBuffer) -> None:
         self.program.inputs.buffer.copy_(host.buffer, non_blocking=True)

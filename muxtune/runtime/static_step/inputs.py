@@ -62,13 +62,15 @@ class Field(NamedTuple):
 
 
 class StepLayout(NamedTuple):
-    """Sizes of the buffer. ``max_bounds``: sequences and stretches of filler that it can hold."""
+    """Sizes of the buffer. ``max_bounds``: sequences and stretches of filler that it can hold.
+    ``tuned_rows``: see ``StepRows``; 0: ``max_rows``."""
 
     max_rows: int
     num_slots: int
     max_bounds: int
     max_seqlen: int
     dropout: bool = False
+    tuned_rows: int = 0
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -129,7 +131,8 @@ class StepInputs:
         dropout = None
         if self.layout.dropout:
             dropout = RowDropout(fields["row_key"][:num_rows], fields["rate"])
-        return StepRows(rows, fields["scale"], dropout, fields["keep"])
+        tuned_rows = self.layout.tuned_rows or self.layout.max_rows
+        return StepRows(rows, fields["scale"], dropout, fields["keep"], tuned_rows)
 
 
 class HostBuffer:
