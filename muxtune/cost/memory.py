@@ -13,7 +13,8 @@ token row (D model width, Q queries, K keys, F MLP width, r rank):
   keys and values twice and the attention's output before it is merged;
 - dropout in a slot adds a mask (one byte a number) and the dropped input, per adapted linear.
 
-The captured step of a GPU (LoRA on Llama-like blocks, one GPU; ``MemoryOptions.static_step``)
+The captured step of a GPU (all methods but prompts, on Llama-like blocks, one GPU;
+``MemoryOptions.static_step``)
 keeps what its backward reads and nothing else: the residual stream before each norm and the norms'
 outputs (4 D), q, k and v in one (Q + 2K), attention's output (Q), gate and up and their product
 (3F), one log-sum-exp per head, and r numbers for each adapted linear. The linears that read the
@@ -31,12 +32,12 @@ and their gradient (3 V, fp32).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from muxtune.cost import ops
-from muxtune.cost.shapes import ModelShape
+from muxtune.cost.shapes import Linear, ModelShape
 from muxtune.types import (
     AdapterSlot,
     Estimate,
@@ -49,6 +50,7 @@ from muxtune.types import (
 
 MIB = 1 << 20
 STATIC_LOSS_ROWS = 1024
+_STATIC_METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SOLO = ReplicaShape()
 
@@ -193,8 +195,7 @@ class MemoryModel:
     def _is_static(self, slots: Sequence[AdapterSlot], replica: ReplicaShape) -> bool:
         """Whether the captured step computes these slots, whose memory is counted apart."""
         is_known = self.model.gated_mlp and self.model.rotary and replica == _SOLO
-        only_lora = all(slot.method == "lora" for slot in slots)
-        return self.options.static_step and is_known and only_lora
+        return self.options.static_step and is_known and all(map(_has_static_form, slots))
 
     def _static_parts(self, shape: ShapeKey) -> tuple[int, int]:
         """(activations, loss workspace) of one captured step; see the module's text."""
@@ -202,8 +203,10 @@ class MemoryModel:
         kept = 4 * model.hidden + 2 * model.query_dim + 2 * model.kv_dim + 3 * model.intermediate
         kinds = Counter(shape.slots)
         ranks = sum(count * self._static_rank(slot) for slot, count in kinds.items())
-        kept += ranks / max(1, len(shape.slots)) + 2 * (model.num_heads + 2)
-        working = 3 * model.intermediate + 4 * model.hidden
+        copies = self._static_copies(kinds)
+        kept += ranks / max(1, len(shape.slots)) + 2 * (model.num_heads + 2) + sum(copies)
+        # Gradients are copied where values were.
+        working = 3 * model.intermediate + 4 * model.hidden + max(copies, default=0)
         if any(slot.dropout for slot in kinds):
             working += model.intermediate  # the adapters' share of an input gradient, apart
         recomputed = min(shape.recompute, model.num_layers)
@@ -219,9 +222,35 @@ class MemoryModel:
     def _static_rank(self, slot: AdapterSlot) -> int:
         """Numbers a row of one block that the slot's adapters keep."""
         if slot not in self._static_ranks:
-            linears = self.model.target_linears(_widened(slot).targets)
-            self._static_ranks[slot] = slot.rank * len(linears)
+            linears = ops.target_linears(self.model, _widened(slot))
+            self._static_ranks[slot] = 0 if slot.method == "ia3" else slot.rank * len(linears)
         return self._static_ranks[slot]
+
+    def _static_copies(self, slots: Iterable[AdapterSlot]) -> list[int]:
+        """Widths of what one block keeps whole for methods other than LoRA, whoever's the rows
+        are: what fused linears give before IA3, each bottleneck and each magnitude, and what a
+        linear of its own reads before IA3."""
+        found: dict[tuple[str, str, str], int] = {}
+        for slot in slots:
+            if slot.method == "lora":
+                continue
+            for linear in ops.target_linears(self.model, slot):
+                group = self._group_of(linear.name)
+                width = sum(item.out_features for item in group)
+                names = ",".join(item.name for item in group)
+                # IA3's members share one copy; the others change it one after another.
+                member = "" if slot.method == "ia3" else linear.name
+                found[slot.method, names, member] = width
+                if slot.method == "ia3" and len(group) == 1:
+                    found["ia3 in", names, ""] = linear.in_features
+        return list(found.values())
+
+    def _group_of(self, linear_name: str) -> list[Linear]:
+        """The linears that are one in the captured step."""
+        leaf = linear_name.rsplit(".", 1)[-1]
+        leaves = next((members for members in _FUSED if leaf in members), (leaf,))
+        linears = self.model.block_linears
+        return [item for item in linears if item.name.rsplit(".", 1)[-1] in leaves]
 
     def _pass_parts(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> tuple[int, int]:
         if self._is_static(shape.slots, replica):
@@ -332,8 +361,14 @@ class MemoryModel:
         return MemoryLedger(stage, items)
 
 
+def _has_static_form(slot: AdapterSlot) -> bool:
+    return slot.method in _STATIC_METHODS and not (slot.method == "dora" and slot.dropout)
+
+
 def _widened(slot: AdapterSlot) -> AdapterSlot:
     """With the targets that the captured step has room for."""
+    if slot.method not in ("lora", "dora"):
+        return slot
     leaves = {target.rsplit(".", 1)[-1] for target in slot.targets}
     for members in _FUSED:
         if leaves & set(members):
