@@ -55,8 +55,8 @@ def examine(seed: int, costs: CostBook, most_tasks: int = 8) -> dict:
         "planned_s": planned,
         "optimum_s": best and best.round_s,
         "optimum_htasks": best and best.num_htasks,
-        "all_spatial_s": step_s(MuxTunePlanner(costs, fusion="all_spatial"), view),
-        "all_temporal_s": step_s(MuxTunePlanner(costs, fusion="all_temporal"), view),
+        "all_spatial_s": step_s(MuxTunePlanner(costs, fusion="all_spatial", plays=0), view),
+        "all_temporal_s": step_s(MuxTunePlanner(costs, fusion="all_temporal", plays=0), view),
         "exclusive_s": exclusive_s(costs, view),
     }
 

@@ -25,7 +25,14 @@ from muxtune.planners.explanation import (
     unpromised,
 )
 from muxtune.planners.representative import Representative, representative
-from muxtune.planning.orchestration import ONE_GPU, Pace, pace_of, played, schedule_spans
+from muxtune.planning.orchestration import (
+    ONE_GPU,
+    Pace,
+    pace_of,
+    played,
+    schedule_spans,
+    utilisation,
+)
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.protocols import CostModel, InstancePlanner, LengthSource, TaskLibrary
 from muxtune.report.gantt import gantt, schedule_trace
@@ -293,16 +300,20 @@ def _present(
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
         "memory_limit_bytes": spec.memory_limit_bytes,
     }
-    folder.write_json(PLAN_FILE, content)
     several = plan.replicas[0].num_gpus > 1
-    pictures = draw_order(folder.path, spec, plan, cost, sample) if several else []
+    drawn = draw_order(folder.path, spec, plan, cost, sample) if several else Drawn({}, [])
+    content["stream_utilisation"] = drawn.utilisation
+    folder.write_json(PLAN_FILE, content)
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
         _print_plan(spec, plan, taken, refused, sample, ledgers, why)
         if config.explain:
             _print_explanation(explanation)
-        for name in (PLAN_FILE, *pictures):
+        if drawn.utilisation:
+            shares = [f"{stream} {share:.0%}" for stream, share in drawn.utilisation.items()]
+            make_console().print(f"busy, as drawn: {', '.join(shares)}", soft_wrap=True)
+        for name in (PLAN_FILE, *drawn.files):
             make_console().print(f"wrote {folder.path / name}", soft_wrap=True)
     predicted = plan.predicted
     return {
@@ -338,19 +349,29 @@ def _why(
     )
 
 
+class Drawn(NamedTuple):
+    """``utilisation``: occupied share of each stream, fill and drain included, by "stage 0
+    compute"; ``files``: names."""
+
+    utilisation: dict[str, float]
+    files: list[str]
+
+
 def draw_order(
     folder: Path, spec: InstanceSpec, plan: Plan, cost: CostModel, sample: RoundSample
-) -> list[str]:
+) -> Drawn:
     """The plan's rounds on every stage's streams: a Gantt chart from the cold start on, and a
-    Perfetto trace. Returns the names of the files."""
+    Perfetto trace."""
     names = [", ".join(sorted(htask.quota)) for htask in plan.htasks]
     if plan.order:
         timeline = played(plan, cost.subgraph_times_s(plan))
         spans, period_ns = list(schedule_spans(timeline, names)), timeline.period_ns
+        busy = utilisation(timeline)
         caption = f"from a cold start; a steady round takes {period_ns / 1e6:.1f} ms"
     else:
         found = representative(plan, cost, sample.passes, sample.pass_times_s)
         spans, period_ns = list(found.spans(names)), found.period_ns
+        busy = found.utilisation()
         caption = _representative_caption(found, sample)
     until_ns = int(DRAWN_ROUNDS * period_ns)
     replica = plan.replicas[0]
@@ -362,7 +383,7 @@ def draw_order(
         gantt(folder / ZOOM_FILE, spans, title, window, f"1/{ZOOM} of a round")
         files.append(ZOOM_FILE)
     schedule_trace(folder / TRACE_FILE, (span for span in spans if span.start_ns < until_ns))
-    return [*files, TRACE_FILE]
+    return Drawn(busy, [*files, TRACE_FILE])
 
 
 def _representative_caption(found: Representative, sample: RoundSample) -> str:

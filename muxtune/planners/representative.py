@@ -18,6 +18,7 @@ from muxtune.planning.orchestration import (
     TemplateOptions,
     Timeline,
     schedule_spans,
+    utilisation,
 )
 from muxtune.protocols import CostModel
 from muxtune.types import Plan
@@ -34,6 +35,15 @@ class Representative(NamedTuple):
     counts: tuple[int, ...]
     parts: tuple[tuple[int, Timeline], ...]
     period_ns: float
+
+    def utilisation(self) -> dict[str, float]:
+        """Occupied share of each stream, by "stage 0 compute"; see ``utilisation``."""
+        whole_ns = sum(timeline.makespan_ns for _, timeline in self.parts)
+        shares: dict[str, float] = {}
+        for _, timeline in self.parts:
+            for stream, share in utilisation(timeline).items():
+                shares[stream] = shares.get(stream, 0.0) + share * timeline.makespan_ns / whole_ns
+        return shares
 
     def spans(self, names: Sequence[str] = ()) -> Iterator[ScheduleSpan]:
         for begin_ns, timeline in self.parts:

@@ -178,6 +178,8 @@ def test_plan_explains_several_gpus_and_draws_their_rounds(
     spent = plan.predicted.breakdown_s
     assert sum(spent.values()) == pytest.approx(plan.predicted.round_time_s.value)
     assert bool(plan.order) is ordered
+    busy = content["stream_utilisation"]
+    assert 0.2 < busy["stage 0 compute"] <= 1 and 0 < busy["stage 0 comm"] < 1
     assert (tmp_path / "gantt.png").stat().st_size > 10_000
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event["ph"] == "X" for event in trace)

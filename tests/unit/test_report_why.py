@@ -53,7 +53,8 @@ def test_what_fusing_gains_and_the_runner_up_are_told_in_seconds_and_tokens():
     assert len(plan.htasks) == 1
     now_s = plan.predicted.tasks_step_time_s
     (split,) = why.fusions
-    lost = 1000 / now_s - 1000 / split.step_time_s  # pyright: ignore[reportOptionalOperand]
+    assert split.step_time_s is not None
+    lost = 1000 / now_s - 1000 / split.step_time_s
     fused = line(why, "fused: a, b")
     assert f"({split.slower:.1%}) slower" in fused and f"{lost:,.0f} fewer" in fused
     best = next(item for item in why.alternatives if item.slower > 5e-4)
