@@ -12,7 +12,7 @@ only "dynamic programming over latency and memory models" is known; this recurre
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -164,6 +164,8 @@ class MuxTunePlanner(PlannerBase):
         self._groups: dict[tuple[Hashable, ...], Group] = {}
         self._searched: dict[tuple[Hashable, ...], list[Group] | None] = {}
         self._carried_groups: dict[tuple[Hashable, ...], tuple[tuple[ShapeKey, ...], Group]] = {}
+        # By the id of a tuple of shapes, which the entry keeps alive.
+        self._made: dict[tuple[int, int], tuple[tuple[ShapeKey, ...], Group]] = {}
         self._captures: dict[int, tuple[Answer, float]] = {}
         self._choices: dict[Hashable, tuple[Answer, object, Choice | None]] = {}
         self._curves: dict[tuple[TaskClass, int], Curve] = {}
@@ -402,18 +404,25 @@ class MuxTunePlanner(PlannerBase):
         limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
         groups = []
         for subset in subsets:
-            chosen = tuple(classes[i]._replace(max_slowdown=0.0) for i in subset)
-            key = (site, limit, chosen)
-            if key not in self._searched:
-                if len(self._searched) >= MEMO_GROUPS:
-                    self._searched.clear()
-                chunks = self.chunk_lengths(chosen)
-                self._searched[key] = self._search(site, chosen, chunks, limit)
-            found = self._searched[key]
+            chosen = tuple([unpromised(classes[i]) for i in subset])
+            found = self._searched_for(site, chosen, math.inf)
+            if found is None or max(group.need_bytes for group in found) > limit:
+                found = self._searched_for(site, chosen, limit)
             if found is None:
                 return None
             groups += [group.over(subset) for group in found]
         return groups
+
+    def _searched_for(
+        self, site: Site, classes: tuple[TaskClass, ...], limit: float
+    ) -> list[Group] | None:
+        key = (site, limit, classes)
+        if key not in self._searched:
+            if len(self._searched) >= MEMO_GROUPS:
+                self._searched.clear()
+            chunks = self.chunk_lengths(classes)
+            self._searched[key] = self._search(site, classes, chunks, limit)
+        return self._searched[key]
 
     def forget_plans(self) -> None:
         super().forget_plans()
@@ -540,7 +549,7 @@ class MuxTunePlanner(PlannerBase):
         self, site: Site, classes: tuple[TaskClass, ...], groups: list[Group], resident: int
     ) -> Answer | None:
         """These hTasks in turns that keep every promise; None where they do not fit."""
-        solo = tuple(self.solo_step_time_s(site, task) for task in classes)
+        solo = tuple(of_each(classes, lambda task: self.solo_step_time_s(site, task)))
         turns: Turns | None = _turns(groups, site)
         for paced in (False, True):
             if paced:
@@ -570,6 +579,8 @@ class MuxTunePlanner(PlannerBase):
         """A running hTask, some of whose slots may be empty. Its cost is that of the classes and
         quotas in it; which slots they have makes no difference."""
         at = {name: i for i, name in enumerate(ids)}
+        if len(htask.quota) == len(htask.shapes[-1].slots):
+            return self._intact(site, classes, at, htask)
         members = sorted((self._keys[classes[at[n]]], q, at[n]) for n, q in htask.quota.items())
         key = (id(htask.shapes), site, tuple([(kind, quota) for kind, quota, _ in members]))
         known = self._carried_groups.get(key)
@@ -582,6 +593,22 @@ class MuxTunePlanner(PlannerBase):
             known = htask.shapes, self._carried_group(site, htask.shapes, chosen, slots)
             self._carried_groups[key] = known
         return known[1].over([i for _, _, i in members])
+
+    def _intact(
+        self, site: Site, classes: Sequence[TaskClass], at: Mapping[str, int], htask: HTask
+    ) -> Group:
+        """A running hTask that nobody left, known by the shapes that it was made with."""
+        names = sorted(htask.quota, key=htask.slot_of.__getitem__)
+        members = [at[name] for name in names]
+        key = (id(htask.shapes), site.time_percent)
+        known = self._made.get(key)
+        if known is None:
+            chosen = [
+                (classes[i], htask.quota[name]) for name, i in zip(names, members, strict=True)
+            ]
+            group = self._carried_group(site, htask.shapes, chosen, range(len(chosen)))
+            known = self._made[key] = htask.shapes, group
+        return known[1].over(members)
 
     def _carried_group(
         self,
@@ -710,7 +737,11 @@ class MuxTunePlanner(PlannerBase):
         model = self.cost(site)
         cost = group_cost(shape, loads, model, site, fill.shares_of(sizes))
         need = model.pass_bytes(shapes[-1], site.replica)
-        return Group(shape, cost, max(cost.passes_per_step), need)
+        group = Group(shape, cost, max(cost.passes_per_step), need)
+        if len(self._made) >= MEMO_GROUPS:
+            self._made.clear()
+        self._made[id(shapes), site.time_percent] = shapes, group
+        return group
 
     def _smallest(
         self, site: Site, classes: tuple[TaskClass, ...], chunks: tuple[int, ...]
@@ -737,6 +768,10 @@ class MuxTunePlanner(PlannerBase):
             turns.round_time_s,
             peak * site.memory_percent // 100,
         )
+
+
+def unpromised(task: TaskClass) -> TaskClass:
+    return task._replace(max_slowdown=0.0) if task.max_slowdown else task
 
 
 def _in_flight(
