@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.near_optimum.by_iteration import cost_of
 from experiments.near_optimum.instances import random_instance
-from experiments.paper_figures.testbeds import CASES, MIXED, Assumptions, books
+from experiments.paper_figures.testbeds import CASES, H100, MIXED, Assumptions, books
 from experiments.paper_figures.testbeds import view as paper_view
 from muxtune.cost import CostBook
 from muxtune.errors import ConfigError
@@ -101,6 +101,19 @@ def test_communication_is_hidden_where_two_smaller_micro_batches_fit_in_memory()
     bound_ns = contended_bound_ns(timeline.graph, contention)
     assert timeline.period_ns <= 1.005 * bound_ns
     assert plan.predicted.peak_memory_bytes.value <= view.memory_limit_bytes
+
+
+def test_a_plain_plan_that_plays_better_than_its_closed_form_is_not_missed():
+    light = Assumptions(tasks=4, batch=4)
+    case = next(c for c in CASES if c.testbed is H100 and c.replica.pp == 4)
+    costs = books(case, light)[0]
+    view = paper_view(case, MIXED, light, costs)
+    times = []
+    for fusion in ("planned", "all_temporal"):
+        plan = MuxTunePlanner(costs, fusion=fusion, plays=8).plan(view, None)
+        assert isinstance(plan, Plan)
+        times.append(plan.predicted.tasks_step_time_s)
+    assert times[0] <= times[1] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", [62])
