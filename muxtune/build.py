@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import muxtune
 from muxtune.cluster_policies.lifecycle import Lifecycle, LifecycleOptions
 from muxtune.config import (
     BurstyWorkload,
@@ -135,7 +136,13 @@ def _profiles(cost: CostConfig) -> list[Profile]:
     if cost.kind == "profile" and not cost.path:
         remedy = "Give what `muxtune profile` wrote, with cost.path=FILE"
         raise ConfigError("cost.path", "is empty", remedy)
-    return [load_profile(cost.path)] if cost.kind == "profile" else []
+    return [load_profile(profile_path(cost.path))] if cost.kind == "profile" else []
+
+
+def profile_path(path: str) -> Path:
+    """A file, or the name of a profile that is shipped: ``h100-sxm_llama-2-7b``."""
+    shipped = Path(muxtune.__file__).parent / "cost" / "data" / "profiles" / f"{path}.json"
+    return shipped if not Path(path).exists() and shipped.exists() else Path(path)
 
 
 def _analytic_options(cost: CostConfig) -> AnalyticOptions:
@@ -192,7 +199,11 @@ def device_name(cluster: ClusterConfig, cost: CostConfig) -> str:
     """``local`` is the machine that the profile was measured on, or a CPU."""
     if cluster.device != LOCAL:
         return cluster.device
-    return load_profile(cost.path).device_name if cost.kind == "profile" else GENERIC_CPU.name
+    return (
+        load_profile(profile_path(cost.path)).device_name
+        if cost.kind == "profile"
+        else GENERIC_CPU.name
+    )
 
 
 def physical_memory_bytes() -> int:

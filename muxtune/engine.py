@@ -81,7 +81,8 @@ class BatchLog(Protocol):
 
 
 class Observer(Protocol):
-    """Progress displays and result files, called after a batch was carried out, in this order."""
+    """Progress displays and result files, called after a batch was carried out, in this order.
+    ``on_batch``: the journalled events, and drifts that the engine found in them."""
 
     def on_plan(self, plan: Plan) -> None: ...
 
@@ -340,6 +341,8 @@ class Engine:
             self._num_tokens += outcome.effective_tokens
             for on_task_end in self._on_task_end:
                 on_task_end(outcome)
+        if raised:
+            events += tuple(item for item in raised if item.kind is EventKind.DRIFT)
         for on_batch in self._on_batch:
             on_batch(now_ns, events)
 

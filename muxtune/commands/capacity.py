@@ -85,7 +85,7 @@ def _figures(config: CapacityConfig, device: str) -> DeviceFigures:
 def _kind_of_figures(config: CapacityConfig, device: str) -> str:
     if config.cost.kind != "profile":
         return ANALYTIC
-    measured = load_profile(config.cost.path).device_name
+    measured = load_profile(build.profile_path(config.cost.path)).device_name
     return MEASURED if measured.lower() == device.lower() else ANALYTIC
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune import build
-from muxtune.commands.train import Outcomes, real_tasks
+from muxtune.commands.train import Outcomes, real_tasks, warn_of_profiles
 from muxtune.config import CompareConfig
 from muxtune.cost.book import CostBook
 from muxtune.engine import Engine, Observer, RunTotals
@@ -63,6 +63,7 @@ def run(
     """
     build.need_torch()
     costs = build.cost_book(config)
+    warn_of_profiles(costs)
     tasks = _shortened(real_tasks(config, costs), config.steps)
     store = loaded or build.backbone_store(config)
     names = config.planners or [config.planner["name"]]

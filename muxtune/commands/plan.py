@@ -299,6 +299,7 @@ def _present(
         "remedies": [item._asdict() for item in explanation.remedies],
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
         "memory_limit_bytes": spec.memory_limit_bytes,
+        "figures": "measured" if costs.is_measured(spec.model, spec.device) else "analytic",
     }
     several = plan.replicas[0].num_gpus > 1
     drawn = draw_order(folder.path, spec, plan, cost, sample) if several else Drawn({}, [])
@@ -307,7 +308,8 @@ def _present(
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
-        _print_plan(spec, plan, taken, refused, sample, ledgers, why)
+        note = costs.note(spec.model, spec.device)
+        _print_plan(spec, plan, taken, refused, sample, ledgers, why, note)
         if config.explain:
             _print_explanation(explanation)
         if drawn.utilisation:
@@ -403,6 +405,7 @@ def _print_plan(
     sample: RoundSample,
     ledgers: StageLedgers,
     why: list[str],
+    note: str,
 ) -> None:
     console = make_console()
     console.print(_htask_table(plan))
@@ -411,7 +414,9 @@ def _print_plan(
     console.print(_memory_table(ledgers, spec.memory_limit_bytes))
     for line in (f"why: {why[0]}", *(f"  {line}" for line in why[1:])):
         console.print(line, soft_wrap=True)
-    if plan.predicted.round_time_s.extrapolated:
+    if note:
+        console.print(f"note: {note}", soft_wrap=True)
+    elif plan.predicted.round_time_s.extrapolated:
         console.print("note: these times are extrapolated beyond what was measured")
     for item in late_tasks(plan, taken):
         console.print(_late_line(item), style="yellow", soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from muxtune import build
 from muxtune.config import SimulateConfig
+from muxtune.cost.book import CostBook
 from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
 from muxtune.report.collecting import few_collections
@@ -22,6 +23,7 @@ from muxtune.report.task_table import write_parquet
 from muxtune.types import NS_PER_S, InstanceSpec
 
 EXACT_TIMES, MEAN_TIMES = "exact", "mean"
+ANALYTIC, MEASURED = "analytic", "measured"  # figures of the device
 MAX_EXACT_TASKS = 2_000
 SLOWDOWN_PLOT = "slowdown.png"
 TASKS_FILE, PARQUET_FILE, TENANTS_FILE = "tasks.csv", "tasks.parquet", "tenants.csv"
@@ -66,17 +68,24 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         "num_planner_calls": planner.num_calls,
         "mean_planning_us": planner.mean_us,
         "times": backend["times"],
+        "figures": ANALYTIC if _analytic(costs, instances) else MEASURED,
         "wall_time_s": time.perf_counter() - started_s,
     }
     if promises.rows:
         from muxtune.report.plots import slowdowns  # a second of imports, for few runs
 
         slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows)
-    _show(folder, summary, tasks)
+    _show(folder, summary, tasks, _analytic(costs, instances))
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.
     if config.workload.kind == "tasks" or not totals.num_done:
         summary["error"] = troubles.error()
     return summary
+
+
+def _analytic(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[str]:
+    """A note for every base model and device that nothing was measured of."""
+    pairs = dict.fromkeys((item.model, item.device) for item in instances)
+    return [note for pair in pairs if (note := costs.note(*pair))]
 
 
 def _run_engine(
@@ -197,7 +206,9 @@ SHOWN = (
 )
 
 
-def _show(folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks) -> None:
+def _show(
+    folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks, analytic: Sequence[str]
+) -> None:
     console = make_console()
     rows = [
         (label, form(summary[key]) if form and summary[key] is not None else summary[key])
@@ -206,7 +217,7 @@ def _show(folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks) -> Non
     ]
     title = f"{summary['planner']} on {summary['num_gpus']} x {summary['device']}"
     console.print(make_table(title, ("simulated", "value"), rows))
-    notes = [*getattr(tasks, "notes", ())]
+    notes = [*analytic, *getattr(tasks, "notes", ())]
     if getattr(tasks, "overloaded", False):
         notes.append(
             "offered load is 1 or more: the queue grows until arrivals end, so means describe this "

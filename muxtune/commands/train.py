@@ -111,6 +111,7 @@ def run(
     if info is None and ranks.num_ranks(config) > 1:
         return _launch(config, folder)
     costs = build.cost_book(config)
+    warn_of_profiles(costs)
     tasks = real_tasks(config, costs)
     check_folder(config, folder.path, tasks)
     if config.resume and (ended := ended_summary(folder.path)) is not None:
@@ -227,6 +228,15 @@ def _journal(
         return journal, record.batches
     origin = run_origin(config, tasks) | {"overrides": saved_overrides(path)}
     return Journal(path / JOURNAL_FILE, origin, dict(provenance(config.seed)["packages"])), None
+
+
+def warn_of_profiles(costs: build.CostBook) -> None:
+    """Names in which respects a profile is of another machine than this one."""
+    from muxtune.profiling.measure import profile_warnings_here
+
+    for profile in costs.profiles:
+        for line in profile_warnings_here(profile):
+            make_console().print(f"warning: {line}", soft_wrap=True)
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:

@@ -54,6 +54,19 @@ class CostBook:
     def figures(self, device: str) -> DeviceFigures:
         return self.devices[device] if device in self.devices else device_figures(device)
 
+    def is_measured(self, model: str, device: str) -> bool:
+        """Whether a profile of that base model on that device is given."""
+        return any(_same(profile, model, device) for profile in self.profiles)
+
+    def note(self, model: str, device: str) -> str:
+        """What has to be said wherever analytic figures are used; nothing of measured ones."""
+        if self.is_measured(model, device):
+            return ""
+        return (
+            f"analytic figures: nothing was measured for {model} on {device}, so that all times are"
+            " extrapolated"
+        )
+
     def with_options(self, options: AnalyticOptions) -> CostBook:
         """The same book with other analytic options, for baselines that run eagerly."""
         return CostBook(self.models, self.devices, self.profiles, options, self.memory)

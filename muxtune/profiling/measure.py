@@ -353,8 +353,8 @@ def _per_tensor(ops: dict[str, Any]) -> dict[str, Any]:
 
 def profile_warnings_here(profile: Profile) -> list[str]:
     """In which respects this machine differs from the profiled one; empty: in none."""
-    kind = "cpu" if profile.device.get("kind") == "cpu" else "cuda"
-    device = device_description(_device(kind))
+    is_gpu = profile.device.get("kind") != "cpu" and torch.cuda.is_available()
+    device = device_description(torch.device("cuda" if is_gpu else "cpu"))
     return profile_warnings(profile, device, software_description())
 
 

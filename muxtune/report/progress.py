@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from muxtune.engine import QuietObserver, TaskOutcome
 from muxtune.report.tables import format_seconds, make_console
-from muxtune.types import NS_PER_S, Event, Plan
+from muxtune.types import NS_PER_S, Event, EventKind, Plan, ProgressData
 
 LIVE_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 10.0
@@ -108,6 +108,7 @@ class TaskProgress(_Display, QuietObserver):
         self._changed: set[str] = set()
         self._started_s: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
+        self._predicted_s: dict[tuple[str, int], float] = {}
 
     def __enter__(self) -> TaskProgress:
         self.bars.start()
@@ -151,9 +152,21 @@ class TaskProgress(_Display, QuietObserver):
         self._changed.clear()
 
     def on_plan(self, plan: Plan) -> None:
+        self._predicted_s[plan.instance_id, plan.epoch] = plan.predicted.round_time_s.value
         if plan.htasks:
             groups = " | ".join("+".join(sorted(htask.quota)) for htask in plan.htasks)
             self.line(f"{plan.instance_id}: plan {plan.epoch}: {groups}")
+
+    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
+        """Says when the run corrects what was predicted."""
+        for event in events:
+            if event.kind is EventKind.DRIFT and isinstance(event.data, ProgressData):
+                measured = format_seconds(event.data.duration_ns / NS_PER_S / event.data.rounds)
+                predicted_s = self._predicted_s.get((event.instance_id, event.epoch), 0.0)
+                self.line(
+                    f"{event.instance_id}: drift: a round of plan {event.epoch} takes {measured} in"
+                    f" place of {format_seconds(predicted_s)}; times are corrected from now on"
+                )
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
         self.flush()
