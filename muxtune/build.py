@@ -139,10 +139,12 @@ def _profiles(cost: CostConfig) -> list[Profile]:
     return [load_profile(profile_path(cost.path))] if cost.kind == "profile" else []
 
 
-def profile_path(path: str) -> Path:
+def profile_path(path: str, shipped_only: bool = False) -> Path:
     """A file, or the name of a profile that is shipped: ``h100-sxm_llama-2-7b``."""
     shipped = Path(muxtune.__file__).parent / "cost" / "data" / "profiles" / f"{path}.json"
-    return shipped if not Path(path).exists() and shipped.exists() else Path(path)
+    if shipped_only or (not Path(path).exists() and shipped.exists()):
+        return shipped
+    return Path(path)
 
 
 def _analytic_options(cost: CostConfig) -> AnalyticOptions:

@@ -21,6 +21,7 @@ Rows are those of the shape: filler is computed too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -134,8 +135,9 @@ class CapturedCostModel(ProfiledCostModel):
         return self.composed(parts)
 
     def _block_of(self, shape: ShapeKey, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
-        for site in fused_sites(self.model, tp):
-            yield from self._site_of(site, shape.slots, rows)
+        kinds = Counter(shape.slots)
+        for site in self._sites(tp):
+            yield from self._site_of(site, kinds, rows)
         hidden, inner = self.model.hidden, self.model.intermediate // tp
         for name, count in (
             (f"add_norm_forward.{hidden}", 2),
@@ -145,7 +147,7 @@ class CapturedCostModel(ProfiledCostModel):
         ):
             yield self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
         for method in EXTRA_METHODS:
-            size = extra_size(self.model, shape.slots, method)
+            size = extra_size(self.model, tuple(kinds), method)
             for side in ("forward", "backward") if size else ():
                 name = f"extra_{method}_{side}.{hidden}"
                 yield self._timed(name, ops.ADAPTERS, side == "backward", (size, rows))
@@ -155,16 +157,23 @@ class CapturedCostModel(ProfiledCostModel):
                 name = f"all_reduce.tp{tp}"
                 yield self._timed(name, ops.COMMUNICATION, backward, (moved,), 2)
 
+    def _sites(self, tp: int) -> tuple[FusedSite, ...]:
+        key = ("fused sites", tp)
+        if key not in self._memo:
+            self._remember(key, fused_sites(self.model, tp))
+        return self._memo[key]  # type: ignore[return-value]
+
     def _site_of(
-        self, site: FusedSite, slots: tuple[AdapterSlot, ...], rows: float
+        self, site: FusedSite, kinds: Counter[AdapterSlot], rows: float
     ) -> Iterator[tuple[Op, Time]]:
-        users = [slot for slot in slots if self._has_factors(slot, site)]
+        users = [slot for slot in kinds if self._has_factors(slot, site)]
         known = all(slot.method == "lora" for slot in users)
+        count = sum(kinds[slot] for slot in users)
+        size = (float(count), float(padded_rank([slot.rank for slot in users] or [1])), rows)
         for side, backward in (("forward", False), ("backward", True)):
             frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
             yield frozen
             if users:
-                size = (float(len(users)), float(padded_rank([s.rank for s in users])), rows)
                 op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
                 more = max(0.0, whole.value_s - frozen[1].value_s)
                 yield op, Time(more, whole.half_width_s, whole.extrapolated or not known)
@@ -174,8 +183,14 @@ class CapturedCostModel(ProfiledCostModel):
     def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
         if slot.method in EXTRA_METHODS or ops.is_prepended(slot):
             return False
-        targets = ops.target_linears(self.model, slot)
-        return any(item.name.rsplit(".", 1)[-1] in site.members for item in targets)
+        return not self._adapted(slot.targets).isdisjoint(site.members)
+
+    def _adapted(self, targets: tuple[str, ...]) -> frozenset[str]:
+        key = ("adapted", targets)
+        if key not in self._memo:
+            linears = self.model.target_linears(targets)
+            self._remember(key, frozenset(item.name.rsplit(".", 1)[-1] for item in linears))
+        return self._memo[key]  # type: ignore[return-value]
 
     def _edge_of(self, rows: float, replica: ReplicaShape) -> Iterator[tuple[Op, Time]]:
         hidden = self.model.hidden
@@ -198,7 +213,8 @@ class CapturedCostModel(ProfiledCostModel):
     def _optimizers(self, tally: Tally, slots: tuple[AdapterSlot, ...]) -> tuple[float, ...]:
         """The call is part of every pass; a slot that closes its step adds its share of the
         difference."""
-        elements = [float(slot_elements(self.model, slot)) for slot in slots]
+        of_kind = {slot: float(slot_elements(self.model, slot)) for slot in Counter(slots)}
+        elements = [of_kind[slot] for slot in slots]
         total = sum(elements)
         if not total:
             return (0.0,) * len(slots)

@@ -15,7 +15,9 @@ from muxtune.cost.calibration import (
     fit_memory,
     step_features,
 )
+from muxtune.cost.devices import device_figures
 from muxtune.cost.schema import Profile, profile_warnings
+from muxtune.cost.transfer import time_ratio
 from muxtune.types import AdapterSlot, PassLoad, ShapeKey
 
 SLOT = AdapterSlot("lora", 8, ("q_proj",))
@@ -78,3 +80,18 @@ def test_a_device_that_others_used_is_named():
     (line,) = profile_warnings(profile)
     assert "40%" in line and "muxtune profile" in line
     assert profile_warnings(profile._replace(quality={"spread": 0.1})) == []
+
+
+def test_a_profile_is_carried_over_by_what_bounds_each_operation():
+    h100, h200 = device_figures("H100"), device_figures("H200")
+    faster = h100.memory_bytes_per_s / h200.memory_bytes_per_s
+    assert faster < 0.75 and h100.peak_flops == h200.peak_flops
+
+    def ratio(name: str, rows: float) -> float:
+        return time_ratio(name, {"rows": rows}, 2, h100, h200)
+
+    assert ratio("frozen_forward.4096x4096", 1) == pytest.approx(faster)
+    assert ratio("frozen_forward.4096x4096", 8192) == pytest.approx(1.0)
+    assert ratio("add_norm_forward.4096", 8192) == pytest.approx(faster)
+    assert ratio("attention_forward.32x32x128", 8192) == 1.0
+    assert time_ratio("capture", {"layers": 32}, 2, h100, h200) == 1.0
