@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from experiments.step_throughput.workload import Workload
 from experiments.two_gpus.cases import NUM_TASKS, RANK, SETS, Config
@@ -39,7 +40,7 @@ from muxtune.planning.orchestration.player import checked_sequences
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem
 from muxtune.planning.orchestration.template import order_of
 from muxtune.runtime.distributed.layout import Layout
-from muxtune.runtime.distributed.links import Links
+from muxtune.runtime.distributed.links import Channel, Links
 from muxtune.runtime.distributed.order_runner import COMM, COMPUTE, OrderRunner, TimedSpan
 from muxtune.runtime.distributed.schedule import Action, Schedule, sequential_schedule
 from muxtune.runtime.distributed.static_stage import VisitProgram
@@ -47,16 +48,29 @@ from muxtune.runtime.static_step import AdapterPools, Sequence, SlotInput, SlotS
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
-KNOWN_ROUNDS, TRACED = 8, 8
+KNOWN_ROUNDS, TRACED, SIZES = 8, 8, 3
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
 
 
 class Visits(NamedTuple):
-    programs: list[VisitProgram]
-    hosts: list[list[HostBuffer]]  # by round of the known ones, then by visit; empty ones last
-    tokens: list[int]  # effective, by round
+    """``programs``: of each visit, by size; ``sizes`` and ``hosts``: of the known rounds, by visit:
+    which size they take, and their inputs; ``empty``: by visit and size. ``tokens``: effective, by
+    round."""
+
+    programs: list[list[VisitProgram]]
+    sizes: list[list[int]]
+    hosts: list[list[HostBuffer]]
+    empty: list[list[HostBuffer]]
+    tokens: list[int]
+
+    def rows(self) -> float:
+        """Of a round, in the mean."""
+        return statistics.mean(
+            sum(self.programs[visit][size].num_rows for visit, size in enumerate(sizes))
+            for sizes in self.sizes
+        )
 
 
 class Rank(NamedTuple):
@@ -104,28 +118,45 @@ def _part(
 
 def make_visits(config: Config, rank: Rank, weights: Weights, stage_part: Any) -> Visits:
     on_cuda = rank.device.type == "cuda"
-    rounds = known_rounds(config, rank.shape.vocab, 512 if on_cuda else 6)
+    rounds = known_rounds(config, rank.shape.vocab, 512 if on_cuda else 10)
     pools = []
     for group in config.groups:
         slots = (SlotSpec(RANK),) * len(group)
         pools.append(AdapterPools(stage_part.model, slots, deterministic=False))
         weights.fill_adapters(pools[-1], group)
-    programs, hosts = [], [[] for _ in range(KNOWN_ROUNDS + 1)]
+    multiple = 64 if on_cuda else 4
+    found = Visits([], [[] for _ in rounds], [[] for _ in rounds], [], [])
     for index in range(len(config.groups) * config.parts):
-        sizes = [sum(len(s.tokens_n) for s in known[index][0]) for known in rounds]
-        num_rows = -(-max(sizes) // 64) * 64
+        pool, num_slots = pools[index // config.parts], len(config.groups[index // config.parts])
+        tokens = [sum(len(s.tokens_n) for s in known[index][0]) for known in rounds]
+        needed = [-(-count // multiple) * multiple for count in tokens]
+        ladder = size_ladder(needed)
         bounds = max(len(known[index][0]) for known in rounds) + 4
-        layout = StepLayout(num_rows, len(config.groups[index // config.parts]), bounds, 512)
-        inputs = StepInputs(layout, rank.device)
-        pool = pools[index // config.parts]
-        programs.append(VisitProgram(stage_part, pool, inputs, num_rows))
-        for at in range(KNOWN_ROUNDS + 1):
-            host = HostBuffer(layout, on_cuda)
-            sequences, slots = rounds[at][index] if at < KNOWN_ROUNDS else ([], {})
-            host.fill(num_rows, sequences, slots)
-            hosts[at].append(host)
-    tokens = [sum(len(s.tokens_n) for seqs, _ in known for s in seqs) for known in rounds]
-    return Visits(programs, hosts, tokens)
+        layouts = [StepLayout(num_rows, num_slots, bounds, 512) for num_rows in ladder]
+        found.programs.append([
+            VisitProgram(stage_part, pool, StepInputs(layout, rank.device), layout.max_rows)
+            for layout in layouts
+        ])  # fmt: skip
+        found.empty.append([_filled(layout, on_cuda, [], {}) for layout in layouts])
+        for at, known in enumerate(rounds):
+            size = next(i for i, num_rows in enumerate(ladder) if num_rows >= needed[at])
+            found.sizes[at].append(size)
+            found.hosts[at].append(_filled(layouts[size], on_cuda, *known[index]))
+    found.tokens.extend(sum(len(s.tokens_n) for seqs, _ in known for s in seqs) for known in rounds)
+    return found
+
+
+def size_ladder(needed: list[int]) -> list[int]:
+    """At most SIZES numbers of rows: the largest that is needed, and others evenly among them."""
+    ordered = sorted(needed)
+    last = len(ordered) - 1
+    return sorted({ordered[round(last * (i + 1) / SIZES)] for i in range(SIZES)})
+
+
+def _filled(layout: StepLayout, pinned: bool, sequences: list[Sequence], slots: dict) -> HostBuffer:
+    host = HostBuffer(layout, pinned)
+    host.fill(layout.max_rows, sequences, slots)
+    return host
 
 
 # ----------------------------------------------------------------------------- measurement
@@ -141,20 +172,21 @@ def run_config(
     runner = OrderRunner(
         base, weights.stage, visits.programs, links, _loader(visits), rank.device,
         separate=config.order == "interleaved" or config.replica.tp == 1, early=config.early,
+        choose=chooser(visits),
     )  # fmt: skip
     began_s = time.perf_counter()
     runner.prepare()
     prepared_s = time.perf_counter() - began_s
     runner.run(2)
     began_s = time.perf_counter()
-    profile = profiled(runner, config)
+    profile = profiled(runner, config, visits)
     profiled_s = time.perf_counter() - began_s
     problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
     runner.run(3)
     seconds = statistics.median(runner.run(rounds, first_round=3) for _ in range(3))
     runner.run(TRACED, trace=True)
-    mine = (seconds, runner.spans(), [p.metrics_2S.tolist() for p in visits.programs])
+    mine = (seconds, runner.spans(), last_metrics(visits, TRACED - 1))
     runner.close()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
@@ -164,7 +196,7 @@ def run_config(
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
         "prepared_s": prepared_s, "profiled_s": profiled_s,
         "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
-        "rows_per_round": sum(p.num_rows for p in visits.programs),
+        "rows_per_round": visits.rows(),
         "losses": [metrics[0] for metrics in every[-1][2]],
         "peak_memory_gb": _peak_gb(rank.device),
         "waiting_slowdown": profile.waiting, "contention": list(profile.contention),
@@ -189,13 +221,23 @@ def _peak_gb(device: torch.device) -> float | None:
 
 
 def _loader(visits: Visits) -> Any:
-    def load(at: int, visit: int) -> None:
-        host = visits.hosts[at % KNOWN_ROUNDS if at >= 0 else KNOWN_ROUNDS][visit]
-        inputs = visits.programs[visit].inputs
+    def load(at: int, visit: int, size: int) -> None:
+        host = visits.empty[visit][size] if at < 0 else visits.hosts[at % KNOWN_ROUNDS][visit]
+        inputs = visits.programs[visit][size].inputs
         inputs.buffer.copy_(host.buffer, non_blocking=True)
         inputs.spans = host.spans
 
     return load
+
+
+def chooser(visits: Visits) -> Any:
+    return lambda at, visit: visits.sizes[at % KNOWN_ROUNDS][visit]
+
+
+def last_metrics(visits: Visits, at: int) -> list[Any]:
+    """Losses and norms of the programs that round ``at`` took, by visit."""
+    sizes = visits.sizes[at % KNOWN_ROUNDS]
+    return [p[size].metrics_2S.tolist() for p, size in zip(visits.programs, sizes, strict=True)]
 
 
 # ---------------------------------------------------------------------------------- orders
@@ -257,8 +299,8 @@ class Profile(NamedTuple):
     contention: Contention
 
 
-def profiled(runner: OrderRunner, config: Config) -> Profile:
-    durations = op_durations_s(runner)
+def profiled(runner: OrderRunner, config: Config, visits: Visits) -> Profile:
+    durations = op_durations_s(runner, visits)
     heaviest = max(runner._own_ops(COMPUTE), key=lambda op: durations[op])
     waiting, contention = 1.0, Contention()
     if config.replica.pp > 1:
@@ -280,32 +322,42 @@ def _highest(value: float) -> float:
     return max(1.0, *every)
 
 
-def op_durations_s(runner: OrderRunner) -> dict[int, float]:
-    """Every operation alone: computing by replaying it on a device that does nothing else,
-    exchanges and transfers between ranks that do nothing else. The slowest rank counts."""
-    graph, own = runner.schedule.graph, {}
-    for op in runner._own_ops(COMPUTE):
-        own[op] = _replayed_s(runner, op, 2)
-        if runner._meets(op):
-            visit = runner.visits[graph.visit_of[op]]
-            own[op] += _seconds(runner, lambda op=op, visit=visit: _meet(runner, op, visit), 2)
-    known: dict[tuple[str, int], float] = {}
+def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
+    """Every operation alone, in the mean over the known rounds' sizes: computing by replaying it on
+    a device that does nothing else, exchanges and transfers between ranks that do nothing else.
+    The slowest rank counts."""
+    graph, known, own = runner.schedule.graph, {}, {}
     for op in range(graph.num_ops):
-        if graph.stream_of[op] % 2:
-            visit = runner.visits[graph.visit_of[op]]
-            action = runner.schedule.operation(op).action
-            key = (action.name, visit.num_rows)
-            if key not in known:
-                known[key] = _transfer_seconds(runner, visit, action)
-            own[op] = known[key]
+        is_compute = graph.stream_of[op] % 2 == 0
+        if is_compute and graph.stage_of[op] != runner.stage:
+            continue
+        taken = [sizes[graph.visit_of[op]] for sizes in visits.sizes]
+        times = {
+            size: _computed_s(runner, op, size) if is_compute else _moved_s(runner, op, size, known)
+            for size in sorted(set(taken))
+        }
+        own[op] = statistics.mean(times[size] for size in taken)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
 
 
-def _meet(runner: OrderRunner, op: int, visit: VisitProgram) -> None:
-    visit.meet()
-    runner._parting.get(op, visit.part_again)()
+def _computed_s(runner: OrderRunner, op: int, size: int) -> float:
+    seconds = _replayed_s(runner, op, 2, size)
+    if runner._meets(op):
+        program = runner.program(op, size)
+        part_again = runner._parting.get((op, size), program.part_again)
+        seconds += _seconds(runner, lambda: (program.meet(), part_again()), 2)
+    return seconds
+
+
+def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
+    """Transfers of one kind and size take the same."""
+    program, action = runner.program(op, size), runner.schedule.operation(op).action
+    key = (action, program.num_rows)
+    if key not in known:
+        known[key] = _transfer_seconds(runner, program, action)
+    return known[key]
 
 
 def waiting_slowdown(runner: OrderRunner, op: int) -> float:
@@ -313,17 +365,17 @@ def waiting_slowdown(runner: OrderRunner, op: int) -> float:
     The stages take turns."""
     assert runner.links is not None
     other, slowdown = 1 - runner.stage, 1.0
-    tensor = torch.zeros_like(runner.visits[0].sent_TD)
+    tensor = torch.zeros_like(runner.visits[0][0].sent_TD)
     for turn in range(2):
         dist.barrier()
         if runner.stage != turn:
             channel = runner.links.sends[other]
             dist.barrier()
-            runner._on_stream(COMM, lambda c=channel: dist.send(tensor, c.rank, group=c.group), ())
+            runner._on_stream(COMM, lambda c=channel: _send(tensor, c), ())
             continue
         alone_s = _replayed_s(runner, op, 8)
         channel, name = runner.links.receives[other], "below" if turn else "above"
-        runner._on_stream(name, lambda c=channel: dist.recv(tensor, c.rank, group=c.group), ())
+        runner._on_stream(name, lambda c=channel: _receive(tensor, c), ())
         time.sleep(0.02)  # by then it waits
         slowdown = _replayed_s(runner, op, 8) / alone_s
         dist.barrier()
@@ -333,9 +385,17 @@ def waiting_slowdown(runner: OrderRunner, op: int) -> float:
     return slowdown
 
 
+def _send(tensor: Tensor, channel: Channel) -> None:
+    dist.send(tensor, channel.rank, group=channel.group)
+
+
+def _receive(tensor: Tensor, channel: Channel) -> None:
+    dist.recv(tensor, channel.rank, group=channel.group)
+
+
 def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
     """(computing's, exchanging's) time beside the other, over the time alone."""
-    visit = runner.visits[runner.schedule.graph.visit_of[op]]
+    visit = runner.program(op, 0)
     buffer = torch.zeros_like(visit.sent_TD)
 
     def exchange() -> None:
@@ -348,7 +408,7 @@ def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
     for watched, share in ((COMPUTE, 0.5), (COMM, 2.0)):
         counts = {COMPUTE: 16, COMM: max(2, round(16 * compute_s / comm_s / share))}
         dist.barrier()
-        together = _together(runner, {COMPUTE: runner._graphs[op], COMM: exchange}, counts)
+        together = _together(runner, {COMPUTE: runner.graph(op, 0), COMM: exchange}, counts)
         alone_s = counts[watched] * (compute_s if watched == COMPUTE else comm_s)
         found.append(together[watched] / alone_s)
     return found[0], found[1]
@@ -394,9 +454,9 @@ def _seconds(runner: OrderRunner, work: Any, repeats: int, stream_name: str = CO
     return start.elapsed_time(stop) / 1e3 / repeats
 
 
-def _replayed_s(runner: OrderRunner, op: int, repeats: int) -> float:
+def _replayed_s(runner: OrderRunner, op: int, repeats: int, size: int = 0) -> float:
     """Only a graph can run again and again; on a CPU an operation consumes what it needs."""
-    return _seconds(runner, runner._graphs[op], repeats) if runner.on_cuda else _CPU_S
+    return _seconds(runner, runner.graph(op, size), repeats) if runner.on_cuda else _CPU_S
 
 
 def _transfer_seconds(runner: OrderRunner, visit: VisitProgram, action: Action) -> float:

@@ -10,7 +10,15 @@ import torch
 
 from experiments.two_gpus.cases import NUM_TASKS, PIPELINE, SOLO, TENSOR, Config
 from experiments.two_gpus.layouts import Weights
-from experiments.two_gpus.run import TINY, Rank, _loader, choose_order, make_visits
+from experiments.two_gpus.run import (
+    TINY,
+    Rank,
+    _loader,
+    choose_order,
+    chooser,
+    last_metrics,
+    make_visits,
+)
 from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import OrderRunner
@@ -47,15 +55,18 @@ def train(rank: int, config: Config, path: Path) -> None:
     htasks = tuple(i // config.parts for i in range(len(visits.programs)))
     base = sequential_schedule(htasks, NUM_TASKS, TINY, config.replica)
     runner = OrderRunner(
-        base, place.stage, visits.programs, links, _loader(visits), me.device, early=config.early
-    )
+        base, place.stage, visits.programs, links, _loader(visits), me.device,
+        early=config.early, choose=chooser(visits),
+    )  # fmt: skip
+    assert any(len(programs) > 1 for programs in visits.programs)
     runner.prepare()
     if config.order != "sequential":
         runner.schedule, _ = choose_order(base.graph.problem, config, base)
     found = []
     for first, count in ((0, 1), (1, 1), (2, 3)):
         runner.run(count, first_round=first)
-        found.append(torch.stack([p.metrics_2S[:, 0] for p in visits.programs]))
+        metrics = last_metrics(visits, first + count - 1)
+        found.append(torch.stack([torch.tensor(values)[:, 0] for values in metrics]))
     torch.save(found, path.with_name(f"{path.name}-{rank}.pt"))
 
 

@@ -86,8 +86,10 @@ def launches_of(schedule: Schedule, stage: int, rounds: int) -> list[Launch]:
 
 
 class OrderRunner:
-    """``visits``: this stage's program of each visit. ``load(round, visit)``: fills its inputs on
-    the current stream. On CUDA ``prepare`` captures; on a CPU operations run as they are.
+    """``visits``: this stage's programs of each visit, one a size; ``choose(round, visit)``: which
+    of them a round takes, the same on all ranks. ``load(round, visit, size)``: fills its inputs on
+    the current stream. On CUDA ``prepare`` captures; on a CPU operations run as they are. Sizes of
+    one visit share their graphs' memory: a visit's next round begins when its last one is over.
 
     ``early``: receives are posted a round ahead, so that no sender waits. A posted receive holds
     multiprocessors of a GPU until its message is there, so else it is posted when the computation
@@ -95,18 +97,22 @@ class OrderRunner:
     """
 
     def __init__(
-        self, schedule: Schedule, stage: int, visits: Sequence[VisitProgram], links: Links | None,
-        load: Callable[[int, int], None], device: torch.device, separate: bool = True,
-        early: bool = True,
+        self, schedule: Schedule, stage: int, visits: Sequence[Sequence[VisitProgram]],
+        links: Links | None, load: Callable[[int, int, int], None], device: torch.device,
+        separate: bool = True, early: bool = True,
+        choose: Callable[[int, int], int] = lambda at, visit: 0,
     ) -> None:  # fmt: skip
+        self.choose, self._first_round = choose, 0
         self.early = early
         self.schedule, self.stage, self.visits = schedule, stage, visits
         self.links, self.load, self.device = links, load, device
         self.on_cuda = device.type == "cuda"
-        self._graphs: dict[int, Captured] = {}
-        self._reduced: dict[int, Any] = {}
-        self._parting: dict[int, Captured] = {}  # after the ranks of a stage have met
-        self._packed: dict[int, Captured] = {}  # of a stage of several ranks, before a transfer
+        self._graphs: dict[tuple[int, int], Captured] = {}  # by operation and size, as all four
+        self._reduced: dict[tuple[int, int], Any] = {}
+        self._parting: dict[tuple[int, int], Captured] = {}  # after the ranks of a stage have met
+        self._packed: dict[
+            tuple[int, int], Captured
+        ] = {}  # of a stage of several ranks, before a transfer
         self._streams: dict[str, Any] = {}
         if self.on_cuda:
             names = (COMPUTE, COMM, "below", "above")
@@ -131,18 +137,16 @@ class OrderRunner:
             torch.cuda.synchronize()
             self._each_visit(self._capture)
             torch.cuda.synchronize()
-        else:
-            self._graphs = {op: self._plain(op) for op in self._own_ops(COMPUTE)}
 
-    def _each_visit(self, work: Callable[[int], None]) -> None:
-        """Inputs without any row: nothing is trained."""
-        for index in range(len(self.visits)):
+    def _each_visit(self, work: Callable[[int, int], None]) -> None:
+        """``work(operation, size)``, on inputs without any row: nothing is trained."""
+        for index, programs in enumerate(self.visits):
             first = self.schedule.graph.first_op[index]
-            count = len(self.schedule.operations)
-            self._with_stream(lambda index=index: self.load(-1, index))
-            for op in range(first, first + count):
-                if self.schedule.graph.stage_of[op] == self.stage:
-                    work(op)
+            for size in range(len(programs)):
+                self._with_stream(lambda index=index, size=size: self.load(-1, index, size))
+                for op in range(first, first + len(self.schedule.operations)):
+                    if self.schedule.graph.stage_of[op] == self.stage:
+                        work(op, size)
 
     def _with_stream(self, work: Callable[[], None]) -> None:
         if not self.on_cuda:
@@ -151,40 +155,50 @@ class OrderRunner:
         with torch.cuda.stream(self._streams[COMPUTE]):
             work()
 
-    def _plain(self, op: int) -> Captured:
-        visit = self.visits[self.schedule.graph.visit_of[op]]
-        operation = self.schedule.operation(op)
-        return lambda: visit.run(operation)
+    def program(self, op: int, size: int) -> VisitProgram:
+        return self.visits[self.schedule.graph.visit_of[op]][size]
 
-    def _run_plain(self, op: int) -> None:
+    def _size(self, at: int, op: int) -> int:
+        """In a round of this run."""
+        return self.choose(self._first_round + at, self.schedule.graph.visit_of[op])
+
+    def graph(self, op: int, size: int) -> Captured:
+        """What an operation computes, captured where there is a GPU."""
+        return self._graphs.get((op, size)) or self._plain(op, size)
+
+    def _plain(self, op: int, size: int) -> Captured:
+        program, operation = self.program(op, size), self.schedule.operation(op)
+        return lambda: program.run(operation)
+
+    def _run_plain(self, op: int, size: int) -> None:
         """Without neighbours: sums over the ranks are skipped."""
         if self.schedule.graph.stream_of[op] % 2 == 0:
-            self._with_stream(self._plain(op))
+            self._with_stream(self._plain(op, size))
 
-    def _capture(self, op: int) -> None:
-        visit_index = self.schedule.graph.visit_of[op]
-        visit = self.visits[visit_index]
+    def _capture(self, op: int, size: int) -> None:
+        program, key = self.program(op, size), (op, size)
         operation = self.schedule.operation(op)
+        if program.memory is None:
+            handle = torch.cuda.graph_pool_handle()
+            for each in self.visits[self.schedule.graph.visit_of[op]]:
+                each.memory = handle
+        stream = self._streams[COMPUTE]
         if self.schedule.graph.stream_of[op] % 2 == 0:
-            if visit.memory is None:
-                visit.memory = torch.cuda.graph_pool_handle()
-            stream = self._streams[COMPUTE]
-            self._graphs[op] = capture(self._plain(op), visit.memory, stream)
+            self._graphs[key] = capture(self._plain(op, size), program.memory, stream)
             if self._meets(op):
-                self._parting[op] = capture(visit.part_again, visit.memory, stream)
+                self._parting[key] = capture(program.part_again, program.memory, stream)
         elif operation.action is Action.REDUCE:
-            self._reduced[op] = visit.exchanged(operation.backward)
+            self._reduced[key] = program.exchanged(operation.backward)
         else:
-            pack = visit.packing(operation)
+            pack = program.packing(operation)
             if pack is not None:
-                self._packed[op] = capture(pack, visit.memory, self._streams[COMPUTE])
+                self._packed[key] = capture(pack, program.memory, stream)
 
     def _meets(self, op: int) -> bool:
         """Whether the stage's ranks sum up gradients after this operation."""
         operation = self.schedule.operation(op)
-        visit = self.visits[self.schedule.graph.visit_of[op]]
         is_end = operation.action is Action.BACKWARD and operation.is_last
-        return is_end and visit.part.step is not None
+        return is_end and self.program(op, 0).part.step is not None
 
     def _own_ops(self, stream: str) -> Iterable[int]:
         graph = self.schedule.graph
@@ -197,6 +211,7 @@ class OrderRunner:
 
     def run(self, rounds: int, first_round: int = 0, trace: bool = False) -> float:
         """All rounds, filling and draining the pipeline once. Seconds on this rank's clock."""
+        self._first_round = first_round
         plan = launches_of(self.schedule, self.stage, rounds)
         receives = self._receives(rounds)
         self.timed = []
@@ -211,7 +226,7 @@ class OrderRunner:
         computed: list[Any] = []
         for item in plan:
             self._post(pending, item, tokens, computed[-2:-1])
-            self._launch(item, tokens, first_round, trace)
+            self._launch(item, tokens, trace)
             if item.stream == COMPUTE:
                 computed.append(tokens[item.round, item.op])
         self._finish(tokens)
@@ -231,7 +246,7 @@ class OrderRunner:
             while ops and (wanted or (self.early and ops[-1][0] <= item.round + 1)):
                 node = ops.pop()
                 wanted.discard(node)
-                tokens[node] = self._receive(stream, node[1], () if self.early else gate)
+                tokens[node] = self._receive(stream, node, () if self.early else gate)
 
     def _receives(self, rounds: int) -> dict[str, list[tuple[int, int]]]:
         """What neighbours send here, each in its order."""
@@ -249,9 +264,10 @@ class OrderRunner:
             ]
         return found
 
-    def _receive(self, stream: str, op: int, gate: Sequence[Any]) -> Any:
+    def _receive(self, stream: str, node: tuple[int, int], gate: Sequence[Any]) -> Any:
+        at, op = node
         operation = self.schedule.operation(op)
-        visit = self.visits[self.schedule.graph.visit_of[op]]
+        visit = self.program(op, self._size(at, op))
         channel = self.links.receives[self.stage + (1 if stream == "above" else -1)]
         targets = {
             Action.SEND_ACTIVATIONS: (visit.received_TD,),
@@ -265,35 +281,35 @@ class OrderRunner:
 
         return self._on_stream(stream, work, gate)
 
-    def _launch(self, item: Launch, tokens: dict[Any, Any], first_round: int, trace: bool) -> None:
-        graph = self.schedule.graph
-        visit_index = graph.visit_of[item.op]
-        visit, operation = self.visits[visit_index], self.schedule.operation(item.op)
+    def _launch(self, item: Launch, tokens: dict[Any, Any], trace: bool) -> None:
+        visit_index, size = self.schedule.graph.visit_of[item.op], self._size(item.round, item.op)
+        visit, operation = self.program(item.op, size), self.schedule.operation(item.op)
         waits = [tokens[item.round, node] for node in (*item.waits, *item.messages)
                  if (item.round, node) in tokens]  # fmt: skip
         if item.stream == COMPUTE:
             enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
             meets = self._meets(item.op)
-            part_again = self._parting.get(item.op, visit.part_again)
+            part_again = self._parting.get((item.op, size), visit.part_again)
+            compute, at = self.graph(item.op, size), self._first_round + item.round
 
             def work() -> None:
                 if enters:
-                    self.load(first_round + item.round, visit_index)
-                self._graphs[item.op]()
+                    self.load(at, visit_index, size)
+                compute()
                 if meets:
                     visit.meet()
                     part_again()
         else:
-            work = self._communication(item.op, visit)
+            work = self._communication(item.op, size)
         tokens[item.round, item.op] = self._on_stream(
             item.stream, work, waits, (item.round, item.op) if trace else None,
             after_compute=item.stream == COMM,
         )  # fmt: skip
 
-    def _communication(self, op: int, visit: VisitProgram) -> Callable[[], None]:
-        operation = self.schedule.operation(op)
+    def _communication(self, op: int, size: int) -> Callable[[], None]:
+        visit, operation = self.program(op, size), self.schedule.operation(op)
         if operation.action is Action.REDUCE:
-            tensor = self._reduced.get(op)
+            tensor = self._reduced.get((op, size))
 
             def exchange() -> None:
                 target = visit.exchanged(operation.backward) if tensor is None else tensor
@@ -307,7 +323,7 @@ class OrderRunner:
             Action.SEND_NORM: lambda: (visit.total_S if visit.part.is_first else visit.norm_S,),
         }[operation.action]
 
-        pack = self._packed.get(op, visit.packing(operation))
+        pack = self._packed.get((op, size), visit.packing(operation))
 
         def send() -> None:
             if pack is not None:
