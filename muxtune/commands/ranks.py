@@ -174,15 +174,13 @@ def follow(config: TrainConfig) -> None:
     """What a rank other than 0 does, from the first to the last. Does not return."""
     from muxtune.runtime.distributed.launch import leave
 
-    info = None
     try:
         info = rank_info(config)
         worker, watch, _ = join_crew(config, info)
         worker.serve()
         watch.close()
     except MuxTuneError as error:
-        rank = "?" if info is None else info.rank
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         leave(2)
     leave(0)
 
