@@ -75,7 +75,13 @@ rehearse many lora_32
 tests static tests/runtime/test_static_step_methods.py tests/runtime/test_shared_attention.py \
   tests/gpu/test_static_step_cuda.py
 tests runtime tests/gpu/test_gpu_runtime.py
-tests kernels tests/kernels
+# Uncaptured with blocking launches, so that an error is told by the launch that made it.
+beside tests_many_uncaptured env CUDA_LAUNCH_BLOCKING=1 "$python" -m pytest -m gpu --no-header -q \
+  --tb=long -p no:cacheprovider tests/gpu/test_many_slots.py -k "any_number and False"
+beside tests_many_captured "$python" -m pytest -m gpu --no-header -q --tb=short \
+  -p no:cacheprovider tests/gpu/test_many_slots.py -k "share or True"
+tests kernels -n 6 --dist worksteal tests/kernels/test_triton_linear.py \
+  tests/kernels/test_triton_row_scaling.py tests/kernels
 part isolation_mixed
 part isolation_fast
 if [ "$budget" -ge 400 ]; then

@@ -94,7 +94,7 @@ class Report:
             self.data[name] = run()
         except Exception as error:
             self.data["errors"][name] = "".join(traceback.format_exception(error))[-3000:]
-            print(f"[{name}] FAILED: {str(error)[:600]}", flush=True)
+            print(f"[{name}] FAILED: {self.data['errors'][name]}", flush=True)
         product.free()
         took_s = self.data["part_s"][name] = round(time.perf_counter() - start_s, 1)
         shown = json.dumps(self.data.get(name), default=str)[:1000]
