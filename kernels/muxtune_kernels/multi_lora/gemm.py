@@ -15,7 +15,7 @@ columns of one low-rank step.
 import triton
 import triton.language as tl
 
-from .tiles import NO_SLOT, uniform_slot
+from .tiles import slot_range, uniform_slot
 
 RANK_STEP = tl.constexpr(16)
 
@@ -46,7 +46,7 @@ def _load_factor(factor_ptr, offset_ptr, rank_ptr, slot, column, n_N, in_N, tota
 
 
 @triton.jit
-def _mixed_low_rank(h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N, in_N,
+def _mixed_low_rank(h_TJ, slot_T, slot, after, factor_ptr, offset_ptr, rank_ptr, column, n_N, in_N,
                     total_rank, stride_row, stride_n, acc_TN, BLOCK_T: tl.constexpr,
                     RANK_PAD: tl.constexpr):  # fmt: skip
     """acc + h F for the rows of slots `slot` and `slot + 1`, in one product over twice the ranks.
@@ -57,7 +57,7 @@ def _mixed_low_rank(h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, 
     pair_J = tl.arange(0, 2 * RANK_STEP)
     of_J = slot + pair_J // RANK_STEP
     j_J = column % RANK_PAD + pair_J % RANK_STEP
-    known_J = of_J <= last
+    known_J = of_J < after
     rank_J = tl.load(rank_ptr + of_J, mask=known_J, other=0)
     row_J = (column // RANK_PAD) * total_rank + tl.load(offset_ptr + of_J, mask=known_J, other=0)
     f_JN = tl.load(
@@ -117,15 +117,14 @@ def _linear_tile(
             acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
     else:
         slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-        first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
-        last = tl.max(slot_T)
+        first, after = slot_range(slot_T)
         for column in range(0, INNER * RANK_PAD, RANK_STEP):
             if column > 0:
                 h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
                                h_stride_split, dtype, H_SPLITS)  # fmt: skip
-            for slot in range(first, last + 1, 2):
+            for slot in range(first, after, 2):
                 acc_TN = _mixed_low_rank(
-                    h_TJ, slot_T, slot, last, factor_ptr, offset_ptr, rank_ptr, column, n_N,
+                    h_TJ, slot_T, slot, after, factor_ptr, offset_ptr, rank_ptr, column, n_N,
                     in_N, total_rank, factor_stride_row, factor_stride_n, acc_TN, BLOCK_T,
                     RANK_PAD,
                 )  # fmt: skip

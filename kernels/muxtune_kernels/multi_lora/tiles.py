@@ -23,8 +23,17 @@ import triton.language as tl
 
 from ..dropout.bits import keep_bits, row_words
 
-# Above every slot; a loop from here takes no step, nor does the step that its prefetch looks ahead.
-NO_SLOT = tl.constexpr(1 << 30)
+_NO_SLOT = tl.constexpr(1 << 30)  # above every slot
+
+
+@triton.jit
+def slot_range(slot_T):
+    """(first, one past the last) of the slots of a tile's rows; (0, 0) where all are filler: a
+    loop's loads are issued ahead of it, so even a loop of no step must begin at a slot that exists
+    (far beyond the table such an address may lie in no space that a load is allowed)."""
+    stop = tl.max(slot_T) + 1
+    first = tl.min(tl.where(slot_T < 0, _NO_SLOT, slot_T))
+    return tl.minimum(first, stop), stop
 
 
 @triton.jit
@@ -129,8 +138,8 @@ def shrink_tile(
         )  # fmt: skip
     else:
         h_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
-        first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
-        for slot in range(first, tl.max(slot_T) + 1):
+        first, after = slot_range(slot_T)
+        for slot in range(first, after):
             if tl.max((slot_T == slot).to(tl.int32)) > 0:
                 part_TJ = _shrink_slot(
                     slot, x_row_T, in_T, word_T, threshold_T, factor_ptr, offset_ptr, rank_ptr,
@@ -164,15 +173,14 @@ def expand_tile(
     n_N = n_start + block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_T, in_N = row_T < num_rows, n_N < n_stop
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-    last = tl.max(slot_T)
-    first = tl.min(tl.where(slot_T < 0, NO_SLOT, slot_T))
+    first, after = slot_range(slot_T)
     j_J = tl.arange(0, BLOCK_J)
     h_TJ = tl.load(
         h_ptr + row_T.to(tl.int64)[:, None] * h_stride + member * RANK_PAD + j_J[None, :],
         mask=in_T[:, None] & (j_J < INNER * RANK_PAD)[None, :], other=0.0,
     )  # fmt: skip
     acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for slot in range(first, last + 1):
+    for slot in range(first, after):
         rank = tl.load(rank_ptr + slot)
         if (tl.max((slot_T == slot).to(tl.int32)) > 0) & (rank > 0):
             row_J, in_J = _factor_rows(
