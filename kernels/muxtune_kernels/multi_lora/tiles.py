@@ -28,9 +28,11 @@ _NO_SLOT = tl.constexpr(1 << 30)  # above every slot
 
 @triton.jit
 def slot_range(slot_T):
-    """(first, one past the last) of the slots of a tile's rows; (0, 0) where all are filler: a
-    loop's loads are issued ahead of it, so even a loop of no step must begin at a slot that exists
-    (far beyond the table such an address may lie in no space that a load is allowed)."""
+    """(first, one past the last) of the slots of a tile's rows; (0, 0) where all are filler.
+
+    A loop's loads are issued ahead of it as asynchronous copies, of no bytes where the loop has no
+    step, but even then from an address that must be a global one: so a loop over no slots begins
+    at one that exists, not far behind the table."""
     stop = tl.max(slot_T) + 1
     first = tl.min(tl.where(slot_T < 0, _NO_SLOT, slot_T))
     return tl.minimum(first, stop), stop
