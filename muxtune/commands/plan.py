@@ -392,8 +392,9 @@ def _representative_caption(found: Representative, sample: RoundSample) -> str:
     drawn = " + ".join(map(str, found.counts))
     mean = " + ".join(f"{n:.3g}" for n in sample.passes)
     return (
-        f"a representative round of {drawn} micro-batches (on average {mean}), from a cold start; "
-        f"this one takes {found.period_ns / 1e6:.1f} ms, the mean one {sample.time_s * 1e3:.1f} ms"
+        f"representative rounds of {drawn} micro-batches (on average {mean}), from a cold start; "
+        f"such a one takes {found.period_ns / 1e6:.1f} ms, the mean one "
+        f"{sample.time_s * 1e3:.1f} ms"
     )
 
 

@@ -65,14 +65,16 @@ def representative(
         player.piece(htask, seconds or model.pass_coefficients(htask.shapes[-1], replica).base_s, n)
         for htask, seconds, n in zip(plan.htasks, pass_times_s, passes, strict=True)
     ]
-    closing = [1 if turn.count else counts[turn.htask] for turn in plan.round]
+    closing = tuple([1 if turn.count else counts[turn.htask] for turn in plan.round])
     if plan.interleaves and replica.pp > 1:
-        timeline = player.timeline(pieces, counts, tuple(closing), ROUNDS)
+        timeline = player.timeline(pieces, counts, closing, ROUNDS)
         return Representative(counts, ((0, timeline),), timeline.period_ns)
+    turns = [
+        player.timeline(pieces, [n if i == at else 0 for i, n in enumerate(counts)], closing, 1)
+        for at in range(len(counts))
+    ]
     parts, begin_ns = [], 0
-    for at, count in enumerate(counts):
-        alone = [count if i == at else 0 for i in range(len(counts))]
-        timeline = player.timeline(pieces, alone, tuple(closing), 1)
+    for timeline in turns * ROUNDS:
         parts.append((begin_ns, timeline))
         begin_ns += timeline.makespan_ns
-    return Representative(counts, tuple(parts), float(begin_ns))
+    return Representative(counts, tuple(parts), begin_ns / ROUNDS)
