@@ -17,7 +17,7 @@ from muxtune.report.metrics import (
     fairness_index,
     fleet_summary,
 )
-from muxtune.report.recording import TASK_COLUMNS, RecordingPlanner, task_row
+from muxtune.report.recording import TASK_COLUMNS, RecordingPlanner, csv_line, task_row
 from muxtune.types import InstanceSpec, TaskState
 from muxtune_sim.options import InstanceTotals
 
@@ -106,6 +106,14 @@ def test_hours_add_up_and_shared_gpus_count_once():
 
 def test_energy_is_not_guessed_for_a_device_without_a_known_power():
     assert energy_kwh({"0": "d"}, {"0": HOUR}, {}, HOUR, PowerDraw({"d": 0.0})) is None
+
+
+@pytest.mark.parametrize("text", ["plain", "", "a,b", 'say "no"', "two\nlines", "r\r", "é", " x "])
+def test_lines_are_what_the_csv_module_writes(text: str):
+    cells = ("id", text, None, 0.1, 1e-9, 12345678.901234567, 7, True)
+    expected = io.StringIO()
+    csv.writer(expected, lineterminator="\n").writerow(cells)
+    assert csv_line(cells) == expected.getvalue()
 
 
 class Numbered:
