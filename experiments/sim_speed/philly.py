@@ -45,6 +45,8 @@ def words_of(planner: str, arguments: argparse.Namespace) -> list[str]:
         f"workload.load={arguments.load.get(planner, LOADS[planner])}",
         "plan_samples=100",
         *(SHARED if planner != "exclusive" else ()),
+        # Weighing every change against its transition takes 40% more; see the README.
+        *(("planner.hysteresis=false",) if planner == "muxtune" else ()),
         *arguments.override,
     ]
     return [*words, f"workload.limit={arguments.tasks}"] if arguments.tasks else words
