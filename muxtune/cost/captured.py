@@ -121,10 +121,12 @@ class CapturedCostModel(ProfiledCostModel):
             tally.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
             tally.extrapolated |= shape.padded_tokens > rate.max_size
         optimizer_s = self._optimizers(tally, shape.slots)
+        again = self._add_recompute(tally, shape)
+        forward, backward = (layers * rate.per_unit_s for rate in pair_rates)
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,
-            (layers * pair_rates[0].per_unit_s, layers * pair_rates[1].per_unit_s),
+            (forward, backward + again * forward),
             (0.0, 0.0),
             optimizer_s,
             tally.half_width_s,

@@ -204,9 +204,11 @@ class ProfiledCostModel(ComposedCostModel):
         return fit_affine(rows, [leaf_of(point) for point in points], max(sizes))
 
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
-        """Measured: making one adapter's tensors and optimizer state, by trained numbers."""
+        """Measured: making a task and putting it in its place, by trained numbers; where a
+        profile has no steps, its tensors and optimizer state only."""
         size = (float(ops.adapter_parameters(self.model, slot)),)
-        value, width, outside = self._table("adapter_load").at(size)
+        name = "join" if "join" in self.profile.ops else "adapter_load"
+        value, width, outside = self._table(name).at(size)
         return Estimate(value, max(value - width, 0.0), value + width, outside)
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:

@@ -63,6 +63,7 @@ from muxtune_kernels.multi_lora import (
 )
 
 MAX_POSITIONS = 4096
+MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
 _LOSS_CHUNK_ROWS = 1024
@@ -257,17 +258,20 @@ class CapturedOps:
         qkv_TC = self._fresh(num_rows, features)
         dout_TC = self._fresh(num_rows, self.shape.query_dim)
 
+        for which in (program, plain):
+            which._lay_out(num_rows, rows)
+
         class Kept(NamedTuple):
             qkv_TC: Tensor
             attended_TC: Tensor
             attention: Any
 
         def forward(which: StepProgram) -> BlockWork:
-            return lambda i: which._attend(i, qkv_TC.clone(), rows)
+            return lambda i: which._attend(i, qkv_TC.clone())
 
         def backward(which: StepProgram) -> BlockWork:
             rotated_TC = qkv_TC.clone()
-            kept = Kept(rotated_TC, *which._attend(0, rotated_TC, rows))
+            kept = Kept(rotated_TC, *which._attend(0, rotated_TC))
             return lambda i: which._attend_backward(i, dout_TC, kept, rows)
 
         return (forward(program), forward(plain)), (backward(program), backward(plain))
@@ -323,7 +327,7 @@ class CapturedOps:
         share = num_rows // len(slots)
         lengths = [length] * (share // length) + ([share % length] if share % length else [])
         layout = StepLayout(
-            num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, max(64, length)
+            num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, max(MIN_SEQLEN, length)
         )
         inputs = StepInputs(layout, self.device)
         host = HostBuffer(layout, False)
@@ -374,9 +378,14 @@ class CapturedOps:
             once(1)
             rough_s = min(_event_s(lambda: once(1)) for _ in range(2))
             times = int(min(20, max(1, _SAMPLE_S / max(rough_s, 1e-6))))
+            # Without what torch.cuda.graph does around it: collecting garbage takes longer.
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            try:
                 once(times)
+            finally:
+                graph.capture_end()
             graph.replay()
             seconds = [_event_s(graph.replay) / (times * blocks) for _ in range(_REPEATS)]
         del graph
@@ -391,8 +400,8 @@ class CapturedOps:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            gc.collect()
             if self.device.type == "cuda":
+                gc.collect(1)  # of this point: what the imports left is older
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
 

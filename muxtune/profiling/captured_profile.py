@@ -95,7 +95,7 @@ def _site_work(
 
 def _attention_points(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     for num_rows in (rows[0], rows[len(rows) // 2], rows[-1]):
-        for length in (32, 128, 512, 2048):
+        for length in (32, 128, 512, 1024):
             if length <= num_rows:
                 yield num_rows, length
 

@@ -53,6 +53,7 @@ ELEMENTS = (1 << 11, 1 << 14, 1 << 17)
 LOAD_PARAMETERS = (1 << 14, 1 << 18, 1 << 21)
 REFINE_ERROR = 0.08
 MIN_SWEEPS, MIN_STEPS = 3, 3
+JOIN_RANKS = (8, 32)
 SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
 STEPS_SHARE = 0.4  # of the budget
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
@@ -123,6 +124,7 @@ def profile_machine(
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
             whole, captures, failed = _whole_steps(bench, most, end_s, report)
             left_out += failed
+            ops["join"] = _join_op(bench)
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
         clocks.append(clocks_now(target))
@@ -209,6 +211,13 @@ def _whole_steps(
         captures += found.capture_s.values()
         per_row_s = (time.perf_counter() - start_s) / case.micro_batch_tokens
     return steps, captures, missing
+
+
+def _join_op(bench: StepBench) -> dict[str, Any]:
+    """Making a task and putting it in its place, by trained numbers."""
+    found = [bench.joins(rank) for rank in JOIN_RANKS]
+    points = [{"parameters": float(count), **summarise(seconds)} for count, seconds in found]
+    return {"unit": "s", "axes": ["parameters"], "points": points}
 
 
 def _capture_op(shape: ModelShape, seconds: Sequence[float]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from muxtune.cost.schema import CAPTURED
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.profiling.step_cases import StepCase
+from muxtune.profiling.step_cases import StepCase, StepTask
 from muxtune.protocols import LengthSource
 from muxtune.runtime.adapters.low_rank import A, B
 from muxtune.runtime.backbone import BackboneStore, random_weights
@@ -31,6 +31,7 @@ from muxtune.runtime.bank import (
     TaskState,
     TaskTensors,
     adapter_slot,
+    drop,
     grad_dtype_for,
 )
 from muxtune.runtime.batch import place_task
@@ -38,7 +39,16 @@ from muxtune.runtime.memory import MemoryMeter
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
 from muxtune.runtime.runners import Runners
-from muxtune.types import Cursor, MicroBatch, PassLoad, Plan, TaskSpec
+from muxtune.types import (
+    AdapterSlot,
+    Cursor,
+    HTask,
+    MicroBatch,
+    PassLoad,
+    Plan,
+    ShapeKey,
+    TaskSpec,
+)
 from muxtune.workload.random_texts import RandomTexts
 
 MAX_ROUNDS = 4
@@ -154,6 +164,28 @@ class StepBench:
             setup_s,
         )
 
+    def joins(self, rank: int, repeats: int = 3) -> tuple[int, list[float]]:
+        """(trained numbers, seconds from a task's specification to its place in a pool)."""
+        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
+        spec = StepTask(rank=rank).spec("new", self.shape.name, 0)
+        htask = plan_of_one(adapter_slot(spec))
+        seconds = []
+        with on_stream:
+            runners = Runners(self.backbone, self.options, self._notices.append)
+            exact = grad_dtype_for(self.device, self.options.deterministic)
+            bank = AdapterBank(self.backbone, exact, runners)
+            bank.arrange([htask], {})  # the pool is there, as where tasks join others
+            for _ in range(repeats):
+                start_s = self._clock()
+                state = bank.create(spec, 1)
+                bank.arrange([htask], {"new": state})
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(self._clock() - start_s)
+                numbers = sum(tensors.param.numel() for tensors in state.tensors.values())
+                drop(state)
+        return numbers, seconds
+
     def _state(self, bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
         """A fresh task; LoRA's factors are made on the device, by the thousandth of the time that
         PEFT's initial values take."""
@@ -184,6 +216,11 @@ class StepBench:
         while started:
             started.popleft().result()
         return self._clock() - start_s
+
+
+def plan_of_one(slot: AdapterSlot) -> HTask:
+    """One slot for the task ``new``."""
+    return HTask((ShapeKey(64, 1, (slot,)),), {"new": 0}, {"new": 1})
 
 
 def _arranged(

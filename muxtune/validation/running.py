@@ -23,7 +23,7 @@ from muxtune.validation.steps import Models, Report, fits, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
 
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
-OPS_SHARE, DYNAMIC_SHARE = 0.1, 0.25
+OPS_SHARE, STEPS_FIRST_SHARE = 0.1, 0.5
 
 
 class ValidationOptions(NamedTuple):
@@ -98,14 +98,20 @@ def _run(
             end_s=start_s + OPS_SHARE * options.budget_s, clock=now, report=of("operations"),
         )
     }  # fmt: skip
-    dynamic_end_s = end_s
-    if options.dynamic_s:
-        left["dynamic"] = _run_dynamic(attempt, device, options, end_s, of("dynamic runs"))
     cases = suite_of(profile, options)
-    left["steps"] = run_steps(
-        cases, profile, device, attempt.records["steps"], end_s=dynamic_end_s,
-        case_s=options.case_s, clock=now, report=of("steps"),
-    )  # fmt: skip
+
+    def steps_until(until_s: float) -> int:
+        return run_steps(
+            cases, profile, device, attempt.records["steps"], end_s=until_s,
+            case_s=options.case_s, clock=now, report=of("steps"),
+        )  # fmt: skip
+
+    if options.dynamic_s:
+        # Kernels are compiled by then, which is no part of a run, and a run that is cut off later
+        # has something of everything.
+        steps_until(start_s + STEPS_FIRST_SHARE * options.budget_s)
+        left["dynamic"] = _run_dynamic(attempt, device, options, end_s, of("dynamic runs"))
+    left["steps"] = steps_until(end_s)
     return left
 
 

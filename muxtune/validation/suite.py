@@ -19,6 +19,7 @@ from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask
 
 PLANS_PER_WORKLOAD = 12
 NUM_WORKLOADS = 3
+MAX_LENGTH_TOKENS = 1024  # longer ones take another form of attention, which profiles do not hold
 _MAX_DRAWS = 200
 _HISTOGRAMS = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge", "code_alpaca_2k")
 _GRID_RANKS, _OTHER_RANKS = (16, 64), (8, 12, 24, 32, 40, 48)
@@ -86,7 +87,12 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
     groups = min(count, _pick(random, (1, 1, 1, 2, 3, 4)))
     share = rows // (chunk * -(-count // groups)) * chunk
     tasks = tuple(
-        _task(random, max(chunk, min(1024, share)), options.methods if mixed else (), off_grid)
+        _task(
+            random,
+            max(chunk, min(MAX_LENGTH_TOKENS, share)),
+            options.methods if mixed else (),
+            off_grid,
+        )
         for _ in range(count)
     )
     labels = {"grid": not off_grid, "mixed": mixed, "profiled_shape": shape == options.shapes[0]}
