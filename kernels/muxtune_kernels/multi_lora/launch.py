@@ -40,6 +40,7 @@ from .tuning import (
     has_half_tail,
     next_power_of_2,
     num_sms,
+    shrunk_members,
 )
 
 
@@ -231,14 +232,17 @@ def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning:
     splits = tuning.shrink_splits
     h = _new_h(x_TD, layout, splits)
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
-    shrink_kernel[(cdiv(num_rows, tuning.shrink_t), splits)](
-        x_TD, a_RD, h, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
-        rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width, layout.total_rank,
-        x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), layout.j_width, h.stride(0),
-        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, tuning.shrink_t,
-        tuning.shrink_k, next_power_of_2(layout.j_width),
-        num_warps=tuning.warps, num_stages=tuning.shrink_stages,
-    )  # fmt: skip
+    inner = shrunk_members(layout.num_members, layout.rank_pad)
+    for member in range(0, layout.num_members, inner):
+        factor_RD, part = a_RD[member * layout.total_rank :], h[..., member * layout.rank_pad :]
+        shrink_kernel[(cdiv(num_rows, tuning.shrink_t), splits)](
+            x_TD, factor_RD, part, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
+            layout.rank_S, rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width,
+            layout.total_rank, x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), layout.j_width,
+            h.stride(0), inner, layout.rank_pad, splits, rows.dropout is not None,
+            tuning.shrink_t, tuning.shrink_k, next_power_of_2(inner * layout.rank_pad),
+            num_warps=tuning.warps, num_stages=tuning.shrink_stages,
+        )  # fmt: skip
     return h
 
 

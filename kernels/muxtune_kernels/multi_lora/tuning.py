@@ -100,8 +100,9 @@ def tuning_of(
 ) -> Tuning:  # fmt: skip
     """widths: of the members' outputs. itemsize: of x, in bytes."""
     j_width = len(widths) * rank_pad
-    shrink_t = 64 if j_width <= 64 else 16
-    shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + j_width * 4) * 3)
+    shrunk = shrunk_members(len(widths), rank_pad) * rank_pad
+    shrink_t = 64 if shrunk <= 64 else 16
+    shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + shrunk * 4) * 3)
     expand_n, j_block = 256, next_power_of_2(j_width)
     while j_block * (expand_n * 4 + 32 * itemsize) > _SHARED_BYTES:
         expand_n //= 2
@@ -124,6 +125,12 @@ def tuning_of(
         da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),
         db_warps=8 if db_n > 128 else 4, db_stages=3 if db_n > 128 else 4,
     )  # fmt: skip
+
+
+def shrunk_members(num_members: int, rank_pad: int) -> int:
+    """Members whose factors one launch of the shrink reads: all of them from one read of x, or
+    one where all together would leave room for tiles of few rows and features only."""
+    return num_members if num_members * rank_pad <= 64 else 1
 
 
 def _fit(block: int, shared_bytes) -> int:
