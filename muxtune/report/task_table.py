@@ -13,7 +13,7 @@ from muxtune.report.recording import TASK_COLUMNS
 TEXTS = ("task_id", "tenant", "model", "state", "instance_id", "output_path", "message")
 COUNTS = ("steps", "effective_tokens", "priority", "num_placements", "lost_steps")
 FLAGS = ("met_deadline",)
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 
 
 def write_parquet(source: Path, target: IO[bytes]) -> bool:
