@@ -302,7 +302,7 @@ class ValidateConfig(CommonConfig):
     what is there. ``num_cases``: step configurations. ``models``: base models beside the profiled
     one, NAME or NAME:LAYERS; empty: two variants of it. ``max_rows``: of a micro-batch, 0: as
     profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the two
-    dynamic runs takes, 0: none. ``clock``: see `muxtune profile`."""
+    dynamic runs takes, 0: none. ``clock``: empty: as the profile was taken."""
 
     profile: str = ""
     budget_s: float = 300.0
@@ -312,7 +312,7 @@ class ValidateConfig(CommonConfig):
     max_tasks: int = 32
     case_s: float = 0.5
     dynamic_s: float = 20.0
-    clock: str = "wall"
+    clock: str = ""
 
 
 @dataclass

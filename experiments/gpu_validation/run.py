@@ -71,7 +71,6 @@ def main() -> None:
         8 if is_tiny else 32,
         args.case_s,
         args.dynamic_s,
-        args.clock,
     )
     report = validate(args.out, path, options, _say)
     shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}

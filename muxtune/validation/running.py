@@ -22,6 +22,7 @@ from muxtune.validation.single_ops import run_ops
 from muxtune.validation.steps import Models, Report, fits, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
 
+WALL = "wall"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
 OPS_SHARE, STEPS_FIRST_SHARE = 0.1, 0.5
 
@@ -37,7 +38,7 @@ class ValidationOptions(NamedTuple):
     max_tasks: int = 32
     case_s: float = 0.5
     dynamic_s: float = 0.0
-    clock: str = "wall"
+    clock: str = ""  # as the profile was taken
 
 
 def validate(
@@ -51,6 +52,11 @@ def validate(
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
     warnings = profile_warnings_here(profile) if options.budget_s else []
+    if options.dynamic_s and (options.clock or profile_clock(profile)) != WALL:
+        warnings.append(
+            "no dynamic runs: they take wall time, and the profile's is the process's own. Profile"
+            " with clock=wall on a quiet machine"
+        )
     left = _run(attempt, device, options, report) if options.budget_s else {}
     rows = [attempt.records[name].rows for name in ("steps", "ops")]
     rows.append(_with_predictions(attempt))
@@ -62,7 +68,7 @@ def validate(
         "software": dict(profile.software),
         "program": dict(profile.program),
         "profile": profile.content_hash,
-        "clock": options.clock,
+        "clock": options.clock or profile_clock(profile),
         "left": left,
         "warnings": warnings,
         "provenance": provenance(),
@@ -70,6 +76,10 @@ def validate(
     (folder / REPORT).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw_all(folder, *rows)
     return summary
+
+
+def profile_clock(profile: Profile) -> str:
+    return str(profile.program.get("clock", WALL))
 
 
 def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
@@ -88,7 +98,9 @@ def _run(
     options: ValidationOptions,
     report: Callable[[str, float, str], None],
 ) -> dict[str, int]:
-    profile, now = attempt.profile, clock_of(options.clock, device)
+    profile = attempt.profile
+    clock = options.clock or profile_clock(profile)
+    now = clock_of(clock, device)
     start_s = time.perf_counter()
     end_s = start_s + options.budget_s
     of: Callable[[str], Report] = lambda what: lambda share, text: report(what, share, text)  # noqa: E731
@@ -106,7 +118,7 @@ def _run(
             case_s=options.case_s, clock=now, report=of("steps"),
         )  # fmt: skip
 
-    if options.dynamic_s:
+    if options.dynamic_s and clock == WALL:
         # Kernels are compiled by then, which is no part of a run, and a run that is cut off later
         # has something of everything.
         steps_until(start_s + STEPS_FIRST_SHARE * options.budget_s)
