@@ -117,6 +117,8 @@ def _part(
 
 
 def make_visits(config: Config, rank: Rank, weights: Weights, stage_part: Any) -> Visits:
+    if config.replica.tp > 1 and config.parts > 1:
+        raise ValueError("ranks of a stage meet after every micro-batch: give one part")
     on_cuda = rank.device.type == "cuda"
     rounds = known_rounds(config, rank.shape.vocab, 512 if on_cuda else 10)
     pools = []
