@@ -147,8 +147,7 @@ def timed_parts() -> Any:
     watch.wrap(PlannerBase, "plan", "planner")
     watch.wrap(SyntheticLibrary, "add", "library")
     watch.wrap(ComposedCostModel, "transition_s", "cost.transition")
-    for part in ("forecast", "advance", "rounds_until", "round_tokens"):
-        watch.wrap(MeanStepBuilder, part, f"builder.{part}")
+    watch.wrap(MeanStepBuilder, "course", "builder.course")
     for verb in ("wait", "apply", "prepare"):
         watch.wrap(SimExecutor, verb, f"simulator.{verb}")
     watch.wrap(Decider, "decide", "engine.decide")

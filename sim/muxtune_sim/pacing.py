@@ -59,7 +59,7 @@ class Pacer:
 
     def timed(self, plan: Plan, cursors: Mapping[str, Cursor], cost: CostModel) -> TimedPlan:
         """From these cursors on. Raises ConfigError for an order that is not valid."""
-        if not plan.htasks or len(plan.replicas) > 1 or plan.replicas[0].num_gpus == 1:
+        if not plan.htasks or len(plan.replicas) != 1 or plan.replicas[0].num_gpus == 1:
             # Several replicas meet after every micro-batch: nothing interleaves.
             found = self._unpaced.get(id(cost))
             return found or self._unpaced.setdefault(id(cost), TimedPlan(cost, 0.0))
