@@ -21,14 +21,27 @@ from muxtune.cost import AnalyticOptions, CostBook  # noqa: E402
 from muxtune.planners.base import site_of  # noqa: E402
 from muxtune.planners.exclusive import ExclusivePlanner  # noqa: E402
 from muxtune.planners.muxtune import MuxTunePlanner  # noqa: E402
+from muxtune.planners.rounds import round_of  # noqa: E402
 from muxtune.types import InstanceView, Plan  # noqa: E402
 
 OUTPUT = HERE.parent.parent / "validation" / "near_optimum.json"
 
 
 def step_s(planner, view: InstanceView) -> float | None:
+    """The closed form of what the planner plans, whatever a player predicts of its order: the
+    optimum that it is compared with knows the closed form only."""
     answer = planner.plan(view, None)
-    return answer.predicted.tasks_step_time_s if isinstance(answer, Plan) else None
+    if not isinstance(answer, Plan):
+        return None
+    site, keys = site_of(view), sorted(map(planner._key_of, view.tasks))
+    costed = planner.arrange(site, tuple(planner._classes[key] for key in keys))
+    groups, costs = costed.arrangement.groups, costed.group_costs
+    planned = [sorted(htask.quota.values()) for htask in answer.htasks]
+    assert sorted(planned) == sorted(sorted(group.quota) for group in groups)
+    passes = tuple(max(cost.passes_per_step) for cost in costs)
+    times_s = tuple(cost.pass_time_s for cost in costs)
+    counted = None not in costed.arrangement.counts
+    return round_of(passes, times_s, site.replica.pp, counted=counted).step_time_s
 
 
 def exclusive_s(costs: CostBook, view: InstanceView) -> float | None:

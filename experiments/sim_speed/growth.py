@@ -82,8 +82,7 @@ def words_of(point: Point) -> list[str]:
         f"workload.load={LOADS[point.planner]}",
         MIX,
         "plan_samples=100",
-        # As in philly.py: what weighing every change takes is told in the README.
-        *([*shared, "planner.hysteresis=false"] if point.planner == "muxtune" else []),
+        *(shared if point.planner == "muxtune" else []),
     ]
 
 
