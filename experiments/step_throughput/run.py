@@ -286,7 +286,10 @@ def main() -> None:
         return
     report = Report(args.out, args.seconds)
     report.data |= {"environment": environment(args.device), "rehearsal": args.rehearse}
-    report.data["arguments"] = {key: str(value) for key, value in vars(args).items()}
+    report.data["arguments"] = {
+        key: value.name if isinstance(value, Path) else str(value)
+        for key, value in vars(args).items()
+    }
     if args.checked:
         report.data["check"] = json.loads(args.checked.read_text())["check"]
     bench = Bench(args, report)
