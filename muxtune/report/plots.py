@@ -144,11 +144,12 @@ def slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Pa
         )  # fmt: skip
         if bound:
             axes.hlines(bound, index - 0.4, index + 0.4, color=PALETTE[5], linewidth=2)
-    for color, label in ((PALETTE[2], "with max_slowdown"), (PALETTE[0], "without")):
-        axes.bar(0, math.nan, color=color, label=label)
-    axes.plot([], [], color=PALETTE[5], linewidth=2, label="promised")
+    if any(bound for _, _, bound in rows):
+        for color, label in ((PALETTE[2], "with max_slowdown"), (PALETTE[0], "without")):
+            axes.bar(0, math.nan, color=color, label=label)
+        axes.plot([], [], color=PALETTE[5], linewidth=2, label="promised")
     axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle=":")
-    axes.set_ylabel("time since placement / predicted time alone")
+    axes.set_ylabel("time since placement\nover predicted time alone")
     axes.margins(y=0.15)
     _category_axis(axes, [row[0] for row in rows])
     _finish(axes, "Slowdown of each task")

@@ -79,6 +79,20 @@ def test_same_tasks_same_plan_in_any_order_and_unchanged_is_previous():
     assert isinstance(grown, Plan) and grown.epoch == 1
 
 
+@pytest.mark.parametrize(
+    "field", [{"sequences_per_step": 64}, {"max_length_tokens": 16}, {"max_slowdown": 9.0}]
+)
+def test_tasks_that_share_slot_and_lengths_may_be_of_different_classes(field: dict[str, int]):
+    """Fleets hand out the same objects to many tasks; those are what classes are looked up by."""
+    one = task("a", batch=4)
+    other = one._replace(task_id="b", **field)
+    assert other.slot is one.slot and other.lengths is one.lengths
+    planner = MuxTunePlanner(lambda model, device: HandCost(launch_s=1e-3))
+    fresh = MuxTunePlanner(lambda model, device: HandCost(launch_s=1e-3))
+    assert planner.class_of_view(one) != planner.class_of_view(other)
+    assert planner.plan(view(other), None) == fresh.plan(view(other), None)
+
+
 def test_max_slowdown_refuses_the_neighbour_that_would_break_it():
     planner = MuxTunePlanner(lambda model, device: HandCost(), promise_margin=0.0)
     tasks = [task(name, max_slowdown=2.0) for name in "abc"]
