@@ -385,6 +385,8 @@ class CapacityConfig(SimulateConfig):
 
 
 def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

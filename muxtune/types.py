@@ -268,7 +268,11 @@ class Prediction(NamedTuple):
     tasks_step_time_s: float  # time in which every task takes one optimizer step
     takeover_s: float = 0.0  # until the plan's own rounds begin, told where promises hang on it
     played_ratio: float = 1.0  # of a pipeline without an order: played round over the closed form
-    forgone_s: float = 0.0  # what better plans would have gained since running hTasks are kept
+    # Of a plan that keeps running hTasks: what better plans had gained up to ``kept_ns``, when
+    # it was made, and what the better one would gain a second from then on.
+    forgone_s: float = 0.0
+    forgone_share: float = 0.0
+    kept_ns: int = 0
 
 
 class Plan(NamedTuple):

@@ -50,12 +50,13 @@ def finished_before(path: Path, config: Any) -> bool:
     is another sweep, which would write over them. Where results go is not such a setting: Hydra's
     own ``hydra.sweep.dir`` chooses the folder as well, and leaves ``output_dir`` a time of day.
     """
+    import yaml
     from omegaconf import OmegaConf
 
     try:
         finished = json.loads((path / SUMMARY).read_text("utf-8")).get("status") == OK
         saved = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return False
     asked = OmegaConf.to_container(config, resolve=True)
     if finished and _without_folder(saved) != _without_folder(asked):

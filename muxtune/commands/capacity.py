@@ -72,6 +72,9 @@ def check(config: CapacityConfig) -> None:
         remedy = "Name kinds with devices=[...]; `muxtune simulate` plays the rest"
         problem = "a capacity answer is a fleet of one kind that neither fails, grows nor preempts"
         raise ConfigError("cluster", problem, remedy)
+    if any(not isinstance(name, str) for name in config.devices):
+        remedy = "Give names of devices, such as devices=[H100-SXM]"
+        raise ConfigError("devices", f"are {config.devices}", remedy)
     if len(set(config.devices)) != len(config.devices):
         raise ConfigError("devices", "names a device twice", "Give each once")
 

@@ -43,7 +43,8 @@ _STUDENT = (
 
 class WholeStep(NamedTuple):
     """One measured step of a profile. ``repeats_s``: of all its passes. ``peak_bytes``: above
-    what the process held besides the weights."""
+    what the process held besides the weights; 0 or less where what had been freed before hid it.
+    ``num_slots``: adapters of all its hTasks; 0: not known."""
 
     name: str
     loads: tuple[PassLoad, ...]
@@ -98,7 +99,7 @@ def fit_composition(steps: Sequence[WholeStep], breakdown_s: Breakdown) -> Compo
     times = np.array([step.median_s for step in steps])
     best = _fit(features, times)
     error = _interval(features, times)
-    spread = float(np.median([_spread(step.repeats_s) for step in steps]))
+    spread = float(np.median([spread_of(step.repeats_s) for step in steps]))
     return Composition(*best, max(MIN_RELATIVE_ERROR, float(np.hypot(error, spread))), len(steps))
 
 
@@ -135,7 +136,7 @@ def _interval(features: np.ndarray, times: np.ndarray) -> float:
     return student * float(np.sqrt(np.mean(np.square(errors))))
 
 
-def _spread(repeats_s: Sequence[float]) -> float:
+def spread_of(repeats_s: Sequence[float]) -> float:
     """Half of the middle 90% of the repeats over their median."""
     low, middle, high = np.quantile(repeats_s, (0.05, 0.5, 0.95))
     return float((high - low) / 2 / middle)
@@ -155,6 +156,7 @@ def fit_memory(
     most: Callable[[WholeStep], int],
 ) -> MemoryFit:
     """``resident(step)``: counted bytes held all the time; ``most(step)``: of its largest pass."""
+    steps = [step for step in steps if step.peak_bytes > 0]
     if len(steps) < _MIN_STEPS:
         return MemoryFit()
     held = np.array([resident(step) for step in steps], float)

@@ -35,6 +35,8 @@ from muxtune.cost.profiled import ProfiledCostModel, leaf_of
 from muxtune.cost.shapes import ModelShape
 from muxtune.types import AdapterSlot, Estimate, ReplicaShape, ShapeKey
 
+UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
+
 MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
@@ -242,8 +244,9 @@ class CapturedCostModel(ProfiledCostModel):
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """By the blocks that were captured: launches grow with them, rows hardly count. Nothing on
-        a CPU, where the program runs as it is."""
+        a CPU, where the program runs as it is; a guess where no capture was measured."""
         if "capture" not in self.profile.ops:
-            return Estimate(0.0, 0.0, 0.0, False)
+            is_cpu = self.profile.device.get("kind") == "cpu"
+            return Estimate(0.0, 0.0, 0.0, False) if is_cpu else UNKNOWN_CAPTURE
         value, width, outside = self._table("capture").at((float(self.model.num_layers),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)

@@ -78,12 +78,14 @@ class ProfiledCostModel(ComposedCostModel):
         self._coefficients.clear()
 
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
-        """A step's shapes hold all of its slots."""
+        """A step's shapes hold all of its slots; those of hTasks that are alike are told by their
+        number."""
         options = self.memory.options
 
         def resident(step: WholeStep) -> int:
             hosted = {load.shape.slots: None for load in step.loads}
             slots = [slot for each in hosted for slot in each]
+            slots *= max(1, step.num_slots // max(1, len(slots)))
             return self.memory.resident_bytes(slots) - options.framework_bytes
 
         fit = fit_memory(

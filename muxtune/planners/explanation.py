@@ -89,7 +89,9 @@ def unpromised(instance: InstanceView, plan: Plan, make_planner: MakePlanner) ->
 
 
 class Partitioner(Protocol):
-    """A planner that can say what another partition into hTasks would take."""
+    """A planner that can say what another partition into hTasks would take, where it chooses."""
+
+    chooses_htasks: bool
 
     def partition_step_s(
         self, instance: InstanceView, partition: Sequence[Sequence[str]]
@@ -99,7 +101,7 @@ class Partitioner(Protocol):
 def fusions(instance: InstanceView, plan: Plan, planner: InstancePlanner) -> list[Fusion]:
     """Each hTask of several tasks, and each two of the first ``MAX_PAIRED`` hTasks; empty for
     planners that cannot choose."""
-    if getattr(planner, "chooses_htasks", False) is not True:
+    if not getattr(planner, "chooses_htasks", False):
         return []
     ask = cast(Partitioner, planner).partition_step_s
     groups = [tuple(sorted(htask.quota)) for htask in plan.htasks]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from muxtune.types import HTask, InstanceView, Plan
+from muxtune.types import NS_PER_S, HTask, InstanceView, Plan, Prediction
 
 
 class Choice(NamedTuple):
@@ -22,6 +22,12 @@ class Choice(NamedTuple):
     kept_step_s: float
     new_step_s: float
     cost_s: float
+
+    @property
+    def gain_share(self) -> float:
+        """Seconds that the better plan gains a second. A kept plan that is faster gains less than
+        nothing."""
+        return 1 - self.new_step_s / self.kept_step_s
 
 
 class Verdict(NamedTuple):
@@ -46,9 +52,13 @@ def horizon_s(instance: InstanceView, plan: Plan) -> float:
 
 
 def weigh(choice: Choice, until_s: float, forgone_s: float = 0.0) -> Verdict:
-    """``until_s``: to the next finish. A kept plan that is faster gains less than nothing."""
-    gain_s = until_s * (1 - choice.new_step_s / choice.kept_step_s)
-    return Verdict(gain_s, forgone_s, choice.cost_s, until_s)
+    """``until_s``: to the next finish."""
+    return Verdict(until_s * choice.gain_share, forgone_s, choice.cost_s, until_s)
+
+
+def forgone_s(running: Prediction, now_ns: int) -> float:
+    """What has been lost by now since running hTasks are kept: only time that has passed counts."""
+    return running.forgone_s + running.forgone_share * (now_ns - running.kept_ns) / NS_PER_S
 
 
 def carried_htasks(instance: InstanceView, previous: Plan) -> tuple[HTask, ...]:

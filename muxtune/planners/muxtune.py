@@ -38,7 +38,7 @@ from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
 from muxtune.planners.grouping import Memo as GroupTimes
 from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
-from muxtune.planners.hysteresis import Choice, carried_htasks, horizon_s, reason, weigh
+from muxtune.planners.hysteresis import Choice, carried_htasks, forgone_s, horizon_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
 from muxtune.planners.played import Candidate, Piece, Player, held_bytes, plan_of, refine
@@ -432,6 +432,7 @@ class MuxTunePlanner(PlannerBase):
             self._groups,
             self._searched,
             self._carried_groups,
+            self._made,
             self._group_times,
             self._choices,
         )
@@ -467,13 +468,17 @@ class MuxTunePlanner(PlannerBase):
         choice, kept = self._choice(instance, plan, answer, previous)
         if choice is None:
             return plan
-        verdict = weigh(choice, horizon_s(instance, plan), previous.predicted.forgone_s)
+        verdict = weigh(
+            choice, horizon_s(instance, plan), forgone_s(previous.predicted, instance.now_ns)
+        )
         if not verdict.keeps:
             return plan
         kept = kept or self._kept(instance, previous, plan.epoch)
         if kept is None:
             return plan
-        predicted = kept.predicted._replace(forgone_s=verdict.forgone_s + verdict.gain_s)
+        predicted = kept.predicted._replace(
+            forgone_s=verdict.forgone_s, forgone_share=choice.gain_share, kept_ns=instance.now_ns
+        )
         return kept._replace(reason=reason(verdict, plan.reason), predicted=predicted)
 
     def _choice(
@@ -609,8 +614,16 @@ class MuxTunePlanner(PlannerBase):
                 (classes[i], htask.quota[name]) for name, i in zip(names, members, strict=True)
             ]
             group = self._carried_group(site, htask.shapes, chosen, range(len(chosen)))
-            known = self._made[key] = htask.shapes, group
+            known = self._remember_made(site, htask.shapes, group)
         return known[1].over(members)
+
+    def _remember_made(
+        self, site: Site, shapes: tuple[ShapeKey, ...], group: Group
+    ) -> tuple[tuple[ShapeKey, ...], Group]:
+        if len(self._made) >= MEMO_GROUPS:
+            self._made.clear()
+        made = self._made[id(shapes), site.time_percent] = shapes, group
+        return made
 
     def _carried_group(
         self,
@@ -740,9 +753,7 @@ class MuxTunePlanner(PlannerBase):
         cost = group_cost(shape, loads, model, site, fill.shares_of(sizes))
         need = model.pass_bytes(shapes[-1], site.replica)
         group = Group(shape, cost, max(cost.passes_per_step), need)
-        if len(self._made) >= MEMO_GROUPS:
-            self._made.clear()
-        self._made[id(shapes), site.time_percent] = shapes, group
+        self._remember_made(site, shapes, group)
         return group
 
     def _smallest(

@@ -155,8 +155,8 @@ class Player:
         return RoundProblem(
             tuple(piece.graph for piece in pieces),
             tuple(
-                _durations_ns(piece, count if per_step else 1)
-                for piece, count in zip(pieces, counts, strict=True)
+                _durations_ns(piece, closing)
+                for piece, closing in zip(pieces, per_step or (1,) * len(pieces), strict=True)
             ),
             tuple(HTaskTurn(at, n) for at, n in enumerate(counts) if n),
             self.num_stages,

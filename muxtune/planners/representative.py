@@ -65,7 +65,8 @@ def representative(
         player.piece(htask, seconds or model.pass_coefficients(htask.shapes[-1], replica).base_s, n)
         for htask, seconds, n in zip(plan.htasks, pass_times_s, passes, strict=True)
     ]
-    closing = tuple([1 if turn.count else counts[turn.htask] for turn in plan.round])
+    counted = {turn.htask for turn in plan.round if turn.count}
+    closing = tuple([1 if at in counted else n for at, n in enumerate(counts)])
     if plan.interleaves and replica.pp > 1:
         timeline = player.timeline(pieces, counts, closing, ROUNDS)
         return Representative(counts, ((0, timeline),), timeline.period_ns)

@@ -63,7 +63,7 @@ class MeanStepBuilder(StepBuilder):
         course = self._mean_course(plan, cursors, lengths)
         if course is None:
             return super().advance(plan, cursors, lengths, rounds)
-        return course.advance(rounds)
+        return {**cursors, **course.advance(rounds)}
 
     def forecast(
         self, plan: Plan, cursors: Cursors, lengths: LengthSource, cost: CostModel

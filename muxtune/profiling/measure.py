@@ -43,6 +43,7 @@ from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
 from muxtune.profiling.calibration_cases import calibration_cases
 from muxtune.profiling.steps import StepBench
+from muxtune.runtime.bank import grad_dtype_for
 
 ROWS = (16, 64, 256, 1024)
 LENGTHS = (16, 64, 128, 256, 512, 1024)
@@ -89,12 +90,12 @@ def profile_machine(
     shape = _shape(model)
     if not 0 < budget_s < float("inf"):
         raise ConfigError("profile.budget_s", f"is {budget_s}", "give seconds, more than 0")
-    target = _device(device)
+    target = checked_device(device)
     style = program
     if program == "auto":
         style = CAPTURED if target.type == "cuda" and shape.family == LLAMA else EAGER
     if style not in (CAPTURED, EAGER):
-        raise ConfigError("profile.program", f"'{program}'", "choose auto, captured or eager")
+        raise ConfigError("program", f"is '{program}'", "Choose auto, captured or eager")
     now = clock_of(clock, target)
     exact = True if deterministic is None else deterministic
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
@@ -111,7 +112,7 @@ def profile_machine(
                 clock=now,
                 report=lambda done, text: report(share * done, text),
             )  # fmt: skip
-            ops |= _adapter_loads(target, dtype)
+            ops |= _adapter_loads(Bench(target, dtype, now))
         else:
             grids = (rows or ROWS, ranks or RANKS, lengths)
             ops = _measure_eager(
@@ -129,7 +130,7 @@ def profile_machine(
                 ops["capture"] = _capture_op(shape, captures)
         clocks.append(clocks_now(target))
     if style == CAPTURED and target.type == "cuda" and "capture" not in ops:
-        ops["capture"] = _capture_op(shape, [_UNKNOWN_CAPTURE_S])
+        left_out.append("capture: no step was captured, so its time is a guess")
     raw = {
         "schema_version": SCHEMA_VERSION,
         "device": device_description(target),
@@ -143,9 +144,6 @@ def profile_machine(
         "quality": {"spread": typical_spread(ops), "left_out": left_out},
     }
     return {**raw, "content_hash": content_hash(raw)}
-
-
-_UNKNOWN_CAPTURE_S = 1.0
 
 
 def clock_of(name: str, device: torch.device) -> Callable[[], float]:
@@ -167,7 +165,7 @@ def _measure_eager(
     report: ProgressCallback,
 ) -> dict[str, Any]:
     sweeper = Sweeper(bench)
-    sum_dtype = torch.float64 if exact and bench.device.type == "cpu" else torch.float32
+    sum_dtype = grad_dtype_for(bench.device, exact)
     end = time.perf_counter() + budget_s
     for case_list in _all_cases(shape, *grids, sum_dtype):
         sweeper.add(case_list)
@@ -176,8 +174,8 @@ def _measure_eager(
     return _per_tensor(sweeper.ops())
 
 
-def _adapter_loads(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    sweeper = Sweeper(Bench(device, dtype))
+def _adapter_loads(bench: Bench) -> dict[str, Any]:
+    sweeper = Sweeper(bench)
     sweeper.add([cases.adapter_load_case(count) for count in (*LOAD_PARAMETERS, 1 << 24)])
     for _ in range(MIN_SWEEPS):
         sweeper.sweep()
@@ -207,7 +205,8 @@ def _whole_steps(
         except Exception as error:
             missing.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        steps.append(WholeStep(case.name, found.loads, found.repeats_s, found.peak_bytes))
+        times_s, peak_bytes = found.repeats_s, found.peak_bytes
+        steps.append(WholeStep(case.name, found.loads, times_s, peak_bytes, len(case.tasks)))
         captures += found.capture_s.values()
         per_row_s = (time.perf_counter() - start_s) / case.micro_batch_tokens
     return steps, captures, missing
@@ -281,10 +280,12 @@ def _shape(model: ModelShape | str | object) -> ModelShape:
     return from_hf_config(getattr(model, "config", model))
 
 
-def _device(name: str) -> torch.device:
+def checked_device(name: str) -> torch.device:
     target = torch.device("cuda" if name not in {"cpu", "cuda"} else name)
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("profile.device", f"'{name}' is not there", "use cpu on this machine")
+        raise ConfigError(
+            "cluster.device", f"there is no GPU for '{name}'", "choose cluster=local_cpu"
+        )
     return target
 
 

@@ -316,14 +316,16 @@ def _limit(row: Row, tables: Tables) -> list[Piece]:
 
 
 def _hangs_on(rows: Sequence[Row]) -> list[Piece]:
-    known = [row for row in rows if row["change"] is not None]
     story: list[Piece] = ["What the answer hangs on, each assumption by itself: "]
-    for name in dict.fromkeys(row["assumption"] for row in known):
+    for name in dict.fromkeys(row["assumption"] for row in rows):
         story += [f"{ASSUMPTIONS[name]} "]
-        for row in (item for item in known if item["assumption"] == name):
+        for row in (item for item in rows if item["assumption"] == name):
             story += ["x ", cell("sensitivity", row, "moved_to"), ": "]
-            story += [cell("sensitivity", row, "usd_per_month"), " a month; "]
-    return [*story, "base: ", cell("sensitivity", known[0], "base_usd_per_month"), "."]
+            if row["change"] is None:
+                story += ["no fleet asked about will do; "]
+            else:
+                story += [cell("sensitivity", row, "usd_per_month"), " a month; "]
+    return [*story, "base: ", cell("sensitivity", rows[0], "base_usd_per_month"), "."]
 
 
 def _table_sections(tables: Tables) -> list[Section]:

@@ -11,7 +11,6 @@ Another profile in the same folder is another attempt; the same one goes on wher
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.errors import ProfileError
-from muxtune.validation.records import Records, read_lines
+from muxtune.validation.records import Records, append_line, read_lines
 
 PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
 RECORDS = ("steps", "ops", "dynamic")
@@ -33,21 +32,27 @@ class Attempt:
         self.profile: Profile = load_profile(profile_path)
         folder.mkdir(parents=True, exist_ok=True)
         here = folder / PROFILE
-        if here.exists() and here.resolve() != profile_path.resolve():
-            self._put_away_unless_same(here)
+        if not self._are_of_this_profile(here):
+            self._put_away()
         if here.resolve() != profile_path.resolve():
             here.write_bytes(profile_path.read_bytes())
-        self.records = {name: Records(folder / f"{name}.jsonl") for name in RECORDS}
+        stamp = {"profile": self.profile.content_hash}
+        self.records = {name: Records(folder / f"{name}.jsonl", stamp) for name in RECORDS}
 
-    def _put_away_unless_same(self, here: Path) -> None:
-        try:
-            same = load_profile(here).content_hash == self.profile.content_hash
-        except ProfileError:
-            same = False
-        if same:
-            return
-        number = 1 + sum(1 for _ in self.folder.glob("attempt-*"))
-        kept = self.folder / f"attempt-{number}"
+    def _are_of_this_profile(self, here: Path) -> bool:
+        """The profile and the records of the folder: the profile may have been replaced."""
+        if here.exists():
+            try:
+                if load_profile(here).content_hash != self.profile.content_hash:
+                    return False
+            except ProfileError:
+                return False
+        rows = (row for name in RECORDS for row in read_lines(self.folder / f"{name}.jsonl"))
+        return all(row.get("profile") == self.profile.content_hash for row in rows)
+
+    def _put_away(self) -> None:
+        numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("attempt-*")]
+        kept = self.folder / f"attempt-{max(numbers, default=0) + 1}"
         kept.mkdir()
         for name in (PROFILE, REPORT, *(f"{name}.jsonl" for name in RECORDS)):
             if (self.folder / name).exists():
@@ -67,6 +72,4 @@ class Attempt:
                 if summary.get(name)
             },
         }
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
-        return row
+        return append_line(path, row)

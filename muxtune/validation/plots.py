@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from muxtune.report.plots import DOTS_PER_INCH, MARKERS, PALETTE
-from muxtune.validation.scoring import relative_error, spread_of, usable
+from muxtune.validation.scoring import finished, relative_error, spread_of, usable
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 def draw_all(folder: Path, steps: Rows, single_ops: Rows, dynamic: Rows) -> list[Path]:
     """PNG files of what there is."""
     ops = [op for row in usable(single_ops) for op in row["ops"]]
-    ends = [task for run in usable(dynamic) for task in run["tasks"]]
+    ends = finished(dynamic)
     drawn = []
     if good := usable(steps):
         drawn.append(predicted_measured(folder / "predicted_measured.png", good, ends))

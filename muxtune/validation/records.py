@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from muxtune.errors import OutputError
+from muxtune.report.run_folder import writing
 
 
 class Records:
-    """One file of JSON lines; every record has a ``name``, which is done once."""
+    """One file of JSON lines; every record has a ``name``, which is done once.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``stamp``: fields that all records get.
+    """
+
+    def __init__(self, path: Path, stamp: Mapping[str, Any] | None = None) -> None:
+        self.path, self.stamp = path, dict(stamp or {})
         self.rows: list[dict[str, Any]] = read_lines(path)
         self._names = {row["name"] for row in self.rows}
 
@@ -25,17 +28,24 @@ class Records:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Raises OutputError."""
-        line = json.dumps(row, sort_keys=True) + "\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error})") from error
-        self.rows.append(json.loads(line))
+        self.rows.append(append_line(self.path, {**self.stamp, **row}))
         self._names.add(row["name"])
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Behind a line that was cut off a new one begins. Returns the row as it will be read. Raises
+    OutputError."""
+    line = json.dumps(row, sort_keys=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    return json.loads(line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

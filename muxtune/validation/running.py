@@ -12,7 +12,8 @@ import torch
 
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
-from muxtune.profiling.measure import clock_of, profile_warnings_here
+from muxtune.errors import ConfigError
+from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
 from muxtune.report.run_folder import provenance
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import draw_dynamic, run_dynamic, with_prediction
@@ -51,6 +52,8 @@ def validate(
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
+    if options.budget_s:
+        device = checked_device(device.type)
     warnings = profile_warnings_here(profile) if options.budget_s else []
     if options.dynamic_s and (options.clock or profile_clock(profile)) != WALL:
         warnings.append(
@@ -209,6 +212,9 @@ def shapes_named(
         base, _, layers = name.partition(":")
         shape = known(base)
         if layers:
+            if not (layers.isdigit() and 1 <= int(layers) <= shape.num_layers):
+                remedy = f"Give NAME, or NAME:LAYERS with 1 to {shape.num_layers} layers"
+                raise ConfigError("models", f"'{name}'", remedy)
             shape = shape._replace(name=f"{base}-{layers}-layers", num_layers=int(layers))
         shapes.append(shape)
     return tuple(shapes)

@@ -16,6 +16,7 @@ from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.profiling import cases
 from muxtune.profiling.bench import Bench, Case, Sweeper
 from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.runtime.bank import grad_dtype_for
 from muxtune.validation.records import Records
 from muxtune.validation.steps import Models, Report
 from muxtune.validation.suite import seed_of
@@ -130,7 +131,8 @@ def _eager_draws(
     points = next(op for name, op in profile.ops.items() if name.startswith("linear_"))["points"]
     least, most = (f(point["rows"] for point in points) for f in (min, max))
     exact = bool(profile.program.get("deterministic", True))
-    sums = torch.float64 if exact else torch.float32
+    is_cpu = profile.device.get("kind") == "cpu"
+    sums = grad_dtype_for(torch.device("cpu" if is_cpu else "cuda"), exact)
     for _ in range(NUM_DRAWS):
         rows = int(np.exp(random.uniform(np.log(least), np.log(most))))
         rank, linear = int(random.integers(4, 65)), linears[int(random.integers(len(linears)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from muxtune.cost.book import profiled_model
 from muxtune.cost.profiled import ProfiledCostModel
 from muxtune.cost.schema import Profile
 from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
 from muxtune.profiling.steps import StepBench, whole_rounds
@@ -91,6 +93,7 @@ def run_steps(
 ) -> int:
     """Runs what is not in ``records`` yet until ``end_s`` (``time.perf_counter``); how many are
     left. Cases that fail are recorded with their error."""
+    _check_same_suite(cases, records)
     models, bench = Models(profile), None
     todo = [case for case in cases if not records.has(case.name)]
     for number, case in enumerate(todo):
@@ -104,6 +107,17 @@ def run_steps(
             bench = bench_of(profile, case.shape, device, clock)
         records.add(_row(case, models(case.shape), bench, case_s))
     return 0
+
+
+def _check_same_suite(cases: Sequence[StepCase], records: Records) -> None:
+    drawn = {case.name: case_to_json(case) for case in cases}
+    for row in records.rows:
+        if row["name"] in drawn and row["case"] != json.loads(json.dumps(drawn[row["name"]])):
+            raise ConfigError(
+                "output_dir",
+                f"'{records.path.parent}' holds records of another suite ('{row['name']}' differs)",
+                "Give num_cases, max_rows, max_tasks and models as before, or another folder",
+            )
 
 
 def bench_of(

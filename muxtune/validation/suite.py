@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ConfigError
 from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask
 
 PLANS_PER_WORKLOAD = 12
@@ -63,7 +64,11 @@ def _fitting(fits: Fits, draw: Callable[[], StepCase]) -> StepCase:
         case = draw()
         if fits(case):
             return case
-    raise ValueError(f"{_MAX_DRAWS} draws did not fit the device's memory")
+    raise ConfigError(
+        "max_rows",
+        f"{_MAX_DRAWS} drawn cases did not fit the device's memory",
+        "Lower max_rows or max_tasks, or give smaller models",
+    )
 
 
 def _pick(random: np.random.Generator, values: Sequence[Any]) -> Any:
@@ -83,7 +88,7 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
     chunk = _pick(random, (32, 64, 128))
     most = max(1, min(options.max_tasks, rows // chunk))
     count = _pick(random, [n for n in _TASKS if n <= most])
-    mixed = number % 4 == 3
+    mixed = number % 8 in (3, 6)  # once on the grid, once off it
     groups = min(count, _pick(random, (1, 1, 1, 2, 3, 4)))
     share = rows // (chunk * -(-count // groups)) * chunk
     tasks = tuple(
@@ -95,10 +100,13 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
         )
         for _ in range(count)
     )
-    labels = {"grid": not off_grid, "mixed": mixed, "profiled_shape": shape == options.shapes[0]}
-    return StepCase(
-        f"case {number:03d}", shape, tasks, _split(count, groups), chunk, rows, "chunk", labels
+    case = StepCase(
+        f"case {number:03d}", shape, tasks, _split(count, groups), chunk, rows, "chunk", {}
     )
+    measured = all(x.shapes[0].padded_tokens in options.grid_rows for x in case.plan().htasks)
+    own = shape == options.shapes[0]
+    labels = {"grid": measured and not off_grid, "mixed": mixed, "profiled_shape": own}
+    return case._replace(labels=labels)
 
 
 def _task(

@@ -61,13 +61,16 @@ def test_noise_widens_the_interval_and_few_steps_do_not_overrule_the_operations(
 
 
 def test_memory_of_passes_is_scaled_and_few_steps_change_nothing():
-    found = [step._replace(peak_bytes=int(1000 + 1.5 * 64 * 64 * 9)) for step in steps(1, 1, 0)]
+    found = steps(1, 1, 0)
     sizes = {step.name: 1000.0 * (index + 1) for index, step in enumerate(found)}
     found = [step._replace(peak_bytes=int(500 + 1.5 * sizes[step.name] + 70)) for step in found]
     fit = fit_memory(found, lambda _: 500, lambda step: int(sizes[step.name]))
     assert fit.pass_factor == pytest.approx(1.5, rel=0.01)
     assert fit.fixed_bytes == pytest.approx(70, abs=5)
     assert fit_memory(found[:2], lambda _: 0, lambda _: 1) == MemoryFit()
+    hidden = [step._replace(peak_bytes=-at) for at, step in enumerate(found)]
+    assert fit_memory(hidden, lambda _: 0, lambda _: 1) == MemoryFit()
+    assert fit_memory([*found, *hidden], lambda _: 500, lambda step: int(sizes[step.name])) == fit
 
 
 def test_a_step_survives_its_json():

@@ -287,6 +287,8 @@ def test_too_small_a_largest_fleet_is_named(tmp_path: Path, capsys: pytest.Captu
         (["policies=[mutune]"], "policies: 'mutune'"),
         (["policies=mutune"], "policies: 'mutune'"),
         (["devices=H1000"], "H1000"),
+        (["devices=5"], "devices: are [5]"),
+        (["policies=null"], "policies: are none"),
         (["num_seeds=0"], "num_seeds: is 0"),
         (["service_level.share=2"], "service_level.share"),
         (["warmup_share=1"], "warmup_share"),

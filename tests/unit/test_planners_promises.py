@@ -93,6 +93,24 @@ def test_a_departure_far_from_the_end_takes_the_better_plan():
     assert after.htasks == planner.plan(view(*tasks[:2]), None).htasks
 
 
+def test_what_was_forgone_is_what_time_has_passed_and_in_the_end_the_better_plan_is_taken():
+    planner = planner_of(HandCost(launch_s=1e-3))
+    before, tasks = fleet_of(planner, "a", "b", "c")
+    left = view(*tasks[:2])
+    kept = planner.plan(left, before)
+    assert isinstance(kept, Plan) and 0 < kept.predicted.forgone_share < 1
+    again = kept
+    for _ in range(50):  # asked often within one instant, nothing more is forgone
+        again = planner.plan(left, again)
+        assert isinstance(again, Plan) and again.predicted.forgone_s == 0
+    later = left._replace(now_ns=10**9)
+    half = planner.plan(later, kept)
+    assert isinstance(half, Plan)
+    assert half.predicted.forgone_s == pytest.approx(kept.predicted.forgone_share)
+    much_later = left._replace(now_ns=10**15)
+    assert planner.plan(much_later, kept).htasks == planner.plan(left, None).htasks  # type: ignore[union-attr]
+
+
 def test_hysteresis_depends_on_the_view_and_the_running_plan_only():
     cost = HandCost(launch_s=1e-3)
     used = planner_of(cost)

@@ -28,7 +28,7 @@ def test_rounds_ends_and_cursors_are_exact(seed: int):
     expected = exact.forecast(plan, cursors, lengths, COST)
     assert (found.rounds, found.task_ids) == (expected.rounds, expected.task_ids)
     for rounds in (0, 1, found.rounds // 2, found.rounds, found.rounds + 3):
-        arguments = (plan, cursors, lengths, rounds)
+        arguments = (plan, {**cursors, "elsewhere": Cursor(3)}, lengths, rounds)
         assert mean.advance(*arguments) == exact.advance(*arguments)
         assert mean.round_tokens(*arguments)[0] == exact.round_tokens(*arguments)[0]
 

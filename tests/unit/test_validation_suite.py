@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from muxtune.cost.shapes import ModelShape
+from muxtune.errors import ConfigError
 from muxtune.profiling.step_cases import case_from_json, case_to_json
 from muxtune.validation.records import Records
 from muxtune.validation.scoring import rankings, relative_error, summarise
@@ -57,7 +58,7 @@ def test_a_workload_has_different_plans_of_the_same_tasks(suite):
 def test_what_does_not_fit_is_drawn_again():
     small = draw_suite(HASH, OPTIONS, lambda case: len(case.tasks) <= 8)
     assert max(len(case.tasks) for case in small) <= 8
-    with pytest.raises(ValueError, match="memory"):
+    with pytest.raises(ConfigError, match=r"max_rows: .*memory.*Lower max_rows"):
         draw_suite(HASH, OPTIONS, lambda case: False)
 
 
@@ -106,3 +107,5 @@ def test_a_run_that_was_cut_off_keeps_its_whole_lines(tmp_path: Path):
         file.write('{"name": "b", "x"')
     again = Records(records.path)
     assert again.has("a") and not again.has("b")
+    again.add({"name": "c"})
+    assert [row["name"] for row in Records(records.path).rows] == ["a", "c"]
