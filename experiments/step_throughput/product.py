@@ -95,8 +95,13 @@ class Stopwatch(StepListener):
             raise Enough
 
     def _replays(self) -> dict[int, dict[int, int]]:
+        return {index: dict(item.steps.replays) for index, item in self.captured.items()}
+
+    @property
+    def captured(self) -> dict[int, CapturedRunner]:
+        """By hTask; one that runs eagerly has none."""
         return {
-            index: dict(runner.steps.replays)
+            index: runner
             for index, runner in enumerate(self.runners)
             if isinstance(runner, CapturedRunner)
         }
@@ -165,7 +170,7 @@ class Run(NamedTuple):
     """A case that has been measured, with what its ledger needs."""
 
     row: dict[str, Any]
-    runners: tuple[CapturedRunner, ...]
+    runners: dict[int, CapturedRunner]  # by hTask, as are the replays
     replays: dict[int, dict[int, int]]
     rounds: int
 
@@ -210,9 +215,8 @@ def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds:
         enough.__traceback__ = None  # its frames hold the engine
     row = _row(case, watch, outcomes.plans, executor)
     row["whole_s"] = time.perf_counter() - began_s
-    captured = tuple(runner for runner in watch.runners if isinstance(runner, CapturedRunner))
     executor.close()
-    return Run(row, captured, watch.replays, len(watch.measured))
+    return Run(row, watch.captured, watch.replays, len(watch.measured))
 
 
 class _NoEnds:

@@ -68,7 +68,7 @@ CASES = {
 }
 OTHERS = {"check": 15, "bound": 25, "hf_peft": 25, "sl_peft": 30, "ledger": 0}
 ORDER = (
-    "check", "lora_8", "bound", "hf_peft", "ledger", "sl_peft", *(n for n in CASES if n != "lora_8")
+    "check", "lora_8", "bound", "hf_peft", "sl_peft", "ledger", *(n for n in CASES if n != "lora_8")
 )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def device_times(done: product.Run) -> dict[str, Any]:
     """Milliseconds of each size that ran, of a round, and of the optimizers in it."""
     sizes: dict[int, dict[int, float]] = {}
     device_ms = optimizer_ms = 0.0
-    for index, runner in enumerate(done.runners):
+    for index, runner in done.runners.items():
         steps, counts = runner.steps, done.replays.get(index, {})
         sizes[index] = {n: 1e3 * frozen.replay_seconds(steps, n, 3) for n in counts}
         passes = sum(counts.values()) / done.rounds

@@ -226,7 +226,7 @@ class PoolKinds(Protocol):
         ...
 
     def keep(self, pools: Sequence[AdapterPool]) -> None:
-        """The others of its pools are not needed any more."""
+        """The others of its pools are let go: there are some."""
         ...
 
 
@@ -285,8 +285,8 @@ class AdapterBank:
                 if not _is_at(state, stay.get(state.task.task_id)):
                     take_out(state)
             del pool
-        self.pools = [pool for pool in matched if pool is not None]
-        if self._kinds is not None:
+        before, self.pools = len(self.pools), [pool for pool in matched if pool is not None]
+        if self._kinds is not None and len(self.pools) < before:
             self._kinds.keep(self.pools)
         pools: list[AdapterPool] = []
         for htask, pool, own in zip(htasks, matched, members, strict=True):

@@ -44,6 +44,7 @@ from muxtune.types import (
     EventKind,
     InstanceSpec,
     MicroBatch,
+    PackRule,
     Plan,
     ProgressData,
     TaskSpec,
@@ -240,9 +241,9 @@ class RunningInstance:
     def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
         states = {key: task.state for key, task in tasks.items() if task.state is not None}
         is_new = {key for key, state in states.items() if state.place is None and not state.step}
-        if not self._place_tasks(plan, states, is_new, tasks):
+        # Each time, slots of one more kind get pools of the other kind: this ends.
+        while not self._place_tasks(plan, states, is_new, tasks):
             self.bank.arrange((), {})
-            self._place_tasks(plan, states, is_new, tasks)
 
     def _place_tasks(
         self,
@@ -278,6 +279,8 @@ class RunningInstance:
                 break  # the round itself will tell
             cursors = dict(after)
             for item in micro_batches:
+                if item.packing is PackRule.PAD:
+                    continue  # runs in the rows of its shape
                 pieces = [piece for chunk in item.chunks for piece in chunk.pieces]
                 tokens = sum(piece.stop - piece.start for piece in pieces)
                 rows.setdefault(item.htask, set()).add(tokens)

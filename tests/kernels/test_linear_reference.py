@@ -15,6 +15,7 @@ from muxtune_kernels import (
     row_keys,
     slot_rows,
 )
+from muxtune_kernels.multi_lora import tuning
 
 RANKS = (3, 0, 5, 2)
 SPANS = [(2, 0, 6), (0, 8, 13), (1, 13, 17)]
@@ -140,3 +141,13 @@ def test_misfits_are_refused() -> None:
         multi_lora_linear(x, weight, bias, a, b.T, RANKS, scale, rows)
     with pytest.raises(ValueError, match="slot_of_row_T"):
         multi_lora_linear(x[:-1], weight, bias, a, b, RANKS, scale, rows)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_blocks_are_found_for_any_rank(monkeypatch: pytest.MonkeyPatch, itemsize: int) -> None:
+    """Those that no block fits are refused by the compiler, in words."""
+    monkeypatch.setattr(tuning, "num_sms", lambda: 132)
+    for rank in (16, 256, 272, 512, 1024, 4096):
+        found = tuning.tuning_of.__wrapped__(2048, 4096, (4096,) * 3, 8, rank, itemsize, False)
+        assert min(found.expand_n, found.shrink_k, found.db_t, found.da_t) >= 16
+    assert found.expand_n == 16

@@ -313,14 +313,33 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(
         assert worst_gap(bench.weights(task), eager.weights(task)) == 0.0
 
 
+def test_each_of_two_kinds_of_slots_may_be_refused(
+    store: BackboneStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second refusal comes when the pools of the first have been made anew."""
+    tasks = tasks_of()
+
+    def fails(self: CapturedRunner, rows_ahead: object) -> bool:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(CapturedRunner, "prepare", fails)
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.run(make_plan([make_htask(tasks[:1]), make_htask(tasks[1:])]), *tasks)
+    assert bench.done() == {task.task_id for task in tasks}
+    assert len(bench.recorder.notices) == 2
+
+
 def test_padded_plans_run_too(store: BackboneStore, tmp_path: Path) -> None:
     tasks = tasks_of()[:2]
-    plan = make_plan([make_htask(tasks, 24, 2, PackRule.PAD)])
+    htask = make_htask(tasks, 48, 4, PackRule.PAD)
     weights = []
-    for mode in (EAGER, CAPTURED):
+    for mode in (EAGER, CAPTURED | {"deterministic": False}):
         bench = Bench(tmp_path / mode["step"], store, **mode)
-        bench.run(plan, *tasks)
+        bench.run(make_plan([htask]), *tasks)
         weights.append([bench.weights(task) for task in tasks])
+        if mode["step"] == "captured":
+            sizes = runners(bench)[0].steps.row_counts
+            assert sizes == [htask.shapes[0].padded_tokens], "others would never run"
     for left, right in zip(*weights, strict=True):
         assert worst_gap(left, right) < 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 from typing import cast
 
@@ -12,6 +13,7 @@ from muxtune.errors import TaskError
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.bank import (
     AdapterBank,
+    AdapterPool,
     SlotPool,
     TaskState,
     TaskTensors,
@@ -141,3 +143,23 @@ def test_only_the_cpu_sums_in_float64() -> None:
     assert grad_dtype_for(torch.device("cpu"), True) is torch.float64
     assert grad_dtype_for(torch.device("cpu"), False) is torch.float32
     assert grad_dtype_for(torch.device("cuda"), True) is torch.float32
+
+
+def test_whoever_makes_pools_is_told_only_when_some_are_let_go(store: BackboneStore) -> None:
+    """Freeing what a GPU's allocator keeps takes time, and a plan often keeps every pool."""
+
+    class Kinds:
+        told: list[int] = []
+
+        def other_pool(self, slots: object, members: object) -> None:
+            return None
+
+        def keep(self, pools: Sequence[AdapterPool]) -> None:
+            self.told.append(len(pools))
+
+    bank = AdapterBank(store.get("tiny"), torch.float64, kinds := Kinds())
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    together = [make_htask(TASKS)]
+    for htasks in (together, together, [make_htask(TASKS[:2])], [make_htask(TASKS[:2])], []):
+        bank.arrange(htasks, states)
+    assert kinds.told == [0, 0]

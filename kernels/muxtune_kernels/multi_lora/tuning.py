@@ -5,6 +5,7 @@ Chosen from experiments/kernel_ratio/tune.py on one H100.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,9 +104,8 @@ def tuning_of(
     shrunk = shrunk_members(len(widths), rank_pad) * rank_pad
     shrink_t = 64 if shrunk <= 64 else 16
     shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + shrunk * 4) * 3)
-    expand_n, j_block = 256, next_power_of_2(j_width)
-    while j_block * (expand_n * 4 + 32 * itemsize) > _SHARED_BYTES:
-        expand_n //= 2
+    j_block = next_power_of_2(j_width)
+    expand_n = _fit(256, lambda n: j_block * (n * 4 + 32 * itemsize), _SHARED_BYTES)
     db_n = 256 if max(widths) > 4096 else 128
     db_n = min(db_n, max(32, 8192 // rank_pad), next_power_of_2(max(32, *widths)))
     db_t = _fit(64, lambda t: t * (db_n + rank_pad) * itemsize * 3)
@@ -133,8 +133,8 @@ def shrunk_members(num_members: int, rank_pad: int) -> int:
     return num_members if num_members * rank_pad <= 64 else 1
 
 
-def _fit(block: int, shared_bytes) -> int:
-    while block > 16 and shared_bytes(block) > 100_000:
+def _fit(block: int, shared_bytes: Callable[[int], int], limit_bytes: int = 100_000) -> int:
+    while block > 16 and shared_bytes(block) > limit_bytes:
         block //= 2
     return block
 

@@ -215,6 +215,7 @@ class CapturedSteps:
         host = HostBuffer(self.program.inputs.layout, False)
         host.fill(num_rows, (), {}, self.pad_id)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the allocator does not free what it keeps while it captures
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
             self._load(host)
