@@ -76,40 +76,33 @@ def faults(shape: ModelShape, device: str) -> dict[str, Any]:
 
 
 def fast(shape: ModelShape, device: str) -> dict[str, Any]:
-    """Fast mode: company against solitude, beside solitude with one BLAS against another; the
-    latter also of the eager pass, whose every frozen product is the library's."""
+    """Fast mode: company against solitude, beside solitude with one BLAS against another."""
     store, tasks = store_of(shape, device), lora_tasks()
     together = _together(store, shape, tasks, False)
-    gaps, spreads, eager_spreads, sizes = {}, {}, {}, {}
+    gaps, spreads, sizes = {}, {}, {}
     for task in tasks:
         key = task.task_id
-        solo = {
-            (step, blas): _solo_with(store, shape, tasks, task, step, blas)
-            for step in ("auto", "eager")
-            for blas in ("cublas", "cublaslt")
-        }
-        weights = {name: run.weights[key] for name, run in solo.items()}
-        gaps[key] = gap(together.weights[key], weights["auto", "cublas"])
-        spreads[key] = gap(weights["auto", "cublaslt"], weights["auto", "cublas"])
-        eager_spreads[key] = gap(weights["eager", "cublaslt"], weights["eager", "cublas"])
-        sizes[key] = solo["auto", "cublas"].replays
+        solo, other = (
+            _solo_with(store, shape, tasks, task, blas) for blas in ("cublas", "cublaslt")
+        )
+        gaps[key] = gap(together.weights[key], solo.weights[key])
+        spreads[key] = gap(other.weights[key], solo.weights[key])
+        sizes[key] = solo.replays
     return {
         "layers": shape.num_layers, "steps": STEPS, "gaps": gaps, "library_gaps": spreads,
-        "eager_library_gaps": eager_spreads, "sizes_together": together.replays,
-        "sizes_alone": sizes, "worst_gap": max(gaps.values()),
-        "worst_library_gap": max(spreads.values()),
-        "worst_eager_library_gap": max(eager_spreads.values()),
+        "sizes_together": together.replays, "sizes_alone": sizes,
+        "worst_gap": max(gaps.values()), "worst_library_gap": max(spreads.values()),
         "passed": all(gaps[key] <= spreads[key] for key in gaps),
     }  # fmt: skip
 
 
 def _solo_with(
-    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, step: str, blas: str
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, blas: str
 ) -> Trained:
     if torch.cuda.is_available():
         torch.backends.cuda.preferred_blas_library(blas)
     try:
-        return _alone(store, shape, tasks, task, False, step=step)
+        return _alone(store, shape, tasks, task, False)
     finally:
         if torch.cuda.is_available():
             torch.backends.cuda.preferred_blas_library("default")
@@ -127,16 +120,13 @@ def _same(left: dict, right: dict) -> bool:
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
-def _together(
-    store: Any, shape: ModelShape, tasks: list[TaskSpec], exact: bool, **options: Any
-) -> Trained:
-    return _trained(store, shape, tasks, htask_of(tasks, QUOTA), exact, options)
+def _together(store: Any, shape: ModelShape, tasks: list[TaskSpec], exact: bool) -> Trained:
+    return _trained(store, shape, tasks, htask_of(tasks, QUOTA), exact)
 
 
 def _alone(
-    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, exact: bool,
-    **options: Any,
-) -> Trained:  # fmt: skip
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, exact: bool
+) -> Trained:
     """In the same shape, with nobody in the other slots."""
     whole = htask_of(tasks, QUOTA)
     own = {task.task_id}
@@ -144,14 +134,13 @@ def _alone(
         slot_of={key: slot for key, slot in whole.slot_of.items() if key in own},
         quota={key: quota for key, quota in whole.quota.items() if key in own},
     )
-    return _trained(store, shape, [task], htask, exact, options)
+    return _trained(store, shape, [task], htask, exact)
 
 
 def _trained(
-    store: Any, shape: ModelShape, tasks: list[TaskSpec], htask: HTask, exact: bool,
-    options: dict[str, Any],
-) -> Trained:  # fmt: skip
-    bench = Bench(store, shape.vocab, deterministic=exact, **options)
+    store: Any, shape: ModelShape, tasks: list[TaskSpec], htask: HTask, exact: bool
+) -> Trained:
+    bench = Bench(store, shape.vocab, deterministic=exact)
     bench.run(tasks, htask)
     done = {event.task_id for event in bench.of(EventKind.TASK_DONE)}
     assert done == {task.task_id for task in tasks}, bench.events

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 
 KILLS, SEED = 3, 11
@@ -42,39 +44,50 @@ def command(folder: Path, tasks: Path, device: str) -> list[str]:
 
 
 def run(_: Any, device: str) -> dict[str, Any]:
+    """The whole run and those to be killed beside each other, then those that resume."""
     place = Path(tempfile.mkdtemp())
     tasks = place / "tasks.yaml"
     tasks.write_text(TASKS)
-    whole = place / "whole"
-    subprocess.run(command(whole, tasks, device), check=True, capture_output=True)
-    lines = _lines(whole)
-    moments, kills = random.Random(SEED), []
-    for number in range(KILLS):
-        folder = place / f"killed-{number}"
-        after = moments.randrange(lines // 10, lines * 9 // 10)
-        process = subprocess.Popen(
-            command(folder, tasks, device), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while _lines(folder) < after and process.poll() is None:
-            time.sleep(0.002)
-        was_running = process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        killed_at = _lines(folder)
-        resume = [sys.executable, "-m", "muxtune.cli", "train", f"resume={folder}"]
-        done = subprocess.run(resume, capture_output=True, text=True)
-        kills.append(
-            {
-                "was_running": was_running, "steps_told": killed_at, "of": lines,
-                "resumed": done.returncode == 0,
-                "error": done.stderr[-600:] if done.returncode else "",
-                "bit_identical": _same(folder, whole),
-            }
-        )  # fmt: skip
-        print(kills[-1], flush=True)
+    steps = sum(task["steps"] for task in yaml.safe_load(TASKS)["tasks"])
+    moments, whole = random.Random(SEED), place / "whole"
+    killed = [
+        (place / f"killed-{number}", moments.randrange(steps // 10, steps * 9 // 10))
+        for number in range(KILLS)
+    ]
+    with ThreadPoolExecutor(KILLS + 1) as threads:
+        unkilled = threads.submit(_trained, command(whole, tasks, device))
+        begun = [
+            threads.submit(_killed, command(folder, tasks, device), folder, after)
+            for folder, after in killed
+        ]
+        kills = [future.result() for future in begun]
+        assert unkilled.result().returncode == 0, unkilled.result().stderr[-3000:]
+        resume = (sys.executable, "-m", "muxtune.cli", "train")
+        resumed = [threads.submit(_trained, [*resume, f"resume={f}"]) for f, _ in killed]
+    for (folder, _), row, future in zip(killed, kills, resumed, strict=True):
+        done = future.result()
+        row["resumed"] = done.returncode == 0
+        row["error"] = done.stderr[-600:] if done.returncode else ""
+        row["bit_identical"] = _same(folder, whole)
+        print(row, flush=True)
+    assert _lines(whole) == steps
     shutil.rmtree(place)
     passed = all(k["was_running"] and k["resumed"] and k["bit_identical"] for k in kills)
-    return {"steps": lines, "kills": kills, "passed": passed}
+    return {"steps": steps, "kills": kills, "passed": passed}
+
+
+def _trained(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def _killed(words: list[str], folder: Path, after: int) -> dict[str, Any]:
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while _lines(folder) < after and process.poll() is None:
+        time.sleep(0.002)
+    was_running = process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return {"was_running": was_running, "steps_told": _lines(folder)}
 
 
 def _lines(folder: Path) -> int:

@@ -81,6 +81,35 @@ def test_loss_curves_are_those_of_the_cpu(
         assert on_cpu[0] - on_cpu[-1] != pytest.approx(0.0, abs=0.02)
 
 
+def test_mixed_methods_are_those_of_the_cpu(
+    stores: tuple[BackboneStore, BackboneStore], tmp_path: Path
+) -> None:
+    """Captured but for prompt tuning, whose hTask runs eagerly and says so."""
+    prompt = make_task("prompt", num_steps=8, method="prompt", targets=(), rank=4, lr=2e-3)
+    tasks = [
+        task._replace(optimizer=task.optimizer._replace(lr=2e-3))
+        for task in on_any_device.mixed_tasks()
+    ]
+    plan, curves = make_plan([make_htask(tasks), make_htask([prompt])]), []
+    for name, store in zip(("cuda", "cpu"), stores, strict=True):
+        bench = Bench(tmp_path / name, store, step="auto" if name == "cuda" else "eager")
+        bench.run(plan, *tasks, prompt)
+        ids = [task.task_id for task in (*tasks, prompt)]
+        assert bench.done() == set(ids), bench.events
+        curves.append({task_id: bench.recorder.losses(task_id) for task_id in ids})
+        if name == "cuda":
+            found = on_any_device.runners(bench)
+            assert [isinstance(runner, CapturedRunner) for runner in found] == [True, False]
+            (notice,) = bench.recorder.notices
+            assert "prompt" in notice
+    for task_id, on_cuda in curves[0].items():
+        assert on_cuda == pytest.approx(curves[1][task_id], abs=0.03), task_id
+
+
+def test_recomputed_blocks_change_no_bit(cuda_store: BackboneStore, tmp_path: Path) -> None:
+    on_any_device.test_recomputed_blocks_change_no_bit_of_any_method(cuda_store, tmp_path)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_same_shape_is_bit_for_bit_alone(
     cuda_store: BackboneStore, tmp_path: Path, mode: str
