@@ -105,11 +105,14 @@ def jobs(python: str, work: Path, test_ids: Sequence[str]) -> list[Job]:
         for name, only in STEP_PARTS.items()
     }  # fmt: skip
     profile = (python, str(HERE / "capture_profile.py"))
+    ratio = (python, str(HERE.parent / "kernel_ratio" / "run.py"), "--repeats", "1", "--steps", "1",
+             "--out", str(work / "kernel_ratio.json"))  # fmt: skip
     return [
         steps["many"], parts["isolation_mixed"], parts["kill"], steps["main"], steps["mixed"],
         *test_jobs(python, test_ids), *(step for name, step in steps.items()
         if name not in ("many", "main", "mixed")), *(part for name, part in parts.items()
         if name not in ("isolation_mixed", "kill")), Job("capture_profile", "part", profile),
+        Job("kernel_ratio", "rehearse", ratio),
     ]  # fmt: skip
 
 
