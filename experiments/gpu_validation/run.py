@@ -1,53 +1,87 @@
 """Profile a device, then score the profile on its suite, in one go and within a time.
 
-    PYTHONPATH=.:sim:kernels python3 experiments/gpu_validation/run.py --out OUT_FOLDER --budget 540
+    PYTHONPATH=.:sim:kernels python3 experiments/gpu_validation/run.py --out OUT_FOLDER --budget 500
 
 Needs one CUDA device (``--device cpu --model tiny`` tries the script out). Everything is written as
 it comes, so that a run that is cut off leaves what it has; run again with the same folder, it goes
 on. Eight files at most. What it leaves is a validation's folder: see README.md.
+
+``--rehearse``: every part once, on few layers and sizes, beside other work; its times mean nothing.
+It then resumes, scores without the device, and lets damaged profiles be refused; ends with 1 where
+a part failed. Its report is ``rehearsal.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from muxtune.cost.schema import load_profile
+import torch
+
+from muxtune.cost.schema import content_hash, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
-from muxtune.profiling.measure import profile_machine, write_profile
+from muxtune.errors import MuxTuneError
+from muxtune.profiling.compiling import Compilers
+from muxtune.profiling.measure import (
+    checked_device,
+    profile_machine,
+    profile_warnings_here,
+    write_profile,
+)
 from muxtune.validation.running import ValidationOptions, shapes_named, validate
 
 TINY = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256, tied_embeddings=True)
 # Base models that are not profiled: of another width of the MLP, vocabulary and grouping of heads,
 # of another width altogether, and fewer blocks of the profiled one. A few blocks are enough.
-OTHERS = ("llama-3.1-8b:8", "llama-2-13b:8", "llama-2-7b:8")
+OTHERS = ("llama-3.1-8b:4", "llama-2-13b:4", "llama-2-7b:8")
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
+REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16,)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--model", default="llama-2-7b")
+    parser.add_argument("--model", default="llama-2-7b", help="NAME, NAME:LAYERS or tiny")
     parser.add_argument("--others", default=",".join(OTHERS), help="NAME or NAME:LAYERS, by commas")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds for all of it")
     parser.add_argument("--profile-budget", type=float, default=170.0)
     parser.add_argument("--cases", type=int, default=240)
-    parser.add_argument("--case-s", type=float, default=0.4)
-    parser.add_argument("--dynamic-s", type=float, default=35.0, help="of each; 0: none")
+    parser.add_argument("--case-s", type=float, default=0.2)
+    parser.add_argument("--dynamic-s", type=float, default=30.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=0)
     parser.add_argument("--clock", default="wall")
+    parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
+    parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    start_s = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
+    device = checked_device(args.device)
+    if args.rehearse:
+        if args.model != "tiny":
+            args.model, args.others = "llama-2-7b:2", "llama-3.1-8b:2"
+        args.budget, args.profile_budget, args.cases = min(args.budget, 110.0), 25.0, 26
+        args.case_s, args.dynamic_s, args.max_rows = 0.1, 6.0, 256 if args.model == "tiny" else 1024
+    with Compilers(device, deterministic=True, workers=args.workers) as compilers:
+        if args.rehearse:
+            sys.exit(rehearse(args, compilers))
+        run(args, compilers)
+
+
+def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
+    start_s = time.perf_counter()
     is_tiny = args.model == "tiny"
-    shape = TINY if is_tiny else model_shape(args.model)
+    shape = TINY if is_tiny else shapes_named([args.model], model_shape)[0]
     path = args.out / "profile.json"
     if not path.exists():
         _say("profiling", 0.0, f"{shape.name} on {args.device}")
@@ -58,8 +92,9 @@ def main() -> None:
             program="captured",
             clock=args.clock,
             max_rows=256 if is_tiny else args.max_rows,
-            show_progress=False,
-            **(TINY_GRID if is_tiny else {}),
+            tell=lambda share, text: _say("profiling", share, text),
+            compilers=compilers,
+            **(TINY_GRID if is_tiny else REHEARSAL_GRID if args.rehearse else {}),
         )
         write_profile(profile, path)
         _say("profiling", 1.0, f"{time.perf_counter() - start_s:.0f} s, {profile['quality']}")
@@ -68,14 +103,72 @@ def main() -> None:
         args.cases,
         () if is_tiny else shapes_named(args.others.split(","), model_shape),
         args.max_rows,
-        8 if is_tiny else 32,
+        8 if is_tiny or args.rehearse else 32,
         args.case_s,
         args.dynamic_s,
     )
-    report = validate(args.out, path, options, _say)
+    report = validate(args.out, path, options, _say, compilers)
     shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}
     print(json.dumps(shown, indent=1), flush=True)
     print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
+    return report
+
+
+def rehearse(args: argparse.Namespace, compilers: Compilers) -> int:
+    """How many parts failed."""
+    faulthandler.register(signal.SIGTERM, chain=True)  # where it stood when its time was up
+    parts: dict[str, Any] = {"torch": torch.__version__}
+
+    def part(name: str, work: Callable[[], Any]) -> None:
+        start_s = time.perf_counter()
+        try:
+            found = work()
+        except Exception:
+            parts[name] = {"failed": traceback.format_exc()[-3000:]}
+        else:
+            parts[name] = {"found": found, "s": round(time.perf_counter() - start_s, 1)}
+        (args.out / "rehearsal.json").write_text(json.dumps(parts, indent=1) + "\n")
+        _say(name, 1.0, "failed" if "failed" in parts[name] else "done")
+
+    part("profile and suite", lambda: run(args, compilers))
+    path = args.out / "profile.json"
+    rest = ValidationOptions(5.0, args.cases, (), args.max_rows)
+    part("what was left out", lambda: json.loads(path.read_text())["quality"])
+    part("again without the device", lambda: _again(args.out, path, rest))
+    part("refusals", lambda: _refusals(args.out, path, rest))
+    failed = [name for name, found in parts.items() if "failed" in found]
+    print(f"{len(failed)} parts failed {failed}", flush=True)
+    return len(failed)
+
+
+def _again(folder: Path, path: Path, options: ValidationOptions) -> dict[str, Any]:
+    report = validate(folder, path, options._replace(budget_s=0.0))
+    pictures = [folder / name for name in ("predicted_measured.png", "errors.png")]
+    return {"steps": report["step"].get("count"), "pictures": [x.exists() for x in pictures]}
+
+
+def _refusals(folder: Path, path: Path, options: ValidationOptions) -> list[str]:
+    """What is said to a damaged profile, and of one from elsewhere."""
+    raw = json.loads(path.read_text())
+    raw["device"] |= {"name": "H200-SXM", "driver": "1.0"}
+    raw["software"]["torch"] = "1.0"
+    texts = [path.read_text()[:-40], path.read_text().replace('"repeats": 5', '"repeats": 6')]
+    said = []
+    for number, text in enumerate(texts):
+        bad = folder / f"damaged-{number}.json"
+        bad.write_text(text)
+        try:
+            validate(folder / "damaged", bad, options)
+            raise AssertionError(f"damaged profile {number} was accepted")
+        except MuxTuneError as error:
+            said.append(str(error))
+        bad.unlink()
+    other = folder / "other.json"
+    other.write_text(json.dumps({**raw, "content_hash": content_hash(raw)}))
+    warnings = profile_warnings_here(load_profile(other))
+    if len(warnings) < 2:
+        raise AssertionError(f"no warnings of another device: {warnings}")
+    return [*said, *warnings]
 
 
 def _say(what: str, share: float, text: str) -> None:

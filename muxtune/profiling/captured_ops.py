@@ -91,8 +91,11 @@ class CapturedOps:
         deterministic: bool = True,
         num_blocks: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        compiles_only: bool = False,
     ) -> None:
+        """``compiles_only``: everything runs once and is not timed."""
         self.shape, self.device, self.deterministic = shape, device, deterministic
+        self._compiles_only = compiles_only
         # Four of a 7B's leave any cache, and are so large that they are drawn on the GPU.
         small = shape._replace(num_layers=num_blocks or (4 if device.type == "cuda" else 2))
         model, _ = random_model(small, 0, device, dtype)
@@ -213,8 +216,7 @@ class CapturedOps:
             forward, backward = self._extra_works(pool, inputs, num_rows)
             for side, works in (("forward", forward), ("backward", backward)):
                 with_it, without = (self._time(work, len(self.model.blocks)) for work in works)
-                middle = float(np.median(without))
-                least = 0.01 * min(with_it)
+                middle, least = float(np.median(without)), 0.01 * min(with_it)
                 more = [max(least, seconds - middle) for seconds in with_it]
                 name = f"extra_{method}_{side}.{self.shape.hidden}"
                 self.points.append(Point(name, sizes, more))
@@ -361,6 +363,9 @@ class CapturedOps:
                 for index in range(blocks):
                     work(index)
 
+        if self._compiles_only:
+            once(1)
+            return [1.0]
         if self.device.type != "cuda":
             once(1)
             return [self._host_s(lambda: once(1)) / blocks for _ in range(_REPEATS)]

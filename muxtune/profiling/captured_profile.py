@@ -5,19 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.profiling.compiling import Compilers, OpJob, StepJob
 
 ROWS = (128, 512, 2048, 8192)
 SLOTS = (1, 8, 32)
 RANKS = (16, 64)
 MAX_BENT_ROWS = 4
 REFINE_ERROR = 0.04
+METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
 Report = Callable[[float, str], None]
+
+
+class Work(NamedTuple):
+    """A method of ``CapturedOps``. ``needed``: no prediction can do without."""
+
+    needed: bool
+    name: str
+    method: str
+    arguments: tuple[Any, ...]
 
 
 def measure_captured(
@@ -27,70 +38,78 @@ def measure_captured(
     *,
     budget_s: float,
     deterministic: bool,
+    compilers: Compilers,
     rows: Sequence[int] = ROWS,
     slots: Sequence[int] = SLOTS,
     ranks: Sequence[int] = RANKS,
+    steps: Sequence[StepJob] = (),
     clock: Callable[[], float] = time.perf_counter,
     report: Report,
 ) -> tuple[dict[str, Any], list[str]]:
     """(the profile's ``ops``, what was left out and why). The points that every prediction needs
-    come first; later ones refine, and are left out when the budget is used up."""
-    bench = CapturedOps(shape, device, dtype, deterministic=deterministic, clock=clock)
+    come first; later ones refine, and are left out when the budget is used up. ``steps``: whose
+    kernels are compiled along with those of the operations."""
     end_s, left_out = time.perf_counter() + budget_s, []
-    for needed, name, work in _works(bench, sorted(rows), sorted(slots), sorted(ranks)):
+    works = list(_works(sorted(rows), sorted(slots), sorted(ranks)))
+    left_out += compilers.compile([*_jobs(shape, works), *steps], report)
+    bench = CapturedOps(shape, device, dtype, deterministic=deterministic, clock=clock)
+
+    def measure(work: Work) -> None:
         left_s = end_s - time.perf_counter()
-        if left_s <= 0 and not needed:
-            left_out.append(f"{name}: the budget was used up")
-            continue
-        report(1.0 - max(left_s, 0.0) / budget_s, name)
+        if left_s <= 0 and not work.needed:
+            left_out.append(f"{work.name}: the budget was used up")
+            return
+        report(1.0 - max(left_s, 0.0) / budget_s, work.name)
         try:
-            work()
+            getattr(bench, work.method)(*work.arguments)
         except Exception as error:
-            if needed:
+            if work.needed:
                 raise
-            left_out.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            text = " ".join(str(error).split())[:200]
+            left_out.append(f"{work.name}: {type(error).__name__}: {text}")
+
+    for work in works:
+        measure(work)
+    refining = list(_refining(bent_rows(bench), sorted(slots), sorted(ranks)))
+    if time.perf_counter() < end_s:
+        left_out += compilers.compile(_jobs(shape, refining), report)
+    for work in refining:
+        measure(work)
     return bench.ops(), left_out
 
 
-def _works(
-    bench: CapturedOps, rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]
-) -> Iterator[tuple[bool, str, Callable[[], None]]]:
+def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
+    return [OpJob(shape, work.method, work.arguments) for work in works]
+
+
+def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> Iterator[Work]:
     for count in rows:
-        yield True, f"{count} rows", lambda count=count: bench.rows(count)
+        yield Work(True, f"{count} rows", "rows", (count,))
     for num_rows, length in _attention_points(rows):
-        yield (
-            True,
-            f"attention of {num_rows} rows, {length} tokens each",
-            lambda a=num_rows, b=length: bench.attention(a, b),
-        )
+        name = f"attention of {num_rows} rows, {length} tokens each"
+        yield Work(True, name, "attention", (num_rows, length))
     for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
-        yield True, "optimizer", lambda n=num_slots, r=rank: bench.optimizer(n, r)
+        yield Work(True, "optimizer", "optimizer", (num_slots, rank))
     for count in (rows[0], rows[-1], *rows[1:-1]):
-        for num_slots in slots:
-            for rank in ranks:
-                yield _site_work(bench, num_slots, rank, count, count in (rows[0], rows[-1]))
-    for method in ("ia3", "bottleneck", "prefix"):
-        for rank in (8, 64) if method != "ia3" else (1,):
+        yield from _sites(count, slots, ranks, count in (rows[0], rows[-1]))
+    for method, sizes in METHOD_RANKS.items():
+        for rank in sizes:
             for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:
-                yield (
-                    False,
-                    f"{method}, {count} rows",
-                    lambda m=method, r=rank, c=count: bench.extra(m, 2, r, c),
-                )
-    bent = bent_rows(bench)
-    for count in bent:
-        yield False, f"{count} rows", lambda count=count: bench.rows(count)
-    for count in bent:
-        for num_slots in slots:
-            for rank in ranks:
-                yield _site_work(bench, num_slots, rank, count, False)
+                yield Work(False, f"{method}, {count} rows", "extra", (method, 2, rank, count))
 
 
-def _site_work(
-    bench: CapturedOps, num_slots: int, rank: int, rows: int, needed: bool
-) -> tuple[bool, str, Callable[[], None]]:
-    name = f"{num_slots} adapters of rank {rank}, {rows} rows"
-    return needed, name, lambda: bench.sites(num_slots, rank, rows)
+def _refining(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> Iterator[Work]:
+    for count in rows:
+        yield Work(False, f"{count} rows", "rows", (count,))
+    for count in rows:
+        yield from _sites(count, slots, ranks, False)
+
+
+def _sites(rows: int, slots: Sequence[int], ranks: Sequence[int], needed: bool) -> Iterator[Work]:
+    for num_slots in slots:
+        for rank in ranks:
+            name = f"{num_slots} adapters of rank {rank}, {rows} rows"
+            yield Work(needed, name, "sites", (num_slots, rank, rows))
 
 
 def _attention_points(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -42,7 +42,8 @@ from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
 from muxtune.profiling.calibration_cases import calibration_cases
-from muxtune.profiling.steps import StepBench
+from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
+from muxtune.profiling.steps import StepBench, short_collections
 from muxtune.runtime.bank import grad_dtype_for
 
 ROWS = (16, 64, 256, 1024)
@@ -57,6 +58,7 @@ MIN_SWEEPS, MIN_STEPS = 3, 3
 JOIN_RANKS = (8, 32)
 SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
 STEPS_SHARE = 0.4  # of the budget
+LEAST_STEPS_SHARE = 0.15  # also where the operations took longer than theirs
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
 
@@ -76,6 +78,8 @@ def profile_machine(
     max_rows: int = 0,
     clock: str = "wall",
     show_progress: bool = True,
+    compilers: Compilers | None = None,
+    tell: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """A profile (the JSON of ``muxtune.cost.schema``) of ``model`` on this machine.
 
@@ -84,7 +88,8 @@ def profile_machine(
     ``deterministic``: as the runtime is asked to run; by default it is. ``steps``: measure whole
     steps too, of up to ``max_rows`` rows. ``clock``: wall, or cpu: the process's own time, for a
     CPU that others use too (of one thread). At least three repeats are made even when ``budget_s``
-    is too short for them.
+    is too short for them. ``compilers``: who compiles kernels ahead (default: its own).
+    ``tell``: is told of progress in place of the bar that ``show_progress`` draws.
     Raises ConfigError for a budget that is not positive or a device that is not there.
     """
     shape = _shape(model)
@@ -101,14 +106,22 @@ def profile_machine(
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     ops_budget_s = budget_s * (1.0 - STEPS_SHARE) if steps else budget_s
     clocks, left_out, whole = [clocks_now(target)], [], []
-    with _progress(show_progress) as report, torch.enable_grad():
+    most = max_rows or MAX_ROWS[target.type]
+    share, begun_s = ops_budget_s / budget_s, time.perf_counter()
+    with (
+        nullcontext(tell) if tell else _progress(show_progress) as report,
+        torch.enable_grad(),
+        short_collections(),
+        nullcontext(compilers) if compilers else Compilers(target, exact) as helpers,
+    ):
         report(0.0, "warming up")
-        share = ops_budget_s / budget_s
         if style == CAPTURED:
             ops, left_out = captured_profile.measure_captured(
                 shape, target, dtype, budget_s=ops_budget_s, deterministic=exact,
                 rows=rows or captured_profile.ROWS, slots=slots,
                 ranks=ranks or captured_profile.RANKS,
+                compilers=helpers,
+                steps=_step_jobs(shape, most) if steps else (),
                 clock=now,
                 report=lambda done, text: report(share * done, text),
             )  # fmt: skip
@@ -120,8 +133,7 @@ def profile_machine(
             )
         clocks.append(clocks_now(target))
         if steps:
-            end_s = time.perf_counter() + budget_s - ops_budget_s
-            most = max_rows or MAX_ROWS[target.type]
+            end_s = max(begun_s + budget_s, time.perf_counter() + LEAST_STEPS_SHARE * budget_s)
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
             whole, captures, failed = _whole_steps(bench, most, end_s, report)
             left_out += failed
@@ -141,7 +153,11 @@ def profile_machine(
         "ops": ops,
         "steps": [step.to_json() for step in whole],
         "clocks": {"samples": clocks},
-        "quality": {"spread": typical_spread(ops), "left_out": left_out},
+        "quality": {
+            "spread": typical_spread(ops),
+            "left_out": left_out,
+            "seconds": round(time.perf_counter() - begun_s, 1),
+        },
     }
     return {**raw, "content_hash": content_hash(raw)}
 
@@ -180,6 +196,11 @@ def _adapter_loads(bench: Bench) -> dict[str, Any]:
     for _ in range(MIN_SWEEPS):
         sweeper.sweep()
     return sweeper.ops()
+
+
+def _step_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
+    cases = calibration_cases(shape, max_rows)
+    return [job for case in cases for job in step_jobs(shape, case.plan(), case.specs())]
 
 
 def _whole_steps(

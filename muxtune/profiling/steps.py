@@ -14,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from muxtune.cost.schema import CAPTURED
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.profiling.step_cases import StepCase, StepTask
+from muxtune.profiling.step_cases import StepTask
 from muxtune.protocols import LengthSource
 from muxtune.runtime.adapters.low_rank import A, B
 from muxtune.runtime.backbone import BackboneStore, random_weights
@@ -55,6 +55,14 @@ MAX_ROUNDS = 4
 MIN_PASSES = 3
 
 
+class PlannedCase(Protocol):
+    """What runs: a plan and its tasks."""
+
+    def plan(self) -> Plan: ...
+
+    def specs(self) -> dict[str, TaskSpec]: ...
+
+
 class StepMeasurement(NamedTuple):
     """``repeats_s``: seconds of the same passes, again and again. ``loads``: of these passes.
     ``peak_bytes``: above what the process held besides the weights; on a GPU, the allocator's.
@@ -67,6 +75,19 @@ class StepMeasurement(NamedTuple):
     peak_bytes: int
     capture_s: dict[int, float]
     setup_s: float
+
+
+@contextlib.contextmanager
+def short_collections() -> Iterator[None]:
+    """Garbage is looked for in what is new: what was imported is none, and takes most time."""
+    with contextlib.suppress(ImportError):
+        import transformers.models.llama.modeling_llama  # noqa: F401 (so that it is here already)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class NotCaptured(Exception):
@@ -100,9 +121,14 @@ class StepBench:
         del self.backbone
         self._give_back()
 
-    def run(self, case: StepCase, budget_s: float = 2.0, min_repeats: int = 3) -> StepMeasurement:
-        """Raises what the runtime raises, and NotCaptured where captured steps were asked for but
-        cannot be had; the bench can go on with another case."""
+    def run(
+        self, case: PlannedCase, budget_s: float = 2.0, min_repeats: int = 3
+    ) -> StepMeasurement:
+        """``min_repeats``: 0 prepares everything and runs nothing.
+
+        Raises what the runtime raises, and NotCaptured where captured steps were asked for but
+        cannot be had; the bench can go on with another case.
+        """
         self._give_back()  # what an error before held on to
         on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
         try:
@@ -121,7 +147,7 @@ class StepBench:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-    def _run(self, case: StepCase, budget_s: float, min_repeats: int) -> StepMeasurement:
+    def _run(self, case: PlannedCase, budget_s: float, min_repeats: int) -> StepMeasurement:
         start_s = time.perf_counter()
         meter = MemoryMeter(self.device)
         self._notices.clear()
@@ -138,7 +164,8 @@ class StepBench:
         _draw(states.values())
         num_rounds, batches = whole_rounds(plan, library, StepBuilder())
         works = [(batch.htask, _work(batch, pools[batch.htask], library)) for batch in batches]
-        self._pass_over(ready, works)  # warms up, and compiles where that is not done by then
+        if min_repeats:
+            self._pass_over(ready, works)  # warms up, and compiles where that is not done by then
         setup_s = time.perf_counter() - start_s
         repeats: list[float] = []
         end_s = time.perf_counter() + budget_s

@@ -10,7 +10,7 @@ from muxtune.cost.shapes import GPT2, GPT_NEOX, LLAMA, OPT, ModelShape
 from muxtune.errors import ConfigError
 
 MAX_LENGTH_TOKENS = 4096  # of rotary models; learned positions have as many as the shape says
-LARGE_PARAMETERS = 1_000_000_000
+LARGE_PARAMETERS = 200_000_000
 _OPT_UNUSED_POSITIONS = 2
 
 

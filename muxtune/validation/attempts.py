@@ -18,6 +18,7 @@ from typing import Any
 
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.errors import ProfileError
+from muxtune.validation.models import Models
 from muxtune.validation.records import Records, append_line, read_lines
 
 PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
@@ -37,6 +38,7 @@ class Attempt:
         if here.resolve() != profile_path.resolve():
             here.write_bytes(profile_path.read_bytes())
         stamp = {"profile": self.profile.content_hash}
+        self.models = Models(self.profile)
         self.records = {name: Records(folder / f"{name}.jsonl", stamp) for name in RECORDS}
 
     def _are_of_this_profile(self, here: Path) -> bool:

@@ -37,7 +37,8 @@ from muxtune.types import (
     Reject,
     TaskSpec,
 )
-from muxtune.validation.steps import Models, predict
+from muxtune.validation.models import Models
+from muxtune.validation.steps import predict
 from muxtune.validation.suite import seed_of
 from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary
@@ -53,26 +54,26 @@ class DynamicCase(NamedTuple):
     max_tasks: int
 
 
-def draw_dynamic(profile: Profile, duration_s: float, max_rows: int) -> list[DynamicCase]:
+def draw_dynamic(models: Models, duration_s: float, max_rows: int) -> list[DynamicCase]:
     """Two runs of about ``duration_s``: one in which all share and one task is withdrawn, one in
     which at most two run and the others wait."""
-    random = np.random.default_rng(seed_of(profile.content_hash) + 2)
+    random = np.random.default_rng(seed_of(models.profile.content_hash) + 2)
     return [
-        _draw("arrivals and departures", profile, random, 6, 16, duration_s, max_rows),
-        _draw("with a queue", profile, random, 5, 2, duration_s, max_rows),
+        _draw("arrivals and departures", models, random, 6, 16, duration_s, max_rows),
+        _draw("with a queue", models, random, 5, 2, duration_s, max_rows),
     ]
 
 
 def _draw(
     name: str,
-    profile: Profile,
+    models: Models,
     random: np.random.Generator,
     count: int,
     max_tasks: int,
     duration_s: float,
     max_rows: int,
 ) -> DynamicCase:
-    shape = profile.model_shape
+    shape = models.profile.model_shape
     longest = max(32, min(256, max_rows // 8))
     kinds = [
         StepTask(
@@ -86,7 +87,7 @@ def _draw(
     side_by_side = min(count, max_tasks)
     members = tuple(kinds[:side_by_side])
     case = StepCase("", shape, members, (tuple(range(side_by_side)),), 32, max_rows)
-    predicted = predict(case, Models(profile)(shape))
+    predicted = predict(case, models(shape))
     step_s = predicted["predicted_s"] / predicted["rounds"]
     # What waits takes as long again.
     share_s = duration_s * side_by_side / count
@@ -120,6 +121,7 @@ class Log(QuietObserver):
         self.told: list[str] = []  # what had happened before each line
         self.ended: dict[str, End] = {}
         self.drifts = 0
+        self.plans: list[Plan] = []
         self._news: list[str] = []
 
     def write(
@@ -134,6 +136,7 @@ class Log(QuietObserver):
             self.drifts += event.kind is EventKind.DRIFT
             if event.kind not in (EventKind.PROGRESS, EventKind.PLAN_APPLIED, EventKind.WAKE):
                 self._news.append(f"{event.kind.name} {event.task_id}".strip())
+        self.plans += plans
         for decision in (*actions, *plans):
             if text := described(decision):
                 self.lines.append(text)
@@ -252,6 +255,11 @@ def _why(predicted: Log, measured: Log, found: Mapping[str, Any]) -> str:
     if found["predicted_after"] != found["measured_after"]:
         return "events came in another order"
     return "the tasks stood at other steps when the plan was made"
+
+
+def planned(case: DynamicCase, profile: Profile) -> list[Plan]:
+    """The plans that the simulated run comes to."""
+    return _simulate(case, profile).plans
 
 
 def _simulate(case: DynamicCase, profile: Profile) -> Log:

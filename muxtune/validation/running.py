@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,24 @@ import torch
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.errors import ConfigError
+from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
 from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
+from muxtune.profiling.step_cases import StepCase
+from muxtune.profiling.steps import short_collections
 from muxtune.report.run_folder import provenance
 from muxtune.validation.attempts import REPORT, Attempt
-from muxtune.validation.dynamic import draw_dynamic, run_dynamic, with_prediction
+from muxtune.validation.dynamic import (
+    DynamicCase,
+    draw_dynamic,
+    planned,
+    run_dynamic,
+    with_prediction,
+)
+from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
 from muxtune.validation.scoring import summarise
-from muxtune.validation.single_ops import run_ops
-from muxtune.validation.steps import Models, Report, fits, run_steps
+from muxtune.validation.single_ops import op_jobs, run_ops
+from muxtune.validation.steps import Report, fits, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
 
 WALL = "wall"
@@ -47,8 +59,10 @@ def validate(
     profile_path: Path,
     options: ValidationOptions,
     report: Callable[[str, float, str], None] = lambda _what, _share, _text: None,
+    compilers: Compilers | None = None,
 ) -> dict[str, Any]:
-    """Runs what is left of the suite within the budget and writes report.json and plots."""
+    """Runs what is left of the suite within the budget and writes report.json and plots.
+    ``compilers``: who compiles kernels ahead (default: its own)."""
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
@@ -60,7 +74,14 @@ def validate(
             "no dynamic runs: they take wall time, and the profile's is the process's own. Profile"
             " with clock=wall on a quiet machine"
         )
-    left = _run(attempt, device, options, report) if options.budget_s else {}
+    left = {}
+    if options.budget_s:
+        exact = bool(profile.program.get("deterministic", True))
+        with (
+            nullcontext(compilers) if compilers else Compilers(device, exact) as helpers,
+            short_collections(),
+        ):
+            left = _run(attempt, device, options, report, helpers)
     rows = [attempt.records[name].rows for name in ("steps", "ops")]
     rows.append(_with_predictions(attempt))
     summary = summarise(*rows)
@@ -88,9 +109,7 @@ def profile_clock(profile: Profile) -> str:
 def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
     """None where there is no simulator: they are added when the folder is scored elsewhere."""
     rows = attempt.records["dynamic"].rows
-    try:
-        import simpy  # noqa: F401
-    except ImportError:
+    if find_spec("simpy") is None:
         return []
     return [with_prediction(row, attempt.profile) for row in rows]
 
@@ -100,44 +119,77 @@ def _run(
     device: torch.device,
     options: ValidationOptions,
     report: Callable[[str, float, str], None],
+    compilers: Compilers,
 ) -> dict[str, int]:
-    profile = attempt.profile
+    profile, models, records = attempt.profile, attempt.models, attempt.records
     clock = options.clock or profile_clock(profile)
-    now = clock_of(clock, device)
-    start_s = time.perf_counter()
-    end_s = start_s + options.budget_s
+    now, end_s = clock_of(clock, device), time.perf_counter() + options.budget_s
     of: Callable[[str], Report] = lambda what: lambda share, text: report(what, share, text)  # noqa: E731
+    cases, runs = suite_of(models, options), _dynamic_cases(attempt, options)
+    todo = [case for case in cases if not records["steps"].has(case.name)]
+    jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *_jobs_of_runs(runs, profile)]
+    for text in compilers.compile(jobs, of("compiling")):
+        report("compiling", 1.0, text)
+    start_s = time.perf_counter()
     left = {
         "ops": run_ops(
-            profile, device, attempt.records["ops"],
-            end_s=start_s + OPS_SHARE * options.budget_s, clock=now, report=of("operations"),
+            profile, models, device, records["ops"],
+            end_s=start_s + OPS_SHARE * (end_s - start_s), clock=now, report=of("operations"),
         )
     }  # fmt: skip
-    cases = suite_of(profile, options)
 
     def steps_until(until_s: float) -> int:
         return run_steps(
-            cases, profile, device, attempt.records["steps"], end_s=until_s,
+            cases, profile, models, device, records["steps"], end_s=until_s,
             case_s=options.case_s, clock=now, report=of("steps"),
         )  # fmt: skip
 
-    if options.dynamic_s and clock == WALL:
-        # Kernels are compiled by then, which is no part of a run, and a run that is cut off later
-        # has something of everything.
-        steps_until(start_s + STEPS_FIRST_SHARE * options.budget_s)
-        left["dynamic"] = _run_dynamic(attempt, device, options, end_s, of("dynamic runs"))
+    if runs:
+        # A run that is cut off later has something of everything.
+        steps_until(start_s + STEPS_FIRST_SHARE * (end_s - start_s))
+        left["dynamic"] = _run_dynamic(
+            attempt, runs, device, options.dynamic_s, end_s, of("dynamic runs")
+        )
     left["steps"] = steps_until(end_s)
     return left
 
 
+def _dynamic_cases(attempt: Attempt, options: ValidationOptions) -> list[DynamicCase]:
+    """What is left of the dynamic runs."""
+    profile = attempt.profile
+    if not options.dynamic_s or (options.clock or profile_clock(profile)) != WALL:
+        return []
+    cases = draw_dynamic(attempt.models, options.dynamic_s, _grid_rows(profile, options)[-1])
+    return [case for case in cases if not attempt.records["dynamic"].has(case.name)]
+
+
+def _jobs_of(cases: Sequence[StepCase]) -> list[StepJob]:
+    return [job for case in cases for job in step_jobs(case.shape, case.plan(), case.specs())]
+
+
+def _jobs_of_runs(runs: Sequence[DynamicCase], profile: Profile) -> list[StepJob]:
+    """Of the plans that the simulator makes."""
+    if not runs or profile.style != CAPTURED or find_spec("simpy") is None:
+        return []
+    shape, jobs = profile.model_shape, []
+    for run in runs:
+        specs = {task.task_id: task for task in run.tasks}
+        for plan in planned(run, profile):
+            jobs += step_jobs(shape, plan, specs)
+    return jobs
+
+
 def _run_dynamic(
-    attempt: Attempt, device: torch.device, options: ValidationOptions, end_s: float, report: Report
+    attempt: Attempt,
+    todo: Sequence[DynamicCase],
+    device: torch.device,
+    duration_s: float,
+    end_s: float,
+    report: Report,
 ) -> int:
     records, profile = attempt.records["dynamic"], attempt.profile
-    cases = draw_dynamic(profile, options.dynamic_s, _grid_rows(profile, options)[-1])
-    todo = [case for case in cases if not records.has(case.name)]
     for number, case in enumerate(todo):
-        if time.perf_counter() + options.dynamic_s > end_s:
+        if time.perf_counter() + duration_s > end_s:
             return len(todo) - number
         report(number / len(todo), case.name)
         try:
@@ -148,7 +200,8 @@ def _run_dynamic(
     return 0
 
 
-def suite_of(profile: Profile, options: ValidationOptions) -> list[Any]:
+def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
+    profile = models.profile
     limit = MEMORY_SHARE * float(profile.device["memory_bytes"])
     suite = SuiteOptions(
         options.num_cases,
@@ -157,7 +210,7 @@ def suite_of(profile: Profile, options: ValidationOptions) -> list[Any]:
         options.max_tasks,
         _methods(profile),
     )
-    return draw_suite(profile.content_hash, suite, fits(limit, Models(profile)))
+    return draw_suite(profile.content_hash, suite, fits(limit, models))
 
 
 def _methods(profile: Profile) -> tuple[str, ...]:

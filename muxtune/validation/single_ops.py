@@ -16,17 +16,21 @@ from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.profiling import cases
 from muxtune.profiling.bench import Bench, Case, Sweeper
 from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.profiling.compiling import OpJob
 from muxtune.runtime.bank import grad_dtype_for
+from muxtune.validation.models import Models
 from muxtune.validation.records import Records
-from muxtune.validation.steps import Models, Report
+from muxtune.validation.steps import Report
 from muxtune.validation.suite import seed_of
 
 NUM_DRAWS = 12
 _SWEEPS = 3
+_ROW_STEP = 32
 
 
 def run_ops(
     profile: Profile,
+    models: Models,
     device: torch.device,
     records: Records,
     *,
@@ -35,10 +39,8 @@ def run_ops(
     report: Report = lambda _share, _text: None,
 ) -> int:
     """Draws sizes by the profile's hash and measures them until ``end_s``; how many are left."""
-    model = Models(profile)(profile.model_shape)
-    random = np.random.default_rng(seed_of(profile.content_hash) + 1)
-    captured = profile.style == CAPTURED
-    draws = list((_captured_draws if captured else _eager_draws)(profile, random))
+    model, captured = models(profile.model_shape), profile.style == CAPTURED
+    draws = _draws(profile)
     todo = [(name, draw) for name, draw in draws if not records.has(name)]
     bench: Any = None
     for number, (name, draw) in enumerate(todo):
@@ -54,12 +56,19 @@ def run_ops(
                 else Bench(device, dtype, clock)
             )
         try:
-            rows = [_scored(model, *point) for point in draw(bench)]
+            points = _points(bench, draw) if captured else draw(bench)
+            rows = [_scored(model, *point) for point in points]
             records.add({"name": name, "ops": rows, "error": ""})
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             records.add({"name": name, "ops": [], "error": text})
     return 0
+
+
+def _draws(profile: Profile) -> list[tuple[str, Any]]:
+    random = np.random.default_rng(seed_of(profile.content_hash) + 1)
+    captured = profile.style == CAPTURED
+    return list((_captured_draws if captured else _eager_draws)(profile, random))
 
 
 _Measured = tuple[str, tuple[float, ...], list[float]]
@@ -94,32 +103,39 @@ def _attention_time(
     return value, value * rate.relative_error, rows > rate.max_size
 
 
-def _captured_draws(
-    profile: Profile, random: np.random.Generator
-) -> Iterator[tuple[str, Callable[[CapturedOps], list[_Measured]]]]:
+_Call = tuple[str, tuple[Any, ...]]  # a method of CapturedOps and its arguments
+
+
+def _captured_draws(profile: Profile, random: np.random.Generator) -> Iterator[tuple[str, _Call]]:
     sites = next(op for name, op in profile.ops.items() if name.startswith("site_forward"))
     largest = max(point["rows"] for point in sites["points"])
     most_slots = int(max(point["slots"] for point in sites["points"]))
     for _ in range(NUM_DRAWS):
+        # Shapes have whole chunks, of which the smallest that is used has this many rows.
         rows = int(np.exp(random.uniform(np.log(largest / 32), np.log(largest))))
+        rows = max(_ROW_STEP, rows // _ROW_STEP * _ROW_STEP)
         length = int(min(rows, random.integers(16, 512)))
         slots = int(random.integers(1, most_slots + 1))
         rank = int(random.choice((16, 32, 64)))
-        yield f"{rows} rows", lambda b, r=rows: _points(b, lambda: b.rows(r))
-        yield (
-            f"{slots} adapters of rank {rank}, {rows} rows",
-            lambda b, s=slots, k=rank, r=rows: _points(b, lambda: b.sites(s, k, r)),
-        )
-        yield (
-            f"attention of {rows} rows, {length} tokens each",
-            lambda b, r=rows, n=length: _points(b, lambda: b.attention(r, n)),
-        )
-    yield f"optimizer {padded_rank([24])}", lambda b: _points(b, lambda: b.optimizer(4, 24))
+        yield f"{rows} rows", ("rows", (rows,))
+        name = f"{slots} adapters of rank {rank}, {rows} rows"
+        yield name, ("sites", (slots, rank, rows))
+        name = f"attention of {rows} rows, {length} tokens each"
+        yield name, ("attention", (rows, length))
+    yield f"optimizer {padded_rank([24])}", ("optimizer", (4, 24))
 
 
-def _points(bench: CapturedOps, work: Callable[[], None]) -> list[_Measured]:
+def op_jobs(profile: Profile, records: Records) -> list[OpJob]:
+    """What has to be compiled for the operations that are not in ``records``."""
+    if profile.style != CAPTURED:
+        return []
+    calls = [call for name, call in _draws(profile) if not records.has(name)]
+    return [OpJob(profile.model_shape, *call) for call in calls]
+
+
+def _points(bench: CapturedOps, call: _Call) -> list[_Measured]:
     first = len(bench.points)
-    work()
+    getattr(bench, call[0])(*call[1])
     return [(p.name, tuple(p.sizes.values()), p.seconds) for p in bench.points[first:]]
 
 

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from muxtune.cost.book import profiled_model
 from muxtune.cost.profiled import ProfiledCostModel
 from muxtune.cost.schema import Profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
+from muxtune.profiling.step_cases import StepCase, case_to_json
 from muxtune.profiling.steps import StepBench, whole_rounds
 from muxtune.types import ReplicaShape
+from muxtune.validation.models import Models
 from muxtune.validation.records import Records
 from muxtune.workload.synthetic import SyntheticLibrary
 
 Report = Callable[[float, str], None]
 _SOLO = ReplicaShape()
-
-
-class Models:
-    """The profile's cost model of each base model."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self._known: dict[ModelShape, ProfiledCostModel] = {}
-
-    def __call__(self, shape: ModelShape) -> ProfiledCostModel:
-        if shape not in self._known:
-            self._known[shape] = profiled_model(shape, self.profile)
-        return self._known[shape]
 
 
 def predict(case: StepCase, model: ProfiledCostModel) -> dict[str, Any]:
@@ -83,6 +70,7 @@ def fits(limit_bytes: float, models: Models) -> Callable[[StepCase], bool]:
 def run_steps(
     cases: Sequence[StepCase],
     profile: Profile,
+    models: Models,
     device: torch.device,
     records: Records,
     *,
@@ -94,11 +82,12 @@ def run_steps(
     """Runs what is not in ``records`` yet until ``end_s`` (``time.perf_counter``); how many are
     left. Cases that fail are recorded with their error."""
     _check_same_suite(cases, records)
-    models, bench = Models(profile), None
+    bench, left = None, 0
     todo = [case for case in cases if not records.has(case.name)]
     for number, case in enumerate(todo):
         if time.perf_counter() >= end_s:
-            return len(todo) - number
+            left = len(todo) - number
+            break
         done = 1.0 - (len(todo) - number) / len(cases)
         report(done, f"{case.name} ({case.shape.name}, {len(case.tasks)} tasks)")
         if bench is None or bench.shape != case.shape:
@@ -106,7 +95,9 @@ def run_steps(
                 bench.close()
             bench = bench_of(profile, case.shape, device, clock)
         records.add(_row(case, models(case.shape), bench, case_s))
-    return 0
+    if bench is not None:
+        bench.close()
+    return left
 
 
 def _check_same_suite(cases: Sequence[StepCase], records: Records) -> None:
@@ -154,13 +145,3 @@ def _row(
         "setup_s": found.setup_s,
         "error": "",
     }
-
-
-def again(rows: Sequence[Mapping[str, Any]], profile: Profile) -> list[dict[str, Any]]:
-    """The same measurements beside what another profile predicts."""
-    models = Models(profile)
-    found = []
-    for row in rows:
-        case = case_from_json(row["case"])
-        found.append({**row, **predict(case, models(case.shape))})
-    return found

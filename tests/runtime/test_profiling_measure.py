@@ -97,7 +97,7 @@ def test_odd_budget_is_refused(budget_s: float) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"profile\.device"):
+    with pytest.raises(ConfigError, match=r"cluster\.device"):
         profile_machine(TINY, 1.0, device="cuda", show_progress=False)
 
 
