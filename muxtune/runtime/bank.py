@@ -14,7 +14,9 @@ Shape suffixes: R pool rows (the sum of the slots' rows), W width of a parameter
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -32,6 +34,7 @@ from muxtune.types import AdapterSlot, HTask, TaskSpec
 from muxtune_kernels import AdamWPool, AdamWSlots
 
 ParameterKey = tuple[str, str]  # (site name, parameter name)
+_MAX_DRAWERS = 16  # threads that draw a fresh adapter
 
 
 class TaskTensors(NamedTuple):
@@ -44,6 +47,12 @@ class TaskTensors(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    def copy_to_zeros(self, target: TaskTensors) -> None:
+        """To tensors that are zero: a fresh task's gradient and moments need not travel."""
+        for theirs, mine in zip(target, self, strict=True):
+            if not _is_one_zero(mine):
+                theirs.copy_(mine)
 
     def detached_copy(self, with_grad: bool) -> TaskTensors:
         """In host memory, for a GPU's is what pools are made of."""
@@ -179,8 +188,7 @@ class SlotPool:
         for (site_name, name), old in state.tensors.items():
             parameters = self.sites[site_name].parameters[name]
             new = parameters.task_tensors(slot, old.param.shape[0])
-            for target, source in zip(new, old, strict=True):
-                target.copy_(source)
+            old.copy_to_zeros(new)
             state.tensors[site_name, name] = new
         self._describe(state, slot, state.task.adapter.dropout)
         self.settings.step_S[slot] = state.step
@@ -247,15 +255,23 @@ class AdapterBank:
         self.pools: list[AdapterPool] = []
 
     def create(self, task: TaskSpec, num_steps: int) -> TaskState:
-        """A fresh adapter as PEFT initialises it, drawn per (task seed, module name)."""
-        tensors = {}
+        """A fresh adapter as PEFT initialises it, drawn per (task seed, module name), so that
+        sites may be drawn beside each other: others may be waiting."""
         place = adapter_method(task.adapter.method).place
-        for site in self.backbone.sites_of(place, task.adapter.targets):
-            base = getattr(self.backbone.model.get_submodule(site.name), "base", None)
-            weight_OD = None if base is None else base.weight_OD
-            for name, value in start_values(task, site, weight_OD).items():
-                tensors[site.name, name] = self._fresh(value)
+        sites = self.backbone.sites_of(place, task.adapter.targets)
+        with ThreadPoolExecutor(min(_MAX_DRAWERS, os.cpu_count() or 1)) as threads:
+            drawn = list(threads.map(lambda site: self._drawn(task, site), sites))
+        tensors = {
+            (site.name, name): value
+            for site, values in zip(sites, drawn, strict=True)
+            for name, value in values.items()
+        }
         return TaskState(task, adapter_slot(task), num_steps, tensors)
+
+    def _drawn(self, task: TaskSpec, site: LinearSite) -> dict[str, TaskTensors]:
+        base = getattr(self.backbone.model.get_submodule(site.name), "base", None)
+        values = start_values(task, site, None if base is None else base.weight_OD)
+        return {name: self._fresh(value) for name, value in values.items()}
 
     def arrange(
         self, htasks: Sequence[HTask], states: Mapping[str, TaskState]
@@ -407,6 +423,11 @@ def drop(state: TaskState) -> None:
 def no_gradient(like: Tensor) -> Tensor:
     """Zeros in host memory of a tensor's shape and dtype that take none."""
     return torch.zeros(1, dtype=like.dtype).expand(like.shape)
+
+
+def _is_one_zero(tensor: Tensor) -> bool:
+    """Expanded; see ``TaskTensors``."""
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

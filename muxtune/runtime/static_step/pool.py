@@ -46,8 +46,7 @@ class StaticPool:
             for key, old in state.tensors.items():
                 count = old.param.shape[0]
                 new = TaskTensors(*(tensor[:count] for tensor in places[key]))
-                for target, source in zip(new, old, strict=True):
-                    target.copy_(source)
+                old.copy_to_zeros(new)
                 state.tensors[key] = new
         self.adapters.settings.step_S[slot] = state.step
         if self.extras is not None:
