@@ -1,18 +1,26 @@
 """One frozen linear with many tasks' low-rank adapters."""
 
 from .explicit import (
+    FactorGrads,
     LoraLinear,
     StepRows,
+    lora_linear_a_grad,
+    lora_linear_b_grad,
     lora_linear_factor_grad,
     lora_linear_forward,
     lora_linear_input_grad,
 )
+from .flags import ReadyFlags
 from .op import multi_lora_linear, multi_lora_linear_group
 from .reference import multi_lora_linear_reference
 
 __all__ = [
+    "FactorGrads",
     "LoraLinear",
+    "ReadyFlags",
     "StepRows",
+    "lora_linear_a_grad",
+    "lora_linear_b_grad",
     "lora_linear_factor_grad",
     "lora_linear_forward",
     "lora_linear_input_grad",

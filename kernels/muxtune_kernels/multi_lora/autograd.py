@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..dropout import RowDropout
 from ..rows import SlotRows, slot_bounds
+from .flags import ReadyFlags
 from .launch import Adapters, RowTensors, layout_of, lora_backward, lora_forward
-from .tuning import Tuning, tuning_of
+from .tuning import LEAST_BLOCK_T, Tuning, cdiv, tuning_of
 
 
 def multi_lora_linear_cuda(
@@ -46,7 +47,9 @@ class _MultiLoraLinear(torch.autograd.Function):
         dropout = None if row_key_T is None else RowDropout(row_key_T, rate_S)
         rows = RowTensors(slot_of_row_T, bounds_S3, scale_S, dropout)
         tuning = _tuning(x_TD, adapters)
-        y_TO, h_TJ = lora_forward(x_TD, weight_OD, bias_O, a_RD, b_OR, rows, adapters, tuning)
+        y_TO, h_TJ = lora_forward(
+            x_TD, weight_OD, bias_O, a_RD, b_OR, rows, adapters, tuning, _flags(x_TD, tuning)
+        )
         ctx.save_for_backward(
             x_TD, weight_OD, a_RD, b_OR, h_TJ, scale_S, slot_of_row_T, bounds_S3, row_key_T, rate_S
         )
@@ -62,12 +65,18 @@ class _MultiLoraLinear(torch.autograd.Function):
         dy_TO = grad_outputs[0]
         dy_TO = dy_TO if dy_TO.stride(1) == 1 else dy_TO.contiguous()
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        tuning = _tuning(x_TD, ctx.adapters)
         dx_TD, da_RD, db_OR = lora_backward(
             dy_TO, x_TD, h_TJ, weight_OD, a_RD, b_OR, rows, ctx.adapters,
-            _tuning(x_TD, ctx.adapters),
-            ctx.needs_input_grad[0], needs_factors,
+            tuning, ctx.needs_input_grad[0], needs_factors, _flags(x_TD, tuning),
         )  # fmt: skip
         return dx_TD, None, None, da_RD, db_OR, None, None, None, None, None, None
+
+
+def _flags(x_TD: Tensor, tuning: Tuning) -> ReadyFlags | None:
+    if not tuning.own_shrink:
+        return None
+    return ReadyFlags(cdiv(x_TD.shape[0], LEAST_BLOCK_T), x_TD.device)
 
 
 def _tuning(x_TD: Tensor, adapters: Adapters) -> Tuning:

@@ -1,8 +1,10 @@
 """Launches of the multi-task low-rank linear on CUDA.
 
-Forward: shrink (h = s x A^T), then one product with the expansion in it. Backward: dB = dy^T h
-and the parts of dh = s dy B from one read of dy, their sum, then one product with dh A in it, then
-dA = dh^T x.
+Forward: one product that makes h = s x A^T itself and has the expansion in it. Backward: one
+product that makes dh = s dy B itself and has dh A in it; dB = dy^T h and dA = dh^T x, which nobody
+waits for.
+Where the product is not to make them (no flags to count in; dropout masks x): a shrink before the
+first; dB and the parts of dh from one read of dy, and their sum, before the second.
 Where that product cannot be used (float32, odd strides, dropout's mask on dx) the expansion is
 written first and cuBLAS adds to it (beta = 1).
 
@@ -23,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..dropout import RowDropout
 from ..dropout.reference import mix_word
 from ..rows import slot_offsets
+from .flags import ReadyFlags
 from .gemm import linear_kernel
 from .kernels import (
     dh_db_kernel,
@@ -120,9 +123,16 @@ def layout_of(adapters: Adapters, device: torch.device) -> Layout:
     )  # fmt: skip
 
 
+class Shrink(NamedTuple):
+    """What a product needs to make its own h: the first factor with one row a rank, and zeros."""
+
+    factor_RK: Tensor
+    ready: Tensor
+
+
 def lora_forward(
     x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, a_RD: Tensor, b_OR: Tensor,
-    rows: RowTensors, adapters: Adapters, tuning: Tuning,
+    rows: RowTensors, adapters: Adapters, tuning: Tuning, flags: ReadyFlags | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y_TO, h_TJ); h carries scale / (1 - rate)."""
     layout = layout_of(adapters, x_TD.device)
@@ -132,6 +142,9 @@ def lora_forward(
         h_TJ = shrink(x_TD, a_RD, rows, layout, tuning._replace(shrink_splits=1))
         y_TO = expand(h_TJ, b_OR, bias_O, rows, adapters.out_features, layout, tuning, False)
         return y_TO.addmm_(x_TD, weight_OD.t()), h_TJ
+    if flags is not None and rows.dropout is None:
+        own = Shrink(a_RD, flags.take(cdiv(x_TD.shape[0], blocks.t)))
+        return linear(x_TD, weight_OD, bias_O, own, b_OR.t(), rows, layout, blocks, True)
     h_parts = shrink(x_TD, a_RD, rows, layout, tuning)
     return linear(x_TD, weight_OD, bias_O, h_parts, b_OR.t(), rows, layout, blocks, True)
 
@@ -139,13 +152,21 @@ def lora_forward(
 def lora_backward(
     dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor, b_OR: Tensor,
     rows: RowTensors, adapters: Adapters, tuning: Tuning, needs_dx: bool, needs_factors: bool,
+    flags: ReadyFlags | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx_TD, dA [M * R, D], dB [O, R])."""
     layout = layout_of(adapters, x_TD.device)
     fused = tuning.fused and needs_dx and rows.dropout is None and fits_fused(dy_TO, weight_OD)
     blocks = gemm_blocks(x_TD.shape[0], (x_TD.shape[1],)) if fused else None
-    dh_TJ, db_OR = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
     dx_TD = None
+    if blocks is not None and flags is not None:
+        own = Shrink(b_OR.t(), flags.take(cdiv(x_TD.shape[0], blocks.t)))
+        dx_TD, dh_TJ = linear(dy_TO, weight_OD, None, own, a_RD, rows, layout, blocks, False)
+        if not needs_factors:
+            return dx_TD, None, None
+        db_OR = db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
+        return dx_TD, outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning), db_OR
+    dh_TJ, db_OR = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
     if blocks is not None:
         dx_TD, _ = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
     elif needs_dx:
@@ -155,22 +176,35 @@ def lora_backward(
     return dx_TD, da_RD, db_OR if needs_factors else None
 
 
+class InputGrad(NamedTuple):
+    """dh_TJ: what `outer` makes dA of, later or beside. owes_db: so does `db` dB."""
+
+    dx_TD: Tensor | None
+    dh_TJ: Tensor
+    owes_db: bool
+
+
 def lora_input_grad(
     dy_TO: Tensor, x_shape: tuple[int, int], h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor,
     b_OR: Tensor, rows: RowTensors, adapters: Adapters, tuning: Tuning, targets: GradTargets,
-    needs_dx: bool,
-) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """(dx_TD, dh_TJ); dB goes to its target. dA is what `outer` makes of dh_TJ, later or beside."""
+    needs_dx: bool, flags: ReadyFlags | None = None,
+) -> InputGrad:  # fmt: skip
+    """dB has gone to its target, unless it is owed."""
     layout = layout_of(adapters, dy_TO.device)
+    fused = needs_dx and tuning.fused and rows.dropout is None and fits_fused(dy_TO, weight_OD)
+    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
+    if blocks is not None and flags is not None:
+        own = Shrink(b_OR.t(), flags.take(cdiv(x_shape[0], blocks.t)))
+        made = linear(dy_TO, weight_OD, None, own, a_RD, rows, layout, blocks, False)
+        return InputGrad(*made, owes_db=True)
     dh_TJ, _ = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning, targets)
     if not needs_dx:
-        return None, dh_TJ
-    fused = tuning.fused and rows.dropout is None and fits_fused(dy_TO, weight_OD)
-    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
+        return InputGrad(None, dh_TJ, owes_db=False)
     if blocks is not None:
-        return linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)[0], dh_TJ
+        made = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
+        return InputGrad(*made, owes_db=False)
     dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_shape[1],), layout, tuning, True)
-    return dx_TD.addmm_(dy_TO, weight_OD), dh_TJ
+    return InputGrad(dx_TD.addmm_(dy_TO, weight_OD), dh_TJ, owes_db=False)
 
 
 def fits_fused(x_TK: Tensor, weight_OD: Tensor) -> bool:
@@ -183,19 +217,23 @@ def fits_fused(x_TK: Tensor, weight_OD: Tensor) -> bool:
 
 
 def linear(
-    x_TK: Tensor, weight_OD: Tensor, bias_O: Tensor | None, h_parts: Tensor, factor_RN: Tensor,
-    rows: RowTensors, layout: Layout, blocks: GemmBlocks, weight_nk: bool,
+    x_TK: Tensor, weight_OD: Tensor, bias_O: Tensor | None, h_parts: Tensor | Shrink,
+    factor_RN: Tensor, rows: RowTensors, layout: Layout, blocks: GemmBlocks, weight_nk: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x W^T or x W, plus h F; the summed h_TJ)."""
+    """(x W^T or x W, plus h F; the summed h_TJ, or the one that the product made)."""
     num_rows, num_in = x_TK.shape
     num_out = weight_OD.shape[0] if weight_nk else weight_OD.shape[1]
     out_TN = torch.empty((num_rows, num_out), dtype=x_TK.dtype, device=x_TK.device)
+    own = h_parts if isinstance(h_parts, Shrink) else None
+    h_parts = _new_h(x_TK, layout, 1) if isinstance(h_parts, Shrink) else h_parts
     splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
     h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
     tiles = cdiv(num_rows, blocks.t) * cdiv(num_out, blocks.n)
-    programs = min(num_sms(), tiles)
+    # The interpreter runs one program after the other: none may wait for a later one.
+    programs = 1 if own is not None and INTERPRETED else min(num_sms(), tiles)
     tail = has_half_tail(blocks, num_rows, num_out)
     members = layout.num_members
+    in_factor_RK, ready = own or (factor_RN, rows.slot_of_row_T)
 
     def weight_tiles(width: int) -> TensorDescriptor:
         shape = [width, blocks.k] if weight_nk else [blocks.k, width]
@@ -207,13 +245,14 @@ def linear(
         whole,
         weight_tiles(blocks.n // 2) if tail else whole,
         TensorDescriptor.from_tensor(out_TN, [blocks.t, blocks.n // (2 if blocks.halves else 1)]),
-        h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, rows.slot_of_row_T,
-        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges, num_rows, num_out,
-        num_in, layout.total_rank, layout.j_width, h_parts.stride(0), factor_RN.stride(0),
-        factor_RN.stride(1),
+        h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, in_factor_RK, rows.scale_S,
+        ready, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
+        layout.edges, num_rows, num_out, num_in, layout.total_rank, layout.j_width,
+        h_parts.stride(0), factor_RN.stride(0), factor_RN.stride(1), in_factor_RK.stride(0),
+        in_factor_RK.stride(1),
         weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
-        splits, bias_O is not None, blocks.t, blocks.n, blocks.k, 8, blocks.halves, tail,
-        programs,
+        splits, own is not None, bias_O is not None, blocks.t, blocks.n, blocks.k, 8,
+        blocks.halves, tail, programs,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out_TN, h_TJ
@@ -275,28 +314,49 @@ def dh_db(
     layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dh_TJ, dB [O, R]) from one read of dy."""
-    members, splits = layout.num_members, tuning.db_splits
-    num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
     parts = torch.empty(
-        (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
+        (blocks, dy_TO.shape[0], layout.j_width), dtype=torch.float32, device=dy_TO.device
     )
-    direct = targets if splits == 1 else None
-    partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
-    dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
-        dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
-        layout.offset_S, layout.rank_S, layout.edges,
-        layout.rank_S if direct is None else direct.keep_S, num_out, layout.total_rank,
-        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0),
-        partials.stride(0), partials.stride(1),
-        members, layout.rank_pad, splits, layout.align, direct is not None, tuning.db_t,
-        tuning.db_n,
-        num_warps=tuning.db_warps, num_stages=tuning.db_stages,
-    )  # fmt: skip
+    partials = _dh_db(dy_TO, h_TJ, b_OR, parts, rows, adapters, layout, tuning, targets)
     dh_TJ, db_OR = _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
-    if targets is not None and direct is None:
+    if targets is not None and tuning.db_splits > 1:
         _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
     return dh_TJ, db_OR
+
+
+def db(
+    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
+    layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
+) -> Tensor:  # fmt: skip
+    """dB [O, R] alone."""
+    partials = _dh_db(dy_TO, h_TJ, b_OR, None, rows, adapters, layout, tuning, targets)
+    total_RO = _total(partials, b_OR)
+    if targets is not None and tuning.db_splits > 1:
+        _add_into(targets.db_RO, total_RO, targets.keep_S, layout)
+    return total_RO.t()
+
+
+def _dh_db(
+    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, parts: Tensor | None, rows: RowTensors,
+    adapters: Adapters, layout: Layout, tuning: Tuning, targets: GradTargets | None,
+) -> Tensor:  # fmt: skip
+    """dB [R, O], cut over rows in `db_splits`; dh goes to `parts` where there are such."""
+    members, splits = layout.num_members, tuning.db_splits
+    direct = targets if splits == 1 else None
+    partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
+    blocks = cdiv(max(adapters.out_features), tuning.db_n)
+    dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
+        dy_TO, b_OR, h_TJ, h_TJ if parts is None else parts, partials, rows.slot_of_row_T,
+        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges,
+        layout.rank_S if direct is None else direct.keep_S, dy_TO.shape[1], layout.total_rank,
+        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width,
+        0 if parts is None else parts.stride(0), partials.stride(0), partials.stride(1),
+        members, layout.rank_pad, splits, layout.align, direct is not None, parts is not None,
+        tuning.db_t, tuning.db_n,
+        num_warps=tuning.db_warps, num_stages=tuning.db_stages,
+    )  # fmt: skip
+    return partials
 
 
 def _sum_parts(

@@ -44,6 +44,7 @@ class Tuning(NamedTuple):
     da_stages: int = 4
     warps: int = 4
     fused: bool = True
+    own_shrink: bool = False  # of the operator under autograd: the product makes its own h
 
 
 class GemmBlocks(NamedTuple):
@@ -62,6 +63,9 @@ _GEMM_BLOCKS = (
     GemmBlocks(128, 128, 64, 4, 4, False, 0.87),
     GemmBlocks(64, 128, 64, 4, 4, False, 0.7),
 )
+
+
+LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
 @functools.lru_cache(maxsize=1)

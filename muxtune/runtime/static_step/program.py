@@ -40,11 +40,17 @@ from muxtune_kernels.block import (
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
 from muxtune_kernels.multi_lora import (
     LoraLinear,
+    ReadyFlags,
     StepRows,
-    lora_linear_factor_grad,
+    lora_linear_a_grad,
+    lora_linear_b_grad,
     lora_linear_forward,
     lora_linear_input_grad,
 )
+
+OWN_SHRINK = False  # what programs do that are not told
+_LEAST_TILE_ROWS = 64
+_PRODUCTS_A_BLOCK = 12  # four forward, four again where a block is recomputed, four backward
 
 
 class StepResult(NamedTuple):
@@ -95,7 +101,9 @@ class _Site(NamedTuple):
 
 class StepProgram:
     """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
-    second stream. ``deterministic``: no atomics anywhere. ``extras``: the slots of methods that
+    second stream. ``own_shrink``: the products make their adapters' low-rank h themselves, and the
+    factor gradients fill the last waves of the backward's products; else kernels of their own make
+    it. ``deterministic``: no sum's order is left to chance. ``extras``: the slots of methods that
     have more than low-rank factors. ``recompute`` of a run: of how many blocks, the first ones,
     only the input is kept; the backward computes the rest again, to the same bits (Chen et al.
     2016, arXiv 1604.06174)."""
@@ -109,6 +117,7 @@ class StepProgram:
         overlap: bool = True,
         loss_chunk_rows: int = 1024,
         extras: ExtraPools | None = None,
+        own_shrink: bool = OWN_SHRINK,
     ) -> None:
         self.model, self.pools, self.inputs, self.extras = model, pools, inputs, extras
         self._optimizer_pools = [
@@ -130,6 +139,10 @@ class StepProgram:
         # Low priority: the products that the backward waits for come first.
         self._side = torch.cuda.Stream(model.device, priority=0) if overlap and on_cuda else None
         self._held: list[Any] = []
+        self._unmade: tuple[Any, Tensor, LoraLinear] | None = None  # of one linear, A's gradient
+        tiles = inputs.layout.max_rows // _LEAST_TILE_ROWS + 1
+        count = _PRODUCTS_A_BLOCK * len(model.blocks) * tiles
+        self._flags = ReadyFlags(count, model.device) if own_shrink else None
         self._rotary = Rotary(model.cos_LP, model.sin_LP, inputs.fields["positions"])
         self._stretches: Stretches | None = None
 
@@ -137,7 +150,9 @@ class StepProgram:
     def run(self, num_rows: int, recompute: int = 0) -> StepResult:
         """Reads the input buffer, updates the pools, writes ``metrics``."""
         with _determinism(self.deterministic):
-            rows = self.inputs.step_rows(num_rows)
+            if self._flags is not None:
+                self._flags.clear()
+            rows = self.inputs.step_rows(num_rows)._replace(flags=self._flags)
             self._lay_out(num_rows, rows)
             hidden, saved = self._forward(num_rows, rows, recompute)
             loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
@@ -217,6 +232,9 @@ class StepProgram:
             dx_TD = self._block_backward(index, kept, dx_TD, rows)
             del kept  # before the next block is computed again
             self._join_side()
+        self._fork()
+        with torch.cuda.stream(self._side):
+            self._make_a_grad(rows)
         self._join_side()
 
     def _block_backward(self, index: int, kept: Saved, dx_TD: Tensor, rows: StepRows) -> Tensor:
@@ -257,8 +275,10 @@ class StepProgram:
         h, read_TD, around = saved
         if site.extras is not None:
             dy_TC = site.extras.after_backward(dy_TC, around, rows, self.deterministic)
-        dx_TD, dh = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
-        self._factor_grad(dh, read_TD, site.lora, rows)
+        if self._flags is not None:
+            self._fork()
+        dx_TD, made = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
+        self._factor_grads(made, read_TD, site.lora, rows)
         if site.extras is None or dx_TD is None:
             return dx_TD
         return site.extras.before_backward(dx_TD, x_TD, rows)
@@ -306,20 +326,36 @@ class StepProgram:
 
     # -- the second stream
 
-    def _factor_grad(self, dh: Any, x_TD: Tensor, lora: Any, rows: StepRows) -> None:
-        if self._side is None:
-            lora_linear_factor_grad(dh, x_TD, lora, rows)
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            lora_linear_factor_grad(dh, x_TD, lora, rows)
+    def _factor_grads(self, made: Any, x_TD: Tensor, lora: LoraLinear, rows: StepRows) -> None:
+        """``made``: by the product of this linear's input gradient, which may still run. Where the
+        second stream was forked before it, the gradient of B, which needs nothing of it, and that
+        of the linear before's A fill its last wave of tiles, when most of the device is idle."""
+        if self._flags is None:
+            self._fork()
         # Memory must not be handed out again before the side stream has read it.
-        self._held.append((dh, x_TD))
+        self._held.append((made, x_TD))
+        with torch.cuda.stream(self._side):
+            if self._flags is not None:
+                lora_linear_b_grad(made, lora, rows)
+                self._make_a_grad(rows)
+                self._unmade = made, x_TD, lora
+            else:
+                lora_linear_a_grad(made, x_TD, lora, rows)
+
+    def _make_a_grad(self, rows: StepRows) -> None:
+        if self._unmade is not None:
+            lora_linear_a_grad(*self._unmade, rows)
+            self._held.append(self._unmade)
+            self._unmade = None
+
+    def _fork(self) -> None:
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream())
 
     def _join_side(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
-            self._held.clear()
+        self._held.clear()
 
 
 def _some(tensor: Tensor | None) -> Tensor:
