@@ -61,6 +61,24 @@ class Enough(Exception):
     """All rounds that were asked for are measured: the tasks need not end."""
 
 
+class TimedGraph:
+    """A captured graph whose replays are timed where they happen, among copies and other work."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def replay(self) -> None:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        stop.record()
+        self.events.append((start, stop))
+
+    def milliseconds(self) -> list[float]:
+        return [start.elapsed_time(stop) for start, stop in self.events]
+
+
 class Stopwatch(StepListener):
     """Counts rounds of plans that hold all tasks; after the warm-up, ``count`` of them. At both
     ends the device is waited for, so that what is in flight is counted once."""
@@ -75,6 +93,8 @@ class Stopwatch(StepListener):
         self.replays_before: dict[int, dict[int, int]] = {}
         self.executor: Any = None  # whose runners are looked at between rounds
         self.runners: list[Any] = []
+        # By hTask and size: of every measured replay.
+        self.device_ms: dict[int, dict[int, list[float]]] = {}
 
     def on_round(self, record: RoundRecord) -> None:
         self.runners = list(self.executor._instances[record.instance_id]._runners)
@@ -88,11 +108,23 @@ class Stopwatch(StepListener):
         if len(self.rounds) == WARM_UP:
             _synchronise()
             self.replays_before = self._replays()
+            for steps in self._captured_steps():
+                steps._graphs = {n: TimedGraph(graph) for n, graph in steps._graphs.items()}
             self.start_s = time.perf_counter()
         if len(self.rounds) == WARM_UP + self._count:
             _synchronise()
             self.seconds = time.perf_counter() - self.start_s
+            self._read_times()
             raise Enough
+
+    def _captured_steps(self) -> list[Any]:
+        return [runner.steps for runner in self.captured.values()]
+
+    def _read_times(self) -> None:
+        for index, steps in zip(self.captured, self._captured_steps(), strict=True):
+            times = {n: timed.milliseconds() for n, timed in steps._graphs.items()}
+            self.device_ms[index] = {n: each for n, each in times.items() if each}
+            steps._graphs = {n: timed.graph for n, timed in steps._graphs.items()}
 
     def _replays(self) -> dict[int, dict[int, int]]:
         return {index: dict(item.steps.replays) for index, item in self.captured.items()}
@@ -173,6 +205,7 @@ class Run(NamedTuple):
     runners: dict[int, CapturedRunner]  # by hTask, as are the replays
     replays: dict[int, dict[int, int]]
     rounds: int
+    device_ms: dict[int, dict[int, list[float]]]  # by hTask and size: of every measured replay
 
 
 def run(case: Case, store: BackboneStore, device: str, rounds: int) -> Run:
@@ -216,7 +249,7 @@ def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds:
     row = _row(case, watch, outcomes.plans, executor)
     row["whole_s"] = time.perf_counter() - began_s
     executor.close()
-    return Run(row, watch.captured, watch.replays, len(watch.measured))
+    return Run(row, watch.captured, watch.replays, len(watch.measured), watch.device_ms)
 
 
 class _NoEnds:
