@@ -1,6 +1,7 @@
 """How single operations add up to a step: fitted from a few whole steps of the profile.
 
-A pass takes ``work * (its operations but the adapters') + adapters * (the adapters') + pass_s``:
+A pass takes ``work * (its operations but the adapters') + adapters * (the adapters') + pass_s``
+(of a captured pass, ``adapters`` is of what runs on the second stream only):
 in a step operations find other clocks and caches than alone, adapters partly run beside the
 products, and every pass has something of the host in it. The three numbers hold for a device and
 a program, for every configuration; none is fitted to one. Steps that were used here are kept in
@@ -74,14 +75,12 @@ class Composition(NamedTuple):
     relative_error: float = 0.0
     num_steps: int = 0
 
-    def factor(self, category: str) -> float:
-        return self.adapters if category == ops.ADAPTERS else self.work
-
     def seconds(self, features: Sequence[float]) -> float:
         return float(np.dot(features, (self.work, self.adapters, self.pass_s)))
 
 
 Breakdown = Callable[[PassLoad], Mapping[str, float]]
+Features = Callable[[Sequence[PassLoad]], tuple[float, float, float]]
 
 
 def step_features(loads: Sequence[PassLoad], breakdown_s: Breakdown) -> tuple[float, float, float]:
@@ -91,11 +90,11 @@ def step_features(loads: Sequence[PassLoad], breakdown_s: Breakdown) -> tuple[fl
     return sum(sum(part.values()) for part in parts) - adapters, adapters, float(len(loads))
 
 
-def fit_composition(steps: Sequence[WholeStep], breakdown_s: Breakdown) -> Composition:
-    """``breakdown_s``: of a pass, as its operations alone add up. Without steps: the sums."""
+def fit_composition(steps: Sequence[WholeStep], features_of: Features) -> Composition:
+    """``features_of``: what the three numbers are multiplied by. Without steps: the sums."""
     if not steps:
         return Composition()
-    features = np.array([step_features(step.loads, breakdown_s) for step in steps])
+    features = np.array([features_of(step.loads) for step in steps])
     times = np.array([step.median_s for step in steps])
     best = _fit(features, times)
     error = _interval(features, times)

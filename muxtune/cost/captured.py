@@ -28,19 +28,20 @@ from typing import NamedTuple
 import numpy as np
 
 from muxtune.cost import ops
+from muxtune.cost.calibration import Composition, WholeStep, fit_composition
 from muxtune.cost.composition import PassParts, Rates, Tally
 from muxtune.cost.curves import Time, fit_affine
+from muxtune.cost.memory import STATIC_LOSS_ROWS, widened
 from muxtune.cost.ops import Op
-from muxtune.cost.profiled import ProfiledCostModel, leaf_of
+from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, leaf_of
 from muxtune.cost.shapes import ModelShape
-from muxtune.types import AdapterSlot, Estimate, ReplicaShape, ShapeKey
+from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKey
 
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
 MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
-_LORA_LIKE = ("lora", "rslora", "dora")
 
 
 class FusedSite(NamedTuple):
@@ -88,24 +89,39 @@ def extra_size(model: ModelShape, slots: Sequence[AdapterSlot], method: str) -> 
 def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
     """Trained numbers that the step's pools hold for a slot, over all layers: a fused linear has
     room for all of its members as soon as one is adapted."""
-    if slot.method not in _LORA_LIKE:
-        return ops.adapter_parameters(model, slot)
-    adapted = {item.name.rsplit(".", 1)[-1] for item in ops.target_linears(model, slot)}
-    block = sum(
-        slot.rank * (len(site.members) * site.in_features + sum(site.out_features))
-        for site in fused_sites(model)
-        if adapted & set(site.members)
-    )
-    return model.num_layers * block
+    return ops.adapter_parameters(model, widened(slot))
+
+
+def _whole_chunks(rows: float) -> int:
+    return -(-int(rows) // STATIC_LOSS_ROWS)
 
 
 class CapturedCostModel(ProfiledCostModel):
     """``CostModel`` of captured steps, from a profile of their operations.
 
     Adapters cost what a site takes beyond its frozen product, and A's gradients, which run beside
-    the products of the backward: how much of that shows is the composition's ``adapters``. Methods
-    that no captured step knows count as LoRA of their rank, and as extrapolated.
+    the products of the backward: how much of these shows is the composition's ``adapters``.
+    Methods that no captured step knows count as LoRA of their rank, and as extrapolated.
     """
+
+    _apart = ""
+    _beside = 1.0  # share of A's gradients that shows
+
+    def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
+        found = fit_composition(steps, self._features)
+        self._beside = found.adapters / found.work
+        return found
+
+    def _compose_as(self, other: ProfiledCostModel) -> None:
+        self._beside = other._beside if isinstance(other, CapturedCostModel) else 1.0
+        super()._compose_as(other)
+
+    def _features(self, loads: Sequence[PassLoad]) -> tuple[float, float, float]:
+        seconds = []
+        for self._beside in (0.0, 1.0):
+            self._forget()
+            seconds.append(sum(sum(self.breakdown_s(load).values()) for load in loads))
+        return seconds[0], seconds[1] - seconds[0], float(len(loads))
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
@@ -115,6 +131,11 @@ class CapturedCostModel(ProfiledCostModel):
         for op, time in self._block_of(shape, rows, replica.tp):
             block.add(op, time)
         tally.merge(block, layers)
+        if first:
+            lacking = Tally()
+            for op, time in self._first_block_lacks(rows, replica.tp):
+                lacking.add(op, time)
+            tally.merge(lacking, -1)
         if first or last:
             for op, time in self._edge_of(rows, replica):
                 tally.add(op, time)
@@ -161,6 +182,12 @@ class CapturedCostModel(ProfiledCostModel):
                 name = f"all_reduce.tp{tp}"
                 yield self._timed(name, ops.COMMUNICATION, backward, (moved,), 2)
 
+    def _first_block_lacks(self, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
+        """Nobody asks for the gradient of the embedding's output."""
+        size, hidden = self._sites(tp)[0].size, self.model.hidden
+        yield self._timed(f"frozen_backward.{size}", ops.BACKBONE, True, (rows,))
+        yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
+
     def _sites(self, tp: int) -> tuple[FusedSite, ...]:
         key = ("fused sites", tp)
         if key not in self._memo:
@@ -182,7 +209,8 @@ class CapturedCostModel(ProfiledCostModel):
                 more = max(0.0, whole.value_s - frozen[1].value_s)
                 yield op, Time(more, whole.half_width_s, whole.extrapolated or not known)
         if users:
-            yield self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
+            op, beside = self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
+            yield op, Time(beside[0] * self._beside, beside[1] * self._beside, beside[2])
 
     def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
         if slot.method in EXTRA_METHODS or ops.is_prepended(slot):
@@ -202,7 +230,9 @@ class CapturedCostModel(ProfiledCostModel):
         yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
         yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
         vocab = self.model.vocab // replica.tp
-        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (rows,))
+        # Logits are computed in whole chunks.
+        whole = rows if rows <= STATIC_LOSS_ROWS else _whole_chunks(rows) * STATIC_LOSS_ROWS
+        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (float(whole),))
         if replica.pp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -229,13 +259,14 @@ class CapturedCostModel(ProfiledCostModel):
         return tuple(more * count / total for count in elements)
 
     def _attention(self, name: str) -> Rates:
-        name, ratio = self._measured(name)
+        name, ratio, extrapolated = self._measured(name)
         points = self.profile.ops[name]["points"]
         features = np.array([(1.0, point["rows"], point["pairs"]) for point in points])
         largest = max(float(point["rows"]) for point in points)
         fit = fit_affine(features, [leaf_of(point) for point in points], largest)
         per_pass, per_row, per_pair = (ratio * number for number in fit.coefficients)
-        return Rates(per_pass, per_row, per_pair, fit.relative_error, fit.max_size)
+        most = NOTHING_MEASURED if extrapolated else fit.max_size
+        return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing."""

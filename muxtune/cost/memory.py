@@ -155,7 +155,7 @@ class MemoryModel:
         """Adapter weights, gradients and optimizer state of one task on one stage."""
         key = (slot, replica)
         if key not in self._tasks:
-            held = _widened(slot) if self._is_static((slot,), replica) else slot
+            held = widened(slot) if self._is_static((slot,), replica) else slot
             numbers = sum(ops.adapter_tensors(self.model, held, replica.tp))
             self._tasks[key] = numbers * self.options.trained_bytes
         layers = self.model.num_layers
@@ -222,7 +222,7 @@ class MemoryModel:
     def _static_rank(self, slot: AdapterSlot) -> int:
         """Numbers a row of one block that the slot's adapters keep."""
         if slot not in self._static_ranks:
-            linears = ops.target_linears(self.model, _widened(slot))
+            linears = ops.target_linears(self.model, widened(slot))
             self._static_ranks[slot] = 0 if slot.method == "ia3" else slot.rank * len(linears)
         return self._static_ranks[slot]
 
@@ -365,7 +365,7 @@ def _has_static_form(slot: AdapterSlot) -> bool:
     return slot.method in _STATIC_METHODS and not (slot.method == "dora" and slot.dropout)
 
 
-def _widened(slot: AdapterSlot) -> AdapterSlot:
+def widened(slot: AdapterSlot) -> AdapterSlot:
     """With the targets that the captured step has room for."""
     if slot.method not in ("lora", "dora"):
         return slot

@@ -15,6 +15,7 @@ from muxtune.cost.calibration import (
     WholeStep,
     fit_composition,
     fit_memory,
+    step_features,
 )
 from muxtune.cost.composition import ComposedCostModel, PassParts, Rates
 from muxtune.cost.curves import AffineFit, Leaf, Table, Time, fit_affine
@@ -28,6 +29,7 @@ from muxtune.types import AdapterSlot, Estimate, ReplicaShape, ShapeKey
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
 _FREE = Time(0.0, 0.0, False)
+NOTHING_MEASURED = -1.0  # the largest size of an operation that is taken from another
 
 
 class ProfiledCostModel(ComposedCostModel):
@@ -57,6 +59,8 @@ class ProfiledCostModel(ComposedCostModel):
         self.composition = Composition()
         self._calibrate(memory is None)
 
+    _apart = ops.ADAPTERS  # the category with a factor of its own
+
     @property
     def _is_of_profile(self) -> bool:
         return self.model == checked_shape(self.profile.model_shape)
@@ -66,14 +70,24 @@ class ProfiledCostModel(ComposedCostModel):
         if not steps:
             return
         if self._is_of_profile:
-            self.composition = fit_composition(steps, self.breakdown_s)
+            self.composition = self._fitted_composition(steps)
             options = self._fitted_memory(steps)
         else:  # steps are of the profile's own model
             of_profile = type(self)(self.profile.model_shape, self.profile)
-            self.composition = of_profile.composition
+            self._compose_as(of_profile)
             options = of_profile.memory.options
         if fits_memory:
             self.memory = MemoryModel(self.model, options)
+        self._forget()
+
+    def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
+        return fit_composition(steps, lambda loads: step_features(loads, self.breakdown_s))
+
+    def _compose_as(self, other: ProfiledCostModel) -> None:
+        self.composition = other.composition
+        self._forget()
+
+    def _forget(self) -> None:
         self._memo.clear()
         self._coefficients.clear()
 
@@ -109,7 +123,10 @@ class ProfiledCostModel(ComposedCostModel):
             return parts
         error = how.relative_error * (EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0)
         forward_s, backward_s = (
-            {category: seconds * how.factor(category) for category, seconds in side.items()}
+            {
+                category: seconds * (how.adapters if category == self._apart else how.work)
+                for category, seconds in side.items()
+            }
             for side in (parts.forward_s, parts.backward_s)
         )
         forward_s[ops.OVERHEAD] = forward_s.get(ops.OVERHEAD, 0.0) + how.pass_s
@@ -147,19 +164,8 @@ class ProfiledCostModel(ComposedCostModel):
             return self._table(op.name).at(op.size)
         if op.name in _OPTIONAL:
             return _FREE
-        return self._from_nearest(op)
-
-    def _from_nearest(self, op: Op) -> Time:
-        """See ``WorkRatio``. Raises ProfileError where nothing of the kind was measured."""
-        kind = op.name.partition(".")[0]
-        if kind not in self._kinds:
-            self._kinds[kind] = WorkRatio.of(kind, self.profile.ops)
-        nearest = self._kinds[kind].nearest(op.name)
-        if nearest is None or self._is_of_profile:
-            self._op(op.name)  # says what is missing
-            raise AssertionError
-        value, width, _ = self._table(nearest.name).at(op.size)
-        ratio = nearest.ratio
+        name, ratio, _ = self._measured(op.name)
+        value, width, _ = self._table(name).at(op.size)
         return Time(value * ratio, width * ratio, True)
 
     def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
@@ -170,21 +176,25 @@ class ProfiledCostModel(ComposedCostModel):
         return self._rates[key]
 
     def _attention(self, name: str) -> Rates:
-        name, ratio = self._measured(name)
+        name, ratio, extrapolated = self._measured(name)
         fit = self._fit(name, "length", lambda n: (1.0, n, n * (n + 1) / 2))
         per_call, per_row, per_pair = (ratio * number for number in fit.coefficients)
-        return Rates(per_call, per_row, per_pair, fit.relative_error, fit.max_size)
+        most = NOTHING_MEASURED if extrapolated else fit.max_size
+        return Rates(per_call, per_row, per_pair, fit.relative_error, most)
 
-    def _measured(self, name: str) -> tuple[str, float]:
-        """The operation itself, or the nearest of its kind, and the ratio of their work."""
+    def _measured(self, name: str) -> tuple[str, float, bool]:
+        """(the operation itself, or the nearest of its kind, the ratio of their work, whether it
+        is another); see ``WorkRatio``. Raises ProfileError where there is none of the kind."""
         if name in self.profile.ops:
-            return name, 1.0
+            return name, 1.0, False
         kind = name.partition(".")[0]
-        nearest = WorkRatio.of(kind, self.profile.ops).nearest(name)
+        if kind not in self._kinds:
+            self._kinds[kind] = WorkRatio.of(kind, self.profile.ops)
+        nearest = self._kinds[kind].nearest(name)
         if nearest is None or self._is_of_profile:
-            self._op(name)
+            self._op(name)  # says what is missing
             raise AssertionError
-        return nearest
+        return *nearest, True
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("loss", tp)
@@ -194,10 +204,11 @@ class ProfiledCostModel(ComposedCostModel):
         return self._rates[key]
 
     def _loss(self, name: str) -> Rates:
-        name, ratio = self._measured(name)
+        name, ratio, extrapolated = self._measured(name)
         fit = self._fit(name, "rows", lambda n: (1.0, n))
         per_pass, per_row = (ratio * number for number in fit.coefficients)
-        return Rates(per_pass, 0.0, per_row, fit.relative_error, fit.max_size)
+        most = NOTHING_MEASURED if extrapolated else fit.max_size
+        return Rates(per_pass, 0.0, per_row, fit.relative_error, most)
 
     def _fit(self, name: str, axis: str, features: Any) -> AffineFit:
         points = self._op(name)["points"]

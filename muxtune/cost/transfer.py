@@ -33,7 +33,7 @@ def carried_over(profile: Profile, source: DeviceFigures, target: DeviceFigures)
 def carried_over_model(model: ProfiledCostModel, profile: Profile) -> ProfiledCostModel:
     """Of the profile that ``carried_over`` made from the model's own."""
     carried = type(model)(model.model, profile, model.memory.options)
-    carried.composition = model.composition
+    carried._compose_as(model)
     return carried
 
 

@@ -323,9 +323,9 @@ class CapturedOps:
         sequences of ``length`` tokens, and the query-key pairs of these."""
         pool = StaticPool(self.model, slots, self.deterministic)
         if pool.extras is not None:
-            for slot, spec in enumerate(slots):
+            for slot in range(len(slots)):
                 rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
-                pool.extras.take(slot, rows_of if spec.method else {})
+                pool.extras.take(slot, rows_of)
         share = num_rows // len(slots)
         lengths = [length] * (share // length) + ([share % length] if share % length else [])
         layout = StepLayout(

@@ -14,8 +14,8 @@ from muxtune.profiling.captured_ops import CapturedOps
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob
 
 ROWS = (128, 512, 2048, 8192)
-SLOTS = (1, 8, 32)
-RANKS = (16, 64)
+SLOTS = (1, 4, 12, 32)
+RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 4
 REFINE_ERROR = 0.04
 METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
@@ -114,7 +114,7 @@ def _sites(rows: int, slots: Sequence[int], ranks: Sequence[int], needed: bool) 
 
 def _attention_points(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     for num_rows in (rows[0], rows[len(rows) // 2], rows[-1]):
-        for length in (32, 128, 512, 1024):
+        for length in (32, 64, 128, 256, 512, 1024):
             if length <= num_rows:
                 yield num_rows, length
 

@@ -18,7 +18,7 @@ from muxtune.runtime.static_step import (
     StepProgram,
     Unsupported,
 )
-from muxtune.runtime.static_step.inputs import StepInputs
+from muxtune.runtime.static_step.inputs import HostBuffer, Sequence, StepInputs
 
 spec = importlib.util.spec_from_file_location(
     "static_step_reference", Path(__file__).with_name("static_step_reference.py")
@@ -174,3 +174,15 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_less(
     assert any(grad.any() for grad in results[0][1])
     for left, right in zip(results[0][1], results[1][1], strict=True):
         assert torch.equal(left, right)
+
+
+def test_filler_lies_in_sequences_of_one_tile_where_there_is_room_for_their_bounds() -> None:
+    for max_bounds, longest in ((24, 64), (3, 512)):
+        host = HostBuffer(StepLayout(600, 1, max_bounds, 512), False)
+        tokens_n = np.ones(25, dtype=np.int64)
+        host.fill(600, [Sequence(0, tokens_n, tokens_n > 0)], {0: SlotInput(24)})
+        bounds_N = host.arrays["cu_seqlens"]
+        lengths = np.diff(bounds_N[: max_bounds + 1])
+        assert bounds_N[-1] == 600 and lengths[0] == 25 and lengths[1:].max() == longest
+        positions_T = host.arrays["positions"]
+        assert (positions_T[bounds_N[1:3]] == 0).all() and positions_T.max() == longest - 1

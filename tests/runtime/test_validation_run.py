@@ -117,3 +117,21 @@ def test_the_first_different_decision_is_shown_with_its_cause() -> None:
     assert (found["predicted"], found["measured"]) == ("plan a", "plan a,b")
     assert "order" in found["why"]
     assert first_difference(left, left) is None
+
+
+def test_the_captured_pass_counts_what_the_step_launches(profile_path: Path) -> None:
+    """Logits in whole chunks, and a product less in the first block, however many there are."""
+    profile = load_profile(profile_path)._replace(steps=())
+    short, deep = (CapturedCostModel(TINY._replace(num_layers=n), profile) for n in (2, 4))
+
+    def seconds(model: CapturedCostModel, category: str, rows: int) -> float:
+        shape = ShapeKey(rows, 1, (AdapterSlot("lora", 8, ALL),))
+        return model.breakdown_s(PassLoad(shape, 0.0, 0.0))[category]
+
+    assert seconds(short, "loss", 1056) == seconds(short, "loss", 2048) > seconds(short, "loss", 1)
+    product, embedding = (
+        short._timed(name, "backbone", True, (64.0,))[1].value_s
+        for name in ("frozen_backward.32x64", "embedding.32")
+    )
+    two, four = (seconds(model, "backbone", 64) - embedding for model in (short, deep))
+    assert four - 2 * two == pytest.approx(product)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -32,6 +32,10 @@ def breakdown_s(each: PassLoad) -> Mapping[str, float]:
     return {"backbone": 1e-5 * rows, "adapters": 2e-6 * rows * len(each.shape.slots)}
 
 
+def features_of(loads: Sequence[PassLoad]) -> tuple[float, float, float]:
+    return step_features(loads, breakdown_s)
+
+
 def steps(work: float, adapters: float, pass_s: float, noise: float = 0.0) -> list[WholeStep]:
     random, found = np.random.default_rng(3), []
     for chunks, slots, passes in ((4, 1, 3), (16, 4, 4), (64, 8, 2), (8, 8, 6), (32, 2, 3)):
@@ -44,7 +48,7 @@ def steps(work: float, adapters: float, pass_s: float, noise: float = 0.0) -> li
 
 
 def test_planted_factors_come_out():
-    fit = fit_composition(steps(1.2, 0.5, 1e-3), breakdown_s)
+    fit = fit_composition(steps(1.2, 0.5, 1e-3), features_of)
     for step in steps(1.2, 0.5, 1e-3):
         predicted = fit.seconds(step_features(step.loads, breakdown_s))
         assert predicted == pytest.approx(step.median_s, rel=0.02)
@@ -53,11 +57,11 @@ def test_planted_factors_come_out():
 
 
 def test_noise_widens_the_interval_and_few_steps_do_not_overrule_the_operations():
-    exact, noisy = (fit_composition(steps(1.0, 1.0, 0.0, n), breakdown_s) for n in (0.0, 0.1))
+    exact, noisy = (fit_composition(steps(1.0, 1.0, 0.0, n), features_of) for n in (0.0, 0.1))
     assert exact.relative_error < 0.05 < noisy.relative_error
-    one = fit_composition(steps(1.0, 1.0, 0.0)[:1], breakdown_s)
+    one = fit_composition(steps(1.0, 1.0, 0.0)[:1], features_of)
     assert one.adapters == pytest.approx(1.0, abs=0.01) and one.relative_error > 0.1
-    assert fit_composition([], breakdown_s) == Composition()
+    assert fit_composition([], features_of) == Composition()
 
 
 def test_memory_of_passes_is_scaled_and_few_steps_change_nothing():
@@ -106,4 +110,4 @@ def test_what_the_fit_cannot_explain_is_in_the_interval():
         step._replace(repeats_s=tuple(s * (1.2 if index % 2 else 0.8) for s in step.repeats_s))
         for index, step in enumerate(steps(1.0, 1.0, 0.0))
     ]
-    assert fit_composition(odd, breakdown_s).relative_error > 0.15
+    assert fit_composition(odd, features_of).relative_error > 0.15

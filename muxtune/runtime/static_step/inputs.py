@@ -19,6 +19,7 @@ from torch import Tensor
 from muxtune_kernels import RowDropout, SlotRows, row_keys
 from muxtune_kernels.multi_lora import StepRows
 from muxtune_kernels.packed_attention import attention_tiles, max_tiles
+from muxtune_kernels.packed_attention.tiles import TILE_ROWS
 
 IGNORED_LABEL = -100
 _ALIGN_BYTES = 256
@@ -185,12 +186,15 @@ class HostBuffer:
 
     def _fill_bounds(self, num_rows: int, ordered: list[Sequence], starts: list[int]) -> None:
         bounds, spans = [0], {}
-        for (slot, tokens_n, *_), start in zip(ordered, starts, strict=True):
-            self._fill_gap(bounds, start)
-            bounds.append(start + len(tokens_n))
-            spans[slot] = (spans.get(slot, (start,))[0], start + len(tokens_n))
-        self._fill_gap(bounds, num_rows)
         cu_seqlens = self.arrays["cu_seqlens"]
+        stops = [start + len(item.tokens_n) for item, start in zip(ordered, starts, strict=True)]
+        gaps = [start - stop for stop, start in zip([0, *stops], [*starts, num_rows], strict=True)]
+        length = self._filler_length(gaps, len(cu_seqlens) - 1 - len(ordered))
+        for (slot, *_), start, stop in zip(ordered, starts, stops, strict=True):
+            self._fill_gap(bounds, start, length)
+            bounds.append(stop)
+            spans[slot] = (spans.get(slot, (start,))[0], stop)
+        self._fill_gap(bounds, num_rows, length)
         if len(bounds) > len(cu_seqlens):
             raise ValueError(f"{len(bounds) - 1} sequences, room for {len(cu_seqlens) - 1}")
         cu_seqlens[: len(bounds)] = bounds
@@ -203,9 +207,17 @@ class HostBuffer:
             slot_bounds[slot] = (start, stop, stop - start)
         self.spans = tuple(sorted(((s, *span) for s, span in spans.items()), key=lambda x: x[1]))
 
-    def _fill_gap(self, bounds: list[int], stop: int) -> None:
+    def _filler_length(self, gaps: list[int], room: int) -> int:
+        """Of filler's sequences: one tile of the attention, whose work grows with the square of a
+        sequence's tiles; longer where there is no room for so many bounds."""
+        length, most = min(TILE_ROWS, self.layout.max_seqlen), self.layout.max_seqlen
+        while length < most and sum(-(-gap // length) for gap in gaps) > room:
+            length *= 2
+        return min(length, most)
+
+    def _fill_gap(self, bounds: list[int], stop: int, length_tokens: int) -> None:
         while bounds[-1] < stop:
-            last, length = bounds[-1], min(self.layout.max_seqlen, stop - bounds[-1])
+            last, length = bounds[-1], min(length_tokens, stop - bounds[-1])
             bounds.append(last + length)
             self.arrays["positions"][last : last + length] = np.arange(length)
 
