@@ -20,9 +20,10 @@ MODEL, DEVICE = "llama-2-13b", "H200-SXM"
 SOLO, PIPELINE, TENSOR = ReplicaShape(1, 1), ReplicaShape(1, 2), ReplicaShape(2, 1)
 Groups = tuple[tuple[int, ...], ...]
 
-# Seconds on two H200, after the run of 2026-11-22: loading a layout and compiling for the first
-# time; a configuration beside its rounds; a round, and one of a pipeline that drains.
-FIRST_S, EACH_S, ROUND_S, DRAINED_ROUND_S = 40.0, 8.0, 0.4, 0.75
+# Seconds on two H200, after the run of 2026-11-22: loading a layout; a configuration beside its
+# rounds, kernels being compiled, of any model and of 40 layers; of those a round, and one of a
+# pipeline that drains.
+FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 6.0, 1.5, 5.5, 0.4, 0.75, 40
 
 
 class Config(NamedTuple):
@@ -48,11 +49,12 @@ class Config(NamedTuple):
     def groups(self) -> Groups:
         return groups_of(self.replica, self.grouping)
 
-    def expected_s(self, rounds: int, is_first: bool) -> float:
+    def expected_s(self, rounds: int, is_first: bool, layers: int = 0) -> float:
         """Of a run on two H200: three measured runs, a warm-up and a traced one."""
         drains = self.replica.pp > 1 and self.order != "interleaved"
         round_s = DRAINED_ROUND_S if drains else ROUND_S
-        return FIRST_S * is_first + EACH_S + round_s * (3 * rounds + 13)
+        layers_s = LAYERS_S + round_s * (3 * rounds + 13)
+        return FIRST_S * is_first + EACH_S + layers_s * (layers or LAYERS) / LAYERS
 
 
 @lru_cache(maxsize=64)
@@ -111,13 +113,19 @@ SETS: dict[str, Sequence[Config]] = {
     "one": [Config(SOLO, "8", 1, "sequential"), Config(SOLO, "planned", 1, "sequential")],
     "pp": [
         _pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4),
-        _pipeline("4"), _pipeline("2"), _pipeline("planned", "sequential"), _pipeline("1"),
-        _pipeline("planned", early=False),
+        _pipeline("2"), _pipeline("4"), _pipeline("1"), _pipeline("planned", "sequential"),
     ],
     "tp": [
         _tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential"),
-        _tensor("planned", "interleaved"), _tensor("2", "interleaved"), _tensor("2", "sequential"),
+        _tensor("1", "sequential"), _tensor("2", "interleaved"), _tensor("2", "sequential"),
     ],
-    "pp-few": [_pipeline("planned"), _pipeline("1", "sequential")],
+    "pp-slow": [
+        _pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4), _pipeline("2"),
+    ],
+    "tp-slow": [
+        _tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential"),
+        _tensor("1", "sequential"), _tensor("2", "interleaved"),
+    ],
+    "pp-late": [_pipeline("planned", early=False), _pipeline("planned")],
     "tp-few": [_tensor("4", "interleaved"), _tensor("4", "sequential")],
 }  # fmt: skip

@@ -4,7 +4,8 @@ python -m experiments.two_gpus.lease --output FOLDER --budget 560             # 
 python -m experiments.two_gpus.lease --output FOLDER --device cpu --rounds 1  # does it work
 
 Each phase is a run of its own, because NCCL reads its limits once; rows are on the disk as soon as
-they are measured, and the report at the end is made of those that are there.
+they are measured, and the report at the end is made of those that are there. With ``--compile-s``
+kernels are compiled before, in as many processes as there are kinds of hTasks.
 """
 
 from __future__ import annotations
@@ -26,29 +27,31 @@ GRACE_S = 15.0
 
 
 class Phase(NamedTuple):
-    """``label``: the link, and NCCL's limits where it has any. ``share``: of the budget that is
-    left, the most that it may take."""
+    """``label``: the link, and how messages go. ``share``: of the budget that is left, the most
+    that it may take."""
 
     label: str
     sets: str
     environment: Mapping[str, str]
     share: float
+    messages: str = "nccl"
 
 
-ONE_CHANNEL = {"NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_NCHANNELS_PER_PEER": "1"}
+LIMITED = {
+    "NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_NCHANNELS_PER_PEER": "1", "NCCL_MAX_CTAS": "8"
+}  # fmt: skip
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
-    Phase("NVLink, one channel", "pp,one", ONE_CHANNEL, 0.5),
-    Phase("NVLink, 8 CTAs", "tp", {"NCCL_MAX_CTAS": "8"}, 0.5),
-    Phase("NVLink", "pp-few,tp-few", {}, 0.5),
-    Phase("slow", "tp-few,pp-few", SLOW, 0.6),
-    Phase("NVLink, 4 CTAs", "tp-few", {"NCCL_MAX_CTAS": "4"}, 1.0),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.6, "copies"),
+    Phase("slow", "tp-slow,pp-slow", SLOW, 0.65),
+    Phase("NVLink, NCCL limited", "pp-late,tp-few", LIMITED, 0.6),
+    Phase("NVLink, NCCL", "pp-late,tp-few", {}, 1.0),
 )
 
 
-def expected_s(phase: Phase, rounds: int) -> float:
+def expected_s(phase: Phase, args: Any) -> float:
     return sum(
-        config.expected_s(rounds, number == 0)
+        config.expected_s(args.rounds, number == 0, args.layers)
         for name in phase.sets.split(",")
         for number, config in enumerate(SETS[name])
     )
@@ -60,6 +63,7 @@ def run_phase(phase: Phase, args: Any, left_s: float) -> int:
         *(sys.executable, "-m", "experiments.two_gpus.run", "--only", phase.sets),
         *("--label", phase.label, "--out", str(args.output / ROWS), "--shape", args.shape),
         *("--rounds", str(args.rounds), "--device", args.device, "--budget", str(left_s)),
+        *("--layers", str(args.layers), "--messages", phase.messages),
     ]
     process = subprocess.Popen(
         command, env={**os.environ, **phase.environment}, start_new_session=True
@@ -69,6 +73,17 @@ def run_phase(phase: Phase, args: Any, left_s: float) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
+
+
+def warm(args: Any) -> None:
+    """Compile what the phases need, side by side."""
+    command = [
+        *(sys.executable, "-m", "experiments.two_gpus.warm", "--shape", args.shape),
+        *("--device", args.device, "--limit-s", str(args.compile_s)),
+    ]
+    begin_s = time.monotonic()
+    code = subprocess.run(command).returncode
+    print(f"compiled in {time.monotonic() - begin_s:.1f} s, status {code}", flush=True)
 
 
 def chosen(names: str) -> Sequence[Phase]:
@@ -82,14 +97,18 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
+    parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
     parser.add_argument("--shape", default="llama-2-13b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     end_s, failed = time.monotonic() + args.budget - GRACE_S, []
+    if args.compile_s:
+        warm(args)
     for phase in chosen(args.phases):
         left_s = phase.share * (end_s - time.monotonic())
-        wanted_s = expected_s(phase, args.rounds)
+        wanted_s = expected_s(phase, args)
         print(f"== {phase.label}: {wanted_s:.0f} s expected, {left_s:.0f} s given", flush=True)
         if left_s <= 0 or run_phase(phase, args, left_s):
             failed.append(phase.label)

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
 import statistics
-import sys
+import subprocess
 import time
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from experiments.step_throughput.workload import Workload
 from experiments.two_gpus.cases import NUM_TASKS, RANK, SETS, Config
 from experiments.two_gpus.layouts import Weights
+from experiments.two_gpus.ranks import start_ranks
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.planning.orchestration import (
     Contention,
@@ -40,15 +37,17 @@ from muxtune.planning.orchestration.player import checked_sequences
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem
 from muxtune.planning.orchestration.template import order_of
 from muxtune.runtime.distributed.layout import Layout
-from muxtune.runtime.distributed.links import Channel, Links
+from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import COMM, COMPUTE, OrderRunner, TimedSpan
-from muxtune.runtime.distributed.schedule import Action, Schedule, sequential_schedule
+from muxtune.runtime.distributed.peer_memory import PeerMemory, Unavailable
+from muxtune.runtime.distributed.schedule import TRANSFERS, Action, Schedule, sequential_schedule
 from muxtune.runtime.distributed.static_stage import VisitProgram
 from muxtune.runtime.static_step import AdapterPools, Sequence, SlotInput, SlotSpec, StepLayout
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
 KNOWN_ROUNDS, TRACED, SIZES = 8, 8, 3
+SHARED_BYTES = {"cuda": 3 << 30, "cpu": 1 << 24}  # for messages in memory, on each rank
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
@@ -74,10 +73,13 @@ class Visits(NamedTuple):
 
 
 class Rank(NamedTuple):
+    """``memory``: None where NCCL moves all messages."""
+
     rank: int
     device: torch.device
     dtype: torch.dtype
     shape: ModelShape
+    memory: PeerMemory | None = None
 
 
 # ------------------------------------------------------------------------------- the tasks
@@ -174,7 +176,7 @@ def run_config(
     runner = OrderRunner(
         base, weights.stage, visits.programs, links, _loader(visits), rank.device,
         separate=config.order == "interleaved" or config.replica.tp == 1, early=config.early,
-        choose=chooser(visits),
+        choose=chooser(visits), memory=None if links is None else rank.memory,
     )  # fmt: skip
     began_s = time.perf_counter()
     runner.prepare()
@@ -190,12 +192,16 @@ def run_config(
     runner.run(TRACED, trace=True)
     mine = (seconds, runner.spans(), last_metrics(visits, TRACED - 1))
     runner.close()
+    if rank.memory is not None:
+        dist.barrier()
+        rank.memory.give_back()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     seconds = max(item[0] for item in every)
     tokens = sum(visits.tokens[(3 + at) % KNOWN_ROUNDS] for at in range(rounds))
     row = {
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
+        "messages": "copies" if rank.memory is not None and links is not None else "nccl",
         "prepared_s": prepared_s, "profiled_s": profiled_s,
         "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
         "rows_per_round": visits.rows(),
@@ -303,31 +309,30 @@ class Profile(NamedTuple):
 
 def profiled(runner: OrderRunner, config: Config, visits: Visits) -> Profile:
     durations = op_durations_s(runner, visits)
-    heaviest = max(runner._own_ops(COMPUTE), key=lambda op: durations[op])
+    graph = runner.schedule.graph
+    own = [op for op, stream in enumerate(graph.stream_of) if stream == 2 * runner.stage]
+    heaviest = max(own, key=lambda op: durations[op])
     waiting, contention = 1.0, Contention()
     if config.replica.pp > 1:
-        waiting = _highest(waiting_slowdown(runner, heaviest))
+        waiting = _slowdown(waiting_slowdown(runner, heaviest))
     if config.replica.tp > 1:
         mine = exchange_contention(runner, heaviest)
-        contention = Contention(*(_highest(value) for value in mine))
-    graph = runner.schedule.graph
+        contention = Contention(*(_slowdown(value) for value in mine))
     factors = [1.0 if graph.stream_of[op] % 2 else waiting for op in range(graph.num_ops)]
     return Profile(
         {op: round(1e9 * durations[op] * factors[op]) for op in durations}, waiting, contention
     )
 
 
-def _highest(value: float) -> float:
-    """Of the ranks' values; no kernel is faster for company."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return max(1.0, *every)
+def _slowdown(value: float) -> float:
+    """The highest of the ranks' values; no kernel is faster for company."""
+    return max(1.0, _highest(value))
 
 
 def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
     """Every operation alone, in the mean over the known rounds' sizes: computing by replaying it on
     a device that does nothing else, exchanges and transfers between ranks that do nothing else.
-    The slowest rank counts."""
+    Of equal layers one is timed. The slowest rank counts."""
     graph, known, own = runner.schedule.graph, {}, {}
     for op in range(graph.num_ops):
         is_compute = graph.stream_of[op] % 2 == 0
@@ -335,7 +340,9 @@ def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
             continue
         taken = [sizes[graph.visit_of[op]] for sizes in visits.sizes]
         times = {
-            size: _computed_s(runner, op, size) if is_compute else _moved_s(runner, op, size, known)
+            size: _computed_s(runner, op, size, known)
+            if is_compute
+            else _moved_s(runner, op, size, known)
             for size in sorted(set(taken))
         }
         own[op] = statistics.mean(times[size] for size in taken)
@@ -344,13 +351,22 @@ def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
     return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
 
 
-def _computed_s(runner: OrderRunner, op: int, size: int) -> float:
-    seconds = _replayed_s(runner, op, 2, size)
-    if runner._meets(op):
-        program = runner.program(op, size)
-        part_again = runner._parting.get((op, size), program.part_again)
-        seconds += _seconds(runner, lambda: (program.meet(), part_again()), 2)
-    return seconds
+def _computed_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
+    key = (_alike(runner, op), size)
+    if key not in known:
+        known[key] = _replayed_s(runner, op, 3, size)
+        if runner.meets(op):
+            known[key] += _seconds(runner, runner.meeting(op, size), 3)
+    return known[key]
+
+
+def _alike(runner: OrderRunner, op: int) -> tuple[Any, ...]:
+    """The same for operations that take the same time: halves of one kind of the inner layers."""
+    operation, visit = runner.schedule.operation(op), runner.schedule.graph.visit_of[op]
+    layers = runner.visits[0][0].part.layers
+    if len(operation.parts) != 1 or operation.parts[0][0] in (layers[0], layers[-1]):
+        return (op,)
+    return visit, operation.backward, operation.parts[0][1]
 
 
 def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
@@ -358,7 +374,7 @@ def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -
     program, action = runner.program(op, size), runner.schedule.operation(op).action
     key = (action, program.num_rows)
     if key not in known:
-        known[key] = _transfer_seconds(runner, program, action)
+        known[key] = _transfer_seconds(runner, op, size)
     return known[key]
 
 
@@ -367,17 +383,16 @@ def waiting_slowdown(runner: OrderRunner, op: int) -> float:
     The stages take turns."""
     assert runner.links is not None
     other, slowdown = 1 - runner.stage, 1.0
-    tensor = torch.zeros_like(runner.visits[0][0].sent_TD)
     for turn in range(2):
+        wire = _wire_to(runner, turn)
         dist.barrier()
         if runner.stage != turn:
-            channel = runner.links.sends[other]
             dist.barrier()
-            runner._on_stream(COMM, lambda c=channel: _send(tensor, c), ())
+            runner._on_stream(COMM, wire.send, ())
             continue
         alone_s = _replayed_s(runner, op, 8)
-        channel, name = runner.links.receives[other], "below" if turn else "above"
-        runner._on_stream(name, lambda c=channel: _receive(tensor, c), ())
+        name = "below" if other < turn else "above"
+        runner._on_stream(name, wire.receive, ())
         time.sleep(0.02)  # by then it waits
         slowdown = _replayed_s(runner, op, 8) / alone_s
         dist.barrier()
@@ -387,12 +402,44 @@ def waiting_slowdown(runner: OrderRunner, op: int) -> float:
     return slowdown
 
 
-def _send(tensor: Tensor, channel: Channel) -> None:
-    dist.send(tensor, channel.rank, group=channel.group)
+class Wire(NamedTuple):
+    """A message from one stage of two to the other."""
+
+    send: Any
+    receive: Any
 
 
-def _receive(tensor: Tensor, channel: Channel) -> None:
-    dist.recv(tensor, channel.rank, group=channel.group)
+def _wire_to(runner: OrderRunner, stage: int) -> Wire:
+    """The first visit's activations or gradients."""
+    assert runner.links is not None
+    action = Action.SEND_ACTIVATIONS if stage else Action.SEND_GRADIENTS
+    op = _transfer_op(runner, action, 0)
+    return wire_of(runner, op, 0, runner.stage != stage)
+
+
+def _transfer_op(runner: OrderRunner, action: Action, visit: int) -> int:
+    first = runner.schedule.graph.first_op[visit]
+    actions = [operation.action for operation in runner.schedule.operations]
+    return first + actions.index(action)
+
+
+def wire_of(runner: OrderRunner, op: int, size: int, sends: bool) -> Wire:
+    """One transfer of a plan, by itself. Its buffers hold nothing that is needed."""
+    assert runner.links is not None
+    targets, flag = runner.targets(op, size), runner.flags.get(op)
+    channels = runner.links.sends if sends else runner.links.receives
+    channel = channels[1 - runner.stage]
+    sources = [torch.zeros_like(target) for target in targets] if sends else []
+
+    def receive() -> None:
+        if flag is not None:
+            assert runner.memory is not None
+            runner.memory.heed(flag)
+            return
+        for target in targets:
+            dist.recv(target, channel.rank, group=channel.group)
+
+    return Wire(lambda: runner.move(sources, targets, channel, flag), receive)
 
 
 def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
@@ -401,10 +448,10 @@ def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
     buffer = torch.zeros_like(visit.sent_TD)
 
     def exchange() -> None:
-        dist.all_reduce(buffer, group=visit.part.tp)
+        runner.add_up(buffer)
 
-    compute_s = _highest_s(_replayed_s(runner, op, 8))
-    comm_s = _highest_s(_seconds(runner, exchange, 8, COMM))
+    compute_s = _highest(_replayed_s(runner, op, 8))
+    comm_s = _highest(_seconds(runner, exchange, 8, COMM))
     found = []
     # Each is watched while the other is busy all the time.
     for watched, share in ((COMPUTE, 0.5), (COMM, 2.0)):
@@ -416,7 +463,7 @@ def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _highest_s(value: float) -> float:
+def _highest(value: float) -> float:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, value)
     return max(every)
@@ -461,15 +508,15 @@ def _replayed_s(runner: OrderRunner, op: int, repeats: int, size: int = 0) -> fl
     return _seconds(runner, runner.graph(op, size), repeats) if runner.on_cuda else _CPU_S
 
 
-def _transfer_seconds(runner: OrderRunner, visit: VisitProgram, action: Action) -> float:
+def _transfer_seconds(runner: OrderRunner, op: int, size: int) -> float:
+    visit, action = runner.program(op, size), runner.schedule.operation(op).action
     if action is Action.REDUCE:
         buffer = torch.zeros_like(visit.sent_TD)
-        return _seconds(runner, lambda: dist.all_reduce(buffer, group=visit.part.tp), 10)
-    tensor = visit.norm_S if action is Action.SEND_NORM else torch.zeros_like(visit.sent_TD)
-    assert runner.links is not None
-    channel = (runner.links.sends if runner.stage == 0 else runner.links.receives)[1 - runner.stage]
-    move = dist.send if runner.stage == 0 else dist.recv
-    return _seconds(runner, lambda: move(tensor, channel.rank, group=channel.group), 10)
+        return _seconds(runner, lambda: runner.add_up(buffer), 10)
+    assert action in TRANSFERS
+    sends = runner.schedule.graph.stage_of[op] == runner.stage
+    wire = wire_of(runner, op, size, sends)
+    return _seconds(runner, wire.send if sends else wire.receive, 10)
 
 
 def busiest_ms(base: Schedule, profile: Profile) -> list[float]:
@@ -516,24 +563,27 @@ def measured_shares(spans: list[list[TimedSpan]], config: Config) -> dict[str, A
 # ------------------------------------------------------------------------------------ ranks
 
 
-def rank_main(rank: int, args: Any, layouts: list[list[Config]], port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device("cpu" if args.device == "cpu" else f"cuda:{rank}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1 if device.type == "cpu" else 8)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def rank_main(rank: int, device: torch.device, args: Any) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    shape = TINY if device.type == "cpu" else model_shape(args.shape)
-    me, code = Rank(rank, device, dtype, shape), 0
+    me = Rank(rank, device, dtype, shape_of(args), shared_memory(rank, device, args))
+    for configs in args.layouts:
+        run_layout(configs, me, args)
+
+
+def shape_of(args: Any) -> ModelShape:
+    shape = TINY if args.device == "cpu" else model_shape(args.shape)
+    return shape._replace(num_layers=args.layers) if args.layers else shape
+
+
+def shared_memory(rank: int, device: torch.device, args: Any) -> PeerMemory | None:
+    """None where NCCL is asked for, or where ranks cannot reach each other's memory."""
+    if args.messages == "nccl":
+        return None
     try:
-        for configs in layouts:
-            run_layout(configs, me, args)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
+        return PeerMemory(rank, range(2), device, SHARED_BYTES[device.type])
+    except Unavailable as reason:
+        print(f"rank {rank}: messages go by NCCL, because {reason}", flush=True)
+        return None
 
 
 def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
@@ -569,7 +619,9 @@ def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
 
 def affordable(config: Config, args: Any, is_first: bool) -> bool:
     """Whether it ends before the deadline, as rank 0 sees it."""
-    expected_s = config.expected_s(args.rounds, is_first) if args.device == "cuda" else 0.0
+    expected_s = (
+        config.expected_s(args.rounds, is_first, args.layers) if args.device == "cuda" else 0.0
+    )
     left_s = args.deadline - time.time()
     box = [expected_s <= left_s]
     dist.broadcast_object_list(box, src=0)
@@ -591,40 +643,39 @@ def facts(args: Any) -> dict[str, Any]:
     on_cuda = args.device == "cuda"
     return {
         "command": f"python -m experiments.two_gpus.run --only {args.only} --rounds {args.rounds}",
-        "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+        "device": gpu_name() if on_cuda else platform.machine(),
         "torch": torch.__version__, "shape": args.shape if on_cuda else "tiny",
         "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "date": time.strftime("%Y-%m-%d"), "tasks": NUM_TASKS, "rank": RANK,
     }  # fmt: skip
 
 
+def gpu_name() -> str:
+    """Without touching it."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="two_gpus.jsonl")
     parser.add_argument("--shape", default="llama-2-13b")
+    parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="one,pp,tp", help=f"of {', '.join(SETS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--messages", choices=("copies", "nccl"), default="copies", help="how ranks' messages go"
+    )
     parser.add_argument("--label", default="", help="of the rows: which link, which limits")
     parser.add_argument("--budget", type=float, default=1e6, help="seconds for all of it")
     args = parser.parse_args()
     args.deadline = time.time() + args.budget
-    layouts = [list(SETS[name]) for name in args.only.split(",")]
-    for config in (config for configs in layouts for config in configs):
+    args.layouts = [list(SETS[name]) for name in args.only.split(",")]
+    for config in (config for configs in args.layouts for config in configs):
         assert config.groups  # planned once, before there are ranks
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context: Any = multiprocessing.get_context("fork" if args.device == "cpu" else "spawn")
-    ranks = [
-        context.Process(target=rank_main, args=(rank, args, layouts, port)) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
     tell(args, {"facts": facts(args), "label": args.label})
-    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+    start_ranks(rank_main, args, args.budget)
 
 
 if __name__ == "__main__":

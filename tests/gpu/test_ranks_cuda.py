@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runtime.test_distributed_command import WORDS, words
+from tests.runtime.test_distributed_command import WORDS, words, worst
 
 DEVICE = os.environ.get("MUXTUNE_TEST_DEVICE", "cuda")  # cpu: to try the test itself
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
@@ -21,13 +23,20 @@ pytestmark = [
     pytest.mark.skipif(NUM_DEVICES < 2, reason="needs two CUDA devices"),
 ]
 
-STEPS, TIMEOUT_S = 20, 300.0
+STEPS, TIMEOUT_S = 20, 100.0
 LAYOUTS = {
     "pipeline": ["cluster.pp=2", "cluster.num_gpus=2"],
     "tensor": ["cluster.tp=2", "cluster.num_gpus=2"],
     "replicas": ["cluster.replicas=[{},{}]", "cluster.num_gpus=2", "planner=lobra"],
 }
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# Of the adapters' norms. In bfloat16 (8 bits) stages compute what one GPU computes, but tensor
+# parallel ranks round their sums once more and replicas other micro-batches, and AdamW makes a
+# whole step of a gradient that is all rounding; sums that are not made differ by more than half.
+GAPS = {"pipeline": 0.02, "tensor": 0.3, "replicas": 0.3} if DEVICE == "cuda" else {}
+TORCHRUN = [
+    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    "--local-addr=127.0.0.1",  # a host's name may be known to nobody
+]
 
 
 def train(folder: Path, name: str, *more: str, starter: list[str] | None = None) -> Path:
@@ -38,8 +47,20 @@ def train(folder: Path, name: str, *more: str, starter: list[str] | None = None)
     arguments = words(data, folder / name, STEPS, *more)
     device = [f"backend.device={DEVICE}", "backend.step=eager", f"backend.dtype={DTYPE}"]
     command = [sys.executable, *(starter or []), "-m", "muxtune.cli", *arguments, *device]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = folder / f"{name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        )  # fmt: skip
+        try:
+            process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # all of them tell where they are
+            time.sleep(3.0)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, log.read_text()[-12000:]
     return folder / name
 
 
@@ -54,20 +75,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> dict[tuple[str, int], float]:
-    return losses(train(folder, "one"))
+def one(folder: Path) -> Path:
+    return train(folder, "one")
+
+
+def check(found: Path, one: Path, gap: float) -> None:
+    """Losses too, which have fallen by a tenth by then."""
+    theirs, mine = losses(one), losses(found)
+    assert theirs["first", STEPS] < 0.95 * theirs["first", 1]
+    apart = worst(one, found)
+    off = max(abs(mine[key] / theirs[key] - 1) for key in theirs)
+    print(f"{found.name}: adapters differ by {apart:.2g}, losses by {off:.2g}")
+    assert mine.keys() == theirs.keys() and len(mine) == 2 * STEPS
+    assert apart <= gap
+    assert mine == pytest.approx(theirs, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_two_gpus_train_what_one_trains(
-    folder: Path, one: dict[tuple[str, int], float], name: str
-) -> None:
-    found = losses(train(folder, name, *LAYOUTS[name]))
-    assert found.keys() == one.keys() and len(found) == 2 * STEPS
-    # bfloat16 keeps 8 bits, and tensor parallel ranks round their sums once more.
-    assert found == pytest.approx(one, rel=1e-2)
+def test_two_gpus_train_what_one_trains(folder: Path, one: Path, name: str) -> None:
+    check(train(folder, name, *LAYOUTS[name]), one, GAPS.get(name, 1e-3))
 
 
-def test_torchrun_starts_ranks_on_gpus(folder: Path, one: dict[tuple[str, int], float]) -> None:
+def test_torchrun_starts_ranks_on_gpus(folder: Path, one: Path) -> None:
     run = train(folder, "torchrun", *LAYOUTS["pipeline"], starter=TORCHRUN)
-    assert losses(run) == pytest.approx(one, rel=1e-2)
+    check(run, one, GAPS.get("pipeline", 1e-3))

@@ -50,13 +50,15 @@ class Links:
 
     ``tp``: the stage's ranks, for exchanges that the plan orders; ``step``: the same ranks, for
     what an optimizer step sums; ``sends`` and ``receives``: by neighbouring stage; ``all``: every
-    rank of the instance, for gradients over replicas.
+    rank of the instance, for gradients over replicas. ``peer``: the stage's other rank, where it
+    has two.
     """
 
     def __init__(self, layout: Layout, place: Place, device: torch.device) -> None:
         self.layout, self.place, self.device = layout, place, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self.tp = self.step = None
+        self.peer: int | None = None
         self.sends: dict[int, Channel] = {}
         self.receives: dict[int, Channel] = {}
         for replica, shape in enumerate(layout.replicas):
@@ -95,6 +97,8 @@ class Links:
             groups = [self._group(ranks) for _ in range(2)]
             if self.place.rank in ranks:
                 self.tp, self.step = groups
+                others = [rank for rank in ranks if rank != self.place.rank]
+                self.peer = others[0] if len(others) == 1 else None
 
     def _make_channels(self, replica: int, tp: int, pp: int) -> None:
         for stage in range(pp - 1):

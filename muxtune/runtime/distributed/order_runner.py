@@ -9,19 +9,25 @@ neighbour; events between them where the plan's graph says so.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from muxtune.runtime.distributed.links import Arrival, Lane, Links, Patience
+from muxtune.runtime.distributed.links import Arrival, Channel, Lane, Links, Patience
+from muxtune.runtime.distributed.peer_memory import PairSum, PeerMemory
 from muxtune.runtime.distributed.schedule import TRANSFERS, Action, Schedule
 from muxtune.runtime.distributed.static_stage import Captured, VisitProgram, capture
 
 COMPUTE, COMM = "compute", "comm"
+# Of a visit: what neighbours write to.
+_MESSAGES = ("received_TD", "gradient_TD", "squares_S", "norm_S")
 
 
 class Launch(NamedTuple):
@@ -93,7 +99,8 @@ class OrderRunner:
 
     ``early``: receives are posted a round ahead, so that no sender waits. A posted receive holds
     multiprocessors of a GPU until its message is there, so else it is posted when the computation
-    before the one that needs it begins.
+    before the one that needs it begins. Neither matters with ``memory``: who waits for a message
+    in it holds nothing.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class OrderRunner:
         links: Links | None, load: Callable[[int, int, int], None], device: torch.device,
         separate: bool = True, early: bool = True,
         choose: Callable[[int, int], int] = lambda at, visit: 0,
+        memory: PeerMemory | None = None,
     ) -> None:  # fmt: skip
         self.choose, self._first_round = choose, 0
         self.early = early
@@ -127,16 +135,37 @@ class OrderRunner:
         }  # fmt: skip
         self._patience = Patience(120.0)
         self.timed: list[tuple[str, int, int, Any, Any]] = []
+        self.memory = memory
+        self.flags: dict[int, int] = {}  # by transfer
+        self._sum: PairSum | None = None
+        if memory is not None:
+            self._share(memory)
+
+    def _share(self, memory: PeerMemory) -> None:
+        """What neighbours send comes to lie where they reach it; the same on all ranks."""
+        programs = [program for sizes in self.visits for program in sizes]
+        for program in programs:
+            for name in _MESSAGES:
+                like = getattr(program, name)
+                setattr(program, name, memory.take(like.shape, like.dtype))
+        for op in range(self.schedule.graph.num_ops):
+            if self.schedule.operation(op).action in TRANSFERS:
+                self.flags[op] = memory.flag()
+        assert self.links is not None
+        if self.links.peer is not None:
+            widest = max((p.sent_TD for p in programs), key=lambda tensor: tensor.numel())
+            self._sum = PairSum(memory, self.links.peer, widest.numel(), widest.dtype)
 
     # -- capturing
 
     def prepare(self) -> None:
         """Runs every visit once, one after another, then captures each of its computations."""
+        if self.on_cuda:
+            torch.cuda.synchronize()  # what was made on other streams is there
         self._each_visit(self._run_plain)
         if self.on_cuda:
-            torch.cuda.synchronize()
-            self._each_visit(self._capture)
-            torch.cuda.synchronize()
+            with _no_garbage():
+                self._each_visit(self._capture)
 
     def _each_visit(self, work: Callable[[int, int], None]) -> None:
         """``work(operation, size)``, on inputs without any row: nothing is trained."""
@@ -185,7 +214,7 @@ class OrderRunner:
         stream = self._streams[COMPUTE]
         if self.schedule.graph.stream_of[op] % 2 == 0:
             self._graphs[key] = capture(self._plain(op, size), program.memory, stream)
-            if self._meets(op):
+            if self.meets(op):
                 self._parting[key] = capture(program.part_again, program.memory, stream)
         elif operation.action is Action.REDUCE:
             self._reduced[key] = program.exchanged(operation.backward)
@@ -194,18 +223,22 @@ class OrderRunner:
             if pack is not None:
                 self._packed[key] = capture(pack, program.memory, stream)
 
-    def _meets(self, op: int) -> bool:
+    def meets(self, op: int) -> bool:
         """Whether the stage's ranks sum up gradients after this operation."""
         operation = self.schedule.operation(op)
         is_end = operation.action is Action.BACKWARD and operation.is_last
         return is_end and self.program(op, 0).part.step is not None
 
-    def _own_ops(self, stream: str) -> Iterable[int]:
-        graph = self.schedule.graph
-        return (
-            op for op, at in enumerate(graph.stream_of)
-            if at == 2 * self.stage + (stream == COMM)
-        )  # fmt: skip
+    def meeting(self, op: int, size: int) -> Callable[[], None]:
+        """What the stage's ranks do then."""
+        visit = self.program(op, size)
+        part_again = self._parting.get((op, size), visit.part_again)
+
+        def meet() -> None:
+            visit.meet()
+            part_again()
+
+        return meet
 
     # -- running
 
@@ -249,8 +282,10 @@ class OrderRunner:
                 tokens[node] = self._receive(stream, node, () if self.early else gate)
 
     def _receives(self, rounds: int) -> dict[str, list[tuple[int, int]]]:
-        """What neighbours send here, each in its order."""
+        """What neighbours send here by NCCL, each in its order."""
         found: dict[str, list[tuple[int, int]]] = {}
+        if self.memory is not None:
+            return found
         for name, neighbour in (("below", self.stage - 1), ("above", self.stage + 1)):
             if not 0 <= neighbour < self.schedule.graph.num_stages:
                 continue
@@ -266,20 +301,23 @@ class OrderRunner:
 
     def _receive(self, stream: str, node: tuple[int, int], gate: Sequence[Any]) -> Any:
         at, op = node
-        operation = self.schedule.operation(op)
-        visit = self.program(op, self._size(at, op))
+        targets = self.targets(op, self._size(at, op))
         channel = self.links.receives[self.stage + (1 if stream == "above" else -1)]
-        targets = {
-            Action.SEND_ACTIVATIONS: (visit.received_TD,),
-            Action.SEND_GRADIENTS: (visit.gradient_TD, visit.squares_S),
-            Action.SEND_NORM: (visit.norm_S,),
-        }[operation.action]
 
         def work() -> None:
             for target in targets:
                 dist.recv(target, channel.rank, group=channel.group)
 
         return self._on_stream(stream, work, gate)
+
+    def targets(self, op: int, size: int) -> tuple[Tensor, ...]:
+        """Where a transfer's message comes to lie at the receiver."""
+        visit = self.program(op, size)
+        return {
+            Action.SEND_ACTIVATIONS: (visit.received_TD,),
+            Action.SEND_GRADIENTS: (visit.gradient_TD, visit.squares_S),
+            Action.SEND_NORM: (visit.norm_S,),
+        }[self.schedule.operation(op).action]
 
     def _launch(self, item: Launch, tokens: dict[Any, Any], trace: bool) -> None:
         visit_index, size = self.schedule.graph.visit_of[item.op], self._size(item.round, item.op)
@@ -288,22 +326,20 @@ class OrderRunner:
                  if (item.round, node) in tokens]  # fmt: skip
         if item.stream == COMPUTE:
             enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
-            meets = self._meets(item.op)
-            part_again = self._parting.get((item.op, size), visit.part_again)
+            meet = self.meeting(item.op, size) if self.meets(item.op) else None
             compute, at = self.graph(item.op, size), self._first_round + item.round
 
             def work() -> None:
                 if enters:
                     self.load(at, visit_index, size)
                 compute()
-                if meets:
-                    visit.meet()
-                    part_again()
+                if meet is not None:
+                    meet()
         else:
             work = self._communication(item.op, size)
         tokens[item.round, item.op] = self._on_stream(
             item.stream, work, waits, (item.round, item.op) if trace else None,
-            after_compute=item.stream == COMM,
+            [self.flags[op] for op in item.messages if op in self.flags],
         )  # fmt: skip
 
     def _communication(self, op: int, size: int) -> Callable[[], None]:
@@ -312,8 +348,7 @@ class OrderRunner:
             tensor = self._reduced.get((op, size))
 
             def exchange() -> None:
-                target = visit.exchanged(operation.backward) if tensor is None else tensor
-                dist.all_reduce(target, group=visit.part.tp)
+                self.add_up(visit.exchanged(operation.backward) if tensor is None else tensor)
 
             return exchange
         channel = self.links.sends[operation.to_stage]
@@ -324,27 +359,50 @@ class OrderRunner:
         }[operation.action]
 
         pack = self._packed.get((op, size), visit.packing(operation))
+        targets = self.targets(op, size)
 
         def send() -> None:
             if pack is not None:
                 pack()
-            for source in sources():
-                dist.send(source, channel.rank, group=channel.group)
+            self.move(sources(), targets, channel, self.flags.get(op))
 
         return send
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The stage's ranks sum a tensor in place, on the current stream."""
+        if self._sum is None:
+            dist.all_reduce(tensor, group=self.links.tp)
+        else:
+            self._sum(tensor)
+
+    def move(
+        self, sources: Sequence[Tensor], targets: Sequence[Tensor], channel: Channel,
+        flag: int | None,
+    ) -> None:  # fmt: skip
+        """To a neighbour, which has ``targets`` in the place of these; on the current stream."""
+        for source, target in zip(sources, targets, strict=True):
+            if flag is None:
+                dist.send(source, channel.rank, group=channel.group)
+            else:
+                self.memory.put(source, target, channel.rank)
+        if flag is not None:
+            self.memory.announce(flag, channel.rank)
 
     # -- streams
 
     def _on_stream(
         self, name: str, work: Callable[[], None], waits: Sequence[Any],
-        traced: tuple[int, int] | None = None, after_compute: bool = False,
+        traced: tuple[int, int] | None = None, flags: Sequence[int] = (),
     ) -> Any:  # fmt: skip
+        """``flags``: of messages in shared memory that are waited for."""
         if not self.on_cuda:
-            return self._on_thread(name, work, waits, traced)
+            return self._on_thread(name, work, waits, traced, flags)
         stream = self._streams[name]
         with torch.cuda.stream(stream):
             for event in waits:
                 stream.wait_event(event)
+            for flag in flags:
+                self.memory.heed(flag)
             start = self._event(traced)
             work()
             event = self._event(traced) or torch.cuda.Event()
@@ -361,11 +419,14 @@ class OrderRunner:
         return event
 
     def _on_thread(
-        self, name: str, work: Callable[[], None], waits: Sequence[Any], traced: Any
-    ) -> Any:
+        self, name: str, work: Callable[[], None], waits: Sequence[Any], traced: Any,
+        flags: Sequence[int],
+    ) -> Any:  # fmt: skip
         def timed() -> None:
             if name != COMPUTE:
                 self._wait(waits)
+            for flag in flags:
+                self.memory.heed(flag)
             start_s = time.perf_counter()
             work()
             if traced is not None:
@@ -410,6 +471,20 @@ class OrderRunner:
     def close(self) -> None:
         for lane in self._lanes.values():
             lane.close()
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is freed while graphs are captured: that may be no part of one."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.cuda.synchronize()
 
 
 __all__ = ["Arrival", "Launch", "OrderRunner", "TimedSpan", "launches_of"]

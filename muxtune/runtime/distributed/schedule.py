@@ -15,6 +15,7 @@ from typing import NamedTuple
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.subgraphs import StageSeconds, SubgraphOptions, pass_subgraphs
 from muxtune.errors import ConfigError
+from muxtune.planning.orchestration.dispatch import DispatchOptions, dispatch
 from muxtune.planning.orchestration.player import (
     StreamSequence,
     checked_sequences,
@@ -209,6 +210,36 @@ def sequential_schedule(
     for op, stream in enumerate(graph.stream_of):
         sequences[stream].append((op, 0))
     return Schedule(graph, operations_of(model, shape), tuple(sequences))
+
+
+@lru_cache(maxsize=256)
+def overlapped_schedule(
+    htasks: tuple[int, ...], num_htasks: int, model: ModelShape, shape: ReplicaShape
+) -> Schedule:
+    """For a round whose plan has no order: its stages work on different micro-batches at once, as
+    many of them as the memory of a plan is counted for (stage s of S has up to S - s). A round
+    begins when the one before leaves a stage; where it ends, the pipeline drains.
+
+    How long operations take is not known here: forward, backward and the rest as 2 : 4 : 1.
+    """
+    if shape.pp == 1:
+        return sequential_schedule(htasks, num_htasks, model, shape)
+    turns = tuple(HTaskTurn(htask, 1) for htask in htasks)
+    problem = _problem(turns, num_htasks, model, shape)
+    durations = tuple(_rough_duration(item) for item in subgraphs_of(model, shape))
+    problem = problem._replace(durations_ns=(durations,) * num_htasks)
+    graph = RoundGraph(problem.with_in_flight_limit([shape.pp - s for s in range(shape.pp)]))
+    start_ns = dispatch(graph, DispatchOptions(tuple(range(len(htasks)))), 1).start_ns[0]
+    sequences: list[list[tuple[int, int]]] = [[] for _ in range(graph.num_streams)]
+    for op in sorted(range(graph.num_ops), key=lambda op: (start_ns[op], op)):
+        sequences[graph.stream_of[op]].append((op, 0))
+    return Schedule(graph, operations_of(model, shape), tuple(sequences))
+
+
+def _rough_duration(item: Subgraph) -> int:
+    if item.kind is not SubgraphKind.COMPUTE or item.label == "loss":
+        return 1
+    return 4 if item.backward else 2
 
 
 def _problem(

@@ -362,6 +362,12 @@ def capture(work: Callable[[], None], pool: Any, stream: Any) -> Captured:
     if stream is None:
         return work
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
+    # Without what torch.cuda.graph does around it: a layout has thousands of graphs, and to
+    # collect garbage for each would take longer than the rest.
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
     return graph.replay

@@ -16,6 +16,7 @@ from muxtune.runtime.distributed.schedule import (
     ATTENTION,
     MLP,
     Schedule,
+    overlapped_schedule,
     plan_schedule,
     sequential_schedule,
 )
@@ -94,7 +95,9 @@ class Worker:
         if command.htasks is not None:
             num = len(self.plan.htasks)
             replica = self.backbone.replica
-            schedule = sequential_schedule(command.htasks, num, self.backbone.shape, replica)
+            # Replicas meet for a task's step: in the same order on all of them.
+            in_turn = sequential_schedule if len(self.plan.replicas) > 1 else overlapped_schedule
+            schedule = in_turn(command.htasks, num, self.backbone.shape, replica)
         assert schedule is not None
         self.runner.feed(command.inputs[place.replica], schedule)
         self.runner.run()

@@ -1,0 +1,91 @@
+"""Compile the kernels that ``run`` needs, in one process for each kind of configuration.
+
+python -m experiments.two_gpus.warm     # on a machine with GPUs
+
+One layer is enough: kernels depend on widths, rows and slots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from experiments.two_gpus.cases import SETS, Config
+from experiments.two_gpus.layouts import Weights
+from experiments.two_gpus.run import TINY, Rank, _loader, chooser, make_visits
+from muxtune.cost.shapes import model_shape
+from muxtune.runtime.distributed.order_runner import OrderRunner
+from muxtune.runtime.distributed.schedule import sequential_schedule
+from muxtune.types import ReplicaShape
+
+
+def kinds() -> list[Config]:
+    """Configurations that differ in their kernels, whose orders do not matter."""
+    found: dict[Any, Config] = {}
+    for config in (config for configs in SETS.values() for config in configs):
+        found.setdefault((config.replica.tp, config.groups, config.parts), config)
+    return list(found.values())
+
+
+def compile_kind(number: int, config: Config, args: argparse.Namespace) -> None:
+    """Every operation once, by itself."""
+    begin_s, on_cuda = time.perf_counter(), args.device == "cuda"
+    device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    shape = (model_shape(args.shape) if on_cuda else TINY)._replace(num_layers=1)
+    replica = ReplicaShape(config.replica.tp, 1)
+    me = Rank(0, device, torch.bfloat16 if on_cuda else torch.float32, shape)
+    weights = Weights(shape, replica, 0, 0, device, me.dtype)
+    visits = make_visits(config, me, weights, weights.stage_part())
+    htasks = tuple(i // config.parts for i in range(len(visits.programs)))
+    base = sequential_schedule(htasks, len(config.groups), shape, ReplicaShape(1, 1))
+    runner = OrderRunner(
+        base, 0, visits.programs, None, _loader(visits), device, choose=chooser(visits)
+    )
+    runner._each_visit(runner._run_plain)
+    if on_cuda:
+        torch.cuda.synchronize()
+    print(f"[{time.perf_counter() - begin_s:.1f} s] compiled {config.name}", flush=True)
+
+
+def _main(number: int, config: Config, args: argparse.Namespace) -> None:
+    code = 1
+    try:
+        compile_kind(number, config, args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llama-2-13b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--limit-s", type=float, default=90.0)
+    args = parser.parse_args()
+    end_s = time.monotonic() + args.limit_s
+    context = multiprocessing.get_context("spawn")
+    at_work = [
+        context.Process(target=_main, args=(number, config, args))
+        for number, config in enumerate(kinds())
+    ]
+    for process in at_work:
+        process.start()
+    for process in at_work:
+        process.join(max(0.0, end_s - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    raise SystemExit(max(abs(process.exitcode or 0) for process in at_work))
+
+
+if __name__ == "__main__":
+    main()

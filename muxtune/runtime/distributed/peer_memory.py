@@ -1,0 +1,327 @@
+"""Messages between ranks of one host that no multiprocessor works on.
+
+A receive of NCCL spins on multiprocessors until its message is there. Kernels that fill the device
+take a wave longer meanwhile, and in a pipeline some receive waits nearly all the time. Here the
+sender's copy engine writes into the receiver's memory and then raises a flag there; the receiver's
+stream waits for the flag in the hardware's front end (``cuStreamWaitValue32`` of the CUDA driver
+API), so that nothing runs until it is up.
+
+Ranks take memory in the same order, so that what one takes lies at the same place on all of them.
+On a CPU the memory is shared through a file, and a waiting thread looks again and again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FLAG_BYTES = 1 << 16
+_ALIGN_BYTES = 512
+_POLL_S = 5e-5
+_TRIAL_S = 10.0
+
+
+class Unavailable(Exception):
+    """The ranks cannot reach each other's memory; says why."""
+
+
+class _Reach(Protocol):
+    """How one kind of device reaches memory. ``own``: uint8, this rank's; addresses are bytes
+    from its start, on any rank."""
+
+    own: Tensor
+
+    def export(self) -> Any: ...
+    def open(self, rank: int, exported: Any) -> None: ...
+    def settle(self) -> None: ...
+    def copy(self, source: Tensor, rank: int, address: int) -> None: ...
+    def write(self, rank: int, address: int, value: int) -> None: ...
+    def wait(self, address: int, value: int, limit_s: float = 0.0) -> None: ...
+    def close(self) -> None: ...
+
+
+class PeerMemory:
+    """``num_bytes`` on each of ``ranks``, which all make it together.
+
+    Work is put on the current stream, or done at once on a CPU. Raises Unavailable on every rank
+    where one cannot reach another.
+    """
+
+    def __init__(
+        self, rank: int, ranks: Sequence[int], device: torch.device, num_bytes: int,
+        group: Any = None,
+    ) -> None:  # fmt: skip
+        make: Callable[[], _Reach] = (
+            (lambda: _CudaReach(device, num_bytes + _FLAG_BYTES)) if device.type == "cuda"
+            else lambda: _FileReach(num_bytes + _FLAG_BYTES)
+        )  # fmt: skip
+        self.rank, self._num_flags, self._next = rank, 0, _FLAG_BYTES
+        self._counts: dict[tuple[int, bool], int] = {}
+        self._reach = self._agreed(make, group)
+        exported = _gathered(self._agreed(self._reach.export, group), group)
+        others = {r: item for r, item in zip(ranks, exported, strict=True) if r != rank}
+        self._agreed(lambda: [self._reach.open(*item) for item in others.items()], group)
+        self._reach.settle()
+        inbox_R = self.take((len(ranks),), torch.int32)
+        inbox_R.tolist()  # nobody writes to it before it has been cleared
+        self._agreed(lambda: None, group)
+        self._agreed(lambda: self._try_out(sorted(ranks), inbox_R), group)
+        self.give_back()
+
+    def _agreed(self, work: Callable[[], Any], group: Any) -> Any:
+        """What comes of it, where it works on all ranks."""
+        value, problem = None, ""
+        try:
+            value = work()
+        except (Unavailable, OSError, RuntimeError, AttributeError) as error:
+            problem = (str(error) or type(error).__name__).splitlines()[0][:200]
+        problems = [item for item in _gathered(problem, group) if item]
+        if problems:
+            raise Unavailable(problems[0])
+        return value
+
+    def _try_out(self, ranks: Sequence[int], inbox_R: Tensor) -> None:
+        """One message to and from every other rank, with an end to waiting."""
+        flags = {rank: self.flag() for rank in ranks}  # by sender
+        outbox_R = torch.full_like(inbox_R, self.rank + 1)
+        own = ranks.index(self.rank)
+        for rank in ranks:
+            if rank != self.rank:
+                self.put(outbox_R[own : own + 1], inbox_R[own : own + 1], rank)
+                self.announce(flags[self.rank], rank)
+        for rank in ranks:
+            if rank != self.rank:
+                self._reach.wait(4 * flags[rank], 1, _TRIAL_S)
+        found = [value for place, value in enumerate(inbox_R.tolist()) if place != own]
+        if found != [rank + 1 for rank in ranks if rank != self.rank]:
+            raise Unavailable(f"a message came as {found}")
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeros that other ranks may write to. Raises Unavailable where nothing is left."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        start, own = self._next, self._reach.own
+        if start + num_bytes > own.numel():
+            raise Unavailable(f"{num_bytes:,} of {own.numel():,} shared bytes are not left")
+        self._next = start + -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        return own[start : start + num_bytes].view(dtype).view(tuple(shape)).zero_()
+
+    def give_back(self) -> None:
+        """All that was taken; flags are never used again. No rank may be at work."""
+        self._next = _FLAG_BYTES
+
+    def flag(self) -> int:
+        """A new one, down everywhere. It counts the messages that it announces."""
+        number, self._num_flags = self._num_flags, self._num_flags + 1
+        if 4 * self._num_flags > _FLAG_BYTES:
+            raise Unavailable("no flag is left")
+        return number
+
+    def put(self, source: Tensor, twin: Tensor, rank: int) -> None:
+        """Copy ``source`` to where ``rank`` has what is ``twin`` here."""
+        if source.shape != twin.shape or source.dtype != twin.dtype:
+            raise ValueError(f"{source.shape} does not fit {twin.shape}")
+        address = twin.data_ptr() - self._reach.own.data_ptr()
+        self._reach.copy(source.contiguous(), rank, address)
+
+    def announce(self, flag: int, rank: int) -> None:
+        """Tell ``rank``, after all that was put before on this stream."""
+        self._reach.write(rank, 4 * flag, self._count(flag, True))
+
+    def heed(self, flag: int) -> None:
+        """Wait until the other rank has announced once more."""
+        self._reach.wait(4 * flag, self._count(flag, False))
+
+    def close(self) -> None:
+        """No rank may be at work, nor use what it took any more."""
+        self._reach.close()
+
+    def _count(self, flag: int, tells: bool) -> int:
+        count = self._counts[flag, tells] = self._counts.get((flag, tells), 0) + 1
+        return count
+
+
+class PairSum:
+    """Sums of two ranks' tensors, for which each writes its own to the other: of two, no way
+    moves fewer bytes. Both call it for the same tensors in the same order.
+
+    Two buffers in turn suffice: a rank writes the message after next only when it has had the
+    next, which the other sent when it was through with this one.
+    """
+
+    def __init__(self, memory: PeerMemory, other: int, most: int, dtype: torch.dtype) -> None:
+        self._memory, self._other = memory, other
+        self._buffers = [memory.take((most,), dtype) for _ in range(2)]
+        self._flag = memory.flag()
+
+    def __call__(self, tensor: Tensor) -> None:
+        buffer = self._buffers[0]
+        self._buffers.reverse()
+        theirs = buffer[: tensor.numel()].view_as(tensor)
+        self._memory.put(tensor, theirs, self._other)
+        self._memory.announce(self._flag, self._other)
+        self._memory.heed(self._flag)
+        tensor.add_(theirs)
+
+
+def _gathered(value: Any, group: Any) -> list[Any]:
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, value, group=group)
+    return every
+
+
+# ------------------------------------------------------------------------------------- CUDA
+
+
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle: memory that another process may open."""
+
+    _fields_ = (("reserved", ctypes.c_byte * 64),)
+
+
+class _Driver:
+    """The few functions of the CUDA driver API that torch has no name for."""
+
+    _POINTER, _SIZE, _U32 = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32
+    _FUNCTIONS = {
+        "cuMemGetAddressRange_v2": (
+            ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_size_t), _POINTER
+        ),
+        "cuIpcGetMemHandle": (ctypes.POINTER(_Handle), _POINTER),
+        "cuIpcOpenMemHandle_v2": (ctypes.POINTER(ctypes.c_uint64), _Handle, _U32),
+        "cuIpcCloseMemHandle": (_POINTER,),
+        "cuMemcpyAsync": (_POINTER, _POINTER, _SIZE, ctypes.c_void_p),
+        "cuStreamWriteValue32_v2": (ctypes.c_void_p, _POINTER, _U32, _U32),
+        "cuStreamWaitValue32_v2": (ctypes.c_void_p, _POINTER, _U32, _U32),
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        for name, arguments in self._FUNCTIONS.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(text))
+            raise Unavailable(f"{name}: {(text.value or b'').decode()} ({code})")
+
+
+class _CudaReach:
+    _LAZY_PEER_ACCESS, _AT_LEAST = 1, 0
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self.own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+        self._call = _Driver()
+        self._bases: dict[int, int] = {}
+        self._opened: list[int] = []
+
+    def export(self) -> tuple[bytes, int]:
+        """(handle of the allocation, where in it the memory begins)."""
+        base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+        start = self.own.data_ptr()
+        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), start)
+        self._call("cuIpcGetMemHandle", ctypes.byref(handle), base.value)
+        return bytes(handle), start - base.value
+
+    def open(self, rank: int, exported: tuple[bytes, int]) -> None:
+        raw, offset = exported
+        base = ctypes.c_uint64()
+        handle = _Handle.from_buffer_copy(raw)
+        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(base), handle, self._LAZY_PEER_ACCESS)
+        self._opened.append(base.value)
+        self._bases[rank] = base.value + offset
+
+    def settle(self) -> None:
+        """Everybody has opened what it needs."""
+
+    def copy(self, source: Tensor, rank: int, address: int) -> None:
+        num_bytes = source.numel() * source.element_size()
+        target = self._bases[rank] + address
+        self._call("cuMemcpyAsync", target, source.data_ptr(), num_bytes, self._stream())
+
+    def write(self, rank: int, address: int, value: int) -> None:
+        target = self._bases[rank] + address
+        self._call("cuStreamWriteValue32_v2", self._stream(), target, value, 0)
+
+    def wait(self, address: int, value: int, limit_s: float = 0.0) -> None:
+        own = self.own.data_ptr() + address
+        self._call("cuStreamWaitValue32_v2", self._stream(), own, value, self._AT_LEAST)
+        if limit_s:
+            self._expect(address, value, limit_s)
+
+    def _expect(self, address: int, value: int, limit_s: float) -> None:
+        event, end_s = torch.cuda.Event(), time.monotonic() + limit_s
+        event.record()
+        while not event.query():
+            if time.monotonic() > end_s:
+                with torch.cuda.stream(torch.cuda.Stream(self.own.device)):  # lets the other go on
+                    self.own[address : address + 4].view(torch.int32).fill_(value)
+                raise Unavailable("a message that was announced did not come")
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        while self._opened:
+            self._call("cuIpcCloseMemHandle", self._opened.pop())
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.own.device).cuda_stream
+
+
+# -------------------------------------------------------------------------------------- CPU
+
+
+class _FileReach:
+    def __init__(self, num_bytes: int) -> None:
+        shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        descriptor, self._path = tempfile.mkstemp(prefix="muxtune-", dir=shared)
+        os.ftruncate(descriptor, num_bytes)
+        os.close(descriptor)
+        self.own = self._mapped(self._path)
+        self._others: dict[int, Tensor] = {}
+
+    @staticmethod
+    def _mapped(path: str) -> Tensor:
+        with Path(path).open("r+b") as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+
+    def export(self) -> str:
+        return self._path
+
+    def open(self, rank: int, exported: str) -> None:
+        self._others[rank] = self._mapped(exported)
+
+    def copy(self, source: Tensor, rank: int, address: int) -> None:
+        num_bytes = source.numel() * source.element_size()
+        target = self._others[rank][address : address + num_bytes]
+        target.copy_(source.flatten().view(torch.uint8))
+
+    def write(self, rank: int, address: int, value: int) -> None:
+        self._others[rank][address : address + 4].view(torch.int32).fill_(value)
+
+    def wait(self, address: int, value: int, limit_s: float = 0.0) -> None:
+        flag = self.own[address : address + 4].view(torch.int32)
+        end_s = time.monotonic() + limit_s
+        while int(flag) < value:
+            if limit_s and time.monotonic() > end_s:
+                raise Unavailable("a message that was announced did not come")
+            time.sleep(_POLL_S)
+
+    def settle(self) -> None:
+        Path(self._path).unlink(missing_ok=True)  # it is mapped, and goes with the last process
+
+    def close(self) -> None:
+        self.settle()
