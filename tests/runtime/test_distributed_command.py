@@ -23,7 +23,7 @@ from tests.runtime.distributed_helpers import free_port, run_world
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away"]
 TASKS = """
-defaults: {{model: tiny, steps: {steps}, lr: 1e-2, max_length: 32, batch_size: 2, data: {data}}}
+defaults: {{model: tiny, steps: {steps}, lr: 3e-3, max_length: 32, batch_size: 2, data: {data}}}
 tasks:
   - {{id: first, rank: 4, targets: all-linear}}
   - {{id: second, rank: 2, batch_size: 3, seed: 1, accumulation: 2}}
