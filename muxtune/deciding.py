@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from muxtune.errors import ConfigError
-from muxtune.fleet import Fleet, InstanceRecord, TaskRecord, arrival_order
+from muxtune.fleet import NOTHING, Fleet, InstanceRecord, TaskRecord, arrival_order
 from muxtune.hardware import TenantRules
 from muxtune.planning.journal import JournalBatch
 from muxtune.protocols import ClusterPolicy, FleetView, InstancePlanner
@@ -42,11 +42,16 @@ from muxtune.types import (
     TaskSpec,
     TaskState,
     WakeAt,
+    new_tuple,
 )
 from muxtune.waiting import must_wait
 
 NO_ESTIMATE = Estimate(0.0, 0.0, 0.0)
 EMPTY_PREDICTION = Prediction(NO_ESTIMATE, 0.0, 0.0, NO_ESTIMATE, {}, {}, {}, 0.0)
+# What plans without a task have in common: their last fields, from ``htasks`` on.
+NO_TASK = ((), (), DispatchRule.SINGLE, EMPTY_PREDICTION, {}, "no task", True)
+# By names of their own, because an enumeration looks its members up in Python.
+ARRIVED, DONE = TaskState.ARRIVED, TaskState.DONE
 LEAST_CORRECTION_PERCENT, MOST_CORRECTION_PERCENT = 10, 1000
 
 
@@ -186,15 +191,24 @@ class Decider:
         """All decisions on the events of one instant, which come sorted."""
         fleet, absorb, touched = self.fleet, self._absorb, self._touched
         fleet.now_ns = time_ns
-        relevant = [event for event in events if absorb[event.kind](event)]
-        for event in (*relevant, *self._raised) if self._raised else relevant:
+        relevant = []
+        for event in events:
+            if absorb[event.kind](event):
+                relevant.append(event)
+        if self._raised:
+            relevant += self._raised
+        for event in relevant:
             self._ask_policy(event)
         while touched:
             name = touched.pop() if len(touched) == 1 else min(touched)
             touched.discard(name)
             record = fleet.records.get(name)
-            if record is not None and record.ready:
+            if record is None or not record.ready:
+                continue
+            if record.tasks:
                 self._plan_instance(record)
+            else:
+                self._plan_nothing(record)
         return self._decision(tuple(events))
 
     def standing_commands(self) -> list[Command]:
@@ -234,13 +248,14 @@ class Decider:
         # What JournalBatch(...) and Decision(...) do, without their keyword handling.
         parts = (self.num_batches, self.fleet.now_ns, events, actions, plans, refusals)
         self.num_batches += 1
-        batch = tuple.__new__(JournalBatch, parts)
-        return tuple.__new__(Decision, (batch, raised, commands, outcomes, wakes))
+        batch = new_tuple(JournalBatch, parts)
+        return new_tuple(Decision, (batch, raised, commands, outcomes, wakes))
 
     def _ask_policy(self, event: Event) -> None:
-        view: FleetView = self.fleet
+        fleet = self.fleet
+        view: FleetView = fleet
         actions = self.policy.on_event(event, view)
-        self.fleet.forget_changes()
+        fleet.forget_changes()
         for action in actions:
             self._actions.append(action)
             self._act[type(action)](action)
@@ -296,16 +311,17 @@ class Decider:
 
     def _plan_nothing(self, record: InstanceRecord) -> None:
         """The engine's own plan for an instance whose last task has left."""
-        name = record.name
-        self._new_plans.pop(name, None)
-        if record.memory_limit_bytes != record.spec.memory_limit_bytes:
-            record.memory_limit_bytes = record.spec.memory_limit_bytes
+        name, limit_bytes = record.name, record.spec.memory_limit_bytes
+        if self._new_plans:
+            self._new_plans.pop(name, None)
+        if record.memory_limit_bytes != limit_bytes:
+            record.memory_limit_bytes = limit_bytes
             record.view = None
         if record.stopping and not record.tasks:
             if not record.stop_told:
                 self._stop(record)
-        elif record.plan is not None and record.plan.htasks:
-            self._new_plans[name] = empty_plan(record.spec, record.epoch + 1)
+        elif (plan := record.plan) is not None and plan.htasks:
+            self._new_plans[name] = empty_plan(record.spec, plan.epoch + 1)
 
     def _give_way(self, record: InstanceRecord, refusal: Refusal) -> tuple[bool, Event]:
         """Takes back the last placement of this batch; without one, sheds the youngest task.
@@ -356,16 +372,16 @@ class Decider:
 
     def _adopt_plans(self) -> tuple[Plan, ...]:
         """The batch's plans in order of their instances, which from now on have them."""
-        named = self._new_plans.items()
-        plans: list[Plan] = []
-        for name, plan in sorted(named) if len(named) > 1 else named:
-            record = self.fleet.records[name]
-            record.plan, record.plan_corrections = plan, record.corrections
+        new, records = self._new_plans, self.fleet.records
+        names = sorted(new) if len(new) > 1 else new
+        for name in names:
+            record = records[name]
+            record.plan, record.plan_corrections = new[name], record.corrections
             record.plan_limit_bytes = record.memory_limit_bytes
             record.view = None
-            plans.append(plan)
-        self._new_plans.clear()
-        return tuple(plans)
+        plans = tuple(new.values()) if names is new else tuple(map(new.__getitem__, names))
+        new.clear()
+        return plans
 
     # -- events
 
@@ -451,20 +467,20 @@ class Decider:
         return True
 
     def _on_task_arrived(self, event: Event) -> bool:
-        spec = event.data
-        assert isinstance(spec, TaskSpec)
+        spec: TaskSpec = event.data  # type: ignore[assignment]
         self.fleet.add_task(spec)
         if spec.cancel_ns is not None:
             self._wakes.append((max(spec.cancel_ns, event.time_ns), spec.task_id))
         return True
 
     def _on_task_ready(self, event: Event) -> bool:
-        task, data = self.fleet.tasks.get(event.task_id), event.data
-        assert isinstance(data, TaskReadyData)
-        if task is None or task.state is not TaskState.ARRIVED:
+        task_id = event.task_id
+        task = self.fleet.tasks.get(task_id)
+        if task is None or task.state is not ARRIVED:
             return False
+        data: TaskReadyData = event.data  # type: ignore[assignment]
         self.fleet.make_ready(task, data)
-        self._new_in_queue.append(event.task_id)
+        self._new_in_queue.append(task_id)
         if task.cancelling:
             self.fleet.dequeue(task)
         return True
@@ -482,11 +498,11 @@ class Decider:
         return True
 
     def _on_task_done(self, event: Event) -> bool:
-        task, data = self.fleet.tasks.get(event.task_id), event.data
-        assert isinstance(data, ResultData)
+        task = self.fleet.tasks.get(event.task_id)
         if task is None:
             return False
-        self._end(task, TaskState.DONE, data)
+        data: ResultData = event.data  # type: ignore[assignment]
+        self._end(task, DONE, data)
         return True
 
     def _on_task_failed(self, event: Event) -> bool:
@@ -535,36 +551,38 @@ class Decider:
             solo_s = solo_time_s(record, task)
             self._touched.add(instance_id)
         self.fleet.end_task(task)
-        spec = task.spec
+        (
+            task_id, model, tenant, _, _, _, _, _, _, _, _, arrival_ns,
+            priority, deadline_ns, max_slowdown, _,
+        ) = task.spec  # fmt: skip
         steps, tokens, output_path, final_loss, perplexity_before, perplexity_after = result
-        self._outcomes.append(
-            TaskOutcome(
-                task.task_id,
-                spec.tenant,
-                spec.model,
-                state,
-                spec.arrival_ns,
-                task.ready_ns,
-                task.placed_ns,
-                task.first_start_ns,
-                self.fleet.now_ns,
-                instance_id,
-                steps,
-                tokens,
-                solo_s,
-                message,
-                output_path,
-                final_loss,
-                perplexity_before,
-                perplexity_after,
-                spec.priority,
-                spec.deadline_ns,
-                task.num_placements,
-                task.lost_steps,
-                task.predicted_start_ns,
-                spec.max_slowdown,
-            )
+        parts = (
+            task_id,
+            tenant,
+            model,
+            state,
+            arrival_ns,
+            task.ready_ns,
+            task.placed_ns,
+            task.first_start_ns,
+            self.fleet.now_ns,
+            instance_id,
+            steps,
+            tokens,
+            solo_s,
+            message,
+            output_path,
+            final_loss,
+            perplexity_before,
+            perplexity_after,
+            priority,
+            deadline_ns,
+            task.num_placements,
+            task.lost_steps,
+            task.predicted_start_ns,
+            max_slowdown,
         )
+        self._outcomes.append(new_tuple(TaskOutcome, parts))
 
     # -- actions
 
@@ -679,17 +697,8 @@ def stands_as_planned(record: InstanceRecord) -> bool:
 
 def empty_plan(spec: InstanceSpec, epoch: int) -> Plan:
     """Of an instance without tasks."""
-    return Plan(
-        spec.instance_id,
-        epoch,
-        frozenset(),
-        spec.replicas,
-        (),
-        (),
-        DispatchRule.SINGLE,
-        EMPTY_PREDICTION,
-        reason="no task",
-    )
+    head = (spec.instance_id, epoch, NOTHING, spec.replicas)
+    return new_tuple(Plan, head + NO_TASK)
 
 
 def drifted_percent(

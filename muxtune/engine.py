@@ -17,6 +17,7 @@ from muxtune.fleet import Fleet, duplicate_ids
 from muxtune.planning.journal import JournalBatch
 from muxtune.protocols import ClusterPolicy, Executor, InstancePlanner
 from muxtune.types import (
+    NO_EPOCH,
     NS_PER_S,
     Action,
     Event,
@@ -26,6 +27,7 @@ from muxtune.types import (
     Refusal,
     TaskSpec,
     TaskState,
+    new_tuple,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 FOREVER_NS = 1 << 62
+TASK_ARRIVED = EventKind.TASK_ARRIVED  # an enumeration looks its members up in Python
 OF_HARDWARE = frozenset({EventKind.GPUS_DOWN, EventKind.GPUS_UP, EventKind.GPUS_NOTICE})
 MAX_IDLE_BATCHES = 10_000  # hardware goes on failing for ever, tasks should not wait as long
 DEFAULT_OPTIONS = EngineOptions()
@@ -118,12 +121,15 @@ class Timetable:
         self._specs = iter(tasks)
         self._seen = seen
         self._wakes: list[tuple[int, str]] = []  # "" is a policy's wake, else a withdrawal
-        self.next_spec = next(self._specs, None)
+        self.arrival_ns = 0  # of the next task
+        self._take_next()
 
-    @property
+    def _take_next(self) -> None:
+        spec = self.next_spec = next(self._specs, None)
+        self.arrival_ns = FOREVER_NS if spec is None else spec.arrival_ns
+
     def next_ns(self) -> int:
-        arrival_ns = FOREVER_NS if self.next_spec is None else self.next_spec.arrival_ns
-        return min(arrival_ns, self._wakes[0][0]) if self._wakes else arrival_ns
+        return min(self.arrival_ns, self._wakes[0][0]) if self._wakes else self.arrival_ns
 
     def wake_at(self, time_ns: int, task_id: str) -> None:
         if (time_ns, task_id) not in self._wakes:
@@ -132,9 +138,13 @@ class Timetable:
     def due(self, now_ns: int) -> list[Event]:
         """Events that are due by ``now_ns``, which becomes their time."""
         events = self._due_wakes(now_ns) if self._wakes else []
-        while self.next_spec is not None and self.next_spec.arrival_ns <= now_ns:
+        while self.arrival_ns <= now_ns:
             spec = self.next_spec
-            events.append(Event(now_ns, EventKind.TASK_ARRIVED, spec.task_id, data=spec))
+            assert spec is not None
+            task_id = spec.task_id
+            parts = (now_ns, TASK_ARRIVED, task_id, "", NO_EPOCH, spec)
+            events.append(new_tuple(Event, parts))
+            self._seen.add(task_id)
             self._pull(spec)
         return events
 
@@ -142,7 +152,7 @@ class Timetable:
         """Passes over what a folded journal already holds."""
         self._due_wakes(now_ns)
         while self.next_spec is not None and self.next_spec.task_id in self._seen:
-            self.next_spec = next(self._specs, None)
+            self._take_next()
 
     def _due_wakes(self, now_ns: int) -> list[Event]:
         events = []
@@ -151,13 +161,14 @@ class Timetable:
         return events
 
     def _pull(self, last: TaskSpec) -> None:
-        self._seen.add(last.task_id)
-        spec = self.next_spec = next(self._specs, None)
+        before_ns = self.arrival_ns
+        self._take_next()
+        spec = self.next_spec
         if spec is None:
             return
         if spec.task_id in self._seen:
             raise duplicate_error([spec.task_id])
-        if spec.arrival_ns < last.arrival_ns:
+        if self.arrival_ns < before_ns:
             raise ConfigError(
                 "workload.arrival",
                 f"task '{spec.task_id}' arrives before '{last.task_id}', which precedes it",
@@ -213,17 +224,19 @@ class Engine:
 
     def run(self) -> RunTotals:
         """Runs until every task has ended; goes on where a resumed engine stands."""
-        decider, timetable, fleet = self._decider, self._timetable, self.fleet
+        decider, timetable, tasks = self._decider, self._timetable, self.fleet.tasks
+        wait = self.executor.wait
         if decider.num_batches == 0:
             self._carry_out(decider.begin(self._first_instances))
-        while timetable.next_spec is not None or fleet.tasks:
-            until_ns = timetable.next_ns
+        while timetable.next_spec is not None or tasks:
+            until_ns = timetable.next_ns()
             if until_ns == FOREVER_NS:
                 events = self._last_events()
             else:
                 self._num_idle_batches = 0
-                events = self._take_answers() if self._answers else self.executor.wait(until_ns)
-                events = self._with_due(events, until_ns)
+                events = self._take_answers() if self._answers else wait(until_ns)
+                if not events or events[0].time_ns >= until_ns:
+                    events = self._with_due(events, until_ns)
             if events:
                 self._carry_out(decider.decide(events[0].time_ns, events))
         return self.totals()
@@ -283,19 +296,14 @@ class Engine:
         )
 
     def _with_due(self, events: list[Event], until_ns: int) -> list[Event]:
-        """Merges what is due at the same instant, and how arrivals that need no time are prepared.
-        A real executor may come back late."""
-        if events:
-            now_ns = events[0].time_ns
-            if until_ns > now_ns:
-                return events
-        else:
-            now_ns = max(until_ns, self.fleet.now_ns)
+        """Merges what is due by now, and how arrivals that need no time are prepared. A real
+        executor may come back late."""
+        now_ns = events[0].time_ns if events else max(until_ns, self.fleet.now_ns)
         due = self._timetable.due(now_ns)
         in_order = not events and len(due) == 1
         events = events + due
         for event in due:
-            if event.kind is EventKind.TASK_ARRIVED:
+            if event.kind is TASK_ARRIVED:
                 ready = self.executor.prepare(event.data)  # type: ignore[arg-type]
                 if ready is not None:
                     events.append(ready)
@@ -304,14 +312,12 @@ class Engine:
         return events
 
     def _carry_out(self, decision: Decision) -> None:
-        batch = decision.batch
+        (_, time_ns, events, actions, plans, refusals), _, commands, _, _ = decision
         if self.journal is not None:
-            self.journal.write(
-                batch.time_ns, batch.events, batch.actions, batch.plans, batch.refusals
-            )
-        if decision.commands:
-            self._command(decision.commands)
-        for plan in batch.plans:
+            self.journal.write(time_ns, events, actions, plans, refusals)
+        if commands:
+            self._command(commands)
+        for plan in plans:
             self.executor.apply(plan)
         self._note(decision)
 
@@ -332,10 +338,11 @@ class Engine:
                 self._num_drifts += 1
             else:
                 self._num_refused += 1
-        self._num_plans += len(plans)
-        for on_plan in self._on_plan:
-            for plan in plans:
-                on_plan(plan)
+        if plans:
+            self._num_plans += len(plans)
+            for on_plan in self._on_plan:
+                for plan in plans:
+                    on_plan(plan)
         for outcome in outcomes:
             self._ended[outcome.state] += 1
             self._num_tokens += outcome.effective_tokens

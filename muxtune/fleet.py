@@ -31,11 +31,15 @@ from muxtune.types import (
     TaskSpec,
     TaskState,
     TaskView,
+    new_tuple,
 )
 
 NOTHING: frozenset[str] = frozenset()
 MAX_KNOWN_ADAPTERS = 4_096
 arrival_order = attrgetter("arrival_ns", "task_id")
+# By names of their own, because an enumeration looks its members up in Python.
+ARRIVED, QUEUED, PLACED = TaskState.ARRIVED, TaskState.QUEUED, TaskState.PLACED
+FIFO = Discipline.FIFO
 _STEPS_DONE = TaskView._fields.index("steps_done")
 
 
@@ -60,7 +64,7 @@ class TaskRecord:
 
     def __init__(self, spec: TaskSpec) -> None:
         self.spec, self.task_id = spec, spec.task_id
-        self.state = TaskState.ARRIVED
+        self.state = ARRIVED
         self.view: TaskView | None = None
         self.instance_id = ""
         self.ready_ns: int | None = None
@@ -143,20 +147,22 @@ class InstanceRecord:
             tasks = [task for name, task in self.tasks.items() if name not in self.shed]
         else:
             tasks = self.tasks.values()
-        spec = self.spec
-        return InstanceView(
+        _, model, device, _, replicas, gpu_ids = self.spec
+        parts = (
             self.name,
             now_ns,
-            tuple([task.view for task in tasks]),  # type: ignore[misc]
+            tuple([task.view for task in tasks]),
             self.plan,
             self.memory_limit_bytes,
             self.corrections,
-            spec.model,
-            spec.device,
-            spec.replicas,
+            model,
+            device,
+            replicas,
             frozenset(self.draining) if self.draining else NOTHING,
-            spec.gpu_ids,
+            gpu_ids,
         )
+        # What InstanceView(...) does, without its keyword handling: one a plan.
+        return new_tuple(InstanceView, parts)
 
 
 class TaskQueue(Collection[TaskView]):
@@ -166,7 +172,7 @@ class TaskQueue(Collection[TaskView]):
         self._lanes: dict[str, dict[int, OrderedDict[str, TaskView]]] = {}
         self.lines = WaitingLines()
         self.tasks = self.lines.tasks  # by id
-        self.models: Collection[str] = ()  # of the tasks that wait, sorted
+        self.models: list[str] = []  # of the tasks that wait, sorted
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -179,37 +185,40 @@ class TaskQueue(Collection[TaskView]):
         return _merged([lane.values() for lane in lanes])
 
     def add(self, task: TaskView) -> None:
-        lanes = self._lanes.get(task.model)
-        if lanes is None:
-            lanes = self._lanes[task.model] = {}
-            self.models = sorted(self._lanes)
-        lane = lanes.get(task.priority)
+        model, priority = task.model, task.priority
+        if model not in self.models:
+            insort(self.models, model)
+        lanes = self._lanes.setdefault(model, {})
+        lane = lanes.get(priority)
         if lane is None:
-            lane = lanes[task.priority] = OrderedDict()
+            lane = lanes[priority] = OrderedDict()
         in_order = not lane or arrival_order(lane[next(reversed(lane))]) <= arrival_order(task)
         lane[task.task_id] = task
         self.lines.add(task)
         if not in_order:  # a task that came back; rare, so the lane is sorted anew
             ordered = sorted(lane.values(), key=arrival_order)
-            lanes[task.priority] = OrderedDict((item.task_id, item) for item in ordered)
+            lanes[priority] = OrderedDict((item.task_id, item) for item in ordered)
 
     def remove(self, task_id: str) -> None:
+        """A model's last lane stays when it runs empty: the next task comes to it."""
         task = self.lines.remove(task_id)
-        lanes = self._lanes[task.model]
-        lane = lanes[task.priority]
+        model, priority = task.model, task.priority
+        lanes = self._lanes[model]
+        lane = lanes[priority]
         del lane[task_id]
-        if not lane:
-            del lanes[task.priority]
-            if not lanes:
-                del self._lanes[task.model]
-                self.models = sorted(self._lanes)
+        if lane:
+            return
+        if len(lanes) > 1:
+            del lanes[priority]
+        if not any(lanes.values()):
+            self.models.remove(model)
 
     def num_waiting(self, model: str) -> int:
         return sum(map(len, self._lanes.get(model, {}).values()))
 
     def of_model(self, model: str, discipline: Discipline) -> Iterator[TaskView]:
         lanes = self._lanes.get(model, {})
-        if discipline is Discipline.FIFO:
+        if discipline is FIFO:
             if len(lanes) == 1:
                 (lane,) = lanes.values()
                 return iter(lane.values())
@@ -358,7 +367,9 @@ class Fleet:
         self.down_gpus: set[str] = set()
         self.noticed_gpus: set[str] = set()  # that will be taken away
         self.queue = TaskQueue()
+        self.waiting_models: Collection[str] = self.queue.models
         self.quotas = Quotas(rules or {})
+        self.has_quotas = bool(self.quotas.rules)
         self.instances: Mapping[str, InstanceView] = InstanceViews(self)
         self._loads = LoadIndex()
         self._slots = AdapterSlots()
@@ -373,10 +384,6 @@ class Fleet:
     @property
     def known_instances(self) -> Collection[str]:
         return self.records.keys()
-
-    @property
-    def waiting_models(self) -> Collection[str]:
-        return self.queue.models
 
     def waiting(self, model: str, discipline: Discipline = Discipline.FIFO) -> Iterator[TaskView]:
         return self.queue.of_model(model, discipline)
@@ -418,8 +425,9 @@ class Fleet:
         return len(self.queue) + self.quotas.num_held
 
     def enqueue(self, task: TaskRecord) -> None:
-        task.state, task.instance_id, view = TaskState.QUEUED, "", task.ready_view
-        if not self.quotas.rules or self.quotas.takes(view):
+        task.state, task.instance_id, view = QUEUED, "", task.view
+        assert view is not None
+        if not self.has_quotas or self.quotas.takes(view):
             self.queue.add(view)
 
     def dequeue(self, task: TaskRecord) -> None:
@@ -440,15 +448,16 @@ class Fleet:
 
     def place(self, task: TaskRecord, record: InstanceRecord) -> None:
         self.queue.remove(task.task_id)
-        if self.quotas.rules:
+        if self.has_quotas:
             self.quotas.leave_queue(task.spec.tenant, placed=True)
-        task.state, task.instance_id = TaskState.PLACED, record.name
+        now_ns = self.now_ns
+        task.state, task.instance_id = PLACED, record.name
         if task.placed_ns is None:
-            task.placed_ns = self.now_ns
+            task.placed_ns = now_ns
         task.num_placements += 1
-        task.steps_ns = self.now_ns
+        task.steps_ns = now_ns
         if task.spec.max_slowdown is not None:
-            task.view = task.ready_view._replace(placed_ns=task.placed_ns, steps_ns=self.now_ns)
+            task.view = task.ready_view._replace(placed_ns=task.placed_ns, steps_ns=now_ns)
         self._move(record, task, joins=True)
 
     def unplace(self, task: TaskRecord) -> InstanceRecord:
@@ -456,7 +465,7 @@ class Fleet:
         record = self.records[task.instance_id]
         self._move(record, task, joins=False)
         task_id = task.task_id
-        if self.quotas.rules:
+        if self.has_quotas:
             self.quotas.leave_instance(task.spec.tenant)
             self.admit_held(task.spec.tenant)
         if record.draining:
@@ -466,7 +475,7 @@ class Fleet:
         return record
 
     def end_task(self, task: TaskRecord) -> None:
-        if task.state is not TaskState.PLACED:
+        if task.state is not PLACED:
             self.dequeue(task)
         del self.tasks[task.task_id]
 
@@ -480,7 +489,7 @@ class Fleet:
             # What _replace(steps_done=steps) does; asked for every task at every Progress.
             parts = list(view)
             parts[_STEPS_DONE] = steps
-            task.view = tuple.__new__(TaskView, parts)
+            task.view = new_tuple(TaskView, parts)
         else:
             return
         if task.instance_id:
@@ -512,13 +521,15 @@ class Fleet:
     def _move(self, record: InstanceRecord, task: TaskRecord, joins: bool) -> None:
         name, tasks = record.name, record.tasks
         load = len(tasks)
-        self.queue.lines.note_placed(task.spec.tenant, 1 if joins else -1)
         if joins:
+            change = 1
             record.add(task)
         else:
+            change = -1
             del tasks[task.task_id]
+        self.queue.lines.note_placed(task.spec.tenant, change)
         if not record.stopping:
-            self._loads.move(record.spec.model, load, load + 1 if joins else load - 1, name)
+            self._loads.move(record.spec.model, load, load + change, name)
         record.view = None
         self._changed.add(name)
 
@@ -553,7 +564,7 @@ def task_view(spec: TaskSpec, data: TaskReadyData, slot: AdapterSlot | None = No
         priority, deadline_ns, max_slowdown, _,
     ) = spec  # fmt: skip
     num_steps, lengths = data
-    return TaskView(
+    parts = (
         task_id,
         tenant,
         model,
@@ -567,7 +578,10 @@ def task_view(spec: TaskSpec, data: TaskReadyData, slot: AdapterSlot | None = No
         priority,
         deadline_ns,
         max_slowdown,
+        None,
+        0,
     )
+    return new_tuple(TaskView, parts)
 
 
 def duplicate_ids(specs: Iterable[TaskSpec]) -> list[str]:

@@ -15,6 +15,9 @@ import numpy as np
 
 NS_PER_S = 1_000_000_000
 NO_EPOCH = -1
+# ``new_tuple(Kind, values)`` is ``Kind(*values)`` of a NamedTuple, all values given, without the
+# handling of keywords and defaults: for the kinds that a fleet makes one or more of for every task.
+new_tuple = tuple.__new__
 
 
 # --------------------------------------------------------------------------------------- tasks

@@ -29,6 +29,9 @@ from muxtune.types import (
 # Instances that may refuse one head before it waits, so that a full fleet is not asked all round.
 MAX_ATTEMPTS = 4
 
+# By a name of its own, because an enumeration looks its members up in Python.
+PLACEMENT_REFUSED = EventKind.PLACEMENT_REFUSED
+
 Candidate = tuple[int, str]  # (load, instance id); the first of a sorted list is tried first
 InstanceShape = tuple[str, int, object]
 
@@ -74,7 +77,7 @@ class FifoPolicy:
     def on_event(self, event: Event, fleet: FleetView) -> list[Action]:
         if self._refused:
             self._note_changes(event, fleet)
-        if event.kind is EventKind.PLACEMENT_REFUSED and event.task_id:
+        if event.kind is PLACEMENT_REFUSED and event.task_id:
             self._remember(event, fleet)
         models = fleet.waiting_models
         if not models:

@@ -37,6 +37,7 @@ from muxtune.types import (
     ShapeKey,
     SubgraphRef,
     TaskView,
+    new_tuple,
 )
 
 _Value = TypeVar("_Value")
@@ -167,10 +168,11 @@ class PlannerBase:
 
     def plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
         """See ``InstancePlanner.plan``. Returns ``previous`` itself when nothing changes."""
-        if not instance.tasks:
+        tasks = instance.tasks
+        if not tasks:
             return Refusal("an instance without tasks needs no plan", ())
         promised = False
-        for task in instance.tasks:
+        for task in tasks:
             if task.deadline_ns is not None:
                 return self._plan_in_time(instance, previous)
             promised = promised or task.placed_ns is not None
@@ -283,11 +285,12 @@ class PlannerBase:
         return task._replace(max_slowdown=bound)
 
     def _plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
-        if len(instance.tasks) == 1:
-            alone = instance.tasks[0]
+        tasks = instance.tasks
+        if len(tasks) == 1:
+            alone = tasks[0]
             keys, ids = (self._key_of(alone),), (alone.task_id,)
         else:
-            keyed = sorted([(self._key_of(task), task.task_id) for task in instance.tasks])
+            keyed = sorted([(self._key_of(task), task.task_id) for task in tasks])
             keys, ids = zip(*keyed, strict=True)
         answer = self._memo.get((instance[OF_SITE], keys))
         if answer is None:
@@ -570,37 +573,29 @@ def prediction_of(costed: CostedArrangement, steps_s: Sequence[float]) -> Predic
 def bind(
     instance: InstanceView, ids: tuple[str, ...], answer: Answer, previous: Plan | None
 ) -> Plan:
-    arrangement = answer.costed.arrangement
-    htasks = tuple([_bind_group(group, ids) for group in arrangement.groups])
+    costed, base, step_times_s, solo_times_s, turns, order, interleaves = answer
+    groups, _, reason = costed[0]
+    if len(groups) == 1:
+        htasks = (_bind_group(groups[0], ids),)
+    else:
+        htasks = tuple([_bind_group(group, ids) for group in groups])
     epoch = NO_EPOCH if previous is None else previous.epoch
     if (
         previous is not None
         and previous.htasks
         and previous.htasks == htasks
-        and previous.round == answer.turns
+        and previous.round == turns
         and previous.drains == instance.draining
     ):
         return previous
-    base = answer.prediction
-    replicas = instance.replicas
-    step_times_s = dict(zip(ids, answer.step_times_s, strict=True))
-    solo_times_s = dict(zip(ids, answer.solo_times_s, strict=True))
+    steps_s = dict(zip(ids, step_times_s, strict=True))
+    solo_s = dict(zip(ids, solo_times_s, strict=True))
     # What Prediction(...) and Plan(...) do, without their keyword handling: fleets plan often.
-    prediction = tuple.__new__(Prediction, (*base[:4], step_times_s, solo_times_s, *base[6:]))
-    parts = (
-        instance.instance_id,
-        epoch + 1,
-        instance.draining,
-        replicas,
-        htasks,
-        answer.turns,
-        DispatchRule.SINGLE if len(replicas) == 1 else DispatchRule.BALANCED,
-        prediction,
-        answer.order,
-        arrangement.reason,
-        answer.interleaves,
-    )
-    return tuple.__new__(Plan, parts)
+    prediction = new_tuple(Prediction, (*base[:4], steps_s, solo_s, *base[6:]))
+    name, _, _, _, _, _, _, _, replicas, draining, _ = instance
+    dispatch = DispatchRule.SINGLE if len(replicas) == 1 else DispatchRule.BALANCED
+    head = (name, epoch + 1, draining, replicas, htasks, turns, dispatch, prediction)
+    return new_tuple(Plan, (*head, order, reason, interleaves))
 
 
 def class_of(task: TaskView) -> TaskClass:
@@ -691,13 +686,14 @@ def bad_cost(shape: ShapeKey, seconds: float) -> ConfigError:
 
 
 def _bind_group(group: GroupShape, ids: tuple[str, ...]) -> HTask:
-    if len(group.members) == 1:
-        name = ids[group.members[0]]
-        return HTask(group.shapes, {name: 0}, {name: group.quota[0]}, group.packing)
-    names = [ids[member] for member in group.members]
+    members, quota, shapes, packing = group
+    if len(members) == 1:
+        name = ids[members[0]]
+        return new_tuple(HTask, (shapes, {name: 0}, {name: quota[0]}, packing))
+    names = [ids[member] for member in members]
     return HTask(
-        group.shapes,
+        shapes,
         {name: slot for slot, name in enumerate(names)},
-        dict(zip(names, group.quota, strict=True)),
-        group.packing,
+        dict(zip(names, quota, strict=True)),
+        packing,
     )

@@ -32,9 +32,10 @@ from muxtune.planning.packing import PackLoad
 from muxtune.planning.step_builder import PlanCourse, StepBuilder
 from muxtune.planning.tables import CHUNKS, LONGEST, LOSS_ROWS, PAIRS, BoundedMemo, StepTable
 from muxtune.protocols import CostModel, LengthSource
-from muxtune.types import NS_PER_S, Cursor, Forecast, HTask, PackRule, Plan
+from muxtune.types import NS_PER_S, Cursor, Forecast, HTask, PackRule, Plan, new_tuple
 
 _MAX_ARRANGEMENTS = 100_000
+PAD = PackRule.PAD  # an enumeration looks its members up in Python
 
 # Task id, cursor, table, micro-batch (or step) stood at, units to the end, what is left of a step
 # that another packing began, and the hTask.
@@ -127,7 +128,8 @@ class MeanStepBuilder(StepBuilder):
         if groups is None:
             return None
         if len(groups) == 1 and len(groups[0].members) == 1 and not plan.drains:
-            alone = _course_alone(plan, groups[0], cursors, lengths, cost)
+            (task_id,) = plan.htasks[0].quota
+            alone = _course_alone(task_id, groups[0], cursors, lengths, cost)
             if alone is not None:
                 return alone
         return _MeanCourse(plan, groups, cursors, lengths, self, cost)
@@ -167,16 +169,15 @@ class _Arrangement(NamedTuple):
 
 
 def _group_key(htask: HTask, lengths: LengthSource) -> tuple[object, ...]:
-    quota = htask.quota
+    shapes, slot_of, quota, packing = htask
     if len(quota) == 1:
         ((task_id, chunks),) = quota.items()
-        slot, key = htask.slot_of[task_id], lengths.lengths_key(task_id)
-        return (id(htask.shapes), htask.packing is PackRule.PAD, chunks, slot, key)
+        return (id(shapes), packing is PAD, chunks, slot_of[task_id], lengths.lengths_key(task_id))
     return (
-        id(htask.shapes),
-        htask.packing is PackRule.PAD,
+        id(shapes),
+        packing is PAD,
         tuple(quota.values()),
-        tuple(map(htask.slot_of.__getitem__, quota)),
+        tuple(map(slot_of.__getitem__, quota)),
         tuple(map(lengths.lengths_key, quota)),
     )
 
@@ -519,20 +520,20 @@ class _CourseAlone(_MeanCourse):
         group: _Group,
         task_id: str,
         table: StepTable,
-        span: tuple[int, int],
+        first: int,
+        last: int,
         cost: CostModel | None,
     ) -> None:
         self._group, self._task_id, self._table, self._cost = group, task_id, table, cost
-        self._first, last = span
-        self.first_end = -((self._first - last) // group.units_per_round)
-        self._num_units = last - self._first
+        self._first, self._num_units = first, last - first
+        self.first_end = -((first - last) // group.units_per_round)
         self._round_ns, self._round_tokens = group.alone(cost)
 
     def forecast(self) -> Forecast:
         rounds = self.first_end
         duration_ns = round(rounds * self._round_ns)
         # What Forecast(...) does, without its keyword handling: every lone task is asked for.
-        return tuple.__new__(Forecast, (rounds, duration_ns, (self._task_id,), True))
+        return new_tuple(Forecast, (rounds, duration_ns, (self._task_id,), True))
 
     def advance(self, rounds: int) -> dict[str, Cursor]:
         unit = self._first + min(rounds * self._group.units_per_round, self._num_units)
@@ -562,16 +563,16 @@ class _CourseAlone(_MeanCourse):
 
 
 def _course_alone(
-    plan: Plan, group: _Group, cursors: Cursors, lengths: LengthSource, cost: CostModel | None
+    task_id: str, group: _Group, cursors: Cursors, lengths: LengthSource, cost: CostModel | None
 ) -> _CourseAlone | None:
     """None where the general course is needed."""
-    (task_id,) = plan.htasks[0].quota
-    (step, left), last_step = cursor_of(cursors, task_id), lengths.num_steps(task_id)
+    cursor, last_step = cursor_of(cursors, task_id), lengths.num_steps(task_id)
+    step, left = cursor
     if step >= last_step or not group.units_per_round:
         return None
-    ((table, _),) = group.members
+    table = group.members[0][0]
     if group.by_steps:
         start, end = (step if left is None else None), last_step
     else:
-        start, end = table.span(cursors[task_id], last_step)
-    return None if start is None else _CourseAlone(group, task_id, table, (start, end), cost)
+        start, end = table.span(cursor, last_step)
+    return None if start is None else _CourseAlone(group, task_id, table, start, end, cost)

@@ -17,7 +17,7 @@ import numpy as np
 from muxtune.planning.facts import HTaskFacts, TaskFacts
 from muxtune.planning.packing import PackLoad, pack_loads
 from muxtune.protocols import LengthSource
-from muxtune.types import Cursor, PackRule
+from muxtune.types import Cursor, PackRule, new_tuple
 
 Value = TypeVar("Value")
 _SHORT_PERIOD_STEPS = 64
@@ -129,7 +129,7 @@ class StepTable:
         periods, at = divmod(micro_batches, self.num_micro_batches)
         step = periods * self.period_steps + self.step_of[at]
         # What Cursor(...) does, without its keyword handling: this is asked for every task.
-        return tuple.__new__(Cursor, (step, self.left[at]))
+        return new_tuple(Cursor, (step, self.left[at]))
 
     def grid(self, by_steps: bool, width: int) -> Grid:
         """Loads by step, ``width`` micro-batches wide, or by micro-batch (width 1)."""

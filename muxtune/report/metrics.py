@@ -41,22 +41,24 @@ class TenantTimes:
         self.num_placements = self.lost_steps = self.effective_tokens = 0
 
     def add(self, outcome: TaskOutcome) -> None:
+        (
+            _, _, _, state, arrival_ns, _, placed_ns, _, ended_ns, _, _, tokens, solo_s, _, _, _,
+            _, _, _, deadline_ns, num_placements, lost_steps, _, _,
+        ) = outcome  # fmt: skip
         self.num_tasks += 1
-        self.num_placements += outcome.num_placements
-        self.lost_steps += outcome.lost_steps
-        if outcome.deadline_ns is not None:
+        self.num_placements += num_placements
+        self.lost_steps += lost_steps
+        if deadline_ns is not None:
             self.num_deadlines += 1
             self.num_met += bool(met_deadline(outcome))
-        if outcome.state is not TaskState.DONE:
+        if state is not TaskState.DONE:
             return
-        arrival_ns, ended_ns, placed_ns = outcome.arrival_ns, outcome.ended_ns, outcome.placed_ns
         if placed_ns is None:
             placed_ns = ended_ns
-        self.effective_tokens += outcome.effective_tokens
+        self.effective_tokens += tokens
         completion_s = (ended_ns - arrival_ns) / NS_PER_S
         self.completion_s.append(completion_s)
         self.queueing_s.append((placed_ns - arrival_ns) / NS_PER_S)
-        solo_s = outcome.solo_time_s
         if solo_s and ended_ns > placed_ns:  # see ``slowdown`` and ``finish_time_ratio``
             self.slowdown.append((ended_ns - placed_ns) / NS_PER_S / solo_s)
             self.finish_time_ratio.append(completion_s / solo_s)

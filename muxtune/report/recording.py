@@ -25,6 +25,7 @@ from muxtune.types import (
 )
 
 ROWS_AT_A_TIME = 256
+MOST_EXACT = 10**15  # whole numbers below have no more digits than a float keeps
 
 
 class PlanSample(NamedTuple):
@@ -106,8 +107,9 @@ TASK_COLUMNS = (
 )
 
 
-def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
-    """The values of ``TASK_COLUMNS``; times in seconds, None where something never happened."""
+def task_cells(outcome: TaskOutcome) -> list[str]:
+    """The text of each of ``TASK_COLUMNS``; times in seconds, blank where something never
+    happened."""
     # Taken apart at once: a million rows ask for each of the fields.
     (
         task_id, tenant, model, state, arrival_ns, _, placed_ns, first_start_ns, ended_ns,
@@ -115,45 +117,74 @@ def task_row(outcome: TaskOutcome) -> tuple[Any, ...]:
         perplexity_before, perplexity_after, priority, deadline_ns, num_placements, lost_steps,
         predicted_start_ns, max_slowdown,
     ) = outcome  # fmt: skip
-    queueing_ns = (ended_ns if placed_ns is None else placed_ns) - arrival_ns
-    return (
+    ratio = time_over_solo(state, arrival_ns, ended_ns, solo_time_s)
+    arrival, ratio_text = seconds_text(arrival_ns), text_of(ratio)
+    if placed_ns == arrival_ns and ratio:
+        # Of a task that did not wait these are the same, and numbers are dear to write.
+        placed, queueing, slow_text = arrival, "0.0", ratio_text
+    else:
+        placed = "" if placed_ns is None else seconds_text(placed_ns)
+        queueing = seconds_text((ended_ns if placed_ns is None else placed_ns) - arrival_ns)
+        slow_text = text_of(time_over_solo(state, placed_ns, ended_ns, solo_time_s) or None)
+    return [
         task_id,
         tenant,
         model,
         str(state),
-        arrival_ns / NS_PER_S,
-        None if placed_ns is None else placed_ns / NS_PER_S,
-        None if first_start_ns is None else first_start_ns / NS_PER_S,
-        ended_ns / NS_PER_S,
-        (ended_ns - arrival_ns) / NS_PER_S,
-        queueing_ns / NS_PER_S,
+        arrival,
+        placed,
+        "" if first_start_ns is None else seconds_text(first_start_ns),
+        seconds_text(ended_ns),
+        seconds_text(ended_ns - arrival_ns),
+        queueing,
         instance_id,
-        steps,
-        effective_tokens,
-        solo_time_s,
-        slowdown(outcome),
-        finish_time_ratio(outcome),
-        priority,
-        None if deadline_ns is None else deadline_ns / NS_PER_S,
-        None if deadline_ns is None else met_deadline(outcome),
-        num_placements,
-        lost_steps,
-        final_loss,
-        perplexity_before,
-        perplexity_after,
+        str(steps),
+        str(effective_tokens),
+        text_of(solo_time_s),
+        slow_text,
+        ratio_text,
+        str(priority),
+        "" if deadline_ns is None else seconds_text(deadline_ns),
+        text_of(met_deadline(outcome)) if deadline_ns is not None else "",
+        str(num_placements),
+        str(lost_steps),
+        "" if final_loss is None else str(final_loss),
+        "" if perplexity_before is None else str(perplexity_before),
+        "" if perplexity_after is None else str(perplexity_after),
         output_path,
         message,
-        None if predicted_start_ns is None else predicted_start_ns / NS_PER_S,
-        max_slowdown,
-    )
+        "" if predicted_start_ns is None else seconds_text(predicted_start_ns),
+        "" if max_slowdown is None else str(max_slowdown),
+    ]
+
+
+def text_of(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def seconds_text(time_ns: int) -> str:
+    """``str(time_ns / NS_PER_S)``. No two numbers of up to 15 digits are one float, so that the
+    shortest text of the float is these digits, and needs no search."""
+    if not NS_PER_S <= time_ns < MOST_EXACT:
+        return str(time_ns / NS_PER_S)
+    digits = str(time_ns)
+    text = f"{digits[:-9]}.{digits[-9:]}"
+    return text if text[-1] != "0" else str(time_ns / NS_PER_S)
+
+
+def time_over_solo(
+    state: TaskState, since_ns: int | None, ended_ns: int, solo_time_s: float | None
+) -> float | None:
+    """Of a task that was done: its time since then over its predicted time alone."""
+    if state is not TaskState.DONE or not solo_time_s or since_ns is None:
+        return None
+    return (ended_ns - since_ns) / NS_PER_S / solo_time_s
 
 
 def slowdown(outcome: TaskOutcome) -> float | None:
     """Of a task that was done: time since its first placement over its predicted time alone."""
-    solo_s = outcome.solo_time_s
-    if outcome.state is not TaskState.DONE or not solo_s or outcome.placed_ns is None:
-        return None
-    return (outcome.ended_ns - outcome.placed_ns) / NS_PER_S / solo_s or None
+    since_ns, solo_s = outcome.placed_ns, outcome.solo_time_s
+    return time_over_solo(outcome.state, since_ns, outcome.ended_ns, solo_s) or None
 
 
 class Promises(QuietObserver):
@@ -177,14 +208,6 @@ class Promises(QuietObserver):
             "promises_kept_share": sum(r <= 1 for r in ratios) / len(ratios) if ratios else None,
             "worst_promise": max(ratios, default=None),
         }
-
-
-def finish_time_ratio(outcome: TaskOutcome) -> float | None:
-    """Of a task that was done: time since its arrival over its predicted time alone."""
-    solo_s = outcome.solo_time_s
-    if outcome.state is not TaskState.DONE or not solo_s:
-        return None
-    return (outcome.ended_ns - outcome.arrival_ns) / NS_PER_S / solo_s
 
 
 def met_deadline(outcome: TaskOutcome) -> bool | None:
@@ -216,14 +239,14 @@ class TaskRows(QuietObserver):
             self._write()
 
     def _write(self) -> None:
-        self._file.write("".join([csv_line(task_row(outcome)) for outcome in self._waiting]))
+        self._file.write("".join([csv_line(task_cells(outcome)) for outcome in self._waiting]))
         self._waiting.clear()
 
 
-def csv_line(cells: Sequence[object]) -> str:
+def csv_line(cells: Sequence[str]) -> str:
     """What the csv module writes. Rows that need no quotes, which are nearly all, are joined here:
     that module looks at every character of every cell."""
-    line = ",".join(["" if cell is None else str(cell) for cell in cells])
+    line = ",".join(cells)
     if line.count(",") < len(cells) and '"' not in line and "\n" not in line and "\r" not in line:
         return line + "\n"
     text = io.StringIO()

@@ -13,6 +13,7 @@ from muxtune.report.recording import TASK_COLUMNS
 TEXTS = ("task_id", "tenant", "model", "state", "instance_id", "output_path", "message")
 COUNTS = ("steps", "effective_tokens", "priority", "num_placements", "lost_steps")
 FLAGS = ("met_deadline",)
+REPEATED = ("tenant", "model", "state", "instance_id")  # few different texts
 BLOCK_BYTES = 1 << 20
 
 
@@ -36,7 +37,10 @@ def write_parquet(source: Path, target: IO[bytes]) -> bool:
         csv.ParseOptions(newlines_in_values=True),  # a message may hold some
         csv.ConvertOptions(column_types=kinds),
     )
-    with blocks, parquet.ParquetWriter(target, pa.schema(kinds)) as writer:
+    with (
+        blocks,
+        parquet.ParquetWriter(target, pa.schema(kinds), use_dictionary=list(REPEATED)) as writer,
+    ):
         for block in blocks:
             writer.write_batch(block)
     return True

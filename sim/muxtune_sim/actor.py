@@ -24,12 +24,14 @@ from muxtune.types import (
     InstanceSpec,
     Plan,
     ProgressData,
+    new_tuple,
 )
 from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 
 FIRST_CURSOR = Cursor()
 NO_FORECAST = Forecast(0, 0, (), True)
+NOTHING_DONE = (0, 0)
 
 
 class World(Protocol):
@@ -78,12 +80,57 @@ class World(Protocol):
 class InstanceActor:
     """``settle`` is called before time passes; ``reach`` when the awaited boundary is there."""
 
+    __slots__ = (
+        "_charges_checkpoints",
+        "_charges_transitions",
+        "_course",
+        "_forecast",
+        "_is_paced",
+        "_joined",
+        "_last_ns",
+        "_options",
+        "_pass_cost",
+        "_pending",
+        "_plans_take_time",
+        "_segment_start_ns",
+        "_sums",
+        "_target_rounds",
+        "_target_work_ns",
+        "_tells_applied",
+        "_tells_last",
+        "_to_write",
+        "_transition_ns",
+        "_work_ns",
+        "cost",
+        "cursors",
+        "generation",
+        "gone",
+        "is_busy",
+        "is_running",
+        "leaving",
+        "name",
+        "neighbours",
+        "plan",
+        "share",
+        "spec",
+        "started_ns",
+        "world",
+    )
+
     def __init__(
         self, spec: InstanceSpec, cost: CostModel, world: World, started_ns: int = 0
     ) -> None:
         self.spec, self.cost, self.world, self.started_ns = spec, cost, world, started_ns
         self.name, self._options = spec.instance_id, world.options
-        self._tells_applied = world.options.emit_plan_applied
+        self.neighbours: list[list[InstanceActor]] = []  # on each of its GPUs, itself among them
+        options = world.options
+        self._tells_applied = options.emit_plan_applied
+        self._tells_last = options.emit_progress and options.emit_last_progress
+        self._plans_take_time = bool(options.planning_base_s or options.planning_per_task_s)
+        self._charges_transitions = options.charge_transitions
+        self._charges_checkpoints = options.charge_checkpoints
+        # On one GPU passes follow each other, and nothing else sets their pace.
+        self._is_paced = sum(replica.num_gpus for replica in spec.replicas) > 1
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment
@@ -99,8 +146,7 @@ class InstanceActor:
         self._transition_ns = 0
         self._target_rounds = self._target_work_ns = 0
         self._work_ns = self._segment_start_ns = self._last_ns = 0
-        self._tokens_before: dict[str, int] = {}  # of each task, when it joined
-        self._joined_at: dict[str, int] = {}  # steps of each task, when it joined
+        self._joined: dict[str, tuple[int, int]] = {}  # (steps, tokens) of each task, then
         self._to_write: list[AdapterSlot] = []  # of tasks that have left unfinished
         self._sums = dict.fromkeys(InstanceTotals._fields[1:], 0)
 
@@ -111,9 +157,9 @@ class InstanceActor:
         newest = self._pending[-1][1] if self._pending else self.plan
         if newest is not None and plan.epoch <= newest.epoch:
             return False
-        options, known_ns = self._options, now_ns
-        if options.planning_base_s or options.planning_per_task_s:
-            num_tasks = len(plan.predicted.step_time_s)
+        known_ns = now_ns
+        if self._plans_take_time:
+            options, num_tasks = self._options, len(plan.predicted.step_time_s)
             known_ns += to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
         self._pending.append((known_ns, plan))
         self.world.settle_later(self)
@@ -140,9 +186,9 @@ class InstanceActor:
         """The instance is lost: its tasks fall back to their last checkpoint."""
         interval = max(1, self._options.checkpoint_steps)
         kept, lost = {}, {}
+        joined = {task_id: steps for task_id, (steps, _) in self._joined.items()}
         for task_id, cursor in self._halt(now_ns).items():
-            joined = self._joined_at.get(task_id, 0)
-            kept[task_id] = max(joined, cursor.step - cursor.step % interval)
+            kept[task_id] = max(joined[task_id], cursor.step - cursor.step % interval)
             lost[task_id] = cursor.step - kept[task_id]
             self._fall_back(task_id, cursor, kept[task_id])
         return FailureData(message, None, kept, lost)
@@ -172,8 +218,9 @@ class InstanceActor:
     def settle(self, now_ns: int) -> None:
         """Called once all decisions of an instant are known, before time passes."""
         if not self.is_running:
-            self._start(now_ns)
-            self._schedule(now_ns)
+            if not self._empties(now_ns):
+                self._start(now_ns)
+                self._schedule(now_ns)
             return
         self._account(now_ns)
         if self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
@@ -190,14 +237,16 @@ class InstanceActor:
     def reach(self, now_ns: int) -> None:
         """The end of a round: tasks end, leave, and make room for the pending plan."""
         assert self.plan is not None
-        rounds, epoch, name = self._target_rounds, self.plan.epoch, self.name
+        rounds, epoch = self._target_rounds, self.plan.epoch
         ended = self._ended_after(rounds)
         if len(ended) == len(self.cursors) and not self.plan.drains:
             num_steps = self.world.library.num_steps
-            self.cursors = {task_id: Cursor(num_steps(task_id)) for task_id in ended}
+            cursors = self.cursors = {}
+            for task_id in ended:
+                cursors[task_id] = new_tuple(Cursor, (num_steps(task_id), None))
         else:
-            self.cursors = self._cursors_after(rounds)
-        stays = len(self.cursors) - len(self.gone) > len(ended)
+            cursors = self.cursors = self._cursors_after(rounds)
+        stays = len(cursors) - len(self.gone) > len(ended)
         if rounds:
             self._tell_progress(rounds, now_ns, stays)
         self._rest()
@@ -208,7 +257,7 @@ class InstanceActor:
                 if self.holds(task_id):
                     steps = self.cursors[task_id].step
                     self.silence(task_id)
-                    self.world.end(departure(now_ns, task_id, name, epoch, steps, message))
+                    self.world.end(departure(now_ns, task_id, self.name, epoch, steps, message))
             self.leaving.clear()
         self.world.settle_later(self)
 
@@ -244,23 +293,47 @@ class InstanceActor:
                 self._take_over(newest, now_ns)
                 if newest.drains:
                     self._release_at_boundary(newest, now_ns)
-        plan = self.plan
-        if plan is None or len(self.gone) == len(self.cursors):
+        plan, cursors = self.plan, self.cursors
+        if plan is None or len(self.gone) == len(cursors):
             self._rest_idle()
             return
         world = self.world
-        course = world.builder.course(plan, self.cursors, world.library, self._pass_cost)
+        course = world.builder.course(plan, cursors, world.library, self._pass_cost)
         forecast = self._forecast = course.forecast()
-        if not forecast.task_ids:
+        rounds, duration_ns, task_ids, _ = forecast
+        if not task_ids:
             self._rest_idle()
             return
         self._course = course
         self.is_running = True
         self._work_ns, self._segment_start_ns, self._last_ns = 0, now_ns, now_ns
-        self._target_rounds = forecast.rounds
-        self._target_work_ns = self._transition_ns + forecast.duration_ns
+        self._target_rounds = rounds
+        self._target_work_ns = self._transition_ns + duration_ns
         if not self.is_busy:
             world.busy_changed(self)
+
+    def _empties(self, now_ns: int) -> bool:
+        """The common end of a lone task: a plan without tasks, and nothing goes on under the old
+        one. What ``_start`` and ``_schedule`` would do, without looking for what is not there."""
+        pending, cursors = self._pending, self.cursors
+        if not cursors or len(cursors) != len(self.gone) or len(pending) != 1 or self._to_write:
+            return False
+        ((from_ns, plan),) = pending
+        if plan.htasks or from_ns > now_ns:
+            return False
+        pending.clear()
+        self.plan, self._course, self._transition_ns = plan, None, 0
+        self.cursors, self.gone = {}, set()
+        forget = self.world.forget
+        for task_id in cursors:
+            forget(task_id)
+        self._sums["plans"] += 1
+        if self._tells_applied:
+            self.tell_applied(now_ns)
+        if self.is_busy:
+            self.world.busy_changed(self)
+        self.generation += 1
+        return True
 
     def _newest_known(self, now_ns: int) -> Plan | None:
         """Takes what is known by now out of the plans on their way; the last one counts."""
@@ -301,8 +374,10 @@ class InstanceActor:
 
     def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
         """What the rounds of a plan that holds tasks take, and what getting to them takes."""
-        self._pass_cost, once_s = self.world.pacer.timed(plan, self.cursors, self.cost)
-        if self._options.charge_transitions:
+        once_s = 0.0
+        if self._is_paced:
+            self._pass_cost, once_s = self.world.pacer.timed(plan, self.cursors, self.cost)
+        if self._charges_transitions:
             transition_s = self.cost.transition_s(previous, plan).value
             self._transition_ns = to_ns(transition_s + once_s)
         sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
@@ -317,10 +392,11 @@ class InstanceActor:
 
     def _join(self, task_id: str) -> Cursor:
         cursor = self.world.take_cursor(task_id, self)
+        if cursor is FIRST_CURSOR:
+            self._joined[task_id] = NOTHING_DONE
+            return cursor
         if cursor is not None:
-            begun = cursor is not FIRST_CURSOR
-            self._tokens_before[task_id] = self.world.tokens_at(task_id, cursor) if begun else 0
-            self._joined_at[task_id] = cursor.step
+            self._joined[task_id] = cursor.step, self.world.tokens_at(task_id, cursor)
             return cursor
         self.gone.add(task_id)  # it ended while this plan was on its way
         return Cursor(self.world.library.num_steps(task_id))
@@ -337,7 +413,7 @@ class InstanceActor:
         cursor = self.cursors[task_id]
         tokens = self._count_left(task_id, cursor)
         self.gone.add(task_id)
-        steps = cursor.step
+        steps, _ = cursor
         if steps >= self.world.library.num_steps(task_id):
             self.world.finish(task_id, steps, tokens, self)
             return
@@ -410,9 +486,9 @@ class InstanceActor:
         return self._course.advance(rounds)
 
     def _ended_after(self, rounds: int) -> tuple[str, ...]:
-        forecast = self._forecast
-        if forecast.exact:
-            return forecast.task_ids if rounds == forecast.rounds else ()
+        forecast_rounds, _, task_ids, exact = self._forecast
+        if exact:
+            return task_ids if rounds == forecast_rounds else ()
         assert self.plan is not None
         ended = self.world.builder.ended(self.plan, self._cursors_after(rounds), self.world.library)
         return tuple(sorted(ended - self.gone))
@@ -420,9 +496,9 @@ class InstanceActor:
     def _count_left(self, task_id: str, cursor: Cursor) -> int:
         """A task leaves: counts what it was given here, and tells what it ever was."""
         tokens = self.world.tokens_at(task_id, cursor)
-        if self._options.charge_checkpoints and self.plan is not None:
+        if self._charges_checkpoints and self.plan is not None:
             self._write_later(self.plan, task_id)
-        self._sums["effective_tokens"] += tokens - self._tokens_before.pop(task_id)
+        self._sums["effective_tokens"] += tokens - self._joined.pop(task_id)[1]
         return tokens
 
     def _write_later(self, plan: Plan, task_id: str) -> None:
@@ -439,9 +515,9 @@ class InstanceActor:
 
     def _tell_progress(self, rounds: int, now_ns: int, stays: bool) -> None:
         """``stays``: whether any task goes on after this."""
-        plan, course, options = self.plan, self._course, self._options
+        plan, course = self.plan, self._course
         assert plan is not None and course is not None
-        if not options.emit_progress or not (stays or options.emit_last_progress):
+        if not (self._tells_last or (stays and self._options.emit_progress)):
             each = None if self.gone else padded_round_tokens(plan)
             padded_tokens = course.padded_tokens(rounds) if each is None else rounds * each
             self._sums["padded_tokens"] += padded_tokens

@@ -31,6 +31,7 @@ from muxtune.types import (
     ResultData,
     TaskReadyData,
     TaskSpec,
+    new_tuple,
 )
 from muxtune_sim.actor import FIRST_CURSOR, InstanceActor, departure
 from muxtune_sim.hardware import Hardware, Unit
@@ -38,6 +39,8 @@ from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions,
 from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
 
+# By names of their own, because an enumeration looks its members up in Python.
+TASK_READY, TASK_DONE = EventKind.TASK_READY, EventKind.TASK_DONE
 event_order = Event.sort_key.fget
 
 
@@ -47,8 +50,7 @@ class Wake(SimEvent):
     def __init__(
         self, env: Environment, delay_ns: int, actor: InstanceActor, call: Callable[..., None]
     ) -> None:
-        super().__init__(env)
-        self.callbacks.append(call)  # type: ignore[union-attr]
+        self.env, self.callbacks = env, [call]
         self._ok, self._value = True, None
         self.actor, self.generation = actor, actor.generation
         env.schedule(self, delay=delay_ns)
@@ -100,7 +102,9 @@ class SimExecutor:
         cost = self._costs(instance.model, instance.device)
         actor = self._actors[name] = InstanceActor(instance, cost, self, self.now_ns)
         for gpu in instance.gpu_ids:
-            self._sharing.setdefault(gpu, []).append(actor)
+            sharing = self._sharing.setdefault(gpu, [])
+            sharing.append(actor)
+            actor.neighbours.append(sharing)
         start_s = self.options.start_s
         if self.options.charge_startup:
             start_s += cost.startup_s(instance.replicas[0]).value
@@ -140,7 +144,8 @@ class SimExecutor:
             if prepare_ns > 0:
                 self._emit_after(prepare_ns, EventKind.TASK_READY, name, "", data)
                 return None
-        return Event(self.now_ns, EventKind.TASK_READY, name, data=self._ready[name])
+        parts = (self.now_ns, TASK_READY, name, "", NO_EPOCH, self._ready[name])
+        return new_tuple(Event, parts)
 
     def apply(self, plan: Plan) -> None:
         actor = self._actors.get(plan.instance_id)
@@ -231,9 +236,9 @@ class SimExecutor:
         if actor.is_running == actor.is_busy:
             return
         actor.is_busy = actor.is_running
-        for gpu in actor.spec.gpu_ids:
-            if len(self._sharing[gpu]) > 1:
-                for neighbour in self._sharing[gpu]:
+        for sharing in actor.neighbours:
+            if len(sharing) > 1:
+                for neighbour in sharing:
                     neighbour.set_share(self._share_of(neighbour), self.now_ns)
 
     def tokens_at(self, task_id: str, cursor: Cursor) -> int:
@@ -250,20 +255,20 @@ class SimExecutor:
         self._host.pop(task_id, None)
 
     def finish(self, task_id: str, steps: int, tokens: int, host: InstanceActor) -> None:
-        result = ResultData(steps, tokens)
         assert host.plan is not None
-        name, epoch = host.name, host.plan.epoch
-        event = Event(self.now_ns, EventKind.TASK_DONE, task_id, name, epoch, result)
-        self.end(event)
+        result, epoch = ResultData(steps, tokens), host.plan.epoch
+        parts = (self.now_ns, TASK_DONE, task_id, host.name, epoch, result)
+        self.end(new_tuple(Event, parts))
 
     def tell_end_again(self, task_id: str) -> None:
         if task_id in self._ended:
             self.emit(self._ended[task_id]._replace(time_ns=self.now_ns))
 
     def end(self, event: Event) -> None:
-        self._host.pop(event.task_id, None)
-        self._ended[event.task_id] = event
-        self.emit(event)
+        task_id = event.task_id
+        self._host.pop(task_id, None)
+        self._ended[task_id] = event
+        self._events.append(event)
 
     def forget(self, task_id: str) -> None:
         if task_id in self._parked or task_id in self._host:  # it only moved
@@ -286,9 +291,8 @@ class SimExecutor:
 
     def _settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, {}
-        now_ns = self.now_ns
         for actor in unsettled.values():
-            actor.settle(now_ns)
+            actor.settle(self.now_ns)
 
     def _wait_again(self, record: JournalBatch) -> None:
         """The one wait that led to a recorded batch; what it returns is in the record."""

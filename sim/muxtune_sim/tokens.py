@@ -17,11 +17,12 @@ class TokenTables:
 
     def tokens_at(self, task_id: str, cursor: Cursor) -> int:
         """Up to a cursor, which may stand within a step."""
-        tokens = self.tokens(task_id, cursor.step) if cursor.step else 0
-        if cursor.left is None:
+        step, positions = cursor
+        tokens = self.tokens(task_id, step) if step else 0
+        if positions is None:
             return tokens
-        batch = self._lengths.batch(task_id, cursor.step)
-        left = sum(batch[position].tokens for position in cursor.left)
+        batch = self._lengths.batch(task_id, step)
+        left = sum(batch[position].tokens for position in positions)
         return tokens + sum(sample.tokens for sample in batch) - left
 
     def tokens(self, task_id: str, steps: int) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from muxtune.engine import TaskOutcome
 from muxtune.report.metrics import (
@@ -17,8 +19,15 @@ from muxtune.report.metrics import (
     fairness_index,
     fleet_summary,
 )
-from muxtune.report.recording import TASK_COLUMNS, RecordingPlanner, csv_line, task_row
-from muxtune.types import InstanceSpec, TaskState
+from muxtune.report.recording import (
+    MOST_EXACT,
+    TASK_COLUMNS,
+    RecordingPlanner,
+    csv_line,
+    seconds_text,
+    task_cells,
+)
+from muxtune.types import NS_PER_S, InstanceSpec, TaskState
 from muxtune_sim.options import InstanceTotals
 
 S = 10**9
@@ -58,10 +67,26 @@ def metrics(*outcomes: TaskOutcome) -> TaskMetrics:
 
 
 def test_a_row_has_a_value_for_each_column():
-    row = dict(zip(TASK_COLUMNS, task_row(outcome(deadline_ns=49 * S)), strict=True))
-    assert (row["completion_time_s"], row["queueing_s"]) == (40.0, 10.0)
-    assert (row["slowdown"], row["finish_time_ratio"]) == (1.5, 2.0)
-    assert (row["deadline_s"], row["met_deadline"]) == (49.0, False)
+    row = dict(zip(TASK_COLUMNS, task_cells(outcome(deadline_ns=49 * S)), strict=True))
+    assert (row["completion_time_s"], row["queueing_s"]) == ("40.0", "10.0")
+    assert (row["slowdown"], row["finish_time_ratio"]) == ("1.5", "2.0")
+    assert (row["deadline_s"], row["met_deadline"]) == ("49.0", "False")
+
+
+def test_a_row_of_a_task_that_did_not_wait_and_of_one_that_failed():
+    at_once = dict(zip(TASK_COLUMNS, task_cells(outcome(placed_ns=10 * S)), strict=True))
+    assert (at_once["slowdown"], at_once["finish_time_ratio"]) == ("2.0", "2.0")
+    failed = outcome(state=TaskState.FAILED, placed_ns=None)
+    cells = dict(zip(TASK_COLUMNS, task_cells(failed), strict=True))
+    assert cells["placed_s"] == cells["slowdown"] == cells["finish_time_ratio"] == ""
+
+
+@given(st.one_of(st.integers(0, 2**62), st.integers(0, 10**6).map(lambda n: n * 10**8)))
+@example(NS_PER_S)
+@example(MOST_EXACT - 1)
+@example(MOST_EXACT)
+def test_seconds_are_written_as_the_float_is(time_ns: int):
+    assert seconds_text(time_ns) == str(time_ns / NS_PER_S)
 
 
 def test_tasks_that_were_not_done_count_in_no_mean():
@@ -110,7 +135,7 @@ def test_energy_is_not_guessed_for_a_device_without_a_known_power():
 
 @pytest.mark.parametrize("text", ["plain", "", "a,b", 'say "no"', "two\nlines", "r\r", "é", " x "])
 def test_lines_are_what_the_csv_module_writes(text: str):
-    cells = ("id", text, None, 0.1, 1e-9, 12345678.901234567, 7, True)
+    cells = ("id", text, "", "0.1", "7", "True")
     expected = io.StringIO()
     csv.writer(expected, lineterminator="\n").writerow(cells)
     assert csv_line(cells) == expected.getvalue()
