@@ -98,6 +98,16 @@ def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "step": "eager"}
 
 
+def eager_notice(options: Mapping[str, Any], device: Any, count: int) -> str:
+    """What the user is told of that choice; empty where one process would choose the same."""
+    if device.type != "cuda" or options.get("step", "auto") != "auto":
+        return ""
+    return (
+        f"{count} ranks run their operations one by one (eagerly): a step is captured as a whole "
+        "on one GPU only. Say backend.step=eager to choose this"
+    )
+
+
 def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     """Meet the other ranks, and take this rank's part of the model: (worker, watch, store).
 

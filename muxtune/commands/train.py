@@ -124,11 +124,12 @@ def run(
     chapters = _turn_page(config, folder.path)
     ended_before = tasks_that_ended(chapters)
     with ExitStack() as stack:
-        store, make_instance = loaded or build.backbone_store(config), None
+        store, make_instance, notice = loaded or build.backbone_store(config), None, ""
         backend: Mapping[str, Any] = config.backend
         if info is not None and info.world_size > 1:
             crew = ranks.crew_of(config, info)
             store, make_instance = crew.store, crew.make_instance
+            notice = ranks.eager_notice(backend, store.device, info.world_size)
             backend = ranks.eager_options(backend)
             stack.push(lambda kind, error, trace: crew.close() if kind is None else None)
         display = stack.enter_context(TaskProgress())
@@ -137,6 +138,8 @@ def run(
         file = stack.enter_context(folder.stream(TASKS_FILE))
         rows = stack.enter_context(TaskRows(file))
         listener = TorchListener(display, trace)
+        if notice:
+            listener.on_notice(notice)
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
             make_instance=make_instance,

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from muxtune.errors import ConfigError
+from muxtune.planning.orchestration.player import play_sequences
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.distributed.runner import Node, Norms, Span, StageRunner
-from muxtune.runtime.distributed.schedule import Action, operations_of, plan_schedule
+from muxtune.runtime.distributed.schedule import (
+    Action,
+    Unordered,
+    operations_of,
+    overlapped_schedule,
+    plan_schedule,
+    sequential_schedule,
+)
 from muxtune.types import Plan, RankStream, ReplicaShape, TaskSpec
 from tests.runtime.distributed_helpers import (
     SHAPE,
@@ -242,6 +250,30 @@ def test_an_order_that_goes_on_before_a_stage_has_stepped_is_refused() -> None:
     assert plan_schedule(plan, SHAPE, 0) is not None
     with pytest.raises(ConfigError, match="order"):
         plan_schedule(plan._replace(order={**plan.order, stream: refs}), SHAPE, 0)
+
+
+@pytest.mark.parametrize(
+    ("round_", "most"),
+    [
+        (Unordered((0, 0, 0, 0), (4,), True), 0.65),  # 1F1B: 5 micro-batch times in place of 8
+        (Unordered((0, 1, 0, 1), (1, 1), True), 0.7),
+        (Unordered((0, 0, 0, 0), (1,), True), 1.0),  # each waits for the optimizer of the last
+        (Unordered((0, 1), (1, 1), False), 1.0),
+        (Unordered((0, 0, 1, 1), (2, 2), False), 0.8),
+    ],
+)
+def test_without_an_order_stages_overlap_as_far_as_steps_let_them(
+    round_: Unordered, most: float
+) -> None:
+    shape = ReplicaShape(1, 2)
+    schedule = overlapped_schedule(round_, SHAPE, shape)
+    in_turn = sequential_schedule(round_.htasks, len(round_.per_step), SHAPE, shape)
+    graph = schedule.graph
+    spans_ns = [play_sequences(graph, s.sequences, 1).makespan_ns for s in (schedule, in_turn)]
+    assert spans_ns[0] <= most * spans_ns[1]
+    if most == 1.0:
+        assert spans_ns[0] == spans_ns[1]
+    play_sequences(graph, schedule.sequences, 3)  # rounds follow without a deadlock
 
 
 def test_two_stages_are_busy_with_different_htasks_at_once(folder: Path) -> None:

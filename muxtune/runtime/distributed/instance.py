@@ -207,6 +207,16 @@ class DistributedInstance(RunningInstance):
             self._command(Drop(tuple(gone)))
         super()._take_over(plan)
         self._ahead = {}
+        self._tell_how(plan)
+
+    def _tell_how(self, plan: Plan) -> None:
+        """Of stages that no order feeds."""
+        if plan.order or all(shape.pp == 1 for shape in plan.replicas):
+            return
+        how = "a plan without an order: its micro-batches overlap within a round only"
+        if len(plan.replicas) > 1:
+            how = "replicas meet for every step: a pipeline's micro-batches follow one another"
+        self.host.notice(f"{self.backbone.name}: {how}")
 
     def _is_gone(self, task_id: str) -> bool:
         task = self.host.tasks.get(task_id)

@@ -8,6 +8,7 @@ sender, and a receiver posts receives in the sender's order.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -212,28 +213,49 @@ def sequential_schedule(
     return Schedule(graph, operations_of(model, shape), tuple(sequences))
 
 
-@lru_cache(maxsize=256)
-def overlapped_schedule(
-    htasks: tuple[int, ...], num_htasks: int, model: ModelShape, shape: ReplicaShape
-) -> Schedule:
-    """For a round whose plan has no order: its stages work on different micro-batches at once, as
-    many of them as the memory of a plan is counted for (stage s of S has up to S - s). A round
-    begins when the one before leaves a stage; where it ends, the pipeline drains.
+class Unordered(NamedTuple):
+    """A round of a plan without an order. ``htasks``: of its micro-batches in turn; ``per_step``:
+    by hTask, how many of them make a step, the last of which closes it. ``interleaves``: see
+    ``Plan``."""
 
-    How long operations take is not known here: forward, backward and the rest as 2 : 4 : 1.
+    htasks: tuple[int, ...]
+    per_step: tuple[int, ...]
+    interleaves: bool
+
+
+@lru_cache(maxsize=256)
+def overlapped_schedule(round_: Unordered, model: ModelShape, shape: ReplicaShape) -> Schedule:
+    """Micro-batches enter as soon as they may (see ``orchestration.pace``), as many of them as the
+    memory of a plan is counted for: stage s of S has up to S - s in flight. A round begins on a
+    stage when the one before has left it.
     """
     if shape.pp == 1:
-        return sequential_schedule(htasks, num_htasks, model, shape)
-    turns = tuple(HTaskTurn(htask, 1) for htask in htasks)
-    problem = _problem(turns, num_htasks, model, shape)
-    durations = tuple(_rough_duration(item) for item in subgraphs_of(model, shape))
-    problem = problem._replace(durations_ns=(durations,) * num_htasks)
-    graph = RoundGraph(problem.with_in_flight_limit([shape.pp - s for s in range(shape.pp)]))
-    start_ns = dispatch(graph, DispatchOptions(tuple(range(len(htasks)))), 1).start_ns[0]
+        return sequential_schedule(round_.htasks, len(round_.per_step), model, shape)
+    graph = _unordered_graph(round_, model, shape)
     sequences: list[list[tuple[int, int]]] = [[] for _ in range(graph.num_streams)]
-    for op in sorted(range(graph.num_ops), key=lambda op: (start_ns[op], op)):
-        sequences[graph.stream_of[op]].append((op, 0))
+    first = 0
+    for part in [round_.htasks] if round_.interleaves else _turns(round_.htasks):
+        own = _unordered_graph(round_._replace(htasks=part), model, shape)
+        start_ns = dispatch(own, DispatchOptions(tuple(range(len(part)))), 1).start_ns[0]
+        for op in sorted(range(own.num_ops), key=lambda op: (start_ns[op], op)):
+            sequences[own.stream_of[op]].append((first + op, 0))
+        first += own.num_ops
     return Schedule(graph, operations_of(model, shape), tuple(sequences))
+
+
+def _unordered_graph(round_: Unordered, model: ModelShape, shape: ReplicaShape) -> RoundGraph:
+    """Forward, backward and the rest take 2 : 4 : 1, for want of better."""
+    turns = tuple(HTaskTurn(htask, 1) for htask in round_.htasks)
+    problem = _problem(turns, len(round_.per_step), model, shape)
+    durations = tuple(_rough_duration(item) for item in subgraphs_of(model, shape))
+    problem = problem._replace(
+        durations_ns=(durations,) * len(round_.per_step), micro_batches_per_step=round_.per_step
+    )
+    return RoundGraph(problem.with_in_flight_limit([shape.pp - s for s in range(shape.pp)]))
+
+
+def _turns(htasks: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(turn) for _, turn in itertools.groupby(htasks)]
 
 
 def _rough_duration(item: Subgraph) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
 from muxtune.runtime.distributed.links import Links, Patience, lost
-from muxtune.runtime.distributed.runner import Span, StageRunner, on_device
+from muxtune.runtime.distributed.runner import RoundInput, Span, StageRunner, on_device
 from muxtune.runtime.distributed.schedule import (
     ATTENTION,
     MLP,
     Schedule,
+    Unordered,
     overlapped_schedule,
     plan_schedule,
     sequential_schedule,
@@ -92,15 +93,19 @@ class Worker:
     def round(self, command: Round) -> None:
         assert self.plan is not None
         schedule, place = self._schedule, self.backbone.place
+        inputs = command.inputs[place.replica]
         if command.htasks is not None:
-            num = len(self.plan.htasks)
-            replica = self.backbone.replica
-            # Replicas meet for a task's step: in the same order on all of them.
-            in_turn = sequential_schedule if len(self.plan.replicas) > 1 else overlapped_schedule
-            schedule = in_turn(command.htasks, num, self.backbone.shape, replica)
+            schedule = self._unordered(self.plan, command.htasks, inputs)
         assert schedule is not None
-        self.runner.feed(command.inputs[place.replica], schedule)
+        self.runner.feed(inputs, schedule)
         self.runner.run()
+
+    def _unordered(self, plan: Plan, htasks: tuple[int, ...], inputs: RoundInput) -> Schedule:
+        shape, replica, num = self.backbone.shape, self.backbone.replica, len(plan.htasks)
+        if len(plan.replicas) > 1:  # they meet for a task's step: one after another on all
+            return sequential_schedule(htasks, num, shape, replica)
+        per_step = tuple(_per_step(inputs, htasks, htask) for htask in range(num))
+        return overlapped_schedule(Unordered(htasks, per_step, plan.interleaves), shape, replica)
 
     def flush(self, command: Flush) -> None:
         self.runner.flush()
@@ -145,6 +150,14 @@ class Worker:
         elif place.part == 0:
             nll_S, targets_S = stage.scores(current)
             self.team.report(Scores(nll_S.tolist(), targets_S.tolist()))
+
+
+def _per_step(inputs: RoundInput, htasks: Sequence[int], htask: int) -> int:
+    """Micro-batches of an hTask that may be under way at once: all of the round where only the
+    last of them closes steps, else one."""
+    own = [visit for visit, at in zip(inputs.visits, htasks, strict=True) if at == htask]
+    closes = any(visit is not None and visit.closing for visit in own[:-1])
+    return 1 if closes or not own else len(own)
 
 
 _HANDLERS: dict[type, Callable[[Worker, Any], None]] = {
