@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,15 +31,19 @@ from muxtune.cost import ops
 from muxtune.cost.calibration import Composition, WholeStep, fit_composition
 from muxtune.cost.composition import PassParts, Rates, Tally
 from muxtune.cost.curves import Time, fit_affine
-from muxtune.cost.memory import STATIC_LOSS_ROWS, widened
+from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, widened
 from muxtune.cost.ops import Op
 from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, leaf_of
+from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.tiles import Tiling
 from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKey
 
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
 MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_PRODUCTS = ("frozen_forward", "frozen_backward", "site_forward", "site_backward")
+_TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
 
@@ -106,6 +110,39 @@ class CapturedCostModel(ProfiledCostModel):
 
     _apart = ""
     _beside = 1.0  # share of A's gradients that shows
+
+    def __init__(
+        self, model: ModelShape, profile: Any, memory: MemoryOptions | None = None
+    ) -> None:
+        program = (profile if isinstance(profile, Profile) else parse_profile(profile)).program
+        self._tiling = Tiling.of_json(program["tiles"]) if "tiles" in program else None
+        self._site_of_size: dict[str, FusedSite] = {}
+        super().__init__(model, profile, memory)
+
+    def _place(self, name: str, sizes: tuple[float, ...]) -> tuple[float, ...]:
+        """Products are as long as their tiles take in waves (``muxtune.cost.tiles``)."""
+        kind, _, size = name.partition(".")
+        if self._tiling is None or kind not in _PRODUCTS:
+            return sizes
+        site, rows = self._site(size), int(sizes[-1])
+        if kind.endswith("forward"):
+            units = self._tiling.units(rows, site.out_features, site.in_features)
+        else:
+            units = self._tiling.units(rows, (site.in_features,), sum(site.out_features))
+        return *sizes[:-1], units
+
+    def _site(self, size: str) -> FusedSite:
+        if not self._site_of_size:
+            models = (self.profile.model_shape, self.model)
+            sites = [s for model in models for tp in _TP_DEGREES for s in fused_sites(model, tp)]
+            # Of equal sizes, this model's whole one.
+            self._site_of_size = {s.size: s for s in (*sites, *fused_sites(self.model))}
+        return self._site_of_size[size]
+
+    def _measured(self, name: str) -> tuple[str, float, bool]:
+        found, ratio, extrapolated = super()._measured(name)
+        by_units = self._tiling is not None and name.partition(".")[0] in _PRODUCTS
+        return found, 1.0 if by_units else ratio, extrapolated
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
         found = fit_composition(steps, self._features)
@@ -203,11 +240,14 @@ class CapturedCostModel(ProfiledCostModel):
         size = (float(count), float(padded_rank([slot.rank for slot in users] or [1])), rows)
         for side, backward in (("forward", False), ("backward", True)):
             frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
-            yield frozen
-            if users:
-                op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
-                more = max(0.0, whole.value_s - frozen[1].value_s)
-                yield op, Time(more, whole.half_width_s, whole.extrapolated or not known)
+            if not users:
+                yield frozen
+                continue
+            op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
+            alone_s = min(whole.value_s, frozen[1].value_s)
+            outside = whole.extrapolated or not known
+            yield frozen[0], Time(alone_s, 0.0, outside)
+            yield op, Time(whole.value_s - alone_s, whole.half_width_s, outside)
         if users:
             op, beside = self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
             yield op, Time(beside[0] * self._beside, beside[1] * self._beside, beside[2])

@@ -37,6 +37,7 @@ from muxtune.runtime.static_step import (
     StaticModel,
     StepLayout,
     StepProgram,
+    program,
 )
 from muxtune.runtime.static_step.attention import (
     Packing,
@@ -57,9 +58,12 @@ from muxtune_kernels.block import (
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
 from muxtune_kernels.multi_lora import (
     LoraLinear,
+    ReadyFlags,
+    StepRows,
     lora_linear_factor_grad,
     lora_linear_forward,
     lora_linear_input_grad,
+    tuning,
 )
 
 MAX_POSITIONS = 4096
@@ -142,22 +146,37 @@ class CapturedOps:
     ) -> None:
         outputs, inputs = loras[0].weight_OD.shape
         x_TD, dy_TO = self._fresh(count, inputs), self._fresh(count, outputs)
-        saved = [lora_linear_forward(x_TD, lora, rows)[1] for lora in loras]
-        carried = [
-            lora_linear_input_grad(dy_TO, x_TD, h, lora, rows)[1]
-            for h, lora in zip(saved, loras, strict=True)
-        ]
-        self._add(
-            f"site_forward.{size}", sizes, lambda i: lora_linear_forward(x_TD, loras[i], rows)
-        )
-        self._add(
-            f"site_backward.{size}", sizes,
-            lambda i: lora_linear_input_grad(dy_TO, x_TD, saved[i], loras[i], rows),
-        )  # fmt: skip
+        rows, cleared = self._with_flags(rows, count)
+
+        def forward(i: int) -> Any:
+            return cleared(i, lambda: lora_linear_forward(x_TD, loras[i], rows))
+
+        def backward(i: int) -> Any:
+            return cleared(i, lambda: lora_linear_input_grad(dy_TO, x_TD, saved[i], loras[i], rows))
+
+        saved = [forward(index)[1] for index in range(len(loras))]
+        carried = [backward(index)[1] for index in range(len(loras))]
+        self._add(f"site_forward.{size}", sizes, forward)
+        self._add(f"site_backward.{size}", sizes, backward)
         self._add(
             f"site_factor.{size}", sizes,
             lambda i: lora_linear_factor_grad(carried[i], x_TD, loras[i], rows),
         )  # fmt: skip
+
+    def _with_flags(self, rows: StepRows, count: int) -> tuple[StepRows, Callable[..., Any]]:
+        """Rows as the step program has them, and who calls a block's work: where products make
+        their own low-rank h, they count in flags, which are cleared once a pass."""
+        if not program.OWN_SHRINK or self.device.type != "cuda":
+            return rows, lambda _, work: work()
+        tiles = count // program._LEAST_TILE_ROWS + 1
+        flags = ReadyFlags(len(self.model.blocks) * tiles, self.device)
+
+        def cleared(index: int, work: Work) -> Any:
+            if index == 0:
+                flags.clear()
+            return work()
+
+        return rows._replace(flags=flags), cleared
 
     @torch.no_grad()
     def attention(self, num_rows: int, length: int) -> None:
@@ -224,7 +243,7 @@ class CapturedOps:
     def _extra_works(self, pool: StaticPool, inputs: StepInputs, num_rows: int) -> Any:
         """((forward with, without), (backward with, without)) as functions of a block."""
         assert pool.extras is not None
-        program = StepProgram(
+        with_extras = StepProgram(
             self.model, pool.adapters, inputs, deterministic=self.deterministic, overlap=False,
             extras=pool.extras,
         )  # fmt: skip
@@ -233,7 +252,7 @@ class CapturedOps:
         )
         rows = inputs.step_rows(num_rows)
         if pool.extras.prefixes:
-            return self._prefix_works(program, plain, rows, num_rows)
+            return self._prefix_works(with_extras, plain, rows, num_rows)
         widths = [block.weight_OD.shape for block in self.model.blocks[0].linears]
         xs = [self._fresh(num_rows, inputs_) for _, inputs_ in widths]
         dys = [self._fresh(num_rows, outputs) for outputs, _ in widths]
@@ -251,16 +270,19 @@ class CapturedOps:
                 for s, dy, x, h in zip(which._sites(i), dys, xs, saved[i], strict=True)
             ]
 
-        return (forward(program), forward(plain)), (backward(program), backward(plain))
+        return (
+            (forward(with_extras), forward(plain)),
+            (backward(with_extras), backward(plain)),
+        )
 
     def _prefix_works(
-        self, program: StepProgram, plain: StepProgram, rows: Any, num_rows: int
+        self, with_prefixes: StepProgram, plain: StepProgram, rows: Any, num_rows: int
     ) -> Any:
         features = self.model.heads.qkv_features
         qkv_TC = self._fresh(num_rows, features)
         dout_TC = self._fresh(num_rows, self.shape.query_dim)
 
-        for which in (program, plain):
+        for which in (with_prefixes, plain):
             which._lay_out(num_rows, rows)
 
         class Kept(NamedTuple):
@@ -276,7 +298,10 @@ class CapturedOps:
             kept = Kept(rotated_TC, *which._attend(0, rotated_TC))
             return lambda i: which._attend_backward(i, dout_TC, kept, rows)
 
-        return (forward(program), forward(plain)), (backward(program), backward(plain))
+        return (
+            (forward(with_prefixes), forward(plain)),
+            (backward(with_prefixes), backward(plain)),
+        )
 
     def _elementwise(self, num_rows: int) -> None:
         hidden, inner, model = self.shape.hidden, self.shape.intermediate, self.model
@@ -446,6 +471,15 @@ def full_grid(axes: Sequence[str], points: Sequence[dict[str, Any]]) -> list[dic
         point for key, point in latest.items() if key[:-1] in others and by_last[key[-1]] >= others
     ]
     return sorted(kept, key=lambda point: [point[axis] for axis in axes])
+
+
+def tiling_here() -> dict[str, Any]:
+    """The tiles that the kernels choose from on this GPU, as ``muxtune.cost.tiles`` reads them."""
+    return {
+        "num_multiprocessors": tuning.num_sms(),
+        "half_cost": tuning._HALF_TILE_COST,
+        "tiles": [[b.t, b.n, b.efficiency, b.halves] for b in tuning._GEMM_BLOCKS],
+    }
 
 
 def _event_s(work: Work) -> float:

@@ -42,6 +42,7 @@ from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
 from muxtune.profiling.calibration_cases import calibration_cases
+from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
 from muxtune.profiling.steps import StepBench, short_collections
 from muxtune.runtime.bank import grad_dtype_for
@@ -149,7 +150,7 @@ def profile_machine(
         "software": software_description(),
         "model": shape._asdict(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "program": {"style": style, "deterministic": exact, "clock": clock},
+        "program": _program(style, exact, clock, target),
         "ops": ops,
         "steps": [step.to_json() for step in whole],
         "clocks": {"samples": clocks},
@@ -160,6 +161,13 @@ def profile_machine(
         },
     }
     return {**raw, "content_hash": content_hash(raw)}
+
+
+def _program(style: str, deterministic: bool, clock: str, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"style": style, "deterministic": deterministic, "clock": clock}
+    if style == CAPTURED and device.type == "cuda":
+        found["tiles"] = tiling_here()
+    return found
 
 
 def clock_of(name: str, device: torch.device) -> Callable[[], float]:

@@ -1,0 +1,58 @@
+"""How the tiles of a product fill a device, as the captured step's kernels choose them.
+
+A product of T rows and N output features is cut into tiles; all multiprocessors compute one at a
+time, so its time grows in waves: a few rows more can cost a wave, or nothing. The kernels take the
+tiles that finish first. The profile tells which there are (its ``program.tiles``); a test holds
+this arithmetic against the kernels' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Tile(NamedTuple):
+    """``efficiency``: relative speed of a full tile; ``halves``: whether a last wave that is at
+    most half full is computed in half tiles. ``columns``: also what members' edges must be
+    multiples of."""
+
+    rows: int
+    columns: int
+    efficiency: float
+    halves: bool
+
+
+class Tiling(NamedTuple):
+    """``half_cost``: of half a tile, over a whole one."""
+
+    num_multiprocessors: int
+    half_cost: float
+    tiles: tuple[Tile, ...]
+
+    @classmethod
+    def of_json(cls, raw: Mapping[str, Any]) -> Tiling:
+        tiles = tuple(Tile(*item) for item in raw["tiles"])
+        return cls(int(raw["num_multiprocessors"]), float(raw["half_cost"]), tiles)
+
+    def units(self, num_rows: int, widths: Sequence[int], inner: int) -> float:
+        """What the product's time grows with: numbers of a tile, times waves, times ``inner``
+        (features that are summed over). ``widths``: of the members' outputs."""
+        return inner * self._cost(self.best(num_rows, widths), num_rows, sum(widths))
+
+    def best(self, num_rows: int, widths: Sequence[int]) -> Tile:
+        """The tile that finishes first."""
+        fitting = [
+            tile
+            for tile in self.tiles
+            if len(widths) == 1 or all(width % tile.columns == 0 for width in widths)
+        ]
+        return min(fitting or self.tiles, key=lambda t: self._cost(t, num_rows, sum(widths)))
+
+    def _cost(self, tile: Tile, num_rows: int, num_columns: int) -> float:
+        count = -(-num_rows // tile.rows) * -(-num_columns // tile.columns)
+        full, rest = divmod(count, self.num_multiprocessors)
+        waves = full + (rest > 0)
+        if tile.halves and full and 0 < 2 * rest <= self.num_multiprocessors:
+            waves -= 1 - self.half_cost
+        return waves * tile.rows * tile.columns / tile.efficiency

@@ -1,0 +1,80 @@
+"""Products by the waves of their tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from muxtune.cost.captured import CapturedCostModel, fused_sites
+from muxtune.cost.ops import BACKBONE, Op
+from muxtune.cost.schema import SCHEMA_VERSION, content_hash
+from muxtune.cost.shapes import ModelShape, model_shape
+from muxtune.cost.tiles import Tiling
+from muxtune.profiling.captured_ops import tiling_here
+from muxtune_kernels.multi_lora import tuning
+
+LLAMA_7B, LLAMA_8B = model_shape("llama-2-7b"), model_shape("llama-3.1-8b")
+
+
+@pytest.fixture
+def tiling(monkeypatch: pytest.MonkeyPatch) -> Tiling:
+    monkeypatch.setattr(tuning, "num_sms", lambda: 132)
+    return Tiling.of_json(tiling_here())
+
+
+def test_tiles_are_those_that_the_kernels_choose(tiling: Tiling) -> None:
+    for shape in (LLAMA_7B, LLAMA_8B, model_shape("llama-2-13b")):
+        for site in fused_sites(shape):
+            for widths in (site.out_features, (site.in_features,)):
+                for rows in range(64, 9000, 96):
+                    chosen = tuning.gemm_blocks(rows, widths)
+                    best = tiling.best(rows, widths)
+                    assert chosen is not None and (chosen.t, chosen.n) == best[:2]
+
+
+def test_a_wave_more_takes_longer_and_a_row_more_mostly_not(tiling: Tiling) -> None:
+    # 16 columns of tiles: 8 rows of them are 128 tiles, and one wave of 132.
+    assert tiling.units(1024, (4096,), 1) == tiling.units(1000, (4096,), 1)
+    assert tiling.units(1056, (4096,), 1) > 1.4 * tiling.units(1024, (4096,), 1)
+
+
+def _profile(tiling: Tiling) -> dict[str, Any]:
+    """Of a device whose products take as long as their units say, and a little each."""
+
+    def points(of_site: Any, backward: bool) -> list[dict[str, float]]:
+        found = []
+        for rows in (128, 512, 2048, 8192):
+            widths = (of_site.in_features,) if backward else of_site.out_features
+            inner = sum(of_site.out_features) if backward else of_site.in_features
+            seconds = 1e-6 + 1e-12 * tiling.units(rows, widths, inner)
+            found.append({"rows": rows, **dict.fromkeys(("median_s", "p05_s", "p95_s"), seconds)})
+        return found
+
+    ops = {
+        f"frozen_{side}.{site.size}": {
+            "unit": "s", "axes": ["rows"], "points": points(site, side == "backward"),
+        }
+        for site in fused_sites(LLAMA_7B)
+        for side in ("forward", "backward")
+    }  # fmt: skip
+    raw = {
+        "schema_version": SCHEMA_VERSION, "device": {"name": "H100-SXM", "kind": "gpu"},
+        "software": {}, "model": LLAMA_7B._asdict(), "ops": ops,
+        "program": {"style": "captured", "tiles": _raw(tiling)},
+    }  # fmt: skip
+    return {**raw, "content_hash": content_hash(raw)}
+
+
+def _raw(tiling: Tiling) -> dict[str, Any]:
+    return tiling._asdict() | {"tiles": [list(tile) for tile in tiling.tiles]}
+
+
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_8B], ids=lambda shape: shape.name)
+def test_products_of_any_rows_and_width_come_out(tiling: Tiling, shape: ModelShape) -> None:
+    model = CapturedCostModel(shape, _profile(tiling))
+    for site in fused_sites(shape):
+        for rows in (160, 1056, 2080, 3104, 4128):
+            op = Op(f"frozen_forward.{site.size}", BACKBONE, False, 1, (rows,), 0.0, 0.0, 0.0, 1)
+            units = tiling.units(rows, site.out_features, site.in_features)
+            assert model.op_time(op).value_s == pytest.approx(1e-6 + 1e-12 * units, rel=0.02)
