@@ -107,6 +107,24 @@ def test_any_number_of_slots(
         assert (left - right).norm() / right.norm() < 1e-2
 
 
+def test_a_trial_leaves_nothing_in_the_memory_of_graphs(static: StaticModel) -> None:
+    """What outlived it there would be overwritten by the replays of older graphs."""
+    memory = CaptureMemory.of_its_own(static.device)
+    CapturedSteps(program_of(static, 3, 1024, True), [1024], memory=memory).capture()
+    later = CapturedSteps(program_of(static, 5, 1024, True), [1024], memory=memory)
+    before = bytes_alive(memory)
+    with torch.cuda.stream(memory.stream), memory.lent():
+        later._run(1024)
+    memory.stream.synchronize()
+    assert bytes_alive(memory) == before
+
+
+def bytes_alive(memory: CaptureMemory) -> int:
+    segments = torch.cuda.memory_snapshot()
+    mine = [item for item in segments if tuple(item["segment_pool_id"]) == tuple(memory.pool)]
+    return sum(item["allocated_size"] for item in mine)
+
+
 def test_programs_that_share_memory_leave_each_other_alone(static: StaticModel) -> None:
     """As the hTasks of an instance: all sizes of all programs captured, then replayed in turn."""
     sizes: list[Sequence[int]] = [(2048, 1536), (4096, 3072), (4096, 2560)]

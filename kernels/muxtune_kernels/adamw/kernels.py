@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..lasting import lasting
 from ..rows import slot_offsets
 from .types import AdamWPool, AdamWResult, AdamWSlots
 
@@ -161,6 +162,7 @@ Shape = tuple[int, int, tuple[int, ...]]
 
 
 @functools.lru_cache(maxsize=64)
+@lasting
 def _tables(addresses: tuple[int, ...], shapes: tuple[Shape, ...], device: torch.device) -> _Tables:
     """Built once for a set of pools, outside a capture. Shape: (rows, width, slot_rows)."""
     blocks = [triton.cdiv(width, _BLOCK) for _, width, _ in shapes]

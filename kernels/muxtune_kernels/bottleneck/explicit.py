@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import RowDropout
+from ..lasting import lasting
 from ..rows import SlotRows, slot_bounds, slot_offsets
 from ..segments import segment_sum
 from .reference import multi_task_bottleneck_reference
@@ -54,6 +55,7 @@ class _Index(NamedTuple):
 
 
 @functools.cache  # captured graphs point to these tensors
+@lasting
 def _index(slot_ranks: tuple[int, ...], width: int, device: torch.device) -> _Index:
     offsets, total = slot_offsets(slot_ranks), sum(slot_ranks)
     used = [slot for slot, rank in enumerate(slot_ranks) if rank]

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dropout import RowDropout
 from ..dropout.reference import mix_word
+from ..lasting import lasting
 from ..rows import slot_offsets
 from .flags import ReadyFlags
 from .gemm import linear_kernel
@@ -92,6 +93,7 @@ class Layout(NamedTuple):
 # Captured graphs point to these tensors, so they are never let go: a few small ones for each set
 # of ranks and each kind of linear, whatever the number of layers.
 @functools.cache
+@lasting
 def _layout_tensors(
     slot_ranks: tuple[int, ...], out_features: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

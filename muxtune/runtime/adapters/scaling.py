@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from muxtune_kernels.lasting import lasting
 from muxtune_kernels.segments import segment_sum
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def owned_rows(row_of_slot_S: Tensor, slot_rows: tuple[int, ...]) -> Tensor:
 
 # Captured graphs point to these tensors, so they are never let go.
 @functools.cache
+@lasting
 def _slots_with_rows(slot_rows: tuple[int, ...], device: torch.device) -> Tensor:
     used = [slot for slot, count in enumerate(slot_rows) if count]
     return torch.tensor(used, dtype=torch.int64, device=device)
