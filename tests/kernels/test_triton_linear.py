@@ -139,8 +139,26 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "torch", Poisoned())
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_small(name: str, device: torch.device) -> None:
+@pytest.fixture
+def own_shrink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products make their own low-rank h."""
+    from muxtune_kernels.multi_lora import autograd
+
+    tuning_of = autograd.tuning_of
+    monkeypatch.setattr(
+        autograd, "tuning_of", lambda *key: tuning_of(*key)._replace(own_shrink=request.param)
+    )
+    return request.param
+
+
+def forms(*names: str) -> pytest.MarkDecorator:
+    """Each problem with products that make their own h, and these without."""
+    cases = [(name, True) for name in SMALL] + [(name, False) for name in names]
+    return pytest.mark.parametrize(("name", "own_shrink"), cases, indirect=["own_shrink"])
+
+
+@forms("bias and dropout", "no task", "group", "split reduction")
+def test_small(name: str, own_shrink: bool, device: torch.device) -> None:
     problem = SMALL[name]
     t = tensors_of(problem, device, torch.float32, torch.float32)
     for got, wanted in zip(triton_form(problem, t), reference(problem, t), strict=True):
@@ -148,8 +166,14 @@ def test_small(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", [*SMALL, *LARGE])
-def test_bfloat16(name: str, factor_dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "own_shrink"),
+    [(name, True) for name in (*SMALL, *LARGE)] + [(name, False) for name in LARGE],
+    indirect=["own_shrink"],
+)
+def test_bfloat16(
+    name: str, own_shrink: bool, factor_dtype: torch.dtype, device: torch.device
+) -> None:
     if device.type == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     problem = (SMALL | LARGE)[name]
@@ -180,8 +204,9 @@ def test_small_tiles_in_the_fused_product(programs: int, device: torch.device, m
     assert any(tails)
 
 
+@pytest.mark.parametrize("own_shrink", [True, False], indirect=True)
 @pytest.mark.parametrize("where", ["rows", "a", "b", "scale"])
-def test_nan_stays_in_its_slot(where: str, device: torch.device) -> None:
+def test_nan_stays_in_its_slot(where: str, own_shrink: bool, device: torch.device) -> None:
     problem = Problem((4, 3, 8), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 72, (128,), True)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
@@ -202,11 +227,16 @@ def test_nan_stays_in_its_slot(where: str, device: torch.device) -> None:
     assert not y[21:40].isfinite().all(1).any() if where != "b" else not y[21:40].isfinite().all()
 
 
-def test_a_slot_does_not_notice_its_place_or_its_neighbours(device: torch.device) -> None:
-    """Deterministic mode: one contiguous span, the same micro-batch shape, another place."""
+@pytest.mark.parametrize("rate", [0.2, 0.0])
+@pytest.mark.parametrize("own_shrink", [True], indirect=True)
+def test_a_slot_does_not_notice_its_place_or_its_neighbours(
+    rate: float, own_shrink: bool, device: torch.device
+) -> None:
+    """Deterministic mode: one contiguous span, the same micro-batch shape, another place. Dropout
+    takes the forms in which the product does not make its own h."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     ranks, own = (4, 6, 3), 37
-    base = Problem(ranks, ((1, 0, own),), 96, 72, (64,), True, 0.2)
+    base = Problem(ranks, ((1, 0, own),), 96, 72, (64,), True, rate)
     t = tensors_of(base, device, dtype, dtype)
     keys = row_keys(9, 9, 9, torch.arange(96)).to(device)
 
@@ -217,7 +247,8 @@ def test_a_slot_does_not_notice_its_place_or_its_neighbours(device: torch.device
         rows = slot_rows(((1, start, start + own), *others), 96, 3, device)
         order = torch.roll(torch.arange(96), start).to(device)
         leaves = [v.detach().requires_grad_() for v in (t.x[order], t.a, t.b)]
-        dropout = RowDropout(keys[order], torch.tensor([0.5, 0.2, 0.0], device=device))
+        rates = torch.tensor([0.5, rate, 0.0], device=device)
+        dropout = RowDropout(keys[order], rates) if rate else None
         adapters = Adapters(ranks, (64,), 5, True)
         y = multi_lora_linear_cuda(
             leaves[0], t.weight, t.bias, leaves[1], leaves[2], t.scale, rows, dropout, adapters
