@@ -84,7 +84,9 @@ def _shrink_tile(
         k_start, k_stop = tl.load(edges_ptr + member), tl.load(edges_ptr + member + 1)
     # Few bytes a step, so many steps in flight; the product's tiles need the room afterwards.
     STAGES: tl.constexpr = 6 if RANK_PAD <= 16 else (4 if RANK_PAD <= 64 else 3)
+    # A slot that does not adapt this linear reads nothing.
     if uniform:
+        k_stop = tl.where(tl.load(rank_ptr + slot_0) > 0, k_stop, k_start)
         h_TJ = _shrink_rows(
             slot_0, slot_0 + 1, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, k_start,
             k_stop, stride_row, stride_k, 1, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,
@@ -93,7 +95,10 @@ def _shrink_tile(
         h_TJ = tl.zeros((BLOCK_T, RANK_PAD), tl.float32)
         first, after = slot_range(slot_T)
         for slot in range(first, after, 2):
-            if tl.max(((slot_T == slot) | (slot_T == slot + 1)).to(tl.int32)) > 0:
+            rank = tl.load(rank_ptr + slot)
+            next_rank = tl.load(rank_ptr + slot + 1, mask=slot + 1 < after, other=0)
+            is_here_T = (slot_T == slot) & (rank > 0) | (slot_T == slot + 1) & (next_rank > 0)
+            if tl.max(is_here_T.to(tl.int32)) > 0:
                 both_TJ = _shrink_rows(
                     slot, after, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, k_start,
                     k_stop, stride_row, stride_k, 2, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,

@@ -74,8 +74,8 @@ def dh_db_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    part_ptr, dh_ptr, db_part_ptr, db_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr,
-    num_tiles, num_rows, width, num_db, h_stride, part_stride,
+    part_ptr, dh_ptr, db_part_ptr, db_ptr, slot_of_row_ptr, rank_ptr, scale_ptr, rate_ptr,
+    edges_ptr, num_tiles, num_rows, width, num_db, h_stride, part_stride,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, RATED: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_DB: tl.constexpr,
@@ -84,8 +84,8 @@ def sum_parts_kernel(
     pid = tl.program_id(0)
     if pid < num_tiles:
         sum_parts_tile(
-            pid, part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows,
-            width, h_stride, part_stride,
+            pid, part_ptr, dh_ptr, slot_of_row_ptr, rank_ptr, scale_ptr, rate_ptr, edges_ptr,
+            num_rows, width, h_stride, part_stride,
             NUM_MEMBERS, RANK_PAD, RATED, ALIGN, BLOCK_N, BLOCK_T, BLOCK_P,
         )  # fmt: skip
     elif SPLITS > 1:

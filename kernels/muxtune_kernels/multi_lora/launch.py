@@ -373,8 +373,9 @@ def _sum_parts(
     tiles = cdiv(num_rows, tuning.sum_t)
     sums = cdiv(db_RO.numel(), 1024) if splits > 1 else 0
     sum_parts_kernel[(tiles + sums,)](
-        parts, dh_TJ, partials, db_RO, rows.slot_of_row_T, rows.scale_S, rate_S, layout.edges,
-        tiles, num_rows, b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),
+        parts, dh_TJ, partials, db_RO, rows.slot_of_row_T, layout.rank_S, rows.scale_S, rate_S,
+        layout.edges, tiles, num_rows, b_OR.shape[0], db_RO.numel(), layout.j_width,
+        parts.stride(0),
         layout.num_members, layout.rank_pad, splits, rows.dropout is not None, layout.align,
         tuning.db_n, tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
         num_warps=2,

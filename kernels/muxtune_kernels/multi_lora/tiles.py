@@ -87,11 +87,12 @@ def _shrink_slot(
     INNER: tl.constexpr, RANK_PAD: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """x F^T with the factors of one slot, on all rows of the tile."""
+    """x F^T with the factors of one slot, on all rows of the tile; x is not read without any."""
     row_J, in_J = _factor_rows(
         tl.load(offset_ptr + slot), tl.load(rank_ptr + slot), total_rank, INNER, RANK_PAD, BLOCK_J
     )
     f_row_J = factor_ptr + row_J.to(tl.int64) * factor_stride_row
+    k_stop = tl.where(tl.load(rank_ptr + slot) > 0, k_stop, k_start)
     acc_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
     for k in range(k_start, k_stop, BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
@@ -314,7 +315,7 @@ def dh_db_tile(
     """One slot's rows and one block of outputs: dB of the block, and, where DH, the block's part
     of dh."""
     n_start, n_stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
-    if n_start + block * BLOCK_N < n_stop:
+    if (n_start + block * BLOCK_N < n_stop) & (tl.load(rank_ptr + slot) > 0):
         start, stop, dense = _slot_rows(bounds_ptr, slot, split, SPLITS, BLOCK_T)
         n_N = n_start + block * BLOCK_N + tl.arange(0, BLOCK_N)
         in_N = n_N < n_stop
@@ -355,17 +356,17 @@ def dh_db_tile(
 
 @triton.jit
 def sum_parts_tile(
-    tile, part_ptr, dh_ptr, slot_of_row_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows, width,
-    h_stride, part_stride,
+    tile, part_ptr, dh_ptr, slot_of_row_ptr, rank_ptr, scale_ptr, rate_ptr, edges_ptr, num_rows,
+    width, h_stride, part_stride,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, RATED: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dh = scale / (1 - rate) times the sum of its parts; zeros on filler rows."""
+    """dh = scale / (1 - rate) times the sum of its parts; zeros on rows of no adapter."""
     row_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     in_T = row_T < num_rows
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
     factor_T = _slot_factor(scale_ptr, rate_ptr, slot_T, RATED)
-    own_T = slot_T >= 0
+    own_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0) > 0
     for member in range(NUM_MEMBERS):
         start, stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
         num_parts = tl.cdiv(stop - start, BLOCK_N)
