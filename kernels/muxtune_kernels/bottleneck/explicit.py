@@ -1,8 +1,8 @@
 """The multi-task bottleneck as explicit calls, made of the low-rank linear's kernels.
 
-Forward: shrink, bias and relu on the compact inner rows, expand. Backward: the expansion's
-gradients, relu's mask, the input's and the shrink's. For steps outside of autograd, gradients go
-where the optimizer reads them.
+Forward: shrink, then bias, relu and expansion in one pass over y. Backward: the expansion's
+gradients, relu's mask, the input's, the shrink's and the biases'. For steps outside of autograd,
+gradients go where the optimizer reads them.
 
 Shape suffixes: T rows, O features, R pool rank rows, U rows of the up biases, S slots, J columns
 of the compact inner rows (the largest rank, padded).
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..dropout import RowDropout
 from ..lasting import lasting
-from ..rows import SlotRows, slot_bounds, slot_offsets
-from ..segments import segment_sum
+from ..rows import SlotRows, slot_bounds
 from .reference import multi_task_bottleneck_reference
+
+_BLOCK_T, _BLOCK_N, _BIAS_N = 32, 256, 128
 
 
 class BottleneckPool(NamedTuple):
@@ -44,29 +45,23 @@ class BottleneckGrads(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """``pool_row_SJ``: a slot's pool rows, R where there is none; the last slot is filler's.
-    ``bias_row_S``: its row of the up biases, U where there is none. ``inner_R``: the inverse of
-    the first, as places in [S, J]. ``slot_U``: the slots that have a rank."""
+    """``bias_row_S``: a slot's row of the up biases, U where there is none. ``slot_R``, ``slot_U``:
+    whose the pool's rows and those of the up biases are. ``one_S``: scales of 1."""
 
-    pool_row_SJ: Tensor
     bias_row_S: Tensor
-    inner_R: Tensor
+    slot_R: Tensor
     slot_U: Tensor
+    one_S: Tensor
 
 
 @functools.cache  # captured graphs point to these tensors
 @lasting
-def _index(slot_ranks: tuple[int, ...], width: int, device: torch.device) -> _Index:
-    offsets, total = slot_offsets(slot_ranks), sum(slot_ranks)
+def _index(slot_ranks: tuple[int, ...], device: torch.device) -> _Index:
     used = [slot for slot, rank in enumerate(slot_ranks) if rank]
-    pool_rows = [
-        [offset + at if at < rank else total for at in range(width)]
-        for offset, rank in zip(offsets, (*slot_ranks, 0), strict=True)
-    ]
     bias_rows = [used.index(slot) if rank else len(used) for slot, rank in enumerate(slot_ranks)]
-    inner = [slot * width + at for slot, rank in enumerate(slot_ranks) for at in range(rank)]
-    lists = (pool_rows, [*bias_rows, len(used)], inner, used)
-    return _Index(*(torch.tensor(values, device=device) for values in lists))
+    slots = [slot for slot, rank in enumerate(slot_ranks) for _ in range(rank)]
+    lists = (torch.tensor(values, device=device) for values in (bias_rows, slots, used))
+    return _Index(*lists, one_S=torch.ones(len(slot_ranks), device=device))
 
 
 def bottleneck_forward(
@@ -85,19 +80,30 @@ def launched_forward(
     from ..multi_lora import launch
 
     tensors, layout, tuning, _ = _launch_of(y_TO, pool, rows, dropout)
-    index = _index(pool.slot_ranks, layout.j_width, y_TO.device)
-    slot_T = rows.slot_of_row_T.long() % len(index.bias_row_S)
     h_TJ = launch.shrink(y_TO, pool.down_RO, tensors, layout, tuning._replace(shrink_splits=1))
-    bias_SJ = _with_zero(pool.down_bias_R)[index.pool_row_SJ].to(y_TO.dtype)
-    inner_TJ = h_TJ.add_(bias_SJ.index_select(0, slot_T)).relu_()
-    change_TO = launch.expand(
-        inner_TJ, pool.up_RO.t(), None, tensors, (y_TO.shape[1],), layout, tuning, False
-    )
-    bias_SO = _with_zero(_owned_up_bias(pool, index))[index.bias_row_S].to(y_TO.dtype)
-    # Rows without a bottleneck keep their bits: -0 + 0 is 0.
-    has_T1 = (index.bias_row_S < pool.up_bias_UO.shape[0]).index_select(0, slot_T)[:, None]
-    z_TO = change_TO.add_(bias_SO.index_select(0, slot_T)).add_(y_TO)
-    return torch.where(has_T1, z_TO, y_TO), inner_TJ
+    return _expand(y_TO, h_TJ, pool.up_RO, pool, tensors, layout, True)
+
+
+def _expand(
+    base_TO: Tensor, h_TJ: Tensor, factor_RO: Tensor, pool: BottleneckPool, rows: Any, layout: Any,
+    forward: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(base + h F, h); forward: with bias and relu on h, and the up bias."""
+    from .kernels import expand_kernel
+
+    index, out_TO = _index(pool.slot_ranks, base_TO.device), torch.empty_like(base_TO)
+    num_rows, width = base_TO.shape
+    # Not in place: a block of features that comes later must find h as it was.
+    inner_TJ = torch.empty_like(h_TJ) if forward else h_TJ
+    dropped = rows.dropout is not None and not forward
+    key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
+    expand_kernel[(-(-width // _BLOCK_N), -(-num_rows // _BLOCK_T))](
+        h_TJ, inner_TJ, base_TO, out_TO, factor_RO, pool.down_bias_R, pool.up_bias_UO,
+        index.bias_row_S, pool.owned_S, rows.slot_of_row_T, layout.offset_S, layout.rank_S, key_T,
+        rate_S, layout.module_word, num_rows, width, h_TJ.stride(0), base_TO.stride(0),
+        out_TO.stride(0), forward, dropped, layout.rank_pad, _BLOCK_T, _BLOCK_N, num_warps=4,
+    )  # fmt: skip
+    return out_TO, inner_TJ
 
 
 def bottleneck_backward(
@@ -121,7 +127,6 @@ def launched_backward(
 
     dz_TO = dz_TO if dz_TO.stride(1) == 1 else dz_TO.contiguous()
     tensors, layout, tuning, adapters = _launch_of(y_TO, pool, rows, dropout)
-    index = _index(pool.slot_ranks, layout.j_width, y_TO.device)
     into = None
     if targets is not None:
         assert keep_S is not None
@@ -130,55 +135,35 @@ def launched_backward(
         dz_TO, inner_TJ, pool.up_RO.t(), tensors, adapters, layout, tuning, into
     )
     dh_TJ = torch.where(inner_TJ > 0, dh_TJ, 0)
-    change_TO = launch.expand(
-        dh_TJ, pool.down_RO.t(), None, tensors, (y_TO.shape[1],), layout, tuning, True
-    )
+    dy_TO, _ = _expand(dz_TO, dh_TJ, pool.down_RO, pool, tensors, layout, False)
     ddown_RO = launch.outer(dh_TJ, y_TO, pool.down_RO, tensors, adapters, layout, tuning, into)
-    grads = BottleneckGrads(ddown_RO, _down_bias_grad(dh_TJ, pool, rows, dropout, index),
-                            dup_OR.t(), _up_bias_grad(dz_TO, pool, rows, index))  # fmt: skip
-    if targets is not None:
-        assert keep_S is not None
-        _store(targets, grads, pool, keep_S, index)
-    return change_TO.add_(dz_TO), grads
+    biases = _bias_grads(dz_TO, dh_TJ, pool, tensors, layout, targets, keep_S)
+    return dy_TO, BottleneckGrads(ddown_RO, biases[0], dup_OR.t(), biases[1])
 
 
-def _owned_up_bias(pool: BottleneckPool, index: _Index) -> Tensor:
-    return torch.where(pool.owned_S[index.slot_U][:, None], pool.up_bias_UO, 0)
+def _bias_grads(
+    dz_TO: Tensor, dh_TJ: Tensor, pool: BottleneckPool, rows: Any, layout: Any,
+    targets: BottleneckGrads | None, keep_S: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(of the down bias, of the up bias)."""
+    from .kernels import biases_kernel
 
-
-def _up_bias_grad(dz_TO: Tensor, pool: BottleneckPool, rows: SlotRows, index: _Index) -> Tensor:
-    used = tuple(int(rank > 0) for rank in pool.slot_ranks)
-    sums_UO = segment_sum(dz_TO, rows, used, pool.deterministic)
-    return torch.where(pool.owned_S[index.slot_U][:, None], sums_UO, 0)
-
-
-def _down_bias_grad(
-    dh_TJ: Tensor, pool: BottleneckPool, rows: SlotRows, dropout: RowDropout | None, index: _Index
-) -> Tensor:
-    all_slots = (1,) * len(pool.slot_ranks)
-    sums_SJ = segment_sum(dh_TJ, rows, all_slots, pool.deterministic)
-    if dropout is not None:  # dh carries 1 / (1 - rate), for the input that dropout scaled
-        sums_SJ = sums_SJ * (1 - dropout.rate_S[:, None])
-    return sums_SJ.flatten()[index.inner_R]
-
-
-def _store(
-    targets: BottleneckGrads, grads: BottleneckGrads, pool: BottleneckPool, keep_S: Tensor,
-    index: _Index,
-) -> None:  # fmt: skip
-    """The biases' gradients; the matrices' are where they belong already."""
-    keeps_R = keep_S[index.inner_R // index.pool_row_SJ.shape[1]].bool()
-    keeps_U1 = keep_S[index.slot_U].bool()[:, None]
-    pairs = (
-        (targets.down_bias_R, grads.down_bias_R, keeps_R),
-        (targets.up_bias_UO, grads.up_bias_UO, keeps_U1),
-    )
-    for target, value, keeps in pairs:
-        target.copy_(value + torch.where(keeps, target, 0))
-
-
-def _with_zero(table: Tensor) -> Tensor:
-    return torch.cat([table, table.new_zeros((1, *table.shape[1:]))])
+    index, width = _index(pool.slot_ranks, dz_TO.device), dz_TO.shape[1]
+    if targets is None:
+        down_R = torch.empty_like(pool.down_bias_R, dtype=torch.float32)
+        up_UO = torch.empty_like(pool.up_bias_UO, dtype=torch.float32)
+    else:
+        down_R, up_UO = targets.down_bias_R, targets.up_bias_UO
+    rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
+    block_n = max(_BIAS_N, layout.rank_pad)  # the down bias is one block
+    biases_kernel[(-(-width // block_n) + 1, len(pool.slot_ranks))](
+        dz_TO, dh_TJ, up_UO, down_R, index.bias_row_S, pool.owned_S,
+        layout.rank_S if keep_S is None else keep_S, rows.slot_of_row_T, rows.slot_bounds_S3,
+        layout.offset_S, layout.rank_S, rate_S, width, dz_TO.stride(0), dh_TJ.stride(0),
+        keep_S is not None, rows.dropout is not None, layout.rank_pad, _BLOCK_T,
+        block_n, num_warps=4,
+    )  # fmt: skip
+    return down_R, up_UO
 
 
 def _launch_of(
@@ -193,8 +178,8 @@ def _launch_of(
     bounds_S3 = rows.slot_bounds_S3
     if bounds_S3 is None:
         bounds_S3 = slot_bounds(rows.slot_of_row_T, len(pool.slot_ranks))
-    scale_S = torch.ones(len(pool.slot_ranks), dtype=torch.float32, device=y_TO.device)
-    tensors = launch.RowTensors(rows.slot_of_row_T, bounds_S3, scale_S, dropout)
+    one_S = _index(pool.slot_ranks, y_TO.device).one_S
+    tensors = launch.RowTensors(rows.slot_of_row_T, bounds_S3, one_S, dropout)
     tuning = tuning_of(
         num_rows, width, (width,), len(pool.slot_ranks), layout.rank_pad, y_TO.element_size(),
         pool.deterministic,
@@ -223,9 +208,11 @@ def _reference_backward(
     grads = BottleneckGrads(*whole)
     if targets is not None:
         assert keep_S is not None
-        index = _index(pool.slot_ranks, max(pool.slot_ranks), y_TO.device)
-        keeps_R = keep_S[index.inner_R // max(pool.slot_ranks)].bool()[:, None]
-        for target, value in ((targets.down_RO, grads.down_RO), (targets.up_RO, grads.up_RO)):
-            target.copy_(value + torch.where(keeps_R, target, 0))
-        _store(targets, grads, pool, keep_S, index)
+        index = _index(pool.slot_ranks, y_TO.device)
+        keeps_R, keeps_U = keep_S[index.slot_R].bool(), keep_S[index.slot_U].bool()
+        for target, value, keeps in zip(
+            targets, grads, (keeps_R, keeps_R, keeps_R, keeps_U), strict=True
+        ):
+            kept = torch.where(keeps.view(-1, *(1,) * (target.dim() - 1)), target, 0)
+            target.copy_(value + kept)
     return dy_TO, grads
