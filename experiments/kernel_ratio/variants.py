@@ -221,7 +221,8 @@ def with_adapters(own: bool, side: str, **changes: Any) -> Form:
                 if own:
                     grad_b(lin)
                 grad_a(lin, dh_TJ)
-        streams.join()
+        if side == "after":
+            streams.join()
         return out
 
     def backward_early(linears: list[Linear], streams: Streams) -> list[Tensor]:
@@ -268,11 +269,13 @@ def with_adapters(own: bool, side: str, **changes: Any) -> Form:
 FORMS: dict[str, Form] = {
     "plain": plain(),
     "as it was": with_adapters(False, "after"),
-    "parts, dA early": with_adapters(False, "early"),
+    "one stream": with_adapters(False, "none"),
+    "dA early": with_adapters(False, "early"),
     "own h": with_adapters(True, "none"),
-    "own h, side after": with_adapters(True, "after"),
-    "own h, side early": with_adapters(True, "early"),
-    "cuBLAS, longer K (product only)": longer_product(),
+    "own h, after": with_adapters(True, "after"),
+    "own h, early": with_adapters(True, "early"),
+    "cuBLAS beta 1": with_adapters(False, "after", fused=False),
+    "cuBLAS longer K, product only": longer_product(),
 }
 
 
@@ -349,7 +352,7 @@ def measure(
     }
 
 
-def run_case(spec: CaseSpec, repeats: int) -> dict[str, Any]:
+def run_case(spec: CaseSpec, repeats: int, apart: bool) -> dict[str, Any]:
     streams, groups = new_streams(spec), linears_of(spec)
     wanted = [tensor for lin in groups[BLOCK] for tensor in lin.reference()]
     forms, errors = {}, {}
@@ -368,6 +371,8 @@ def run_case(spec: CaseSpec, repeats: int) -> dict[str, Any]:
     print(f"== {spec}", flush=True)
     for group, linears in groups.items():
         for phase in ("forward", "backward"):
+            if group != BLOCK and not apart:
+                continue
             found = measure(forms, linears, streams, phase, repeats)
             times[f"{group} {phase}"] = found
             base = found["plain"]["us"]
@@ -447,7 +452,7 @@ def main() -> None:
         if time.monotonic() - start_s > arguments.seconds:
             print(f"left out for want of time: {spec}", flush=True)
             continue
-        report["cases"].append(run_case(spec, arguments.repeats))
+        report["cases"].append(run_case(spec, arguments.repeats, index < 2))
         torch.cuda.empty_cache()
         if index == 0:
             report["profile"] = profile(spec)
