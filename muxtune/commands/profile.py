@@ -18,6 +18,11 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
 
     device = "cpu" if config.cluster.device == build.LOCAL else config.cluster.device
+    num_ranks, exchanges = build.instance_gpus(config.cluster), {}
+    if num_ranks > 1:  # first, because ranks are forked, and no fork may use a GPU that we use
+        from muxtune.profiling.exchanges import measure_exchanges
+
+        exchanges = measure_exchanges(num_ranks, "cpu" if device == "cpu" else "cuda")
     profile = profile_machine(
         build.shape_of(config.model),
         config.budget_s,
@@ -27,6 +32,7 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         steps=config.steps,
         max_rows=config.max_rows,
         clock=config.clock,
+        exchanges=exchanges,
     )
     path = write_profile(profile, folder.path / config.file)
     console = make_console()

@@ -14,13 +14,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def profile_machine(
     show_progress: bool = True,
     compilers: Compilers | None = None,
     tell: ProgressCallback | None = None,
+    exchanges: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A profile (the JSON of ``muxtune.cost.schema``) of ``model`` on this machine.
 
@@ -91,6 +93,7 @@ def profile_machine(
     CPU that others use too (of one thread). At least three repeats are made even when ``budget_s``
     is too short for them. ``compilers``: who compiles kernels ahead (default: its own).
     ``tell``: is told of progress in place of the bar that ``show_progress`` draws.
+    ``exchanges``: operations between ranks, measured before (``profiling.exchanges``).
     Raises ConfigError for a budget that is not positive or a device that is not there.
     """
     shape = _shape(model)
@@ -141,6 +144,7 @@ def profile_machine(
             ops["join"] = _join_op(bench)
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
+        ops |= exchanges
         clocks.append(clocks_now(target))
     if style == CAPTURED and target.type == "cuda" and "capture" not in ops:
         left_out.append("capture: no step was captured, so its time is a guess")

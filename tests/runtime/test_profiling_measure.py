@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from muxtune.cost import ProfiledCostModel, load_profile, nominal_load, ops
+from muxtune.cost.schema import content_hash
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError, OutputError, ProfileError
 from muxtune.profiling import profile_machine, profile_warnings_here, write_profile
 from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
+from muxtune.profiling.exchanges import measure_exchanges
 from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
@@ -41,6 +43,26 @@ def test_profile_holds_every_operation_that_the_cost_model_asks_for(raw) -> None
     assert times.value[0] > 0
     assert set(model.breakdown_s(load)) == set(ops.CATEGORIES) - {"communication", "recompute"}
     assert model.adapter_load_s(slots[0]).value > 0
+
+
+def test_exchanges_between_ranks_make_a_profile_one_of_several_gpus(raw) -> None:
+    exchanges = measure_exchanges(2, "cpu", (1 << 12, 1 << 16))
+    assert set(exchanges) == {"all_reduce.tp2", "p2p"}
+    replica = ReplicaShape(1, 2)
+    load = nominal_load(ShapeKey(16, 2, (AdapterSlot("lora", 2, ALL),)))
+    with pytest.raises(ProfileError, match="muxtune profile"):
+        ProfiledCostModel(TINY, raw).pass_times_s([load], replica)
+    changed = {**raw, "ops": {**raw["ops"], **exchanges}}
+    changed["content_hash"] = content_hash(changed)
+    model = ProfiledCostModel(TINY, changed)
+    assert model.pass_times_s([load], replica).value[0] > 0
+    assert model.breakdown_s(load, replica)["communication"] > 0
+
+
+def test_ranks_need_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="torch sees 1"):
+        measure_exchanges(2, "cuda")
 
 
 def test_profile_describes_device_software_and_model(raw) -> None:
