@@ -18,6 +18,7 @@ import faulthandler
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -39,12 +40,19 @@ from muxtune.profiling.measure import (
     profile_warnings_here,
     write_profile,
 )
+from muxtune.profiling.steps import is_lost
+from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, shapes_named, validate
 
 TINY = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256, tied_embeddings=True)
 # Base models that are not profiled: of another width of the MLP, vocabulary and grouping of heads,
 # of another width altogether, and fewer blocks of the profiled one. A few blocks are enough.
 OTHERS = ("llama-3.1-8b:4", "llama-2-13b:4", "llama-2-7b:8")
+MIN_ROWS = 256
+OWN_EVERY = 24  # the profiled base model has many blocks: a case of it takes seconds
+PARTS = "profile.parts.jsonl"
+SHORT_S = 10.0
+MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 110.0, 3
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16,)}
 
@@ -64,18 +72,38 @@ def main() -> None:
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not args.child:
+        sys.exit(supervise(min(args.budget, REHEARSAL_S) if args.rehearse else args.budget))
     args.out.mkdir(parents=True, exist_ok=True)
     device = checked_device(args.device)
     if args.rehearse:
         if args.model != "tiny":
             args.model, args.others = "llama-2-7b:2", "llama-3.1-8b:2"
-        args.budget, args.profile_budget, args.cases = min(args.budget, 110.0), 25.0, 26
+        args.budget, args.profile_budget, args.cases = min(args.budget, REHEARSAL_S), 25.0, 26
         args.case_s, args.dynamic_s, args.max_rows = 0.1, 6.0, 256 if args.model == "tiny" else 1024
     with Compilers(device, deterministic=True, workers=args.workers) as compilers:
         if args.rehearse:
             sys.exit(rehearse(args, compilers))
         run(args, compilers)
+
+
+def supervise(budget_s: float) -> int:
+    """The work in a process of its own, which an error on a GPU ends: what has begun is recorded
+    as failed then, and the next process goes on behind it."""
+    end_s = time.monotonic() + budget_s
+    for start in range(1, MAX_STARTS + 1):
+        begun_s = time.monotonic()
+        left_s = end_s - begun_s
+        options = [*sys.argv[1:], "--child", "--budget", f"{left_s:.0f}"]
+        done = subprocess.run([sys.executable, "-X", "faulthandler", __file__, *options])
+        now_s = time.monotonic()
+        is_over = done.returncode in (0, PARTS_FAILED) or end_s - now_s < LEAST_S
+        if is_over or now_s - begun_s < SHORT_S:  # so soon, it would end so again
+            return done.returncode
+        _say("process", 1.0, f"{start} ended with {done.returncode}")
+    return 1
 
 
 def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
@@ -94,9 +122,11 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
             max_rows=256 if is_tiny else args.max_rows,
             tell=lambda share, text: _say("profiling", share, text),
             compilers=compilers,
+            kept=Records(args.out / PARTS),
             **(TINY_GRID if is_tiny else REHEARSAL_GRID if args.rehearse else {}),
         )
         write_profile(profile, path)
+        (args.out / PARTS).unlink(missing_ok=True)
         _say("profiling", 1.0, f"{time.perf_counter() - start_s:.0f} s, {profile['quality']}")
     options = ValidationOptions(
         max(1.0, args.budget - (time.perf_counter() - start_s)),
@@ -106,6 +136,8 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
         8 if is_tiny or args.rehearse else 32,
         args.case_s,
         args.dynamic_s,
+        min_rows=0 if is_tiny else MIN_ROWS,
+        own_every=0 if is_tiny else OWN_EVERY,
     )
     report = validate(args.out, path, options, _say, compilers)
     shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}
@@ -115,7 +147,7 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
 
 
 def rehearse(args: argparse.Namespace, compilers: Compilers) -> int:
-    """How many parts failed."""
+    """An exit status."""
     faulthandler.register(signal.SIGTERM, chain=True)  # where it stood when its time was up
     parts: dict[str, Any] = {"torch": torch.__version__}
 
@@ -124,6 +156,8 @@ def rehearse(args: argparse.Namespace, compilers: Compilers) -> int:
         try:
             found = work()
         except Exception:
+            if is_lost(torch.device(args.device)):
+                raise  # another process goes on
             parts[name] = {"failed": traceback.format_exc()[-3000:]}
         else:
             parts[name] = {"found": found, "s": round(time.perf_counter() - start_s, 1)}
@@ -138,7 +172,7 @@ def rehearse(args: argparse.Namespace, compilers: Compilers) -> int:
     part("refusals", lambda: _refusals(args.out, path, rest))
     failed = [name for name, found in parts.items() if "failed" in found]
     print(f"{len(failed)} parts failed {failed}", flush=True)
-    return len(failed)
+    return PARTS_FAILED if failed else 0
 
 
 def _again(folder: Path, path: Path, options: ValidationOptions) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from muxtune.profiling.step_cases import plan_of
 from muxtune.types import HTask, Plan, TaskSpec
 
 MAX_WORKERS = 10  # each has a context and up to some GB of the device's memory
+MAX_STARTS = 4  # of workers, which a kernel's error ends
 NUM_BLOCKS = 2  # the first one's backward lacks a product that all others have
 Report = Callable[[float, str], None]
 
@@ -74,8 +75,7 @@ class Compilers:
 
     def __enter__(self) -> Compilers:
         if self._settings[0] == "cuda":
-            context = get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+            self._pool = self._new_pool()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,26 +92,50 @@ class Compilers:
             if key not in self._known:
                 self._known.add(key)
                 wanted.append(job)
-        if self._pool is None or not wanted:
-            return []
         failed: list[str] = []
-        try:
-            running = [self._pool.submit(compile_one, job, *self._settings) for job in wanted]
-            for number, future in enumerate(as_completed(running), 1):
-                failed += [text] if (text := future.result()) else []
-                report(number / len(running), f"compiled {number} of {len(running)}")
-        except BrokenProcessPool as error:
-            failed.append(f"compiling ahead ended early ({error})")
-            self._pool = None
-        self._release()
+        for _ in range(MAX_STARTS):
+            if self._pool is None or not wanted:
+                return failed
+            try:
+                wanted = self._compile(wanted, failed, report)
+                self._release()
+            except BrokenProcessPool:  # a worker ended, and with it the others
+                failed.append("a worker ended")
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = self._new_pool()
         return failed
+
+    def _compile(
+        self, wanted: list[OpJob | StepJob], failed: list[str], report: Report
+    ) -> list[OpJob | StepJob]:
+        """What is left to do when it ends."""
+        assert self._pool is not None
+        left = dict(enumerate(wanted))
+        running = {
+            self._pool.submit(compile_one, job, *self._settings): number
+            for number, job in left.items()
+        }
+        for future in as_completed(running):
+            try:
+                text = future.result()
+            except BrokenProcessPool:
+                continue
+            del left[running[future]]
+            failed += [text] if text else []
+            report(1 - len(left) / len(wanted), f"compiled {len(wanted) - len(left)}")
+        wanted[:] = left.values()
+        if left:
+            raise BrokenProcessPool
+        return []
 
     def _release(self) -> None:
         """Who measures wants the device's memory: each worker, while the others are busy too."""
-        if self._pool is not None:
-            done = [self._pool.submit(_let_go) for _ in range(self._workers)]
-            for future in done:
-                future.result()
+        assert self._pool is not None
+        for future in [self._pool.submit(_let_go) for _ in range(self._workers)]:
+            future.result()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"))
 
 
 def _key(job: OpJob | StepJob) -> object:
@@ -135,9 +159,11 @@ def _let_go() -> None:
 def compile_one(job: OpJob | StepJob, device_name: str, deterministic: bool) -> str:
     """Runs in a worker. What went wrong, or nothing."""
     from muxtune.profiling.captured_ops import CapturedOps  # a worker's own imports
-    from muxtune.profiling.steps import StepBench
+    from muxtune.profiling.steps import StepBench, is_lost
 
     device = torch.device(device_name)
+    if is_lost(device):
+        os._exit(1)  # nothing can be compiled here any more
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     key = (type(job), job.shape._replace(name="", num_layers=0))
     try:

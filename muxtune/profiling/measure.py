@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -45,7 +45,7 @@ from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
 from muxtune.profiling.calibration_cases import calibration_cases
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
-from muxtune.profiling.steps import StepBench, short_collections
+from muxtune.profiling.steps import StepBench, is_lost, short_collections
 from muxtune.runtime.bank import grad_dtype_for
 
 ROWS = (16, 64, 256, 1024)
@@ -63,6 +63,18 @@ STEPS_SHARE = 0.4  # of the budget
 LEAST_STEPS_SHARE = 0.15  # also where the operations took longer than theirs
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
+
+
+class Kept(Protocol):
+    """Named parts of a profile, on disk; see ``muxtune.validation.records.Records``."""
+
+    rows: list[dict[str, Any]]
+
+    def has(self, name: str) -> bool: ...
+
+    def begin(self, row: Mapping[str, Any]) -> None: ...
+
+    def add(self, row: Mapping[str, Any]) -> None: ...
 
 
 def profile_machine(
@@ -83,6 +95,7 @@ def profile_machine(
     compilers: Compilers | None = None,
     tell: ProgressCallback | None = None,
     exchanges: Mapping[str, Any] = MappingProxyType({}),
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """A profile (the JSON of ``muxtune.cost.schema``) of ``model`` on this machine.
 
@@ -92,7 +105,8 @@ def profile_machine(
     steps too, of up to ``max_rows`` rows. ``clock``: wall, or cpu: the process's own time, for a
     CPU that others use too (of one thread). At least three repeats are made even when ``budget_s``
     is too short for them. ``compilers``: who compiles kernels ahead (default: its own).
-    ``tell``: is told of progress in place of the bar that ``show_progress`` draws.
+    ``tell``: is told of progress in place of the bar that ``show_progress`` draws. ``kept``: where
+    parts are put as they come, so that a profile goes on after its process was ended.
     ``exchanges``: operations between ranks, measured before (``profiling.exchanges``).
     Raises ConfigError for a budget that is not positive or a device that is not there.
     """
@@ -119,7 +133,10 @@ def profile_machine(
         nullcontext(compilers) if compilers else Compilers(target, exact) as helpers,
     ):
         report(0.0, "warming up")
-        if style == CAPTURED:
+        if kept is not None and kept.has("operations"):
+            found = next(row for row in kept.rows if row["name"] == "operations")
+            ops, left_out = found["ops"], found["left_out"]
+        elif style == CAPTURED:
             ops, left_out = captured_profile.measure_captured(
                 shape, target, dtype, budget_s=ops_budget_s, deterministic=exact,
                 rows=rows or captured_profile.ROWS, slots=slots,
@@ -136,10 +153,12 @@ def profile_machine(
                 shape, Bench(target, dtype, now), ops_budget_s, exact, grids, report
             )
         clocks.append(clocks_now(target))
+        if kept is not None and not kept.has("operations"):
+            kept.add({"name": "operations", "ops": ops, "left_out": left_out})
         if steps:
             end_s = max(begun_s + budget_s, time.perf_counter() + LEAST_STEPS_SHARE * budget_s)
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
-            whole, captures, failed = _whole_steps(bench, most, end_s, report)
+            whole, captures, failed = _whole_steps(bench, most, end_s, report, kept)
             left_out += failed
             ops["join"] = _join_op(bench)
             if captures:
@@ -216,7 +235,7 @@ def _step_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
 
 
 def _whole_steps(
-    bench: StepBench, max_rows: int, end_s: float, report: ProgressCallback
+    bench: StepBench, max_rows: int, end_s: float, report: ProgressCallback, kept: Kept | None
 ) -> tuple[list[WholeStep], list[float], list[str]]:
     """(steps, seconds of each capture, what is missing and why). The first one always runs, two
     more also when the budget is used up, if they are short."""
@@ -225,6 +244,14 @@ def _whole_steps(
     per_row_s = 0.0
     wanted = calibration_cases(bench.shape, max_rows)
     for number, case in enumerate(wanted):
+        if kept is not None and kept.has(case.name):
+            row = next(row for row in kept.rows if row["name"] == case.name)
+            if "step" in row:
+                steps.append(WholeStep.of_json(row["step"]))
+                captures += row["captures"]
+            else:
+                missing.append(f"{case.name}: {row['error']}")
+            continue
         left_s = end_s - time.perf_counter()
         about_s = per_row_s * case.micro_batch_tokens
         spared_s = SHORT_STEP_S if number < MIN_STEPS else 0.0
@@ -233,14 +260,21 @@ def _whole_steps(
             continue
         report(1.0 - STEPS_SHARE * (1 - number / len(wanted)), case.name)
         start_s = time.perf_counter()
+        if kept is not None:
+            kept.begin({"name": case.name})
         try:
             found = bench.run(case, max(0.0, left_s / (len(wanted) - number) / 2))
         except Exception as error:
+            if is_lost(bench.device):
+                raise
             missing.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
         times_s, peak_bytes = found.repeats_s, found.peak_bytes
         steps.append(WholeStep(case.name, found.loads, times_s, peak_bytes, len(case.tasks)))
         captures += found.capture_s.values()
+        if kept is not None:
+            row = {"step": steps[-1].to_json(), "captures": list(found.capture_s.values())}
+            kept.add({"name": case.name, **row})
         per_row_s = (time.perf_counter() - start_s) / case.micro_batch_tokens
     return steps, captures, missing
 

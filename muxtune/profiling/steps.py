@@ -90,6 +90,17 @@ def short_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU refuses all further work of this process, after an error of a kernel."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 class NotCaptured(Exception):
     """The runtime would have run eagerly; the message says why."""
 

@@ -11,25 +11,39 @@ from typing import Any
 
 from muxtune.report.run_folder import writing
 
+ENDED = "the process ended while it ran"
+
 
 class Records:
     """One file of JSON lines; every record has a ``name``, which is done once.
 
-    ``stamp``: fields that all records get.
+    ``stamp``: fields that all records get. What has begun is noted in a file beside; where the
+    process ended before its record came, the next one records that as its error.
     """
 
     def __init__(self, path: Path, stamp: Mapping[str, Any] | None = None) -> None:
         self.path, self.stamp = path, dict(stamp or {})
         self.rows: list[dict[str, Any]] = read_lines(path)
         self._names = {row["name"] for row in self.rows}
+        self._running = path.with_suffix(".running")
+        for row in read_lines(self._running):
+            if row["name"] not in self._names:
+                self.add({**row, "error": ENDED})
+        self._running.unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
         return name in self._names
+
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """Note what is known of a record before its work is done. Raises OutputError."""
+        self._running.unlink(missing_ok=True)
+        append_line(self._running, row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Raises OutputError."""
         self.rows.append(append_line(self.path, {**self.stamp, **row}))
         self._names.add(row["name"])
+        self._running.unlink(missing_ok=True)
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from muxtune.errors import ConfigError
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
 from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
 from muxtune.profiling.step_cases import StepCase
-from muxtune.profiling.steps import short_collections
+from muxtune.profiling.steps import is_lost, short_collections
 from muxtune.report.run_folder import provenance
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import (
@@ -42,7 +42,8 @@ OPS_SHARE, STEPS_FIRST_SHARE = 0.1, 0.5
 
 class ValidationOptions(NamedTuple):
     """``budget_s``: seconds for all of it; 0 scores and draws what is there. ``max_rows``: of a
-    micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none."""
+    micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none.
+    ``min_rows``, ``own_every``: see ``SuiteOptions``."""
 
     budget_s: float
     num_cases: int = 240
@@ -52,6 +53,8 @@ class ValidationOptions(NamedTuple):
     case_s: float = 0.5
     dynamic_s: float = 0.0
     clock: str = ""  # as the profile was taken
+    min_rows: int = 0
+    own_every: int = 0
 
 
 def validate(
@@ -192,9 +195,12 @@ def _run_dynamic(
         if time.perf_counter() + duration_s > end_s:
             return len(todo) - number
         report(number / len(todo), case.name)
+        records.begin({"name": case.name})
         try:
             records.add(run_dynamic(case, profile, device))
         except Exception as error:
+            if is_lost(device):
+                raise
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             records.add({"name": case.name, "error": text})
     return 0
@@ -209,6 +215,8 @@ def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
         _grid_rows(profile, options),
         options.max_tasks,
         _methods(profile),
+        options.min_rows,
+        options.own_every,
     )
     return draw_suite(profile.content_hash, suite, fits(limit, models))
 

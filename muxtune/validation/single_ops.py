@@ -17,6 +17,7 @@ from muxtune.profiling import cases
 from muxtune.profiling.bench import Bench, Case, Sweeper
 from muxtune.profiling.captured_ops import CapturedOps
 from muxtune.profiling.compiling import OpJob
+from muxtune.profiling.steps import is_lost
 from muxtune.runtime.bank import grad_dtype_for
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records
@@ -55,11 +56,14 @@ def run_ops(
                 if captured
                 else Bench(device, dtype, clock)
             )
+        records.begin({"name": name, "ops": []})
         try:
             points = _points(bench, draw) if captured else draw(bench)
             rows = [_scored(model, *point) for point in points]
             records.add({"name": name, "ops": rows, "error": ""})
         except Exception as error:
+            if is_lost(device):
+                raise
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             records.add({"name": name, "ops": [], "error": text})
     return 0

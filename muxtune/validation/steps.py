@@ -16,7 +16,7 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import StepCase, case_to_json
-from muxtune.profiling.steps import StepBench, whole_rounds
+from muxtune.profiling.steps import StepBench, is_lost, whole_rounds
 from muxtune.types import ReplicaShape
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records
@@ -94,7 +94,9 @@ def run_steps(
             if bench is not None:
                 bench.close()
             bench = bench_of(profile, case.shape, device, clock)
-        records.add(_row(case, models(case.shape), bench, case_s))
+        known = {"name": case.name, "case": case_to_json(case), **predict(case, models(case.shape))}
+        records.begin(known)
+        records.add(known | _measured(case, bench, case_s))
     if bench is not None:
         bench.close()
     return left
@@ -125,18 +127,17 @@ def bench_of(
     )
 
 
-def _row(
-    case: StepCase, model: ProfiledCostModel, bench: StepBench, case_s: float
-) -> dict[str, Any]:
-    row = {"name": case.name, "case": case_to_json(case), **predict(case, model)}
+def _measured(case: StepCase, bench: StepBench, case_s: float) -> dict[str, Any]:
     try:
         found = bench.run(case, case_s)
     except Exception as error:
+        if is_lost(bench.device):
+            raise
         text = " ".join(str(error).split())[:500]
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         is_memory = known or "OutOfMemoryError" in text
-        return row | {"error": f"{type(error).__name__}: {text}", "out_of_memory": is_memory}
-    return row | {
+        return {"error": f"{type(error).__name__}: {text}", "out_of_memory": is_memory}
+    return {
         "measured_s": float(np.median(found.repeats_s)),
         "repeats_s": list(found.repeats_s),
         "measured_bytes": found.peak_bytes,

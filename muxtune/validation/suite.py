@@ -30,13 +30,31 @@ Fits = Callable[[StepCase], bool]
 
 class SuiteOptions(NamedTuple):
     """``shapes``: the profiled one first. ``grid_rows``: row counts that were measured, the
-    largest is the limit. ``methods``: those besides LoRA that the program knows."""
+    largest is the limit. ``methods``: those besides LoRA that the program knows. ``min_rows``: of
+    a micro-batch. ``own_every``: every so many single cases are of the profiled base model, which
+    may have many more blocks than the others; 0: two of three, and all workloads."""
 
     num_cases: int
     shapes: tuple[ModelShape, ...]
     grid_rows: tuple[int, ...]
     max_tasks: int = 32
     methods: tuple[str, ...] = ("ia3", "bottleneck", "prefix")
+    min_rows: int = 0
+    own_every: int = 0
+
+    def is_own(self, number: int) -> bool:
+        if len(self.shapes) == 1:
+            return True
+        return number % self.own_every == 0 if self.own_every else number % 3 != 2
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        fitting = tuple(rows for rows in self.grid_rows[1:] if rows >= self.min_rows)
+        return fitting or self.grid_rows[-1:]
+
+    def workload_shape(self, workload: int) -> ModelShape:
+        others = self.shapes[1:]
+        return others[workload % len(others)] if others and self.own_every else self.shapes[0]
 
 
 def seed_of(content_hash: str) -> int:
@@ -76,14 +94,13 @@ def _pick(random: np.random.Generator, values: Sequence[Any]) -> Any:
 
 
 def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> StepCase:
-    """Every other one off the grid; every third of another base model than the profiled."""
+    """Every other one off the grid; some of other base models than the profiled."""
     off_grid = number % 2 == 1
-    others = options.shapes[1:]
-    shape = _pick(random, others) if others and number % 3 == 2 else options.shapes[0]
+    shape = options.shapes[0] if options.is_own(number) else _pick(random, options.shapes[1:])
     max_rows = options.grid_rows[-1]
-    rows = _pick(random, options.grid_rows[1:] or options.grid_rows)
+    rows = _pick(random, options.rows)
     if off_grid:
-        least = min(max(options.grid_rows[0], 128), max_rows // 2)
+        least = min(max(options.grid_rows[0], 128, options.min_rows), max_rows // 2)
         rows = int(np.exp(random.uniform(np.log(least), np.log(max_rows))))
     chunk = _pick(random, (32, 64, 128))
     most = max(1, min(options.max_tasks, rows // chunk))
@@ -138,7 +155,7 @@ def _plans(
 ) -> list[StepCase]:
     """The same tasks, run by plans that differ in grouping, chunk length and micro-batch."""
     count = min(options.max_tasks, (4, 6, 8)[workload % 3])
-    rows = options.grid_rows[-1]
+    shape, rows = options.workload_shape(workload), options.grid_rows[-1]
     longest = max(32, min(256, rows // count))
     tasks = tuple(_task(random, longest, (), False) for _ in range(count))
     found: list[StepCase] = []
@@ -150,9 +167,10 @@ def _plans(
     ]
     for place in random.permutation(len(variants)):
         groups, chunk, part = variants[int(place)]
-        labels = {"workload": workload, "profiled_shape": True, "grid": False, "mixed": False}
+        own = shape == options.shapes[0]
+        labels = {"workload": workload, "profiled_shape": own, "grid": False, "mixed": False}
         case = StepCase(
-            f"workload {workload} plan {len(found):02d}", options.shapes[0], tasks,
+            f"workload {workload} plan {len(found):02d}", shape, tasks,
             _split(count, groups), chunk, rows // part, "chunk", labels,
         )  # fmt: skip
         if fits(case) and all(_key(case) != _key(other) for other in found):

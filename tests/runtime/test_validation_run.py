@@ -17,6 +17,7 @@ from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
 from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation.dynamic import Log, first_difference
+from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, validate
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
@@ -141,3 +142,18 @@ def test_the_captured_pass_counts_what_the_step_launches(profile_path: Path) -> 
     )
     two, four = (seconds(model, "backbone", 64) - embedding for model in (short, deep))
     assert four - 2 * two == pytest.approx(product)
+
+
+def test_what_ran_when_the_process_ended_is_recorded_as_failed(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    records = Records(path, {"profile": "x"})
+    records.begin({"name": "a", "case": 1})
+    records.add({"name": "a", "error": ""})
+    records.begin({"name": "b", "case": 2})
+    after = Records(path, {"profile": "x"})
+    assert [(row["name"], bool(row["error"]), row["profile"]) for row in after.rows] == [
+        ("a", False, "x"),
+        ("b", True, "x"),
+    ]
+    assert after.rows[1]["case"] == 2 and Records(path).rows == after.rows
+    assert [item.name for item in tmp_path.iterdir()] == ["steps.jsonl"]
