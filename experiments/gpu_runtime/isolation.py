@@ -29,7 +29,7 @@ def lora_tasks() -> list[TaskSpec]:
 
 
 def mixed_tasks() -> list[TaskSpec]:
-    """Four methods in one pass."""
+    """Six methods in one pass."""
     ia3 = {"method": "ia3", "rank": 0, "alpha": 0.0, "targets": ("k_proj", "v_proj", "down_proj")}
     after = {"method": "bottleneck", "targets": ("o_proj", "down_proj")}
     prefix = {"method": "prefix", "targets": ()}
@@ -38,8 +38,8 @@ def mixed_tasks() -> list[TaskSpec]:
         lora_task("b", "sst2", STEPS, **ia3),
         lora_task("c", "sst2", STEPS, rank=16, **after),
         lora_task("d", "openbookqa", STEPS, rank=8, **prefix),
-        lora_task("e", "openbookqa", STEPS, rank=8, dropout=0.1),
-        lora_task("f", "openbookqa", STEPS, **ia3),
+        lora_task("e", "openbookqa", STEPS, rank=8, method="dora"),
+        lora_task("f", "openbookqa", STEPS, rank=8, method="prompt", targets=()),
         lora_task("g", "rte", STEPS, rank=8, dropout=0.1, **after),
         lora_task("h", "rte", STEPS, rank=16, **prefix),
     ]

@@ -29,7 +29,12 @@ from muxtune.types import Plan
 
 MIX = ("sst2", "sst2", "sst2", "openbookqa", "openbookqa", "openbookqa", "rte", "rte")
 WARM_UP = 5
-ALWAYS = ("model.random=true", "backend.checkpoint_steps=0", "+backend.evaluate_tokens=0")
+# All tasks are there from the start: no plan for the first few of them has run that it would cost
+# anything to leave.
+ALWAYS = (
+    "model.random=true", "backend.checkpoint_steps=0", "+backend.evaluate_tokens=0",
+    "planner.hysteresis=false",
+)  # fmt: skip
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ token row (D model width, Q queries, K keys, F MLP width, r rank):
   keys and values twice and the attention's output before it is merged;
 - dropout in a slot adds a mask (one byte a number) and the dropped input, per adapted linear.
 
-The captured step of a GPU (all methods but prompts, on Llama-like blocks, one GPU;
+The captured step of a GPU (on Llama-like blocks, one GPU;
 ``MemoryOptions.static_step``)
 keeps what its backward reads and nothing else: the residual stream before each norm and the norms'
 outputs (4 D), q, k and v in one (Q + 2K), attention's output (Q), gate and up and their product
@@ -50,7 +50,7 @@ from muxtune.types import (
 
 MIB = 1 << 20
 STATIC_LOSS_ROWS = 1024
-_STATIC_METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix")
+_STATIC_METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix", "prompt")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SOLO = ReplicaShape()
 
@@ -199,7 +199,7 @@ class MemoryModel:
 
     def _static_parts(self, shape: ShapeKey) -> tuple[int, int]:
         """(activations, loss workspace) of one captured step; see the module's text."""
-        model, rows = self.model, shape.padded_tokens
+        model, rows = self.model, shape.padded_tokens + ops.prompt_rows(shape.slots)
         kept = 4 * model.hidden + 2 * model.query_dim + 2 * model.kv_dim + 3 * model.intermediate
         kinds = Counter(shape.slots)
         ranks = sum(count * self._static_rank(slot) for slot, count in kinds.items())

@@ -44,7 +44,7 @@ _BOUNDS_STEP = 64
 
 class Capacity(NamedTuple):
     """What a program is made for besides its pool; see ``StepLayout``. ``blocks``: row counts of
-    the hTask's shapes, and how many blocks each recomputes."""
+    the hTask's shapes, prompts' rows included, and how many blocks each recomputes."""
 
     layout: StepLayout
     blocks: Mapping[int, int]
@@ -62,19 +62,22 @@ class Capacity(NamedTuple):
 def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) -> Capacity:
     """Generous in what joining tasks may change: the number and the length of sequences (to at
     most ``longest_tokens``, beyond which they are refused)."""
-    by_size = sorted(((s.padded_tokens, s.recompute) for s in htask.shapes), reverse=True)
+    slots = htask.shapes[0].slots
+    prompts = tuple(slot.rank for slot in slots if slot.method == "prompt")
+    by_size = sorted(
+        ((s.padded_tokens + sum(prompts), s.recompute) for s in htask.shapes), reverse=True
+    )
     blocks = dict(by_size)  # of shapes of one size the one that recomputes least
     shapes = sorted(blocks)
     specs = [state.task for state in states]
-    longest = max([_MIN_SEQLEN, *(spec.data.max_length_tokens for spec in specs)])
+    longest = max([_MIN_SEQLEN, *prompts, *(spec.data.max_length_tokens for spec in specs)])
     max_seqlen = min(1 << (longest - 1).bit_length(), longest_tokens)
     sequences = sum(spec.sequences_per_step for spec in specs)
-    wanted = max(shapes[-1] // 32, sequences) + shapes[-1] // max_seqlen + 1
+    wanted = max(shapes[-1] // 32, sequences) + shapes[-1] // max_seqlen + 1 + len(prompts)
     max_bounds = -(-wanted // _BOUNDS_STEP) * _BOUNDS_STEP
-    slots = htask.shapes[0].slots
     layout = StepLayout(
         shapes[-1], len(slots), max_bounds, max_seqlen, any(slot.dropout for slot in slots),
-        shapes[0],
+        shapes[0], prompts,
     )  # fmt: skip
     return Capacity(layout, blocks)
 
@@ -134,8 +137,9 @@ class CapturedRunner:
         before = len(self.steps.capture_s)
         self.steps.capture(self.capacity.blocks)
         if not self.deterministic:
-            most = self.capacity.layout.max_rows
-            close = close_sizes(rows_ahead, self.steps.row_counts, most)
+            most, prompt_rows = self.capacity.layout.max_rows, self.capacity.layout.prompt_rows
+            rows = {count + prompt_rows for count in rows_ahead}
+            close = close_sizes(rows, self.steps.row_counts, most)
             with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
                 self.steps.capture(close)
         return len(self.steps.capture_s) > before
@@ -156,9 +160,10 @@ class CapturedRunner:
 
     def _num_rows(self, work: PassWork, rows: Sequence[Rows]) -> int:
         is_padded = work.micro_batch.packing is PackRule.PAD
+        count = sum(len(item.tokens_n) for item in rows)
         if self.deterministic or is_padded:
-            return self.steps.ready_size_for(work.micro_batch.shape.padded_tokens)
-        return self.steps.ready_size_for(sum(len(item.tokens_n) for item in rows))
+            count = work.micro_batch.shape.padded_tokens
+        return self.steps.ready_size_for(count + self.capacity.layout.prompt_rows)
 
     def _slot_input(self, work: PassWork, task_id: str) -> SlotInput:
         state, step = state_of(work, self.pool, task_id), work.micro_batch.steps[task_id]

@@ -58,6 +58,7 @@ def mixed_tasks() -> list[TaskSpec]:
         make_task("prefix", **common, method="prefix", targets=(), rank=3, accumulation=2),
         make_task("prefix 1", **common, method="prefix", targets=(), rank=1, batch_size=5),
         make_task("dora", **common, method="dora", targets=("q_proj", "up_proj"), rank=2),
+        make_task("prompt", **common, method="prompt", targets=(), rank=2, batch_size=2),
     ]
 
 

@@ -164,7 +164,7 @@ def test_the_captured_step_has_room_in_every_linear_that_reads_the_same_input() 
     captured, eager = memory(static_step=True), memory()
     assert captured.task_bytes(queries) == captured.task_bytes(fused) == eager.task_bytes(fused)
     assert eager.task_bytes(queries) < eager.task_bytes(fused)
-    other = AdapterSlot("prompt", 8, ())
+    other = AdapterSlot("dora", 8, ("q_proj",), True)
     shape = ShapeKey(64, 32, (queries, other))
     assert captured.pass_bytes(shape) == eager.pass_bytes(shape), "such a pass runs eagerly"
 

@@ -2,7 +2,8 @@
 
 ``model``    the frozen weights of a Llama-family backbone, fused, and its rotary tables
 ``adapters`` the tasks' LoRA factors, gradients and moments, laid out for the fused linears
-``extras``   the same for IA3, bottlenecks and prefixes, and what they do around a linear
+``extras``   the same for the other methods, and what they do around a linear
+``virtual``  what prefixes and prompts put before a slot's sequences
 ``inputs``   everything that changes from step to step, in one buffer that one copy refills
 ``program``  forward, loss, backward and optimizer as explicit calls, without autograd
 ``captured`` the program of each row count as a CUDA graph, and the loop around its replays

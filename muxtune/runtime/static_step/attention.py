@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from muxtune.runtime.prepended import Stretches
 from muxtune.runtime.shared_attention import Call, flash_backward, flash_forward, merge
+from muxtune.runtime.static_step.virtual import SharedKeys
 from muxtune_kernels.block import Heads, rotate_, rotate_backward
 from muxtune_kernels.packed_attention import (
     fits_packed_attention,
@@ -36,14 +36,6 @@ class Packing(NamedTuple):
     cu_seqlens_N: Tensor
     tiles_W3: Tensor
     max_seqlen: int
-
-
-class SharedPart(NamedTuple):
-    """One attention's shared keys and values, and which rows see which of them."""
-
-    key_RKE: Tensor
-    value_RKE: Tensor
-    stretches: Stretches
 
 
 def split_heads(qkv_TC: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,23 +90,25 @@ def attention_backward(
 
 
 def attention_with_shared(
-    qkv_TC: Tensor, rotary: Rotary, heads: Heads, packing: Packing, shared: SharedPart
+    qkv_TC: Tensor, rotary: Rotary, heads: Heads, packing: Packing, shared: SharedKeys
 ) -> tuple[Tensor, Any]:
     """As ``attention_forward``, where rows also see the shared keys; qkv is rotated in place."""
     rotate_(qkv_TC, *rotary, heads)
     parts = split_heads(qkv_TC, heads)
     own, other = _calls(packing, shared)
     out_THE, lse_HT, state = flash_forward(*parts, own, None)
-    more_THE, more_HT, more = flash_forward(parts[0], shared.key_RKE, shared.value_RKE, other, None)
+    key_RKE, value_RKE = shared.gathered(*parts[1:])
+    more_THE, more_HT, more = flash_forward(parts[0], key_RKE, value_RKE, other, None)
     out_THE, lse_HT = merge((out_THE, lse_HT), (more_THE, more_HT), shared.stretches.has_T)
     return out_THE.flatten(1), (out_THE, lse_HT, state, more)
 
 
 def attention_with_shared_backward(
     dout_TC: Tensor, qkv_TC: Tensor, saved: Any, rotary: Rotary, heads: Heads, packing: Packing,
-    shared: SharedPart,
+    shared: SharedKeys,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(gradient of the QKV rows before their rotation, of the shared keys, of the values)."""
+    """(gradient of the QKV rows before their rotation, of the table of shared keys, of their
+    values); what the table has of the pass's own rows is in the first."""
     out_THE, lse_HT, state, more = saved
     parts = split_heads(qkv_TC, heads)
     own, other = _calls(packing, shared)
@@ -123,14 +117,18 @@ def attention_with_shared_backward(
         dout_THE, *parts, out_THE, lse_HT, state, own, None
     )
     more_THE, dkey_RKE, dvalue_RKE = flash_backward(
-        dout_THE, parts[0], shared.key_RKE, shared.value_RKE, out_THE, lse_HT, more, other, None
+        dout_THE, parts[0], *shared.gathered(*parts[1:]), out_THE, lse_HT, more, other, None
     )
     dquery_THE = dquery_THE + torch.where(shared.stretches.has_T[:, None, None], more_THE, 0)
+    dkey_UKE, dvalue_UKE = shared.scattered(dkey_RKE), shared.scattered(dvalue_RKE)
+    count = shared.table.num_prompt_rows
+    for total_TKE, part_UKE in ((dkey_TKE, dkey_UKE), (dvalue_TKE, dvalue_UKE)):
+        total_TKE[total_TKE.shape[0] - count :] += part_UKE[:count]
     dqkv_TC = rotate_backward(dquery_THE, dkey_TKE, dvalue_TKE, *rotary, heads)
-    return dqkv_TC, dkey_RKE, dvalue_RKE
+    return dqkv_TC, dkey_UKE, dvalue_UKE
 
 
-def _calls(packing: Packing, shared: SharedPart) -> tuple[Call, Call]:
+def _calls(packing: Packing, shared: SharedKeys) -> tuple[Call, Call]:
     cu_seqlens_N, _, max_seqlen = packing
     stretches = shared.stretches
     return (

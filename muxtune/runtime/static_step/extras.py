@@ -1,4 +1,5 @@
-"""IA3, bottlenecks and prefixes in the static step: explicit forms with static shapes.
+"""Methods other than LoRA in the static step: explicit forms with static shapes. What prefixes and
+prompts put before a slot's sequences is in ``virtual``.
 
 Their tensors lie beside those of ``AdapterPools``; every launch serves all slots, and nothing waits
 for the host, so a step with mixed methods is captured like one of LoRA alone. What a slot's task
@@ -19,14 +20,21 @@ from torch import Tensor
 
 from muxtune.runtime.adapters import bottleneck as bottleneck_method
 from muxtune.runtime.adapters import dora, ia3, prefix
+from muxtune.runtime.adapters.prompt import PROMPT
 from muxtune.runtime.adapters.scaling import owned_rows, row_factors
 from muxtune.runtime.linear import module_key
-from muxtune.runtime.prepended import Stretches
 from muxtune.runtime.static_step.adapters import AdapterPools
-from muxtune.runtime.static_step.model import FusedLinear, StaticModel, Unsupported
+from muxtune.runtime.static_step.extra_pool import Four, Pool
+from muxtune.runtime.static_step.model import EMBEDDING, FusedLinear, StaticModel, Unsupported
+from muxtune.runtime.static_step.virtual import (
+    VIRTUAL,
+    Prefixes,
+    Prompts,
+    VirtualTable,
+    virtual_ranks,
+)
 from muxtune.types import AdapterSlot
 from muxtune_kernels import AdamWPool
-from muxtune_kernels.block import Heads
 from muxtune_kernels.bottleneck import (
     BottleneckGrads,
     BottleneckPool,
@@ -42,47 +50,7 @@ from muxtune_kernels.row_scaling import (
 from muxtune_kernels.rows import slot_offsets
 from muxtune_kernels.segments import segment_sum
 
-METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix")
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class Pool(NamedTuple):
-    """One parameter at one site. ``row_of_slot_S``, int64 [S + 1]: a slot's first row, or the
-    number of rows where its task has none, as filler's."""
-
-    tensors: Four
-    slot_rows: tuple[int, ...]
-    row_of_slot_S: Tensor
-    slot_of_row_U: Tensor
-
-    @classmethod
-    def of(cls, slot_rows: Sequence[int], width: int, device: torch.device) -> Pool:
-        rows = sum(slot_rows)
-        param, grad, exp_avg, exp_avg_sq = (
-            torch.zeros((rows, width), dtype=torch.float32, device=device) for _ in range(4)
-        )
-        row_of_slot_S = torch.full((len(slot_rows) + 1,), rows, dtype=torch.int64, device=device)
-        slots, counts = torch.arange(len(slot_rows)), torch.tensor(slot_rows)
-        slot_of_row_U = torch.repeat_interleave(slots, counts).to(device)
-        four = param, grad, exp_avg, exp_avg_sq
-        return cls(four, tuple(slot_rows), row_of_slot_S, slot_of_row_U)
-
-    def rows_of(self, slot: int) -> slice:
-        start = sum(self.slot_rows[:slot])
-        return slice(start, start + self.slot_rows[slot])
-
-    def views(self, slot: int) -> Four:
-        rows = self.rows_of(slot)
-        param, grad, exp_avg, exp_avg_sq = (tensor[rows] for tensor in self.tensors)
-        return param, grad, exp_avg, exp_avg_sq
-
-    def set_owned(self, slot: int, owned: bool) -> None:
-        self.row_of_slot_S[slot] = self.rows_of(slot).start if owned else self.tensors[0].shape[0]
-
-    def store(self, grad_UW: Tensor, keep_S: Tensor) -> None:
-        """The gradient: written, or added for slots that keep what they have."""
-        keeps_U1 = keep_S.index_select(0, self.slot_of_row_U).bool()[:, None]
-        self.tensors[1].copy_(grad_UW + torch.where(keeps_U1, self.tensors[1], 0))
+METHODS = ("lora", "dora", "ia3", "bottleneck", "prefix", "prompt")
 
 
 class Scale(NamedTuple):
@@ -266,60 +234,6 @@ class SiteExtras(NamedTuple):
         return _scaled_backward(self.scales_in, dx_TD, x_TD, rows) if self.scales_in else dx_TD
 
 
-class Prefixes(NamedTuple):
-    """One attention's keys and values; ``index_R`` gathers those of the slots' tasks one below the
-    other, ``count_S`` (int32) how many each has. Both are shared by all layers."""
-
-    key: Pool
-    value: Pool
-    index_R: Tensor
-    count_S: Tensor
-
-    def stretches(self, rows: StepRows, num_rows: int) -> Stretches:
-        """A slot's rows are a stretch; slots lie in order, filler behind them."""
-        bounds_S3 = rows.rows.slot_bounds_S3
-        assert bounds_S3 is not None
-        stop_S, counts_S = bounds_S3[:, 1].cummax(0).values, self.count_S.cumsum(0)
-        zero, slot_T = stop_S.new_zeros(1), rows.rows.slot_of_row_T.long()
-        count_T = self.count_S.index_select(0, slot_T.clamp(min=0))
-        return Stretches(
-            torch.cat([zero, stop_S, stop_S.new_full((1,), num_rows)]).int(),
-            torch.cat([zero, counts_S, counts_S[-1:]]).int(),
-            self.index_R,
-            num_rows,
-            max(self.key.slot_rows),
-            (slot_T >= 0) & (count_T > 0),
-        )
-
-    def shifted(self, position_T: Tensor, rows: StepRows) -> Tensor:
-        """Positions behind the virtual tokens."""
-        slot_T = rows.rows.slot_of_row_T.long()
-        count_T = self.count_S.index_select(0, slot_T.clamp(min=0))
-        return position_T + torch.where(slot_T >= 0, count_T, 0)
-
-    def gathered(self, dtype: torch.dtype, heads: Heads) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, K, E]; rows beyond the slots' counts are nobody's."""
-        shape = (heads.num_kv_heads, heads.head_dim)
-        key, value = (
-            pool.tensors[0].index_select(0, self.index_R).to(dtype).unflatten(1, shape)
-            for pool in (self.key, self.value)
-        )
-        return key, value
-
-    def store(self, dkey_RKE: Tensor, dvalue_RKE: Tensor, rows: StepRows) -> None:
-        """The gradients of ``gathered``, to where the optimizer reads them."""
-        bounds_S3 = rows.rows.slot_bounds_S3
-        assert bounds_S3 is not None
-        place_R = torch.arange(len(self.index_R), device=self.index_R.device)
-        slot_R = self.key.slot_of_row_U.index_select(0, self.index_R)
-        # Slots without rows in this pass, and what lies behind the last key, were not computed.
-        is_real_R = (place_R < self.count_S.sum()) & (bounds_S3[:, 2] > 0).index_select(0, slot_R)
-        for pool, grad_RKE in ((self.key, dkey_RKE), (self.value, dvalue_RKE)):
-            grad_RW = torch.where(is_real_R[:, None], grad_RKE.flatten(1).float(), 0)
-            total_RW = torch.zeros_like(pool.tensors[0]).index_add_(0, self.index_R, grad_RW)
-            pool.store(total_RW, rows.keep_S)
-
-
 class ExtraPools:
     """The slots' tensors besides low-rank factors, on every block of a model. ``adapters``: their
     low-rank factors, which DoRA's norms are of.
@@ -349,6 +263,7 @@ class ExtraPools:
             )
             for block, pools in zip(model.blocks, loras, strict=True)
         ]
+        self.prompts = self._prompts(model)
         self.prefixes = self._all_prefixes(model)
 
     @property
@@ -357,7 +272,7 @@ class ExtraPools:
 
     @property
     def max_virtual_tokens(self) -> int:
-        return max((s.rank for s in self.slots if s.method == "prefix"), default=0)
+        return max((s.rank for s in self.slots if s.method in VIRTUAL), default=0)
 
     def views(self, slot: int) -> Iterator[tuple[tuple[str, str], Four]]:
         """A slot's rows by (site name, parameter name)."""
@@ -372,16 +287,8 @@ class ExtraPools:
         for key, pool in self._pools.items():
             if pool.slot_rows[slot]:
                 pool.set_owned(slot, key in rows_of)
-        if self.slots[slot].method == "prefix":
-            self._place_prefix(slot, max(rows_of.values(), default=0))
-
-    def _place_prefix(self, slot: int, count: int) -> None:
-        shared = self.prefixes[0]
-        shared.count_S[slot] = count
-        counts = shared.count_S.tolist()
-        starts = slot_offsets(shared.key.slot_rows)
-        rows = [start + at for start, n in zip(starts, counts, strict=False) for at in range(n)]
-        shared.index_R[: len(rows)] = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        if self.slots[slot].method in VIRTUAL:
+            self.prefixes[0].table.place(slot, max(rows_of.values(), default=0))
 
     def _pool(self, key: tuple[str, str], slot_rows: Sequence[int], width: int) -> Pool:
         self._pools[key] = Pool.of(slot_rows, width, self.device)
@@ -451,18 +358,26 @@ class ExtraPools:
         four = (pools[0], pools[1], pools[2], pools[3])
         return Bottlenecks(columns, four, module_key(name), self.deterministic)
 
-    def _all_prefixes(self, model: StaticModel) -> list[Prefixes]:
-        ranks = [slot.rank if slot.method == "prefix" else 0 for slot in self.slots]
+    def _prompts(self, model: StaticModel) -> Prompts | None:
+        ranks = virtual_ranks(self.slots, "prompt")
         if not any(ranks):
+            return None
+        width = model.embedding_VD.shape[1]
+        return Prompts(self._pool((EMBEDDING, PROMPT), ranks, width))
+
+    def _all_prefixes(self, model: StaticModel) -> list[Prefixes]:
+        ranks, prompts = (virtual_ranks(self.slots, name) for name in ("prefix", "prompt"))
+        if not any((*ranks, *prompts)):
             return []
+        table = VirtualTable.of(prompts, ranks, self.device)
+        if not any(ranks):
+            return [Prefixes(None, None, table)] * len(model.blocks)
         width = model.heads.num_kv_heads * model.heads.head_dim
-        index_R = torch.zeros(sum(ranks), dtype=torch.int64, device=self.device)
-        count_S = torch.zeros(len(ranks), dtype=torch.int32, device=self.device)
         found = []
         for block in model.blocks:
             site = block.linears[0].names[0].rpartition(".")[0]
             key, value = (self._pool((site, n), ranks, width) for n in (prefix.KEY, prefix.VALUE))
-            found.append(Prefixes(key, value, index_R, count_S))
+            found.append(Prefixes(key, value, table))
         return found
 
 

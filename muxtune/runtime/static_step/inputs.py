@@ -64,7 +64,8 @@ class Field(NamedTuple):
 
 class StepLayout(NamedTuple):
     """Sizes of the buffer. ``max_bounds``: sequences and stretches of filler that it can hold.
-    ``tuned_rows``: see ``StepRows``; 0: ``max_rows``."""
+    ``tuned_rows``: see ``StepRows``; 0: ``max_rows``. ``prompts``: ranks of the slots that may have
+    one, whose rows are the last of every micro-batch; see ``virtual``."""
 
     max_rows: int
     num_slots: int
@@ -72,6 +73,11 @@ class StepLayout(NamedTuple):
     max_seqlen: int
     dropout: bool = False
     tuned_rows: int = 0
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def prompt_rows(self) -> int:
+        return sum(self.prompts)
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -159,7 +165,8 @@ class HostBuffer:
         Raises ValueError when the rows or bounds do not suffice.
         """
         ordered = sorted(sequences, key=lambda sequence: sequence.slot)
-        starts = _place(ordered, first_rows or {}, num_rows, self.layout.max_seqlen)
+        room = num_rows - self.layout.prompt_rows
+        starts = _place(ordered, first_rows or {}, room, self.layout.max_seqlen)
         self._fill_rows(num_rows, ordered, starts, pad_id)
         self._fill_bounds(num_rows, ordered, starts)
         self._fill_slots(slots)
@@ -188,13 +195,17 @@ class HostBuffer:
         bounds, spans = [0], {}
         cu_seqlens = self.arrays["cu_seqlens"]
         stops = [start + len(item.tokens_n) for item, start in zip(ordered, starts, strict=True)]
-        gaps = [start - stop for stop, start in zip([0, *stops], [*starts, num_rows], strict=True)]
-        length = self._filler_length(gaps, len(cu_seqlens) - 1 - len(ordered))
+        prompts, end = self.layout.prompts, num_rows - self.layout.prompt_rows
+        gaps = [start - stop for stop, start in zip([0, *stops], [*starts, end], strict=True)]
+        room = len(cu_seqlens) - 1 - len(ordered) - len(prompts)
+        length = self._filler_length(gaps, room)
         for (slot, *_), start, stop in zip(ordered, starts, stops, strict=True):
             self._fill_gap(bounds, start, length)
             bounds.append(stop)
             spans[slot] = (spans.get(slot, (start,))[0], stop)
-        self._fill_gap(bounds, num_rows, length)
+        self._fill_gap(bounds, end, length)
+        for count in prompts:
+            self._fill_gap(bounds, bounds[-1] + count, count)
         if len(bounds) > len(cu_seqlens):
             raise ValueError(f"{len(bounds) - 1} sequences, room for {len(cu_seqlens) - 1}")
         cu_seqlens[: len(bounds)] = bounds

@@ -20,6 +20,9 @@ class Unsupported(Exception):
     """This backbone or plan has no static step; the message says why."""
 
 
+EMBEDDING = "model.embed_tokens"  # its site, in every architecture of ``check_architecture``
+
+
 class FusedLinear(NamedTuple):
     """Linears that read the same input, one below the other. ``names``: the members' sites."""
 

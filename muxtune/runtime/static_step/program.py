@@ -21,7 +21,6 @@ from muxtune.runtime.static_step.adapters import AdapterPools
 from muxtune.runtime.static_step.attention import (
     Packing,
     Rotary,
-    SharedPart,
     attention_backward,
     attention_forward,
     attention_with_shared,
@@ -30,6 +29,7 @@ from muxtune.runtime.static_step.attention import (
 from muxtune.runtime.static_step.extras import ExtraPools, SiteExtras
 from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.model import StaticModel
+from muxtune.runtime.static_step.virtual import SharedKeys
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import (
     add_rms_norm,
@@ -144,7 +144,11 @@ class StepProgram:
         count = _PRODUCTS_A_BLOCK * len(model.blocks) * tiles
         self._flags = ReadyFlags(count, model.device) if own_shrink else None
         self._rotary = Rotary(model.cos_LP, model.sin_LP, inputs.fields["positions"])
+        self._prompts = None if extras is None else extras.prompts
+        if inputs.layout.prompt_rows != (0 if self._prompts is None else self._prompts.num_rows):
+            raise ValueError(f"rows for prompts {inputs.layout.prompts}, the slots have others")
         self._stretches: Stretches | None = None
+        self._is_real_R: Tensor | None = None
 
     @torch.no_grad()
     def run(self, num_rows: int, recompute: int = 0) -> StepResult:
@@ -170,6 +174,8 @@ class StepProgram:
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Saved | Tensor]]:
         ids_T = self.inputs.fields["input_ids"][:num_rows]
         x_TD, added_TD = self.model.embedding_VD.index_select(0, ids_T), None
+        if self._prompts is not None:
+            self._prompts.embed_(x_TD)
         saved: list[Saved | Tensor] = []
         for index in range(len(self.model.blocks)):
             kept, added_TD = self._block_forward(index, x_TD, added_TD, rows)
@@ -236,6 +242,8 @@ class StepProgram:
         with torch.cuda.stream(self._side):
             self._make_a_grad(rows)
         self._join_side()
+        if self._prompts is not None:
+            self._prompts.store(dx_TD, rows)
 
     def _block_backward(self, index: int, kept: Saved, dx_TD: Tensor, rows: StepRows) -> Tensor:
         block, (qkv, out, gate_up, down) = self.model.blocks[index], self._sites(index)
@@ -249,9 +257,10 @@ class StepProgram:
         )
         dout_TC = self._linear_backward(out, dx_TD, kept.attended_TC, kept.h_out, rows)
         dqkv_TC = self._attend_backward(index, _some(dout_TC), kept, rows)
-        # Nobody asks for the gradient of the embedding's output.
+        # Nobody but a prompt asks for the gradient of the embedding's output.
+        needs_dx = index > 0 or self._prompts is not None
         dnormed_TD = self._linear_backward(
-            qkv, dqkv_TC, kept.normed_in_TD, kept.h_qkv, rows, needs_dx=index > 0
+            qkv, dqkv_TC, kept.normed_in_TD, kept.h_qkv, rows, needs_dx
         )
         if dnormed_TD is None:
             return dx_TD
@@ -309,16 +318,18 @@ class StepProgram:
         """What the attention of every block is told of this micro-batch."""
         position_T, self._stretches = self.inputs.fields["positions"][:num_rows], None
         if self.extras is not None and self.extras.prefixes:
-            prefixes = self.extras.prefixes[0]  # of one layer as of all
-            position_T = prefixes.shifted(position_T, rows)
-            self._stretches = prefixes.stretches(rows, num_rows)
+            table = self.extras.prefixes[0].table  # of one layer as of all
+            position_T = table.shifted(position_T, rows)
+            self._stretches = table.stretches(rows, num_rows)
+            self._is_real_R = table.is_real(rows)
         self._rotary = Rotary(self.model.cos_LP, self.model.sin_LP, position_T)
 
-    def _shared(self, index: int) -> SharedPart | None:
+    def _shared(self, index: int) -> SharedKeys | None:
         if self.extras is None or self._stretches is None:
             return None
-        keys = self.extras.prefixes[index].gathered(self.model.dtype, self.model.heads)
-        return SharedPart(*keys, self._stretches)
+        prefixes = self.extras.prefixes[index]
+        own_PKE = prefixes.keys(self.model.dtype, self.model.heads)
+        return SharedKeys(own_PKE, prefixes.table, self._stretches, _some(self._is_real_R))
 
     def _packing(self) -> Packing:
         fields = self.inputs.fields
