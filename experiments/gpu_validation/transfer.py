@@ -16,11 +16,10 @@ from typing import Any
 from muxtune.cost.devices import device_figures
 from muxtune.cost.schema import load_profile
 from muxtune.cost.transfer import carried_over, carried_over_model
-from muxtune.profiling.step_cases import case_from_json
 from muxtune.validation.models import Models
 from muxtune.validation.records import read_lines
 from muxtune.validation.scoring import errors_of, rankings, usable
-from muxtune.validation.steps import predict
+from muxtune.validation.steps import again
 
 
 def transfer(source: Path, target: Path) -> dict[str, Any]:
@@ -28,11 +27,9 @@ def transfer(source: Path, target: Path) -> dict[str, Any]:
     here = load_profile(target / "profile.json")
     figures = [device_figures(item.device_name) for item in (profile, here)]
     carried = carried_over(profile, *figures)
-    models, rows = Models(profile), []
-    for row in usable(read_lines(target / "steps.jsonl")):
-        case = case_from_json(row["case"])
-        model = carried_over_model(models(case.shape), carried)
-        rows.append({**row, **predict(case, model)})
+    models = Models(profile)
+    measured = usable(read_lines(target / "steps.jsonl"))
+    rows = again(measured, lambda shape: carried_over_model(models(shape), carried))
     errors = errors_of(rows)
     return {
         "from": profile.device_name,

@@ -13,10 +13,10 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.captured_ops import CapturedOps
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob
 
-ROWS = (128, 512, 2048, 8192)
+ROWS = (128, 512, 1024, 2048, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
 RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
-MAX_BENT_ROWS = 4
+MAX_BENT_ROWS = 3
 REFINE_ERROR = 0.04
 METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
 Report = Callable[[float, str], None]
@@ -70,10 +70,8 @@ def measure_captured(
 
     for work in works:
         measure(work)
-    refining = list(_refining(bent_rows(bench), sorted(slots), sorted(ranks)))
-    if time.perf_counter() < end_s:
-        left_out += compilers.compile(_jobs(shape, refining), report)
-    for work in refining:
+    # Of what runs without adapters; the rest follows the waves of its tiles (``cost.tiles``).
+    for work in [Work(False, f"{count} rows", "rows", (count,)) for count in bent_rows(bench)]:
         measure(work)
     return bench.ops(), left_out
 
@@ -91,25 +89,15 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
     for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
         yield Work(True, "optimizer", "optimizer", (num_slots, rank))
     for count in (rows[0], rows[-1], *rows[1:-1]):
-        yield from _sites(count, slots, ranks, count in (rows[0], rows[-1]))
+        for num_slots in slots:
+            for rank in ranks:
+                name = f"{num_slots} adapters of rank {rank}, {count} rows"
+                needed = count in (rows[0], rows[-1])
+                yield Work(needed, name, "sites", (num_slots, rank, count))
     for method, sizes in METHOD_RANKS.items():
         for rank in sizes:
             for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:
                 yield Work(False, f"{method}, {count} rows", "extra", (method, 2, rank, count))
-
-
-def _refining(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> Iterator[Work]:
-    for count in rows:
-        yield Work(False, f"{count} rows", "rows", (count,))
-    for count in rows:
-        yield from _sites(count, slots, ranks, False)
-
-
-def _sites(rows: int, slots: Sequence[int], ranks: Sequence[int], needed: bool) -> Iterator[Work]:
-    for num_slots in slots:
-        for rank in ranks:
-            name = f"{num_slots} adapters of rank {rank}, {rows} rows"
-            yield Work(needed, name, "sites", (num_slots, rank, rows))
 
 
 def _attention_points(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,7 @@ import torch
 from muxtune import codec
 from muxtune.cluster_policies.fifo_shared import FifoShared
 from muxtune.cost.book import CostBook
+from muxtune.cost.scaled import ScaledCostBook
 from muxtune.cost.schema import Profile
 from muxtune.deciding import TaskOutcome
 from muxtune.engine import Engine, QuietObserver
@@ -204,9 +205,15 @@ def with_prediction(row: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
         return dict(row)
     case = DynamicCase(row["name"], codec.decode(row["specs"]), row["max_tasks"])
     simulated, measured = _simulate(case, profile), Log.of_json(row["measured"])
+    model: Any = _book(profile)(profile.model_name, profile.device_name)
+    error = model.composition.relative_error
+    edges = [_simulate(case, profile, 1.0 + sign * error) for sign in (-1, 1)]
     return {
         **row,
-        "tasks": [_ends(task, simulated, measured) for task in case.tasks],
+        "tasks": [
+            _ends(task, simulated, measured) | _interval(task, (simulated, *edges))
+            for task in case.tasks
+        ],
         "same_completion_order": simulated.order == measured.order,
         "first_difference": first_difference(simulated, measured),
         "decisions": {"predicted": simulated.lines, "measured": measured.lines},
@@ -225,6 +232,12 @@ def _ends(task: TaskSpec, simulated: Log, measured: Log) -> dict[str, Any]:
             f"{name}_steps": end.steps,
         }
     return row
+
+
+def _interval(task: TaskSpec, logs: Sequence[Log]) -> dict[str, float]:
+    """Of a completion time: all steps as fast, and as slow, as the 90% interval of one."""
+    ends = [(log.ended[task.task_id].ended_ns - task.arrival_ns) / NS_PER_S for log in logs]
+    return {"low_s": min(ends), "high_s": max(ends)}
 
 
 def first_difference(predicted: Log, measured: Log) -> Mapping[str, Any] | None:
@@ -262,12 +275,14 @@ def planned(case: DynamicCase, profile: Profile) -> list[Plan]:
     return _simulate(case, profile).plans
 
 
-def _simulate(case: DynamicCase, profile: Profile) -> Log:
+def _simulate(case: DynamicCase, profile: Profile, factor: float = 1.0) -> Log:
+    """``factor``: of all times, while the planner plans with those of the profile."""
     from muxtune_sim.executor import SimExecutor  # a machine with a GPU may lack simpy
     from muxtune_sim.options import SimOptions, make_builder
 
     book = _book(profile)
-    executor = SimExecutor(make_builder(SimOptions()), book, SyntheticLibrary(0), SimOptions())
+    times = book if factor == 1.0 else ScaledCostBook(book, factor)
+    executor = SimExecutor(make_builder(SimOptions()), times, SyntheticLibrary(0), SimOptions())
     return _run(case, profile, book, executor)
 
 

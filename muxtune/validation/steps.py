@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from muxtune.cost.schema import Profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.profiling.step_cases import StepCase, case_to_json
+from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
 from muxtune.profiling.steps import StepBench, is_lost, whole_rounds
 from muxtune.types import ReplicaShape
 from muxtune.validation.models import Models
@@ -100,6 +100,14 @@ def run_steps(
     if bench is not None:
         bench.close()
     return left
+
+
+def again(
+    rows: Iterable[Mapping[str, Any]], model_of: Callable[[ModelShape], ProfiledCostModel]
+) -> list[dict[str, Any]]:
+    """The same measurements beside what other models predict."""
+    cases = [(row, case_from_json(row["case"])) for row in rows]
+    return [{**row, **predict(case, model_of(case.shape))} for row, case in cases]
 
 
 def _check_same_suite(cases: Sequence[StepCase], records: Records) -> None:
