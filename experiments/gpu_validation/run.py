@@ -52,7 +52,7 @@ MIN_ROWS = 256
 OWN_EVERY = 24  # the profiled base model has many blocks: a case of it takes seconds
 PARTS = "profile.parts.jsonl"
 SHORT_S = 10.0
-MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 110.0, 3
+MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 85.0, 3
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16,)}
 
@@ -81,8 +81,12 @@ def main() -> None:
     if args.rehearse:
         if args.model != "tiny":
             args.model, args.others = "llama-2-7b:2", "llama-3.1-8b:2"
-        args.budget, args.profile_budget, args.cases = min(args.budget, REHEARSAL_S), 25.0, 26
-        args.case_s, args.dynamic_s, args.max_rows = 0.1, 6.0, 256 if args.model == "tiny" else 1024
+        args.budget, args.profile_budget, args.cases = min(args.budget, REHEARSAL_S), 20.0, 12
+        args.case_s, args.dynamic_s, args.max_rows = (
+            0.05,
+            4.0,
+            256 if args.model == "tiny" else 1024,
+        )
     with Compilers(device, deterministic=True, workers=args.workers) as compilers:
         if args.rehearse:
             sys.exit(rehearse(args, compilers))
