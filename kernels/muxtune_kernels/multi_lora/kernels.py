@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .tiles import dh_db_tile, expand_tile, outer_tile, shrink_tile, sum_parts_tile
+from .tiles import (
+    dh_db_tile,
+    expand_tile,
+    nth_largest_slot,
+    outer_tile,
+    shrink_tile,
+    sum_parts_tile,
+)
 
 
 @triton.jit
@@ -45,10 +52,12 @@ def outer_kernel(
     rate_ptr, keep_ptr, module_word, width, total_rank, h_stride, v_stride, out_stride_split,
     out_stride_row,
     INNER: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
+    slot = nth_largest_slot(bounds_ptr, tl.program_id(1), tl.num_programs(1), SLOTS_PAD)
     outer_tile(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), h_ptr, v_ptr, out_ptr,
+        tl.program_id(0), slot, tl.program_id(2), h_ptr, v_ptr, out_ptr,
         slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, row_key_ptr, rate_ptr, keep_ptr,
         module_word, width, total_rank, h_stride, v_stride, out_stride_split, out_stride_row,
         INNER, RANK_PAD, SPLITS, DROPOUT, ACCUMULATE, BLOCK_T, BLOCK_N, BLOCK_J,
@@ -61,13 +70,17 @@ def dh_db_kernel(
     edges_ptr, keep_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride,
     part_stride, db_stride_split, db_stride_row,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    ACCUMULATE: tl.constexpr, DH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, DH: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    slot = nth_largest_slot(
+        bounds_ptr, tl.program_id(1) // NUM_MEMBERS, tl.num_programs(1) // NUM_MEMBERS, SLOTS_PAD
+    )
     dh_db_tile(
-        tl.program_id(0), tl.program_id(1) % NUM_MEMBERS, tl.program_id(1) // NUM_MEMBERS,
-        tl.program_id(2), dy_ptr, b_ptr, h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr,
-        offset_ptr, rank_ptr, edges_ptr, keep_ptr, width, total_rank, dy_stride, b_stride_rank,
-        b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
+        tl.program_id(0), tl.program_id(1) % NUM_MEMBERS, slot, tl.program_id(2), dy_ptr, b_ptr,
+        h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr,
+        keep_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride, part_stride,
+        db_stride_split, db_stride_row,
         NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, ACCUMULATE, DH, BLOCK_T, BLOCK_N,
     )  # fmt: skip
 

@@ -355,7 +355,7 @@ def _dh_db(
         dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width,
         0 if parts is None else parts.stride(0), partials.stride(0), partials.stride(1),
         members, layout.rank_pad, splits, layout.align, direct is not None, parts is not None,
-        tuning.db_t, tuning.db_n,
+        _slots_pad(adapters), tuning.db_t, tuning.db_n,
         num_warps=tuning.db_warps, num_stages=tuning.db_stages,
     )  # fmt: skip
     return partials
@@ -398,13 +398,19 @@ def outer(
         layout.module_word, width, layout.total_rank, layout.j_width, x_TD.stride(0),
         partials.stride(0), partials.stride(1),
         layout.num_members, layout.rank_pad, splits, rows.dropout is not None, direct is not None,
-        tuning.da_t, tuning.da_n, next_power_of_2(layout.j_width),
+        _slots_pad(adapters), tuning.da_t, tuning.da_n, next_power_of_2(layout.j_width),
         num_warps=tuning.warps, num_stages=tuning.da_stages,
     )  # fmt: skip
     total_RD = _total(partials, a_RD)
     if targets is not None and direct is None:
         _add_into(targets.da_RD, total_RD, targets.keep_S, layout)
     return total_RD
+
+
+def _slots_pad(adapters: Adapters) -> int:
+    """0: in their own order. Ordering many is more work than it saves."""
+    count = len(adapters.slot_ranks)
+    return next_power_of_2(count) if 1 < count <= 64 else 0
 
 
 def _add_into(target_RN: Tensor, value_RN: Tensor, keep_S: Tensor, layout: Layout) -> None:

@@ -208,6 +208,21 @@ def expand_tile(
 
 
 @triton.jit
+def nth_largest_slot(bounds_ptr, nth, num_slots, SLOTS_PAD: tl.constexpr):
+    """The slot that comes `nth` when they are ordered by their rows, most first. Programs start in
+    the order of their numbers: the long ones first, so that none of them runs alone at the end.
+    Whose program works on a slot changes no bit of it."""
+    if SLOTS_PAD == 0:
+        return nth
+    s_S = tl.arange(0, SLOTS_PAD)
+    count_S = tl.load(bounds_ptr + 3 * s_S + 2, mask=s_S < num_slots, other=-1)
+    more_SS = count_S[None, :] > count_S[:, None]
+    tie_SS = (count_S[None, :] == count_S[:, None]) & (s_S[None, :] < s_S[:, None])
+    place_S = tl.sum((more_SS | tie_SS).to(tl.int32), 1)
+    return tl.sum(tl.where(place_S == nth, s_S, 0), 0)
+
+
+@triton.jit
 def _slot_rows(bounds_ptr, slot, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
     """(first row, stop row, whether the slot owns all rows between) of one split of a slot.
     Row blocks count from the slot's first row, so sums do not depend on where it lies."""
