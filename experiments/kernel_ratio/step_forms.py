@@ -2,19 +2,21 @@
 
     PYTHONPATH=.:sim:kernels python3 experiments/kernel_ratio/step_forms.py --out step_forms.json
 
-Llama-2-7B shape, random bf16 weights, a round of the measured workload cut to `--rows`. Both forms
-do the same step from the same state: their losses and gradients are compared with each other, and
-those of a form with themselves over several replays, bit for bit.
+Llama-2-7B shape, random bf16 weights, a round of the measured workload cut to `--rows`. All forms
+do the same step from the same state: their losses and gradients are compared with the first one's,
+and those of a form with themselves over several replays, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,11 +37,42 @@ from muxtune.runtime.static_step import (
 )
 from muxtune.runtime.static_step.adapters import LoraState
 from muxtune.runtime.static_step.inputs import StepInputs
+from muxtune_kernels.multi_lora import explicit, tuning
 
-REPLAYS = 5
+REPLAYS = 3
 
 
-def program_of(static: StaticModel, ranks: tuple[int, ...], rows: int, own: bool) -> StepProgram:
+class Form(NamedTuple):
+    """own_shrink, overlap: of the program. own_backward: of the explicit calls. tuning: changes."""
+
+    own_shrink: bool
+    overlap: bool
+    own_backward: bool = False
+    tuning: dict[str, Any] = {}
+
+
+FORMS = {
+    "as it was": Form(False, True),
+    "one stream": Form(False, False),
+    "own h forward, one stream": Form(True, False),
+    "own h, one stream": Form(True, False, True),
+    "cuBLAS beta 1, one stream": Form(False, False, tuning={"fused": False}),
+    "own h forward": Form(True, True),
+}
+
+
+@contextlib.contextmanager
+def as_told(form: Form) -> Iterator[None]:
+    tuning_of, own_backward = tuning.tuning_of, explicit.OWN_BACKWARD
+    tuning.tuning_of = lambda *key: tuning_of(*key)._replace(**form.tuning)
+    explicit.OWN_BACKWARD = form.own_backward
+    try:
+        yield
+    finally:
+        tuning.tuning_of, explicit.OWN_BACKWARD = tuning_of, own_backward
+
+
+def program_of(static: StaticModel, ranks: tuple[int, ...], rows: int, form: Form) -> StepProgram:
     pools = AdapterPools(static, tuple(SlotSpec(rank) for rank in ranks), False)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for slot in range(len(ranks)):
@@ -50,16 +83,18 @@ def program_of(static: StaticModel, ranks: tuple[int, ...], rows: int, own: bool
             states[name] = LoraState((a_rD * a_rD.shape[1] ** -0.5,), (b_rO * 0.02,))
         pools.load(slot, states, 0)
     inputs = StepInputs(StepLayout(rows, len(ranks), 96, 512), static.device)
-    return StepProgram(static, pools, inputs, own_shrink=own)
+    return StepProgram(static, pools, inputs, own_shrink=form.own_shrink, overlap=form.overlap)
 
 
 def gradients(program: StepProgram) -> list[torch.Tensor]:
     return [part[1].clone() for layer in program.pools.layers for p in layer for part in (p.a, p.b)]
 
 
-def run_form(static: StaticModel, ranks: tuple[int, ...], rows: int, own: bool) -> dict[str, Any]:
+def run_form(
+    static: StaticModel, ranks: tuple[int, ...], rows: int, form: Form, kernels: bool
+) -> dict[str, Any]:
     work = Workload(len(ranks), ranks, model_shape("llama-2-7b").vocab)
-    program = program_of(static, ranks, rows, own)
+    program = program_of(static, ranks, rows, form)
     program.optimizes = False
     steps = CapturedSteps(program, [rows])
     start_s = time.perf_counter()
@@ -78,7 +113,7 @@ def run_form(static: StaticModel, ranks: tuple[int, ...], rows: int, own: bool) 
     return {
         "ms_without_optimizer": gradients_only_ms, "capture_s": capture_s, "losses": losses[0],
         "replays_bit_identical": repeats and all(item == losses[0] for item in losses),
-        "gradients": kept, "kernels": profile_kernels(steps, rows, 20),
+        "gradients": kept, "kernels": profile_kernels(steps, rows, 20) if kernels else [],
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }  # fmt: skip
 
@@ -88,14 +123,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=3824)
     parser.add_argument("--ranks", type=int, nargs="*", default=(16,) * 8)
+    parser.add_argument("--layers", type=int, default=32, help="1 compiles everything")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS))
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of each form")
     args = parser.parse_args()
-    model, _ = random_model(model_shape("llama-2-7b"), 0, torch.device("cuda"), torch.bfloat16)
+    shape = model_shape("llama-2-7b")._replace(num_layers=args.layers)
+    model, _ = random_model(shape, 0, torch.device("cuda"), torch.bfloat16)
     model.requires_grad_(False)
     static, report = StaticModel.of(model, 4096), {}
     before: list[torch.Tensor] = []
-    for name, own in (("as it was", False), ("own h", True)):
+    for name in args.forms:
         torch.cuda.reset_peak_memory_stats()
-        found = run_form(static, tuple(args.ranks), args.rows, own)
+        with as_told(FORMS[name]):
+            found = run_form(static, tuple(args.ranks), args.rows, FORMS[name], args.kernels)
         after = found.pop("gradients")
         if before:
             pairs = zip(before, after, strict=True)

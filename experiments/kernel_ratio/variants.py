@@ -270,6 +270,8 @@ FORMS: dict[str, Form] = {
     "plain": plain(),
     "as it was": with_adapters(False, "after"),
     "one stream": with_adapters(False, "none"),
+    "db 64x256, 2 stages": with_adapters(False, "none", db_t=64, db_n=256, db_stages=2, db_warps=8),
+    "db 64x128, 3 stages": with_adapters(False, "none", db_t=64, db_n=128, db_stages=3, db_warps=4),
     "dA early": with_adapters(False, "early"),
     "own h": with_adapters(True, "none"),
     "own h, after": with_adapters(True, "after"),
@@ -382,35 +384,16 @@ def run_case(spec: CaseSpec, repeats: int, apart: bool) -> dict[str, Any]:
     return {"case": spec._asdict(), "errors": errors, "times": times}
 
 
-def profile(spec: CaseSpec) -> dict[str, Any]:
-    """Microseconds of each kernel in a block's forward and backward, calls a block."""
-    streams, linears = new_streams(spec), linears_of(spec)[BLOCK]
-    out = {}
-    for name in ("plain", "as it was", "own h, side early"):
-        for phase in ("forward", "backward"):
-            call = getattr(FORMS[name], phase)
-            replay = graphed(lambda call=call: call(linears, streams), streams, 4)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-                with torch.cuda.stream(streams.main):
-                    replay()
-                torch.cuda.synchronize()
-            events = [e for e in seen.key_averages() if e.device_time_total > 0]
-            out[f"{name}, {phase}"] = {
-                e.key[:60]: (e.count / 4, round(e.device_time_total / 4, 1)) for e in events
-            }
-    return out
-
-
-def units() -> Iterator[tuple[CaseSpec, str, str]]:
+def units(cases: int) -> Iterator[tuple[CaseSpec, str, str]]:
     """What there is to compile, apart."""
-    for spec in CASES:
+    for index, spec in enumerate(CASES[:cases]):
         for family in FAMILIES:
-            for form in ("as it was", "own h"):
+            for form in FORMS if index < 2 else ("as it was", "own h", "cuBLAS beta 1"):
                 yield spec, family, form
 
 
-def warm(part: int, parts: int) -> None:
-    for spec, family, form in list(units())[part::parts]:
+def warm(part: int, parts: int, cases: int) -> None:
+    for spec, family, form in list(units(cases))[part::parts]:
         linears, streams = [Linear(family, spec)], new_streams(spec)
         with torch.cuda.stream(streams.main):
             FORMS[form].forward(linears, streams)
@@ -420,8 +403,8 @@ def warm(part: int, parts: int) -> None:
         torch.cuda.empty_cache()
 
 
-def compile_ahead(workers: int, limit_s: float) -> None:
-    command = [sys.executable, __file__, "--out", "/dev/null", "--warm"]
+def compile_ahead(workers: int, limit_s: float, cases: int) -> None:
+    command = [sys.executable, __file__, "--out", "/dev/null", "--cases", str(cases), "--warm"]
     started = [subprocess.Popen([*command, f"{i}/{workers}"]) for i in range(workers)]
     stop_s = time.monotonic() + limit_s
     for process in started:
@@ -437,26 +420,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="starts no case after that")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--workers", type=int, default=14, help="processes that compile; 0: none")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many")
+    parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     if arguments.warm:
-        warm(*map(int, arguments.warm.split("/")))
+        warm(*map(int, arguments.warm.split("/")), arguments.cases)
         return
     start_s = time.monotonic()
     if arguments.workers:
-        compile_ahead(arguments.workers, arguments.seconds / 2)
+        compile_ahead(arguments.workers, arguments.seconds / 2, arguments.cases)
         print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
-    report: dict[str, Any] = {"environment": environment(), "cases": [], "profile": {}}
-    for index, spec in enumerate(CASES):
+    if arguments.compile_only:
+        return
+    report: dict[str, Any] = {"environment": environment(), "cases": []}
+    for index, spec in enumerate(CASES[: arguments.cases]):
         if time.monotonic() - start_s > arguments.seconds:
             print(f"left out for want of time: {spec}", flush=True)
             continue
         report["cases"].append(run_case(spec, arguments.repeats, index < 2))
         torch.cuda.empty_cache()
-        if index == 0:
-            report["profile"] = profile(spec)
-            print(json.dumps(report["profile"], indent=1), flush=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -18,6 +18,9 @@ from ..rows import SlotRows, slot_offsets
 from .flags import ReadyFlags
 from .reference import multi_lora_linear_reference
 
+# Whether products of the backward make their own dh, where those of the forward make their own h.
+OWN_BACKWARD = False
+
 
 class LoraLinear(NamedTuple):
     """A frozen linear and the adapters on it; everything that outlives a step.
@@ -79,7 +82,7 @@ def lora_linear_forward(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[
 def lora_linear_input_grad(
     dy_TO: Tensor, x_TD: Tensor, h_TJ: Any, lin: LoraLinear, step: StepRows, needs_dx: bool = True
 ) -> tuple[Tensor | None, Any]:
-    """(dx_TD, what `lora_linear_a_grad` wants besides x, and `lora_linear_b_grad`)."""
+    """(dx_TD, what `lora_linear_factor_grad` wants besides x)."""
     if sum(lin.slot_ranks) == 0:
         return (dy_TO @ lin.weight_OD if needs_dx else None), None
     if not x_TD.is_cuda:
@@ -90,25 +93,14 @@ def lora_linear_input_grad(
     targets = launch.GradTargets(lin.da_RD, lin.db_RO, step.keep_S)
     made = launch.lora_input_grad(
         dy_TO, (x_TD.shape[0], x_TD.shape[1]), h_TJ, lin.weight_OD, lin.a_RD, lin.b_RO.t(),
-        tensors, adapters, tuning, targets, needs_dx, step.flags,
+        tensors, adapters, tuning, targets, needs_dx, step.flags if OWN_BACKWARD else None,
     )  # fmt: skip
     return made.dx_TD, FactorGrads(made.dh_TJ, dy_TO if made.owes_db else None, h_TJ)
 
 
-def lora_linear_b_grad(made: Any, lin: LoraLinear, step: StepRows) -> None:
-    """Writes or adds the gradient of B where it is still owed."""
-    if not isinstance(made, FactorGrads) or made.dy_TO is None:
-        return
-    from . import launch
-
-    tensors, adapters, tuning = _cuda(made.dy_TO.shape[0], lin, step)
-    targets = launch.GradTargets(lin.da_RD, lin.db_RO, step.keep_S)
-    layout = launch.layout_of(adapters, made.dy_TO.device)
-    launch.db(made.dy_TO, made.h_TJ, lin.b_RO.t(), tensors, adapters, layout, tuning, targets)
-
-
-def lora_linear_a_grad(made: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows) -> None:
-    """Writes or adds the gradient of A. On the CPU the input gradient's call has done so."""
+def lora_linear_factor_grad(made: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows) -> None:
+    """Writes or adds the gradient of A, and that of B where it is still owed. On the CPU the input
+    gradient's call has done so already."""
     if not isinstance(made, FactorGrads):
         return
     from . import launch
@@ -116,13 +108,9 @@ def lora_linear_a_grad(made: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows)
     tensors, adapters, tuning = _cuda(x_TD.shape[0], lin, step)
     targets = launch.GradTargets(lin.da_RD, lin.db_RO, step.keep_S)
     layout = launch.layout_of(adapters, x_TD.device)
+    if made.dy_TO is not None:
+        launch.db(made.dy_TO, made.h_TJ, lin.b_RO.t(), tensors, adapters, layout, tuning, targets)
     launch.outer(made.dh_TJ, x_TD, lin.a_RD, tensors, adapters, layout, tuning, targets)
-
-
-def lora_linear_factor_grad(made: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows) -> None:
-    """Both, one after the other."""
-    lora_linear_b_grad(made, lin, step)
-    lora_linear_a_grad(made, x_TD, lin, step)
 
 
 def _cuda(num_rows: int, lin: LoraLinear, step: StepRows) -> tuple[Any, Any, Any]:

@@ -42,13 +42,12 @@ from muxtune_kernels.multi_lora import (
     LoraLinear,
     ReadyFlags,
     StepRows,
-    lora_linear_a_grad,
-    lora_linear_b_grad,
+    lora_linear_factor_grad,
     lora_linear_forward,
     lora_linear_input_grad,
 )
 
-OWN_SHRINK = False  # what programs do that are not told
+OWN_SHRINK, OVERLAP = False, True  # what programs do that are not told
 _LEAST_TILE_ROWS = 64
 _PRODUCTS_A_BLOCK = 12  # four forward, four again where a block is recomputed, four backward
 
@@ -101,9 +100,9 @@ class _Site(NamedTuple):
 
 class StepProgram:
     """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
-    second stream. ``own_shrink``: the products make their adapters' low-rank h themselves, and the
-    factor gradients fill the last waves of the backward's products; else kernels of their own make
-    it. ``deterministic``: no sum's order is left to chance. ``extras``: the slots of methods that
+    second stream. ``own_shrink``: products make their adapters' low-rank h themselves where that
+    is faster; else kernels of their own always do. ``deterministic``: no sum's order is left to
+    chance. ``extras``: the slots of methods that
     have more than low-rank factors. ``recompute`` of a run: of how many blocks, the first ones,
     only the input is kept; the backward computes the rest again, to the same bits (Chen et al.
     2016, arXiv 1604.06174)."""
@@ -114,7 +113,7 @@ class StepProgram:
         pools: AdapterPools,
         inputs: StepInputs,
         deterministic: bool = False,
-        overlap: bool = True,
+        overlap: bool = OVERLAP,
         loss_chunk_rows: int = 1024,
         extras: ExtraPools | None = None,
         own_shrink: bool = OWN_SHRINK,
@@ -139,7 +138,6 @@ class StepProgram:
         # Low priority: the products that the backward waits for come first.
         self._side = torch.cuda.Stream(model.device, priority=0) if overlap and on_cuda else None
         self._held: list[Any] = []
-        self._unmade: tuple[Any, Tensor, LoraLinear] | None = None  # of one linear, A's gradient
         tiles = inputs.layout.max_rows // _LEAST_TILE_ROWS + 1
         count = _PRODUCTS_A_BLOCK * len(model.blocks) * tiles
         self._flags = ReadyFlags(count, model.device) if own_shrink else None
@@ -238,9 +236,6 @@ class StepProgram:
             dx_TD = self._block_backward(index, kept, dx_TD, rows)
             del kept  # before the next block is computed again
             self._join_side()
-        self._fork()
-        with torch.cuda.stream(self._side):
-            self._make_a_grad(rows)
         self._join_side()
         if self._prompts is not None:
             self._prompts.store(dx_TD, rows)
@@ -284,8 +279,6 @@ class StepProgram:
         h, read_TD, around = saved
         if site.extras is not None:
             dy_TC = site.extras.after_backward(dy_TC, around, rows, self.deterministic)
-        if self._flags is not None:
-            self._fork()
         dx_TD, made = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
         self._factor_grads(made, read_TD, site.lora, rows)
         if site.extras is None or dx_TD is None:
@@ -338,35 +331,20 @@ class StepProgram:
     # -- the second stream
 
     def _factor_grads(self, made: Any, x_TD: Tensor, lora: LoraLinear, rows: StepRows) -> None:
-        """``made``: by the product of this linear's input gradient, which may still run. Where the
-        second stream was forked before it, the gradient of B, which needs nothing of it, and that
-        of the linear before's A fill its last wave of tiles, when most of the device is idle."""
-        if self._flags is None:
-            self._fork()
+        """``made``: by the call of this linear's input gradient."""
+        if self._side is None:
+            lora_linear_factor_grad(made, x_TD, lora, rows)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            lora_linear_factor_grad(made, x_TD, lora, rows)
         # Memory must not be handed out again before the side stream has read it.
         self._held.append((made, x_TD))
-        with torch.cuda.stream(self._side):
-            if self._flags is not None:
-                lora_linear_b_grad(made, lora, rows)
-                self._make_a_grad(rows)
-                self._unmade = made, x_TD, lora
-            else:
-                lora_linear_a_grad(made, x_TD, lora, rows)
-
-    def _make_a_grad(self, rows: StepRows) -> None:
-        if self._unmade is not None:
-            lora_linear_a_grad(*self._unmade, rows)
-            self._held.append(self._unmade)
-            self._unmade = None
-
-    def _fork(self) -> None:
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream())
 
     def _join_side(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
-        self._held.clear()
+            self._held.clear()
 
 
 def _some(tensor: Tensor | None) -> Tensor:
