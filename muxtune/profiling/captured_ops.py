@@ -48,6 +48,7 @@ from muxtune.runtime.static_step.attention import (
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.types import AdapterSlot
+from muxtune.workload.synthetic import histogram
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import (
     add_rms_norm,
@@ -67,6 +68,7 @@ from muxtune_kernels.multi_lora import (
 )
 
 MAX_POSITIONS = 4096
+MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
@@ -135,7 +137,7 @@ class CapturedOps:
         """The fused linears with LoRA in every slot, rows spread evenly."""
         with self._clean():
             slots = (AdapterSlot("lora", rank, TARGETS["lora"]),) * num_slots
-            pool, inputs, _ = self._loaded(slots, num_rows, 64)
+            pool, inputs, _ = self._loaded(slots, num_rows)
             sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
             for number, site in enumerate(fused_sites(self.shape)):
                 loras = [layer[number].lora for layer in pool.adapters.layers]
@@ -179,11 +181,12 @@ class CapturedOps:
         return rows._replace(flags=flags), cleared
 
     @torch.no_grad()
-    def attention(self, num_rows: int, length: int) -> None:
-        """All rows in sequences of one length."""
+    def attention(self, num_rows: int, mix: str, seed: int = 0) -> None:
+        """All rows in sequences of a mix; see ``mixed_lengths``."""
         with self._clean():
             slots = (AdapterSlot("lora", 8, ("q_proj",)),)
-            _, inputs, pairs = self._loaded(slots, num_rows, length)
+            lengths = mixed_lengths(mix, num_rows, seed)
+            _, inputs, pairs = self._loaded(slots, num_rows, lengths)
             heads, model = self.model.heads, self.model
             fields = inputs.fields
             rotary = Rotary(model.cos_LP, model.sin_LP, fields["positions"][:num_rows])
@@ -208,7 +211,7 @@ class CapturedOps:
     def optimizer(self, num_slots: int, rank: int) -> None:
         with self._clean():
             slots = (AdapterSlot("lora", rank, TARGETS["lora"]),) * num_slots
-            pool, inputs, _ = self._loaded(slots, 16 * num_slots, 16)
+            pool, inputs, _ = self._loaded(slots, 16 * num_slots)
             elements = sum(slot_elements(self.small, slot) for slot in slots)
             pools = pool.adapters.optimizer_pools
             settings = AdamWSlots(
@@ -229,7 +232,7 @@ class CapturedOps:
         prefixes, the attention with them, over that without."""
         with self._clean():
             slot = AdapterSlot(method, rank, TARGETS[method])
-            pool, inputs, _ = self._loaded((slot,) * num_slots, num_rows, 64)
+            pool, inputs, _ = self._loaded((slot,) * num_slots, num_rows)
             size = extra_size(self.shape, (slot,), method)
             sizes = {"size": size, "rows": num_rows}
             forward, backward = self._extra_works(pool, inputs, num_rows)
@@ -342,20 +345,20 @@ class CapturedOps:
     # -- how
 
     def _loaded(
-        self, slots: tuple[AdapterSlot, ...], num_rows: int, length: int
+        self, slots: tuple[AdapterSlot, ...], num_rows: int, lengths: Sequence[int] = ()
     ) -> tuple[StaticPool, StepInputs, float]:
         """Pools and inputs of a micro-batch whose rows are spread evenly over the slots, in
-        sequences of ``length`` tokens, and the query-key pairs of these."""
+        sequences of these lengths (default: of one tile of the attention), and the query-key pairs
+        of these."""
         pool = StaticPool(self.model, slots, self.deterministic)
         if pool.extras is not None:
             for slot in range(len(slots)):
                 rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
                 pool.extras.take(slot, rows_of)
         share = num_rows // len(slots)
-        lengths = [length] * (share // length) + ([share % length] if share % length else [])
-        layout = StepLayout(
-            num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, max(MIN_SEQLEN, length)
-        )
+        lengths = lengths or _cut([64] * share, share)
+        most = max(MIN_SEQLEN, *lengths)
+        layout = StepLayout(num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, most)
         inputs = StepInputs(layout, self.device)
         host = HostBuffer(layout, False)
         random = np.random.default_rng(0)
@@ -447,6 +450,31 @@ class CapturedOps:
             if not name.startswith("attention"):
                 op["points"] = full_grid(op["axes"], op["points"])
         return dict(sorted(found.items()))
+
+
+def mixed_lengths(mix: str, num_rows: int, seed: int = 0) -> list[int]:
+    """Sequences that fill the rows, drawn in turn from the histograms that ``mix`` names (by
+    ``+``), none longer than the longest for which the packed form of attention is meant."""
+    random = np.random.default_rng([seed, num_rows])
+    tables = [histogram(name) for name in mix.split("+")]
+    lengths: list[int] = []
+    while sum(lengths) < num_rows:
+        for table in tables:
+            shares = table.counts / table.counts.sum()
+            drawn = int(random.choice(table.lengths_tokens, p=shares))
+            lengths.append(min(drawn, MAX_SEQLEN, num_rows))
+    return _cut(lengths, num_rows)
+
+
+def _cut(lengths: Sequence[int], num_rows: int) -> list[int]:
+    """As many as fill the rows, the last one cut."""
+    found: list[int] = []
+    for length in lengths:
+        left = num_rows - sum(found)
+        if left <= 0:
+            break
+        found.append(min(length, left))
+    return found
 
 
 def _unread(saved: Any) -> Any:

@@ -207,7 +207,7 @@ def with_prediction(row: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
     simulated, measured = _simulate(case, profile), Log.of_json(row["measured"])
     model: Any = _book(profile)(profile.model_name, profile.device_name)
     error = model.composition.relative_error
-    edges = [_simulate(case, profile, 1.0 + sign * error) for sign in (-1, 1)]
+    edges = [_simulate(case, profile, max(0.1, 1.0 + sign * error)) for sign in (-1, 1)]
     return {
         **row,
         "tasks": [

@@ -27,6 +27,7 @@ from muxtune.validation.suite import seed_of
 NUM_DRAWS = 12
 _SWEEPS = 3
 _ROW_STEP = 32
+_MIXED = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge", "code_alpaca_2k")
 
 
 def run_ops(
@@ -118,14 +119,14 @@ def _captured_draws(profile: Profile, random: np.random.Generator) -> Iterator[t
         # Shapes have whole chunks, of which the smallest that is used has this many rows.
         rows = int(np.exp(random.uniform(np.log(largest / 32), np.log(largest))))
         rows = max(_ROW_STEP, rows // _ROW_STEP * _ROW_STEP)
-        length = int(min(rows, random.integers(16, 512)))
         slots = int(random.integers(1, most_slots + 1))
         rank = int(random.choice((16, 32, 64)))
         yield f"{rows} rows", ("rows", (rows,))
         name = f"{slots} adapters of rank {rank}, {rows} rows"
         yield name, ("sites", (slots, rank, rows))
-        name = f"attention of {rows} rows, {length} tokens each"
-        yield name, ("attention", (rows, length))
+        mix = "+".join(sorted(random.choice(_MIXED, 2, replace=False)))
+        seed = int(random.integers(1, 1000))
+        yield f"attention of {rows} rows, {mix}, {seed}", ("attention", (rows, mix, seed))
     yield f"optimizer {padded_rank([24])}", ("optimizer", (4, 24))
 
 
