@@ -40,6 +40,7 @@ arrival_order = attrgetter("arrival_ns", "task_id")
 # By names of their own, because an enumeration looks its members up in Python.
 ARRIVED, QUEUED, PLACED = TaskState.ARRIVED, TaskState.QUEUED, TaskState.PLACED
 FIFO = Discipline.FIFO
+NO_CORRECTIONS = Corrections()  # one object: memos compare it at once
 _STEPS_DONE = TaskView._fields.index("steps_done")
 
 
@@ -122,7 +123,7 @@ class InstanceRecord:
         self.unstarted: set[str] = set()
         self.plan: Plan | None = None
         self.ends: PlanEnds | None = None
-        self.corrections = self.plan_corrections = Corrections()
+        self.corrections = self.plan_corrections = NO_CORRECTIONS
         self.memory_limit_bytes = self.plan_limit_bytes = spec.memory_limit_bytes
         self.view: InstanceView | None = None
 

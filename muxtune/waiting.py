@@ -4,18 +4,23 @@ Past saturation tasks queue. The first waiting task of a base model is predicted
 first of the tasks that now run on its instances ends, as the plans predict it; it then runs at
 the mean speed of the running ones, by tokens, and its end makes room, too, for one of those
 behind it. A forecast, not a decision: policies may prefer others, plans change, and tasks arrive.
+
+A newcomer's start is found by playing the line before it. Only the first ``MOST_FORECAST`` tasks of
+a line are played; those behind are told that as many wait before them, and no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heapreplace
+from itertools import islice
 
 import numpy as np
 
 from muxtune.fleet import Fleet, InstanceRecord, PlanEnds, TaskRecord
 from muxtune.types import NS_PER_S, Discipline, Refusal, TaskView
 
+MOST_FORECAST = 1_000  # of a line: a newcomer costs about a microsecond for each
 NOBODY = np.zeros(0, dtype=np.int64)
 
 
@@ -24,18 +29,24 @@ def must_wait(fleet: Fleet, newcomers: Sequence[str]) -> Iterator[Refusal]:
     are predicted to run."""
     waiting = {name for name in newcomers if name in fleet.queue}
     for model in sorted({fleet.tasks[name].spec.model for name in waiting}):
-        line = list(fleet.queue.of_model(model, Discipline.FIFO))
-        starts = _starts_ns(fleet, model, line)
-        for ahead, (view, start_ns) in enumerate(zip(line, starts, strict=True)):
+        line = fleet.queue.of_model(model, Discipline.FIFO)
+        first = list(islice(line, MOST_FORECAST))
+        starts = _starts_ns(fleet, model, first)
+        for ahead, (view, start_ns) in enumerate(zip(first, starts, strict=True)):
             if view.task_id in waiting:
+                waiting.discard(view.task_id)
                 fleet.tasks[view.task_id].predicted_start_ns = start_ns
-                yield _refusal(view, ahead, start_ns)
+                yield _refusal(model, view.task_id, str(ahead), start_ns)
+    for name in newcomers:
+        if name in waiting:
+            model = fleet.tasks[name].spec.model
+            yield _refusal(model, name, f"{MOST_FORECAST} or more", None)
 
 
-def _refusal(view: TaskView, ahead: int, start_ns: int | None) -> Refusal:
+def _refusal(model: str, task_id: str, ahead: str, start_ns: int | None) -> Refusal:
     return Refusal(
-        f"the instances of {view.model} take no further task now, and {ahead} wait before it",
-        (view.task_id,),
+        f"the instances of {model} take no further task now, and {ahead} wait before it",
+        (task_id,),
         remedy="wait, or add an instance",
         predicted_start_ns=start_ns,
     )

@@ -50,6 +50,7 @@ class Point(NamedTuple):
 
 
 POINTS = (
+    Point("start", "exclusive", 100, 1_000),  # what is not the tasks'
     Point("tasks", "exclusive", 10_000, 1_000),
     Point("tasks", "exclusive", 30_000, 1_000),
     Point("tasks", "exclusive", 100_000, 1_000),

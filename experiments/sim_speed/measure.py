@@ -1,17 +1,25 @@
-"""How fast a fleet is simulated, and where the time goes.
+r"""How fast a fleet is simulated, and where the time goes.
 
     python experiments/sim_speed/measure.py --tasks 10000 --output experiments/sim_speed/speed.json
+    python experiments/sim_speed/measure.py --planner exclusive --times mean --gap-s 20 \
+        --tasks 2500 --instructions
 
 Tasks arrive at random on a fleet of H100 instances of Llama-2-7B. Every part is timed by wrapping
 its methods, in CPU seconds without the parts inside it; what is left is the engine's loop. The
 planner "fixed" does not think, so that the rest of the simulation is measured alone.
+
+``--instructions`` counts the processor's instructions a task with valgrind's cachegrind, by the
+difference of two runs: a figure that a busy machine does not change, within about 1%.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +27,7 @@ from typing import Any
 
 from muxtune.cost.book import CostBook
 from muxtune.deciding import EMPTY_PREDICTION
-from muxtune.engine import Engine
-from muxtune.planning.step_builder import StepBuilder
+from muxtune.engine import Engine, EngineOptions
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS
 from muxtune.types import (
     NS_PER_S,
@@ -37,6 +44,7 @@ from muxtune.types import (
 )
 from muxtune.workload.synthetic import SyntheticLibrary, histogram_names
 from muxtune_sim import SimExecutor, SimOptions
+from muxtune_sim.options import make_builder
 
 MODEL, DEVICE = "llama-2-7b", "h100-sxm"
 MEMORY_BYTES = 80 * 10**9
@@ -124,14 +132,16 @@ def fleet(count: int) -> list[InstanceSpec]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     costs = CostBook()
-    builder, library = StepBuilder(), SyntheticLibrary(seed=arguments.seed)
-    options = SimOptions(emit_plan_applied=False, emit_progress=False)
+    options = SimOptions(emit_plan_applied=False, emit_progress=False, times=arguments.times)
+    builder, library = make_builder(options), SyntheticLibrary(seed=arguments.seed)
     executor = SimExecutor(builder, costs, library, options)
     planner = make_planner(arguments.planner, costs)
     shared = arguments.planner != "exclusive"
     policy = CLUSTER_POLICIES.get("fifo_shared" if shared else "fifo_exclusive")()
     tasks = draw_tasks(arguments.tasks, arguments.gap_s, arguments.seed)
-    engine = Engine(policy, planner, executor, tasks, fleet(arguments.instances))
+    rules = EngineOptions(tell_waits=False)  # as in every large fleet
+    specs = fleet(arguments.instances)
+    engine = Engine(policy, planner, executor, tasks, specs, options=rules)
     watch = Stopwatch()
     if not arguments.plain:
         wrap_parts(watch, engine, policy, planner, executor, builder, library)
@@ -191,6 +201,31 @@ def summary(
     }
 
 
+def instructions_a_task(arguments: argparse.Namespace) -> dict[str, Any]:
+    """From two runs of this script under cachegrind. Start-up and the memos' first fills are in
+    both."""
+    sizes = (arguments.tasks // 5, arguments.tasks)
+    counts = [_instructions(arguments, size) for size in sizes]
+    return {
+        "planner": arguments.planner,
+        "times": arguments.times,
+        "tasks": sizes,
+        "instructions": counts,
+        "instructions_a_task": (counts[1] - counts[0]) / (sizes[1] - sizes[0]),
+    }
+
+
+def _instructions(arguments: argparse.Namespace, num_tasks: int) -> int:
+    command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+    command += [sys.executable, __file__, "--plain", "--tasks", str(num_tasks)]
+    for name in ("planner", "times", "instances", "gap_s", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    (line,) = (line for line in done.stderr.splitlines() if "I refs:" in " ".join(line.split()))
+    return int(line.split()[-1].replace(",", ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=10_000)
@@ -198,10 +233,13 @@ def main() -> None:
     parser.add_argument("--gap-s", type=float, default=1.0)
     parser.add_argument("--planner", default="fixed", help="fixed, or a registered planner")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--times", default="exact", help="exact or mean: backend.times")
+    parser.add_argument("--instructions", action="store_true", help="needs valgrind")
     parser.add_argument("--plain", action="store_true", help="time the whole only")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments), indent=2)
+    found = instructions_a_task(arguments) if arguments.instructions else measure(arguments)
+    text = json.dumps(found, indent=2)
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -198,13 +198,13 @@ class Late(NamedTuple):
     alone_s: float
 
 
-def late_tasks(plan: Plan, views: list[TaskView], now_ns: int = 0) -> list[Late]:
-    """Tasks whose deadline this plan misses, were it to hold until they end."""
+def late_tasks(plan: Plan, views: list[TaskView]) -> list[Late]:
+    """Tasks whose deadline, counted from now, this plan misses, were it to hold until they end."""
     predicted, found = plan.predicted, []
     for view in views:
         if view.deadline_ns is None:
             continue
-        steps, left_s = view.num_steps - view.steps_done, (view.deadline_ns - now_ns) / NS_PER_S
+        steps, left_s = view.num_steps - view.steps_done, view.deadline_ns / NS_PER_S
         end_s = steps * predicted.step_time_s[view.task_id]
         if end_s > left_s:
             alone_s = steps * predicted.solo_step_time_s.get(view.task_id, 0.0)
@@ -287,10 +287,11 @@ def _present(
     sample = sample_rounds(plan, library, cost)
     ledgers = cost.memory_ledger_bytes(plan)
     why = why_lines(_why(cost, spec, plan, taken, explanation))
+    late = late_tasks(plan, taken)
     content = {
         "plan": codec.encode(plan),
         "why": why,
-        "late": [item._asdict() for item in late_tasks(plan, taken)],
+        "late": [item._asdict() for item in late],
         "refused": [codec.encode(item.refusal) | {"task_id": item.task_id} for item in refused],
         "sampled_round": sample._asdict()
         | {"padding": sample.padding._asdict(), "pace": sample.pace._asdict()},
@@ -309,7 +310,7 @@ def _present(
         print(json.dumps(content, indent=2))
     else:
         note = costs.note(spec.model, spec.device)
-        _print_plan(spec, plan, taken, refused, sample, ledgers, why, note)
+        _print_plan(spec, plan, taken, late, refused, sample, ledgers, why, note)
         if config.explain:
             _print_explanation(explanation)
         if drawn.utilisation:
@@ -402,6 +403,7 @@ def _print_plan(
     spec: InstanceSpec,
     plan: Plan,
     taken: list[TaskView],
+    late: list[Late],
     refused: list[Refused],
     sample: RoundSample,
     ledgers: StageLedgers,
@@ -419,7 +421,7 @@ def _print_plan(
         console.print(f"note: {note}", soft_wrap=True)
     elif plan.predicted.round_time_s.extrapolated:
         console.print("note: these times are extrapolated beyond what was measured")
-    for item in late_tasks(plan, taken):
+    for item in late:
         console.print(_late_line(item), style="yellow", soft_wrap=True)
     _print_refused(refused)
 

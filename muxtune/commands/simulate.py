@@ -57,7 +57,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
     with folder.stream(TENANTS_FILE) as file:
         metrics.write_tenants(file)
-    down_ns = executor.down_ns()
+    down_ns, analytic = executor.down_ns(), _analytic(costs, instances)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
@@ -68,14 +68,14 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         "num_planner_calls": planner.num_calls,
         "mean_planning_us": planner.mean_us,
         "times": backend["times"],
-        "figures": ANALYTIC if _analytic(costs, instances) else MEASURED,
+        "figures": ANALYTIC if analytic else MEASURED,
         "wall_time_s": time.perf_counter() - started_s,
     }
     if promises.rows:
         from muxtune.report.plots import slowdowns  # a second of imports, for few runs
 
         slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows)
-    _show(folder, summary, tasks, _analytic(costs, instances))
+    _show(folder, summary, tasks, analytic)
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.
     if config.workload.kind == "tasks" or not totals.num_done:
         summary["error"] = troubles.error()

@@ -24,8 +24,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from muxtune.engine import QuietObserver, TaskOutcome
-from muxtune.report.recording import met_deadline
-from muxtune.types import NS_PER_S, InstanceSpec, TaskState
+from muxtune.report.recording import DONE, met_deadline
+from muxtune.types import NS_PER_S, InstanceSpec
 
 NS_PER_HOUR = 3_600 * NS_PER_S
 JOULES_PER_KWH = 3.6e6
@@ -51,7 +51,7 @@ class TenantTimes:
         if deadline_ns is not None:
             self.num_deadlines += 1
             self.num_met += bool(met_deadline(outcome))
-        if state is not TaskState.DONE:
+        if state is not DONE:
             return
         if placed_ns is None:
             placed_ns = ended_ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -108,7 +109,8 @@ class TaskProgress(_Display, QuietObserver):
         self._changed: set[str] = set()
         self._started_s: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
-        self._predicted_s: dict[tuple[str, int], float] = {}
+        # (epoch, s) of each instance's last plans: a drift is told after the plan that it led to.
+        self._predicted: dict[str, deque[tuple[int, float]]] = {}
 
     def __enter__(self) -> TaskProgress:
         self.bars.start()
@@ -152,7 +154,8 @@ class TaskProgress(_Display, QuietObserver):
         self._changed.clear()
 
     def on_plan(self, plan: Plan) -> None:
-        self._predicted_s[plan.instance_id, plan.epoch] = plan.predicted.round_time_s.value
+        known = self._predicted.setdefault(plan.instance_id, deque(maxlen=2))
+        known.append((plan.epoch, plan.predicted.round_time_s.value))
         if plan.htasks:
             groups = " | ".join("+".join(sorted(htask.quota)) for htask in plan.htasks)
             self.line(f"{plan.instance_id}: plan {plan.epoch}: {groups}")
@@ -162,7 +165,7 @@ class TaskProgress(_Display, QuietObserver):
         for event in events:
             if event.kind is EventKind.DRIFT and isinstance(event.data, ProgressData):
                 measured = format_seconds(event.data.duration_ns / NS_PER_S / event.data.rounds)
-                predicted_s = self._predicted_s.get((event.instance_id, event.epoch), 0.0)
+                predicted_s = dict(self._predicted.get(event.instance_id, ())).get(event.epoch, 0.0)
                 self.line(
                     f"{event.instance_id}: drift: a round of plan {event.epoch} takes {measured} in"
                     f" place of {format_seconds(predicted_s)}; times are corrected from now on"

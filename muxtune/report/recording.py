@@ -25,6 +25,7 @@ from muxtune.types import (
 )
 
 ROWS_AT_A_TIME = 256
+DONE, TROUBLES = TaskState.DONE, (TaskState.FAILED, TaskState.REFUSED)
 MOST_EXACT = 10**15  # whole numbers below have no more digits than a float keeps
 
 
@@ -176,7 +177,7 @@ def time_over_solo(
     state: TaskState, since_ns: int | None, ended_ns: int, solo_time_s: float | None
 ) -> float | None:
     """Of a task that was done: its time since then over its predicted time alone."""
-    if state is not TaskState.DONE or not solo_time_s or since_ns is None:
+    if state is not DONE or not solo_time_s or since_ns is None:
         return None
     return (ended_ns - since_ns) / NS_PER_S / solo_time_s
 
@@ -262,7 +263,7 @@ class Troubles(QuietObserver):
         self.messages: list[str] = []
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
-        if outcome.state is TaskState.FAILED or outcome.state is TaskState.REFUSED:
+        if outcome.state in TROUBLES:
             self.num_tasks += 1
             if len(self.messages) < self.num_kept:
                 named = f"'{outcome.task_id}'" in outcome.message

@@ -6,7 +6,7 @@ A block of rows at a time, so that memory does not grow with the number of tasks
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from muxtune.report.recording import TASK_COLUMNS
 
@@ -31,6 +31,7 @@ def write_parquet(source: Path, target: IO[bytes]) -> bool:
         | dict.fromkeys(COUNTS, pa.int64())
         | dict.fromkeys(FLAGS, pa.bool_())
     )
+    options: Any = {"use_dictionary": list(REPEATED)}  # typed as a bool there
     blocks = csv.open_csv(
         source,
         csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
@@ -39,7 +40,7 @@ def write_parquet(source: Path, target: IO[bytes]) -> bool:
     )
     with (
         blocks,
-        parquet.ParquetWriter(target, pa.schema(kinds), use_dictionary=list(REPEATED)) as writer,
+        parquet.ParquetWriter(target, pa.schema(kinds), **options) as writer,
     ):
         for block in blocks:
             writer.write_batch(block)

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.errors import ConfigError, DataError
-from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, TaskSpec
+from muxtune.types import NS_PER_S, AdapterSpec, DataSpec, TaskSpec, new_tuple
 from muxtune.workload.arrivals import ONE_TENANT, Bursts, People, bursty_arrivals_s
 from muxtune.workload.fields import closest
 from muxtune.workload.methods import own_targets
@@ -572,9 +572,13 @@ class _Rows(NamedTuple):
         templates = self.kinds.templates
         for seed, (task_id, tenant, kind, steps, arrival_ns, slack) in enumerate(rows, start):
             like = templates[kind]
-            # Positional and without _replace: this loop makes 1e5 tasks.
-            yield TaskSpec(
-                task_id, like.model, tenant, like.adapter, like.data, like.optimizer,
-                like.batch_size, like.accumulation, steps, None, seed, arrival_ns, like.priority,
-                None if slack is None else arrival_ns + slack, like.max_slowdown,
+            deadline_ns = None if slack is None else arrival_ns + slack
+            (
+                _, model, _, adapter, data, optimizer, batch_size, accumulation, _, _, _, _,
+                priority, _, max_slowdown, _,
+            ) = like  # fmt: skip
+            parts = (
+                task_id, model, tenant, adapter, data, optimizer, batch_size, accumulation, steps,
+                None, seed, arrival_ns, priority, deadline_ns, max_slowdown, None,
             )  # fmt: skip
+            yield new_tuple(TaskSpec, parts)

@@ -50,6 +50,10 @@ class World(Protocol):
 
     def settle_later(self, actor: InstanceActor) -> None: ...
 
+    def settled(self, actor: InstanceActor) -> None:
+        """Nothing is left to settle of it."""
+        ...
+
     def busy_changed(self, actor: InstanceActor) -> None:
         """``is_running`` is another than ``is_busy``, which is set."""
         ...
@@ -162,7 +166,8 @@ class InstanceActor:
             options, num_tasks = self._options, len(plan.predicted.step_time_s)
             known_ns += to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
         self._pending.append((known_ns, plan))
-        self.world.settle_later(self)
+        if self.is_running or not self._empties(now_ns):
+            self.world.settle_later(self)
         return True
 
     def tell_applied(self, now_ns: int) -> None:
@@ -218,9 +223,8 @@ class InstanceActor:
     def settle(self, now_ns: int) -> None:
         """Called once all decisions of an instant are known, before time passes."""
         if not self.is_running:
-            if not self._empties(now_ns):
-                self._start(now_ns)
-                self._schedule(now_ns)
+            self._start(now_ns)
+            self._schedule(now_ns)
             return
         self._account(now_ns)
         if self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
@@ -313,14 +317,17 @@ class InstanceActor:
             world.busy_changed(self)
 
     def _empties(self, now_ns: int) -> bool:
-        """The common end of a lone task: a plan without tasks, and nothing goes on under the old
-        one. What ``_start`` and ``_schedule`` would do, without looking for what is not there."""
+        """The common end of a lone task: a plan without tasks, nothing goes on under the old one,
+        and nobody hears of it. What settling would do, without looking for what is not there."""
         pending, cursors = self._pending, self.cursors
         if not cursors or len(cursors) != len(self.gone) or len(pending) != 1 or self._to_write:
             return False
         ((from_ns, plan),) = pending
-        if plan.htasks or from_ns > now_ns:
+        if plan.htasks or from_ns > now_ns or self._tells_applied:
             return False
+        for sharing in self.neighbours:
+            if len(sharing) > 1:
+                return False
         pending.clear()
         self.plan, self._course, self._transition_ns = plan, None, 0
         self.cursors, self.gone = {}, set()
@@ -328,11 +335,9 @@ class InstanceActor:
         for task_id in cursors:
             forget(task_id)
         self._sums["plans"] += 1
-        if self._tells_applied:
-            self.tell_applied(now_ns)
-        if self.is_busy:
-            self.world.busy_changed(self)
+        self.is_busy = False
         self.generation += 1
+        self.world.settled(self)
         return True
 
     def _newest_known(self, now_ns: int) -> Plan | None:
@@ -392,14 +397,14 @@ class InstanceActor:
 
     def _join(self, task_id: str) -> Cursor:
         cursor = self.world.take_cursor(task_id, self)
+        if cursor is None:
+            self.gone.add(task_id)  # it ended while this plan was on its way
+            return Cursor(self.world.library.num_steps(task_id))
         if cursor is FIRST_CURSOR:
             self._joined[task_id] = NOTHING_DONE
-            return cursor
-        if cursor is not None:
+        else:
             self._joined[task_id] = cursor.step, self.world.tokens_at(task_id, cursor)
-            return cursor
-        self.gone.add(task_id)  # it ended while this plan was on its way
-        return Cursor(self.world.library.num_steps(task_id))
+        return cursor
 
     def _drop(self, task_id: str, cursor: Cursor, epoch: int, now_ns: int) -> None:
         """The new plan does not hold the task: its open step is lost."""

@@ -138,9 +138,8 @@ class SimExecutor:
                 return None
             self._ready[name] = data
             self._parked[name] = FIRST_CURSOR
-            if options.fail_task_at_ns and name in options.fail_task_at_ns:
-                delay_ns = options.fail_task_at_ns[name] - self.now_ns
-                self._later(delay_ns, lambda: self._withdraw(name, "injected failure"))
+            if name in options.fail_task_at_ns:
+                self._fail_task_at(name, options.fail_task_at_ns[name])
             if prepare_ns > 0:
                 self._emit_after(prepare_ns, EventKind.TASK_READY, name, "", data)
                 return None
@@ -231,6 +230,9 @@ class SimExecutor:
 
     def settle_later(self, actor: InstanceActor) -> None:
         self._unsettled[actor.name] = actor
+
+    def settled(self, actor: InstanceActor) -> None:
+        self._unsettled.pop(actor.name, None)
 
     def busy_changed(self, actor: InstanceActor) -> None:
         if actor.is_running == actor.is_busy:
@@ -323,6 +325,9 @@ class SimExecutor:
         self.end(departure(self.now_ns, task_id, name, NO_EPOCH, cursor.step, message))
         if host is None and not any(actor.expects(task_id) for actor in self._actors.values()):
             self.forget(task_id)
+
+    def _fail_task_at(self, task_id: str, time_ns: int) -> None:
+        self._later(time_ns - self.now_ns, lambda: self._withdraw(task_id, "injected failure"))
 
     def _fail_instance(self, instance_id: str, message: str = "injected failure") -> None:
         actor = self._actors.get(instance_id)

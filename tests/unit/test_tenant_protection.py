@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from muxtune import waiting
 from muxtune.deciding import refusal_text
 from muxtune.planners.exclusive import ExclusivePlanner
 from muxtune.planners.muxtune import MuxTunePlanner
@@ -53,6 +54,17 @@ def test_those_behind_are_told_later_times():
     starts = [run.told.by_id()[f"c{i}"].predicted_start_ns for i in range(4)]
     assert starts == [seconds(10), seconds(15), seconds(20), seconds(25)]
     assert starts == [run.told.by_id()[f"c{i}"].placed_ns for i in range(4)]
+
+
+def test_those_far_behind_are_told_their_place_and_no_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(waiting, "MOST_FORECAST", 2)
+    run = full_run(4)
+    run.run()
+    told = waits(run)
+    starts = [told[f"c{i}"].predicted_start_ns for i in range(4)]
+    assert starts == [seconds(10), seconds(15), None, None]
+    assert "1 wait before it" in told["c1"].reason
+    assert "2 or more wait before it" in told["c3"].reason
 
 
 def test_nobody_is_told_to_wait_where_there_is_room():
