@@ -269,8 +269,8 @@ class CapturedOps:
                 for i in range(len(self.model.blocks))
             ]
             return lambda i: [
-                which._linear_backward(s, dy.clone(), x, _unread(h), rows)
-                for s, dy, x, h in zip(which._sites(i), dys, xs, saved[i], strict=True)
+                which._linear_backward(s, dy.clone(), _unread(h), rows)
+                for s, dy, h in zip(which._sites(i), dys, saved[i], strict=True)
             ]
 
         return (

@@ -47,24 +47,30 @@ def wanted(vectors: SlotVectors, x: torch.Tensor, dout: torch.Tensor) -> list[to
     return [out.detach(), dx, dv]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 def test_rows_of_owners_are_scaled_and_vectors_get_gradients(
-    plain: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    plain: bool, in_place: bool, device: torch.device
 ) -> None:
+    """In place, what the rows held is kept; what is kept of other rows is anything."""
     vectors, (x, dout) = problem(device)
     expected = wanted(vectors, x, dout)
     out, dx = x.clone(), dout.clone()
     views = [tensor[:, COLUMNS] for tensor in (out, x, dx, dout)]
     if plain and device.type == "cuda":
         pytest.skip("the plain form is the CPU's")
+    kept = None
+    if in_place:
+        kept = torch.full_like(views[1], float("nan"))
+        views = [views[0], views[0], views[2], views[2]]
     if plain:
-        scale_slot_rows_(views[0], views[1], vectors)
-        scale_slot_rows_backward_(views[2], views[3], views[1], vectors)
+        scale_slot_rows_(views[0], views[1], vectors, kept)
+        scale_slot_rows_backward_(views[2], views[3], views[1] if kept is None else kept, vectors)
     else:
         from muxtune_kernels.row_scaling.kernels import backward_, forward_
 
-        forward_(views[0], views[1], vectors)
-        backward_(views[2], views[3], views[1], vectors)
+        forward_(views[0], views[1], vectors, kept)
+        backward_(views[2], views[3], views[1] if kept is None else kept, vectors)
     for got, want in zip((out, dx, vectors.grad_UW), expected, strict=True):
         torch.testing.assert_close(got, want)
     # Rows and columns that are nobody's keep their bits.

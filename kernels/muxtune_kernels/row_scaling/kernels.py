@@ -27,8 +27,9 @@ def _rows_of(vector, slot_of_vector_ptr, row_of_slot_ptr, bounds_ptr):
 
 @triton.jit
 def _forward_kernel(
-    out_ptr, x_ptr, vector_ptr, slot_of_vector_ptr, row_of_slot_ptr, bounds_ptr, width,
-    out_stride, x_stride, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    out_ptr, kept_ptr, x_ptr, vector_ptr, slot_of_vector_ptr, row_of_slot_ptr, bounds_ptr, width,
+    out_stride, kept_stride, x_stride, KEEPS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     vector = tl.program_id(0)
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,6 +41,8 @@ def _forward_kernel(
         in_TN = (row_T < stop)[:, None] & in_N[None, :]
         at_T = row_T.to(tl.int64)[:, None]
         x_TN = tl.load(x_ptr + at_T * x_stride + n_N[None, :], mask=in_TN, other=0.0)
+        if KEEPS:
+            tl.store(kept_ptr + at_T * kept_stride + n_N[None, :], x_TN, mask=in_TN)
         out_TN = x_TN.to(tl.float32) * factor_N[None, :]
         tl.store(out_ptr + at_T * out_stride + n_N[None, :],
                  out_TN.to(out_ptr.dtype.element_ty), mask=in_TN)  # fmt: skip
@@ -73,13 +76,16 @@ def _backward_kernel(
     tl.store(grad_ptr + at_N, sum_N + old_N, mask=in_N)
 
 
-def forward_(out_TW: Tensor, x_TW: Tensor, vectors: SlotVectors) -> None:
+def forward_(
+    out_TW: Tensor, x_TW: Tensor, vectors: SlotVectors, kept_TW: Tensor | None = None
+) -> None:
     num_vectors, width = vectors.vector_UW.shape
     splits = 4
     _forward_kernel[(num_vectors, triton.cdiv(width, _FEATURES), splits)](
-        out_TW, x_TW, vectors.vector_UW, vectors.slot_of_vector_U, vectors.row_of_slot_S,
-        vectors.slot_bounds_S3, width, out_TW.stride(0), x_TW.stride(0), _ROWS, _FEATURES, splits,
-        num_warps=4,
+        out_TW, out_TW if kept_TW is None else kept_TW, x_TW, vectors.vector_UW,
+        vectors.slot_of_vector_U, vectors.row_of_slot_S, vectors.slot_bounds_S3, width,
+        out_TW.stride(0), 0 if kept_TW is None else kept_TW.stride(0), x_TW.stride(0),
+        kept_TW is not None, _ROWS, _FEATURES, splits, num_warps=4,
     )  # fmt: skip
 
 

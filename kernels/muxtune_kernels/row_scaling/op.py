@@ -27,25 +27,31 @@ class SlotVectors(NamedTuple):
     keep_S: Tensor
 
 
-def scale_slot_rows_(out_TW: Tensor, x_TW: Tensor, vectors: SlotVectors) -> None:
+def scale_slot_rows_(
+    out_TW: Tensor, x_TW: Tensor, vectors: SlotVectors, kept_TW: Tensor | None = None
+) -> None:
     """out = x * vector on the rows of slots that own one; other rows of ``out`` stay.
 
-    out_TW, x_TW: one dtype, features contiguous; columns of something wider may be given.
+    out_TW, x_TW: one dtype, features contiguous; columns of something wider may be given, and the
+    same for both. kept_TW: where x goes on these rows, unscaled.
     """
     if out_TW.is_cuda:
         from .kernels import forward_  # triton is needed on CUDA only
 
-        forward_(out_TW, x_TW, vectors)
+        forward_(out_TW, x_TW, vectors, kept_TW)
         return
     for vector, rows in _owned(vectors):
+        if kept_TW is not None:
+            kept_TW[rows] = x_TW[rows]
         out_TW[rows] = (x_TW[rows].float() * vectors.vector_UW[vector]).to(out_TW.dtype)
 
 
 def scale_slot_rows_backward_(
     dx_TW: Tensor, dout_TW: Tensor, x_TW: Tensor, vectors: SlotVectors
 ) -> None:
-    """dx = dout * vector on the owners' rows, and the vectors' gradients (sums of dout * x over
-    the owner's rows, in an order that counts from its first); 0 for those that nobody owns."""
+    """dx = dout * vector on the owners' rows (dx may be dout), and the vectors' gradients: sums of
+    dout * x over the owner's rows, in an order that counts from its first; 0 for those that nobody
+    owns."""
     if dx_TW.is_cuda:
         from .kernels import backward_
 

@@ -59,14 +59,17 @@ class Scale(NamedTuple):
     columns: slice
     pool: Pool
 
-    def forward_(self, out_TW: Tensor, x_TW: Tensor, rows: StepRows) -> None:
-        """The owners' rows of ``out``, a copy of x where nobody scales."""
-        scale_slot_rows_(out_TW[:, self.columns], x_TW[:, self.columns], self._vectors(rows))
+    def forward_(self, x_TW: Tensor, rows: StepRows) -> Tensor:
+        """The owners' rows in place; their values before, other rows of which hold anything."""
+        part = x_TW[:, self.columns]
+        kept = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        scale_slot_rows_(part, part, self._vectors(rows), kept)
+        return kept
 
-    def backward_(self, dx_TW: Tensor, dout_TW: Tensor, x_TW: Tensor, rows: StepRows) -> None:
-        """The owners' rows of ``dx``; the vectors' gradient goes where the optimizer reads it."""
-        dx, dout, x = (tensor[:, self.columns] for tensor in (dx_TW, dout_TW, x_TW))
-        scale_slot_rows_backward_(dx, dout, x, self._vectors(rows))
+    def backward_(self, dout_TW: Tensor, kept: Tensor, rows: StepRows) -> None:
+        """The owners' rows in place; the vectors' gradient goes where the optimizer reads it."""
+        part = dout_TW[:, self.columns]
+        scale_slot_rows_backward_(part, part, kept, self._vectors(rows))
 
     def _vectors(self, rows: StepRows) -> SlotVectors:
         bounds_S3, pool = rows.rows.slot_bounds_S3, self.pool
@@ -77,21 +80,17 @@ class Scale(NamedTuple):
         )  # fmt: skip
 
 
-def _scaled(scales: Sequence[Scale], x_TW: Tensor, rows: StepRows) -> Tensor:
-    """A copy with the columns of every scale, which do not meet."""
-    out_TW = x_TW.clone()
-    for scale in scales:
-        scale.forward_(out_TW, x_TW, rows)
-    return out_TW
+def _scaled_(scales: Sequence[Scale], x_TW: Tensor, rows: StepRows) -> list[Tensor]:
+    """In place: the columns of every scale, which do not meet. What the backward wants."""
+    return [scale.forward_(x_TW, rows) for scale in scales]
 
 
-def _scaled_backward(
-    scales: Sequence[Scale], dout_TW: Tensor, x_TW: Tensor, rows: StepRows
+def _scaled_backward_(
+    scales: Sequence[Scale], dout_TW: Tensor, kept: Sequence[Tensor], rows: StepRows
 ) -> Tensor:
-    dx_TW = dout_TW.clone()
-    for scale in scales:
-        scale.backward_(dx_TW, dout_TW, x_TW, rows)
-    return dx_TW
+    for scale, part in zip(scales, kept, strict=True):
+        scale.backward_(dout_TW, part, rows)
+    return dout_TW
 
 
 class Magnitudes(NamedTuple):
@@ -162,11 +161,10 @@ class Bottlenecks(NamedTuple):
 
     def forward(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
         """(a changed copy, what the backward wants besides y)."""
-        part_TO = y_TC[:, self.columns].contiguous()
-        z_TO, inner = bottleneck_forward(part_TO, self._pool(0), rows.rows, rows.dropout)
-        z_TC = y_TC.clone()
-        z_TC[:, self.columns] = z_TO
-        return z_TC, inner
+        z_TO, inner = bottleneck_forward(
+            y_TC[:, self.columns].contiguous(), self._pool(0), rows.rows, rows.dropout
+        )
+        return self._with(y_TC, z_TO), inner
 
     def backward(self, dz_TC: Tensor, y_TC: Tensor, inner: Any, rows: StepRows) -> Tensor:
         targets = BottleneckGrads(*self._pool(1)[:4])
@@ -174,9 +172,15 @@ class Bottlenecks(NamedTuple):
             dz_TC[:, self.columns].contiguous(), y_TC[:, self.columns].contiguous(), inner,
             self._pool(0), rows.rows, rows.dropout, targets, rows.keep_S,
         )  # fmt: skip
-        dy_TC = dz_TC.clone()
-        dy_TC[:, self.columns] = dy_TO
-        return dy_TC
+        return self._with(dz_TC, dy_TO)
+
+    def _with(self, whole_TC: Tensor, part_TO: Tensor) -> Tensor:
+        """The part among the other members' columns; where there are none, the part."""
+        if part_TO.shape == whole_TC.shape:
+            return part_TO
+        out_TC = whole_TC.clone()
+        out_TC[:, self.columns] = part_TO
+        return out_TC
 
     def _pool(self, kind: int) -> BottleneckPool:
         """Of the parameters (0) or their gradients (1)."""
@@ -190,26 +194,32 @@ class Bottlenecks(NamedTuple):
 
 
 class SiteExtras(NamedTuple):
-    """Around one fused linear, in the order in which they run."""
+    """Around one fused linear, in the order in which they run. ``owns_input``, ``owns_grad``:
+    nobody else reads what the linear reads, and the gradient of what it writes: scaled in place."""
 
     scales_in: tuple[Scale, ...]
     magnitudes: tuple[Magnitudes, ...]
     scales_out: tuple[Scale, ...]
     bottlenecks: tuple[Bottlenecks, ...]
+    owns_input: bool
+    owns_grad: bool
 
-    def before(self, x_TD: Tensor, rows: StepRows) -> Tensor:
-        return _scaled(self.scales_in, x_TD, rows) if self.scales_in else x_TD
+    def before(self, x_TD: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
+        """(what the linear reads, what the backward wants)."""
+        if not self.scales_in:
+            return x_TD, None
+        x_TD = x_TD if self.owns_input else x_TD.clone()
+        return x_TD, _scaled_(self.scales_in, x_TD, rows)
 
     def after(self, y_TC: Tensor, rows: StepRows) -> tuple[Tensor, list[Any]]:
-        """(what leaves the site, what the backward wants)."""
+        """(what leaves the site, what the backward wants). Nobody else has y."""
         saved: list[Any] = []
         for magnitude in self.magnitudes:
             z_TC, norms = magnitude.forward(y_TC, rows)
             saved.append((y_TC, norms))
             y_TC = z_TC
         if self.scales_out:
-            saved.append(y_TC)
-            y_TC = _scaled(self.scales_out, y_TC, rows)
+            saved.append(_scaled_(self.scales_out, y_TC, rows))
         for item in self.bottlenecks:
             z_TC, inner = item.forward(y_TC, rows)
             saved.append((y_TC, inner))
@@ -223,15 +233,16 @@ class SiteExtras(NamedTuple):
             y_TC, inner = saved.pop()
             dy_TC = item.backward(dy_TC, y_TC, inner, rows)
         if self.scales_out:
-            dy_TC = _scaled_backward(self.scales_out, dy_TC, saved.pop(), rows)
+            dy_TC = dy_TC if self.owns_grad or self.bottlenecks else dy_TC.clone()
+            dy_TC = _scaled_backward_(self.scales_out, dy_TC, saved.pop(), rows)
         for magnitude in reversed(self.magnitudes):
             y_TC, norms = saved.pop()
             dy_TC = magnitude.backward(dy_TC, y_TC, norms, rows, deterministic)
         return dy_TC
 
-    def before_backward(self, dx_TD: Tensor, x_TD: Tensor, rows: StepRows) -> Tensor:
-        """``x_TD``: as it came, before any scaling."""
-        return _scaled_backward(self.scales_in, dx_TD, x_TD, rows) if self.scales_in else dx_TD
+    def before_backward(self, dx_TD: Tensor, saved: Any, rows: StepRows) -> Tensor:
+        """Nobody else has dx."""
+        return _scaled_backward_(self.scales_in, dx_TD, saved, rows) if self.scales_in else dx_TD
 
 
 class ExtraPools:
@@ -323,7 +334,13 @@ class ExtraPools:
             ranks = self._ranks("bottleneck", name)
             if any(ranks):
                 items.append(self._bottlenecks(name, columns, ranks, linear.out_features[member]))
-        return SiteExtras(tuple(scales_in), tuple(magnitudes), tuple(scales_out), tuple(items))
+        # The MLP's activation is read by its last linear only; the gradients of what attention and
+        # the activation read have no other reader than the linear that wrote it, but those of what
+        # is added to the residual stream do.
+        is_last, is_first = linear.names[0].endswith("down_proj"), len(linear.names) > 1
+        return SiteExtras(
+            tuple(scales_in), tuple(magnitudes), tuple(scales_out), tuple(items), is_last, is_first
+        )
 
     def _magnitudes(
         self, name: str, columns: slice, ranks: Sequence[int], member: int, lora: LoraLinear

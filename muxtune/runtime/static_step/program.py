@@ -62,10 +62,9 @@ class StepResult(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward of one block needs."""
+    """What the backward of one block needs; ``h_*`` hold what the linears have read."""
 
     x_in_TD: Tensor
-    normed_in_TD: Tensor
     rstd_in_T: Tensor
     h_qkv: Any
     qkv_TC: Tensor
@@ -73,11 +72,9 @@ class Saved(NamedTuple):
     attention: Any
     h_out: Any
     x_mid_TD: Tensor
-    normed_mid_TD: Tensor
     rstd_mid_T: Tensor
     h_gate_up: Any
     gate_up_TC: Tensor
-    act_TF: Tensor
     h_down: Any
 
 
@@ -88,14 +85,14 @@ class _Site(NamedTuple):
     extras: SiteExtras | None
 
     def forward(self, x_TD: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
-        """(y, (h, what the product has read, what surrounds it))."""
+        """(y, (h, what the product has read, what comes behind it, what before))."""
         if self.extras is None:
             y_TC, h = lora_linear_forward(x_TD, self.lora, rows)
-            return y_TC, (h, x_TD, None)
-        read_TD = self.extras.before(x_TD, rows)
+            return y_TC, (h, x_TD, None, None)
+        read_TD, scaled = self.extras.before(x_TD, rows)
         y_TC, h = lora_linear_forward(read_TD, self.lora, rows)
         y_TC, around = self.extras.after(y_TC, rows)
-        return y_TC, (h, read_TD, around)
+        return y_TC, (h, read_TD, around, scaled)
 
 
 class StepProgram:
@@ -200,8 +197,8 @@ class StepProgram:
         act_TF = swiglu(gate_up_TC)
         down_TD, h_down = down.forward(act_TF, rows)
         kept = Saved(
-            x_TD, normed_in_TD, rstd_in_T, h_qkv, qkv_TC, attended_TC, attention, h_out, x_mid_TD,
-            normed_mid_TD, rstd_mid_T, h_gate_up, gate_up_TC, act_TF, h_down,
+            x_TD, rstd_in_T, h_qkv, qkv_TC, attended_TC, attention, h_out, x_mid_TD, rstd_mid_T,
+            h_gate_up, gate_up_TC, h_down,
         )  # fmt: skip
         return kept, down_TD
 
@@ -242,21 +239,17 @@ class StepProgram:
 
     def _block_backward(self, index: int, kept: Saved, dx_TD: Tensor, rows: StepRows) -> Tensor:
         block, (qkv, out, gate_up, down) = self.model.blocks[index], self._sites(index)
-        dact_TF = self._linear_backward(down, dx_TD, kept.act_TF, kept.h_down, rows)
+        dact_TF = self._linear_backward(down, dx_TD, kept.h_down, rows)
         dgate_up_TC = swiglu_backward_(_some(dact_TF), kept.gate_up_TC)
-        dnormed_TD = self._linear_backward(
-            gate_up, dgate_up_TC, kept.normed_mid_TD, kept.h_gate_up, rows
-        )
+        dnormed_TD = self._linear_backward(gate_up, dgate_up_TC, kept.h_gate_up, rows)
         dx_TD = rms_norm_backward(
             _some(dnormed_TD), kept.x_mid_TD, block.mlp_norm_D, kept.rstd_mid_T, dx_TD
         )
-        dout_TC = self._linear_backward(out, dx_TD, kept.attended_TC, kept.h_out, rows)
+        dout_TC = self._linear_backward(out, dx_TD, kept.h_out, rows)
         dqkv_TC = self._attend_backward(index, _some(dout_TC), kept, rows)
         # Nobody but a prompt asks for the gradient of the embedding's output.
         needs_dx = index > 0 or self._prompts is not None
-        dnormed_TD = self._linear_backward(
-            qkv, dqkv_TC, kept.normed_in_TD, kept.h_qkv, rows, needs_dx
-        )
+        dnormed_TD = self._linear_backward(qkv, dqkv_TC, kept.h_qkv, rows, needs_dx)
         if dnormed_TD is None:
             return dx_TD
         return rms_norm_backward(
@@ -273,17 +266,16 @@ class StepProgram:
         return tuple(_Site(lora, extras) for lora, extras in pairs)
 
     def _linear_backward(
-        self, site: _Site, dy_TC: Tensor, x_TD: Tensor, saved: Any, rows: StepRows,
-        needs_dx: bool = True,
-    ) -> Tensor | None:  # fmt: skip
-        h, read_TD, around = saved
+        self, site: _Site, dy_TC: Tensor, saved: Any, rows: StepRows, needs_dx: bool = True
+    ) -> Tensor | None:
+        h, read_TD, around, scaled = saved
         if site.extras is not None:
             dy_TC = site.extras.after_backward(dy_TC, around, rows, self.deterministic)
         dx_TD, made = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
         self._factor_grads(made, read_TD, site.lora, rows)
         if site.extras is None or dx_TD is None:
             return dx_TD
-        return site.extras.before_backward(dx_TD, x_TD, rows)
+        return site.extras.before_backward(dx_TD, scaled, rows)
 
     # -- attention
 
