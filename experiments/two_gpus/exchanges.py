@@ -38,7 +38,7 @@ class Exchanges:
         self.rank, self.other, self.device = rank, 1 - rank, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         layout = Layout((ReplicaShape(2, 1),))
-        self.group = Links(layout, layout.places[rank], device).tp
+        self.group = Links(layout, layout.places[rank], device, streams_wait=True).tp
         self.most = (ROWS[-1] if device.type == "cuda" else ROWS[0]) * WIDTH
         self.memory, self.why = self._memory()
         self.streams = (

@@ -611,7 +611,7 @@ def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
     """What a rank holds of a layout: its weights, as a part of the model, and its links."""
     layout = Layout((replica,))
     place = layout.places[me.rank if replica.num_gpus > 1 else 0]
-    links = Links(layout, place, me.device) if replica.num_gpus > 1 else None
+    links = Links(layout, place, me.device, streams_wait=True) if replica.num_gpus > 1 else None
     weights = Weights(me.shape, replica, place.stage, place.part, me.device, me.dtype)
     groups = (None, None) if links is None else (links.tp, links.step)
     return weights, weights.stage_part(*groups), links

@@ -1,8 +1,9 @@
 """What the ranks of one host exchange: sums over tensor-parallel ranks, transfers between stages.
 
-Measured between ranks that do nothing else, by the links that ``muxtune train`` uses (NCCL; gloo
-between processes on a CPU). The slowest rank of each repeat counts. The operations are called
-``all_reduce.tpN`` and ``p2p``, over the bytes of one message, as the cost models ask for them.
+Measured between ranks that do nothing else, by the links that ``muxtune train`` uses (NCCL and
+copies on GPUs, gloo between processes on a CPU). The slowest rank of each repeat counts. The
+operations are called ``all_reduce.tpN`` and ``p2p``, over the bytes of one message, as the cost
+models ask for them.
 """
 
 from __future__ import annotations
@@ -51,27 +52,13 @@ def _measured_here(device: str, sizes_bytes: Sequence[int]) -> dict[str, dict[st
         torch.cuda.set_device(target)
     found = {}
     for size in _group_sizes(info.world_size):
-        links = _links(ReplicaShape(size, 1), info, target)
-        if links is not None:
-            group = links.tp
-
-            def add_up(tensor: torch.Tensor, group: Any = group) -> None:
-                dist.all_reduce(tensor, group=group)
-
-            found[f"all_reduce.tp{size}"] = _op(add_up, group, target, sizes_bytes)
-    links = _links(ReplicaShape(1, 2), info, target)
-    if links is not None:
-        one, other = links, 1 - info.rank
-        upwards = (one.sends if info.rank == 0 else one.receives)[other].group
-
-        def transfer(tensor: torch.Tensor) -> None:
-            # There and back: one way alone would measure how fast sends are launched.
-            for sends in (info.rank == 0, info.rank != 0):
-                channel = (one.sends if sends else one.receives)[other]
-                move = dist.send if sends else dist.recv
-                move(tensor, channel.rank, group=channel.group)
-
-        found["p2p"] = _op(transfer, upwards, target, sizes_bytes, ways=2)
+        bench = _bench(ReplicaShape(size, 1), info, target)
+        if bench is not None:
+            found[f"all_reduce.tp{size}"] = bench.op(bench.add_up, sizes_bytes)
+    bench = _bench(ReplicaShape(1, 2), info, target)
+    if bench is not None:
+        # There and back: one way alone would measure how fast sends are launched.
+        found["p2p"] = bench.op(bench.transfer, sizes_bytes, ways=2)
     dist.barrier()
     return found
 
@@ -82,42 +69,55 @@ def _group_sizes(num_ranks: int) -> list[int]:
     return sorted({*powers, num_ranks})
 
 
-def _links(shape: ReplicaShape, info: RankInfo, device: torch.device) -> Links | None:
+def _bench(shape: ReplicaShape, info: RankInfo, device: torch.device) -> _Bench | None:
     """Of the first ranks, as one replica; the others make groups of one with them."""
     rest = (ReplicaShape(),) * (info.world_size - shape.num_gpus)
     layout = Layout((shape, *rest))
     links = Links(layout, layout.places[info.rank], device)
-    return links if info.rank < shape.num_gpus else None
+    members = dist.new_group(list(range(shape.num_gpus)), backend="gloo")
+    return _Bench(links, members, info.rank, device) if info.rank < shape.num_gpus else None
 
 
-def _op(
-    work: Callable[[torch.Tensor], None], group: Any, device: torch.device,
-    sizes_bytes: Sequence[int], ways: int = 1,
-) -> dict[str, Any]:  # fmt: skip
-    points = []
-    for size in sizes_bytes:
-        tensor = torch.zeros(size // 4, device=device)
-        work(tensor)
-        samples = [_sample_s(work, tensor, group) / ways for _ in range(REPEATS)]
-        points.append({"bytes": size, **summarise(samples)})
-    return {"unit": "s", "axes": ["bytes"], "points": points}
+class _Bench:
+    """Of one rank. ``members``: all of those that take part."""
 
+    def __init__(self, links: Links, members: Any, rank: int, device: torch.device) -> None:
+        self.links, self.members, self.rank, self.device = links, members, rank, device
 
-def _sample_s(work: Callable[[torch.Tensor], None], tensor: torch.Tensor, group: Any) -> float:
-    """Seconds of one call, on the slowest rank. Ranks begin together."""
-    calls = _CALLS[tensor.device.type]
-    _wait_for_all(tensor, group)
-    start_s = time.perf_counter()
-    for _ in range(calls):
-        work(tensor)
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    seconds = torch.tensor((time.perf_counter() - start_s) / calls, device=tensor.device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
-    return float(seconds)
+    def add_up(self, tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor, group=self.links.tp)
 
+    def transfer(self, tensor: torch.Tensor) -> None:
+        for sends in (self.rank == 0, self.rank != 0):
+            if sends:
+                self.links.send(tensor, 1 - self.rank)
+            else:
+                self.links.receive(tensor.shape, tensor.dtype, 1 - self.rank)
 
-def _wait_for_all(tensor: torch.Tensor, group: Any) -> None:
-    dist.all_reduce(torch.zeros(1, device=tensor.device), group=group)
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+    def op(
+        self, work: Callable[[torch.Tensor], None], sizes_bytes: Sequence[int], ways: int = 1
+    ) -> dict[str, Any]:
+        points = []
+        for size in sizes_bytes:
+            tensor = torch.zeros(size // 4, device=self.device)
+            work(tensor)
+            samples = [self._sample_s(work, tensor) / ways for _ in range(REPEATS)]
+            points.append({"bytes": size, **summarise(samples)})
+        return {"unit": "s", "axes": ["bytes"], "points": points}
+
+    def _sample_s(self, work: Callable[[torch.Tensor], None], tensor: torch.Tensor) -> float:
+        """Seconds of one call, on the slowest rank. Ranks begin together."""
+        calls = _CALLS[tensor.device.type]
+        self._settle()
+        dist.barrier(group=self.members)
+        start_s = time.perf_counter()
+        for _ in range(calls):
+            work(tensor)
+        self._settle()
+        seconds = torch.tensor((time.perf_counter() - start_s) / calls)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self.members)
+        return float(seconds)
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -60,8 +60,14 @@ def train(folder: Path, name: str, *more: str, starter: list[str] | None = None)
             time.sleep(3.0)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert process.returncode == 0, log.read_text()[-12000:]
+    assert process.returncode == 0, _frames(log.read_text())
     return folder / name
+
+
+def _frames(text: str) -> str:
+    """Without the lists of what is loaded, which drown all else."""
+    kept = [line for line in text.splitlines() if not line.startswith(("Extension modules", ","))]
+    return "\n".join(kept)[-20000:]
 
 
 def losses(run: Path) -> dict[tuple[str, int], float]:

@@ -170,7 +170,7 @@ class DistributedInstance(RunningInstance):
         self._command(Gather(tuple(task_ids)))
         found: list[Gathered] = []
         while len(found) < self.team.world_size:
-            report = self.team.take(self.patience.timeout_s)
+            report = self.team.take(self.patience.limit_s)
             if isinstance(report, Gathered):
                 found.append(report)
             else:
@@ -193,7 +193,7 @@ class DistributedInstance(RunningInstance):
         htask = next(i for i, item in enumerate(self._pools) if item is pool)
         self._command(Score(htask, tensors))
         while True:
-            report = self.team.take(self.patience.timeout_s)
+            report = self.team.take(self.patience.limit_s)
             if isinstance(report, Scores):
                 return report.nll, report.targets
             self._note(report)
@@ -352,7 +352,7 @@ class DistributedInstance(RunningInstance):
             self._command(Flush())
         self._collect(self.team.taken())
         while self._open:
-            self._collect([self.team.take(self.patience.timeout_s)])
+            self._collect([self.team.take(self.patience.limit_s)])
 
     def _collect(self, reports: Sequence[Any]) -> None:
         for report in reports:

@@ -2,7 +2,15 @@
 
 Each direction between two stages is a group of its own, so that no transfer waits behind one that
 goes the other way. What waits (a transfer, an exchange, a receive) runs on a thread of its own,
-one a stream, so that computing goes on; on CUDA only its launch does, and events order the streams.
+one a stream, so that computing goes on; on CUDA an exchange's thread only launches it, and events
+order the streams.
+
+Who runs operation by operation must not have the device wait for a message. The driver loads a
+kernel at its first launch, and may wait for all that the device does meanwhile; a receive that
+waits for what this launch leads to would then wait for ever (seen on two GPUs, 2026-11-22; "Lazy
+Loading" in the CUDA C++ Programming Guide). So there threads wait for messages (``wires``), which
+copy engines move, or the host where these cannot reach the other GPU. NCCL's channels are for
+those who have loaded all of their kernels before (``order_runner``).
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,9 +28,12 @@ from torch import Tensor
 
 from muxtune.errors import MuxTuneError
 from muxtune.runtime.distributed.layout import Layout, Place
+from muxtune.runtime.distributed.peer_memory import PeerMemory, Unavailable
 
 # Waiting is bounded by this package, which can tell a peer that is idle from one that hangs.
 FOREVER = timedelta(days=7)
+NCCL_LIMIT = timedelta(minutes=5)  # then its watchdog ends the process
+COMPILING_S = 180.0  # at most, after a plan: kernels of new shapes
 _POLL_S = 0.2
 
 
@@ -45,20 +56,88 @@ class Channel(NamedTuple):
     group: Any
 
 
+class Wire(Protocol):
+    """Messages of one direction, each of which its thread waits for: what ``receive`` gives is
+    there, and what ``send`` was given is free again."""
+
+    def send(self, tensor: Tensor) -> None: ...
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+class HostWire:
+    """By gloo, through the memory of the host."""
+
+    def __init__(self, channel: Channel, device: torch.device) -> None:
+        self._channel, self._device = channel, device
+
+    def send(self, tensor: Tensor) -> None:
+        dist.send(tensor.to("cpu"), self._channel.rank, group=self._channel.group)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        dist.recv(tensor, self._channel.rank, group=self._channel.group)
+        return tensor.to(self._device)
+
+
+STAGE_BYTES = 32 << 20
+
+
+class CopiedWire:
+    """Piece by piece into ``stage``, memory of the receiver's that the sender reaches: the
+    receiver says when it is free, and the sender when a piece is there."""
+
+    def __init__(
+        self, channel: Channel, device: torch.device, memory: PeerMemory, stage: Tensor
+    ) -> None:
+        self._channel, self._device, self._memory, self._stage = channel, device, memory, stage
+
+    def send(self, tensor: Tensor) -> None:
+        for piece in self._pieces(tensor.contiguous().view(-1).view(torch.uint8)):
+            self._hear()
+            self._memory.put(piece, self._stage[: piece.numel()], self._channel.rank)
+            self._settle()
+            self._say()
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        for piece in self._pieces(tensor.view(-1).view(torch.uint8)):
+            self._say()
+            self._hear()
+            piece.copy_(self._stage[: piece.numel()])
+            self._settle()
+        return tensor
+
+    def _pieces(self, data: Tensor) -> Sequence[Tensor]:
+        return data.split(self._stage.numel())
+
+    def _say(self) -> None:
+        dist.send(torch.zeros(1), self._channel.rank, group=self._channel.group)
+
+    def _hear(self) -> None:
+        dist.recv(torch.zeros(1), self._channel.rank, group=self._channel.group)
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
 class Links:
     """This rank's groups. Made by all ranks together, in the same order.
 
     ``tp``: the stage's ranks, for exchanges that the plan orders; ``step``: the same ranks, for
     what an optimizer step sums; ``sends`` and ``receives``: by neighbouring stage; ``all``: every
     rank of the instance, for gradients over replicas. ``peer``: the stage's other rank, where it
-    has two.
+    has two. ``streams_wait``: the channels are NCCL's, see above.
     """
 
-    def __init__(self, layout: Layout, place: Place, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, place: Place, device: torch.device, streams_wait: bool = False
+    ) -> None:
         self.layout, self.place, self.device = layout, place, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self.tp = self.step = None
         self.peer: int | None = None
+        self.streams_wait = streams_wait and device.type == "cuda"
         self.sends: dict[int, Channel] = {}
         self.receives: dict[int, Channel] = {}
         for replica, shape in enumerate(layout.replicas):
@@ -66,26 +145,51 @@ class Links:
             self._make_channels(replica, shape.tp, shape.pp)
         self.all = self._group(range(layout.world_size)) if len(layout.replicas) > 1 else None
         self.lanes = {name: Lane(name, device) for name in ("comm", "from below", "from above")}
+        self._out: dict[int, Wire] = {}
+        self._in: dict[int, Wire] = {}
+        if not self.streams_wait and any(shape.pp > 1 for shape in layout.replicas):
+            self._make_wires()
+
+    def _make_wires(self) -> None:
+        stages: Sequence[Tensor] = ()
+        memory = self._shared_memory() if self.device.type == "cuda" else None
+        if memory is not None:  # one for what each rank sends here
+            sizes = [STAGE_BYTES] * self.layout.world_size
+            stages = [memory.take((size,), torch.uint8) for size in sizes]
+
+        def wire(channel: Channel, sender: int) -> Wire:
+            if memory is None:
+                return HostWire(channel, self.device)
+            return CopiedWire(channel, self.device, memory, stages[sender])
+
+        self._out = {stage: wire(item, self.place.rank) for stage, item in self.sends.items()}
+        self._in = {stage: wire(item, item.rank) for stage, item in self.receives.items()}
+
+    def _shared_memory(self) -> PeerMemory | None:
+        world_size = self.layout.world_size
+        try:
+            return PeerMemory(
+                self.place.rank, range(world_size), self.device, world_size * STAGE_BYTES
+            )
+        except Unavailable:  # other hosts, or GPUs that do not reach each other
+            return None
 
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.close()
 
     def send(self, tensor: Tensor, stage: int) -> None:
-        channel = self.sends[stage]
-        dist.send(tensor, channel.rank, group=channel.group)
+        self._out[stage].send(tensor)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> Tensor:
-        channel = self.receives[stage]
-        tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        dist.recv(tensor, channel.rank, group=channel.group)
-        return tensor
+        return self._in[stage].receive(tuple(shape), dtype)
 
     def lane_from(self, stage: int) -> Lane:
         return self.lanes["from below" if stage < self.place.stage else "from above"]
 
     def _group(self, ranks: Sequence[int] | range) -> Any:
-        group = dist.new_group(list(ranks), timeout=FOREVER, backend=self.backend)
+        limit = NCCL_LIMIT if self.backend == "nccl" else FOREVER
+        group = dist.new_group(list(ranks), timeout=limit, backend=self.backend)
         if self.backend == "nccl" and self.place.rank in ranks:
             # NCCL connects at first use, and blocks the host until the peers do: here all come.
             dist.all_reduce(torch.zeros(1, device=self.device), group=group)
@@ -104,7 +208,7 @@ class Links:
         for stage in range(pp - 1):
             for part in range(tp):
                 below, above = (self.layout.rank_of(replica, s, part) for s in (stage, stage + 1))
-                up, down = (self._group((below, above)) for _ in range(2))
+                up, down = (self._direction((below, above)) for _ in range(2))
                 if self.place.rank == below:
                     self.sends[stage + 1] = Channel(above, up)
                     self.receives[stage + 1] = Channel(above, down)
@@ -114,8 +218,15 @@ class Links:
                     self.receives[stage] = Channel(below, up)
                     self._try(self.sends[stage], self.receives[stage], receives_first=True)
 
+    def _direction(self, ranks: Sequence[int]) -> Any:
+        if self.streams_wait:
+            return self._group(ranks)
+        return dist.new_group(list(ranks), timeout=FOREVER, backend="gloo")
+
     def _try(self, out: Channel, back: Channel, receives_first: bool = False) -> None:
         """One message each way, so that both directions are connected."""
+        if not self.streams_wait:
+            return
         tensor = torch.zeros(1, device=self.device)
         for sends in (not receives_first, receives_first):
             channel, move = (out, dist.send) if sends else (back, dist.recv)
@@ -177,19 +288,30 @@ class Patience:
 
     def __init__(self, timeout_s: float, is_excused: Callable[[], bool] = lambda: False) -> None:
         self.timeout_s, self.is_excused = timeout_s, is_excused
+        self._lenient_until_s = 0.0
+
+    def expect_compiling(self) -> None:
+        """From now on ranks may be busy compiling kernels, which others see nothing of."""
+        self._lenient_until_s = time.monotonic() + COMPILING_S
+
+    @property
+    def limit_s(self) -> float:
+        """Of a wait that begins now."""
+        return max(self.timeout_s, self._lenient_until_s - time.monotonic())
 
     def wait(self, future: Future[Arrival], what: str) -> Arrival:
         """Raises DistributedError when it does not come in time or cannot come any more."""
-        deadline_s = time.monotonic() + self.timeout_s
+        limit_s = self.limit_s
+        deadline_s = time.monotonic() + limit_s
         while True:
             try:
                 return future.result(timeout=_POLL_S)
             except FutureTimeout:
                 if self.is_excused():
-                    deadline_s = time.monotonic() + self.timeout_s
+                    deadline_s = time.monotonic() + limit_s
                 elif time.monotonic() > deadline_s:
                     raise DistributedError(
-                        f"{what} did not come within {self.timeout_s:g} s: another rank hangs or "
+                        f"{what} did not come within {limit_s:.0f} s: another rank hangs or "
                         "has died. Look at its last lines, then resume from the last checkpoint"
                     ) from None
             except RuntimeError as error:

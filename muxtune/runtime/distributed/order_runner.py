@@ -147,7 +147,7 @@ class OrderRunner:
         for program in programs:
             for name in _MESSAGES:
                 like = getattr(program, name)
-                setattr(program, name, memory.take(like.shape, like.dtype))
+                setattr(program, name, memory.take(like.shape, like.dtype).zero_())
         for op in range(self.schedule.graph.num_ops):
             if self.schedule.operation(op).action in TRANSFERS:
                 self.flags[op] = memory.flag()

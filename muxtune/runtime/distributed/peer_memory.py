@@ -68,15 +68,13 @@ class PeerMemory:
         )  # fmt: skip
         self.rank, self._num_flags, self._next = rank, 0, _FLAG_BYTES
         self._counts: dict[tuple[int, bool], int] = {}
+        self._reach: Any = None  # a _Reach, once it is made
         self._reach = self._agreed(make, group)
         exported = _gathered(self._agreed(self._reach.export, group), group)
         others = {r: item for r, item in zip(ranks, exported, strict=True) if r != rank}
         self._agreed(lambda: [self._reach.open(*item) for item in others.items()], group)
         self._reach.settle()
-        inbox_R = self.take((len(ranks),), torch.int32)
-        inbox_R.tolist()  # nobody writes to it before it has been cleared
-        self._agreed(lambda: None, group)
-        self._agreed(lambda: self._try_out(sorted(ranks), inbox_R), group)
+        self._agreed(lambda: self._try_out(sorted(ranks)), group)
         self.give_back()
 
     def _agreed(self, work: Callable[[], Any], group: Any) -> Any:
@@ -88,12 +86,15 @@ class PeerMemory:
             problem = (str(error) or type(error).__name__).splitlines()[0][:200]
         problems = [item for item in _gathered(problem, group) if item]
         if problems:
+            if self._reach is not None:
+                self._reach.close()
             raise Unavailable(problems[0])
         return value
 
-    def _try_out(self, ranks: Sequence[int], inbox_R: Tensor) -> None:
+    def _try_out(self, ranks: Sequence[int]) -> None:
         """One message to and from every other rank, with an end to waiting."""
         flags = {rank: self.flag() for rank in ranks}  # by sender
+        inbox_R = self.take((len(ranks),), torch.int32)
         outbox_R = torch.full_like(inbox_R, self.rank + 1)
         own = ranks.index(self.rank)
         for rank in ranks:
@@ -108,13 +109,14 @@ class PeerMemory:
             raise Unavailable(f"a message came as {found}")
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros that other ranks may write to. Raises Unavailable where nothing is left."""
+        """What other ranks may write to, from now on: so it is not cleared. Raises Unavailable
+        where nothing is left."""
         num_bytes = math.prod(shape) * dtype.itemsize
         start, own = self._next, self._reach.own
         if start + num_bytes > own.numel():
             raise Unavailable(f"{num_bytes:,} of {own.numel():,} shared bytes are not left")
         self._next = start + -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-        return own[start : start + num_bytes].view(dtype).view(tuple(shape)).zero_()
+        return own[start : start + num_bytes].view(dtype).view(tuple(shape))
 
     def give_back(self) -> None:
         """All that was taken; flags are never used again. No rank may be at work."""
@@ -287,7 +289,7 @@ class _CudaReach:
 class _FileReach:
     def __init__(self, num_bytes: int) -> None:
         shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        descriptor, self._path = tempfile.mkstemp(prefix="muxtune-", dir=shared)
+        descriptor, self._path = tempfile.mkstemp(prefix=f"muxtune-{os.getpid()}-", dir=shared)
         os.ftruncate(descriptor, num_bytes)
         os.close(descriptor)
         self.own = self._mapped(self._path)

@@ -132,6 +132,8 @@ class StageRunner:
     def begin_plan(self, pools: Sequence[SlotPool]) -> None:
         """Nothing may be in flight. Rounds are counted from 0 again; streams pass by pass."""
         self.pools = list(pools)
+        if self.backbone.device.type == "cuda":
+            self.patience.expect_compiling()
         self._rounds: dict[int, _Round] = {}
         self._compute: deque[tuple[int, Node]] = deque()  # with the pass that a node belongs to
         self._comm: deque[Node] = deque()
