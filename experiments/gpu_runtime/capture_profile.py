@@ -21,10 +21,10 @@ from muxtune.runtime.static_step import CapturedSteps
 prepare = CapturedSteps._prepare
 
 
-def profiled(steps: CapturedSteps, num_rows: int) -> None:
+def profiled(self: CapturedSteps, num_rows: int) -> None:
     with cProfile.Profile() as profile:
-        prepare(steps, num_rows)
-    print(f"==== {num_rows} rows, {steps.capture_s.get(num_rows)} s", flush=True)
+        prepare(self, num_rows)
+    print(f"==== {num_rows} rows, {self.capture_s.get(num_rows)} s", flush=True)
     stats = pstats.Stats(profile)
     for order in ("tottime", "cumulative"):
         stats.sort_stats(order).print_stats(25)

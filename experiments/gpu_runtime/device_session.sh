@@ -1,45 +1,70 @@
 #!/bin/bash
 # Everything that needs one GPU, in order of value, in a given number of seconds:
 #
-#     OUT=results bash experiments/gpu_runtime/device_session.sh 240
+#     OUT=results bash experiments/gpu_runtime/device_session.sh 590
 #
-# First what needs no quiet GPU, side by side: the tests marked gpu, isolation, and a rehearsal of
-# the measurements with one layer, which compiles their kernels into the caches. Then, alone, the
-# step throughput, then the memory curve, each as far as the time goes. Results are in $OUT.
+# First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
+# alone: the step throughput, the memory curve, joins, the kernel ratio, each as far as the time goes;
+# what is done is in $OUT at any time, in at most eight files.
 set -u
 budget=${1:?seconds}
 out=${OUT:?a folder for results}
 python=${PYTHON:-python3}
 here=$(dirname "$0")
 work=$(mktemp -d)
-mkdir -p "$out" "$work/parts"
+mkdir -p "$out"
 export PYTHONPATH=.:sim:kernels${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=1
+export PYTHONFAULTHANDLER=1 PYTHONDONTWRITEBYTECODE=1
 exec > >(tee "$out/session.log") 2>&1
 
 left() { echo $((budget - SECONDS)); }
 
-# A third of the time at most, and not more than they take.
-side_limit=$((budget / 3 > 190 ? 190 : budget / 3))
-"$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit"
-echo "$(left) s left"
+# seconds to keep for what follows, then a command: stopped in time, so that it says what it knows
+alone() {
+  local keep=$1 limit
+  shift
+  limit=$(($(left) - keep))
+  [ "$limit" -ge 15 ] || { echo "left out for want of time: $*"; return; }
+  timeout -s INT -k 5 "$limit" "$@"
+  echo "==== exit $?, $(left) s left"
+}
 
-parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,mixed_methods,mixed_ranks,llama_3_1_8b
-[ "$budget" -ge 400 ] && parts=$parts,lora_1,lora_4,lora_16,lora_8_planned
-# The memory curve gets a quarter of a long session.
-keep=$((budget >= 400 ? budget / 4 : 5))
+# Results of parts into one file: DESTINATION SOURCE...
+merge() {
+  "$python" - "$@" <<'END'
+import json, pathlib, sys
+target = pathlib.Path(sys.argv[1])
+found = json.loads(target.read_text()) if target.exists() else {}
+for path in map(pathlib.Path, sys.argv[2:]):
+    if path.exists():
+        found[path.stem] = json.loads(path.read_text())
+target.write_text(json.dumps(found, indent=1) + "\n")
+END
+}
+
+side_limit=$((budget / 4 > 200 ? 200 : budget / 4))
+"$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit"
+echo "==== $(left) s left"
+
+# Of what is left, beyond the step throughput: memory, joins, kernel ratio.
+memory_s=85 joins_s=40 ratio_s=60
+[ "$budget" -lt 400 ] && memory_s=0 joins_s=0 ratio_s=0
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
-timeout -k 5 $(($(left) - 3)) "$python" experiments/step_throughput/run.py \
-  --out "$out/step_throughput.json" --only $parts --seconds $(($(left) - keep - 10)) --sl-limit-s 20 \
-  "${checked[@]}"
-echo "$(left) s left"
+keep=$((memory_s + joins_s + ratio_s))
+parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,lora_1,lora_4,lora_16,llama_3_1_8b,mixed_ranks
+alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
+  --only "$parts,mixed_methods,all_methods" --seconds $(($(left) - keep - 8)) --sl-limit-s 20 "${checked[@]}"
 
-if [ "$(left)" -ge 40 ]; then
-  timeout -k 5 $(($(left) - 3)) "$python" "$here/run.py" --parts memory --out "$out" \
-    --memory-seconds $(($(left) - 45))
-fi
-if [ "$(left)" -ge 60 ]; then
-  timeout -k 5 $(($(left) - 3)) "$python" "$here/run.py" --parts joins --out "$out"
-fi
-echo "$(left) s left"
+run="$here/run.py --out $work/alone"
+alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory \
+  --memory-seconds $(($(left) - joins_s - ratio_s - 20))
+merge "$out/gpu_runtime.json" "$work/alone/memory.json"
+alone $((ratio_s + 3)) "$python" $run --parts joins
+merge "$out/gpu_runtime.json" "$work/alone/joins.json"
+for tokens in 8192 2048 16384; do
+  alone 3 "$python" experiments/kernel_ratio/run.py --repeats 5 --steps 4 --tokens $tokens \
+    --out "$work/kernel_ratio_$tokens.json"
+  merge "$out/kernel_ratio.json" "$work/kernel_ratio_$tokens.json"
+done

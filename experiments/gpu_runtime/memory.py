@@ -1,7 +1,7 @@
 """Peak memory against the number of tasks, to the first refusal, beside separate instances.
 
 Tasks are of rank 16 on all linears, lengths of the mix of the step measurement; each number is
-planned by ``muxtune``'s planner under the GPU's limit and trained for a few rounds by the
+planned by ``muxtune``'s planner under the GPU's limit and trained for a few passes by the
 executor, in deterministic mode with one shape an hTask, which captures what the peak needs and no
 more. HF PEFT instances have a copy of the base model each and run one step with all their
 activations held, as separate processes would hold them, until the next one does not fit.
@@ -29,6 +29,7 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.fleet import task_view
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.registry import PLANNERS
+from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.random_models import random_model
 from muxtune.types import (
     AdapterSpec,
@@ -40,44 +41,47 @@ from muxtune.types import (
 )
 from muxtune.workload.synthetic import SyntheticLibrary
 
-NUMBERS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
-ROUNDS = 3
+NUMBERS = (1, 8, 32, 64, 16, 4, 2, 48)  # what the time may not suffice for last
+PASSES = 2  # of each hTask
 LIMIT_S = 3600.0  # no further number is begun after these
-LIMIT_GIB = 0.0  # 0: what cluster=h100_x1 says
+LAYERS = 0  # of the model that runs, where it is not the one that is planned for, to rehearse
 DEVICE = "H100-SXM"
 
 
 def run(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
-    """What is known so far, after each number of tasks and each instance."""
+    """What is known so far, after each instance of HF PEFT and each number of tasks."""
     start_s = time.perf_counter()
     planner, limit_bytes = planner_of(shape)
-    if LIMIT_GIB:
-        limit_bytes = int(LIMIT_GIB * 2**30)
     largest = _largest(planner, shape, limit_bytes)
     out: dict[str, Any] = {
-        "limit_bytes": limit_bytes, "largest_that_is_planned": largest, "curve": [],
+        "limit_bytes": limit_bytes, "largest_that_is_planned": largest, "curve": [], "hf_peft": [],
         "refusal": _plan(planner, tasks_of(largest + 1), limit_bytes)._asdict(),
         "colocated": _colocated(shape, limit_bytes),
     }  # fmt: skip
-    store = store_of(shape, device)
-    for number in sorted({*(n for n in NUMBERS if n < largest), largest}):
-        plan = _plan(planner, tasks_of(number), limit_bytes)
-        assert isinstance(plan, Plan)
-        if time.perf_counter() - start_s > LIMIT_S:
-            out["stopped_before_tasks"] = number
-            break
-        out["curve"].append(_measured(store, shape, tasks_of(number), plan))
-        _free()
-        print(out["curve"][-1], flush=True)
-        yield out | {"marginal_bytes_a_task": _marginal(out["curve"])}
-    store = None
-    _free()
-    out["marginal_bytes_a_task"] = _marginal(out["curve"])
-    out["hf_peft"] = []
-    for row in hf_instances(shape, device):
+    if LAYERS:
+        out["rehearsal"], shape = True, shape._replace(num_layers=LAYERS)
+    for row in hf_instances(shape, device, most=1 if LAYERS else 99):
         out["hf_peft"].append(row)
         print(row, flush=True)
         yield out
+    _free()
+    store = store_of(shape, device)
+    for number in by_value(largest):
+        plan = _plan(planner, tasks_of(number), limit_bytes)
+        assert isinstance(plan, Plan)
+        if time.perf_counter() - start_s > LIMIT_S:
+            out.setdefault("left_out_for_want_of_time", []).append(number)
+            continue
+        out["curve"].append(_measured(store, shape, tasks_of(number), plan))
+        out["curve"].sort(key=lambda row: row["tasks"])
+        _free()
+        print(number, out["curve"], flush=True)
+        yield out | {"marginal_bytes_a_task": _marginal(out["curve"])}
+
+
+def by_value(largest: int) -> list[int]:
+    """Numbers of tasks, what the time may not suffice for last: there are many programs then."""
+    return [number for number in NUMBERS if number < largest] + [largest]
 
 
 def planner_of(shape: ModelShape) -> tuple[MuxTunePlanner, int]:
@@ -124,12 +128,12 @@ def _largest(planner: MuxTunePlanner, shape: ModelShape, limit_bytes: int) -> in
 
 
 def _measured(store: Any, shape: ModelShape, tasks: list[TaskSpec], plan: Plan) -> dict[str, Any]:
-    """A few rounds of the plan; the ledger's prediction beside, without the context, which the
+    """A few passes of each hTask; the ledger's prediction beside, without the context, which the
     allocator does not know."""
     bench = Bench(store, shape.vocab, deterministic=True)
     bench.prepare(tasks)
     bench.executor.apply(plan)
-    bench.until(lambda: len(bench.recorder.rounds) >= ROUNDS)
+    bench.until(lambda: least_passes(bench) >= PASSES)
     peak = bench.executor.memory.peak_bytes()
     context = memory_options(shape, "gpu").framework_bytes
     predicted = plan.predicted.peak_memory_bytes.value - context
@@ -147,6 +151,17 @@ def _measured(store: Any, shape: ModelShape, tasks: list[TaskSpec], plan: Plan) 
         row["reserved_bytes"] = torch.cuda.max_memory_reserved()
     bench.close()
     return row
+
+
+def least_passes(bench: Bench) -> int:
+    """Of any hTask; without captured ones, rounds count."""
+    (instance,) = bench.executor._instances.values()
+    counts = [
+        sum(item.steps.replays.values())
+        for item in instance._runners
+        if isinstance(item, CapturedRunner)
+    ]
+    return min(counts) if counts else len(bench.recorder.rounds)
 
 
 def _free() -> None:
@@ -174,14 +189,13 @@ def _colocated(shape: ModelShape, limit_bytes: int) -> dict[str, Any]:
     return {"predicted_bytes_each": each, "instances": int(limit_bytes // max(each))}
 
 
-def hf_instances(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
+def hf_instances(shape: ModelShape, device: str, most: int) -> Iterator[dict[str, Any]]:
     """One more instance each time, until one does not fit; the longest batch of its task."""
     held: list[Any] = []
     where = torch.device(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     library = SyntheticLibrary(0)
-    while True:
-        number = len(held) + 1
+    for number in range(1, most + 1):
         task = tasks_of(number)[-1]
         library.add(task)
         try:
@@ -191,8 +205,6 @@ def hf_instances(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
             return
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         yield {"instances": number, "fits": True, "peak_bytes": peak}
-        if device != "cuda" and number >= 2:
-            return
 
 
 def _one_instance(

@@ -69,12 +69,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the shape's, to try")
     parser.add_argument("--memory-seconds", type=float, default=3600.0)
-    parser.add_argument("--memory-gib", type=float, default=0.0, help="take a part of the GPU only")
+    parser.add_argument("--rehearse", action="store_true", help="the memory's plans, two layers")
     args = parser.parse_args()
-    memory.LIMIT_S, memory.LIMIT_GIB = args.memory_seconds, args.memory_gib
-    if args.memory_gib and args.device == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / whole)
+    memory.LIMIT_S, memory.LAYERS = args.memory_seconds, 2 if args.rehearse else 0
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.parts.split(","):

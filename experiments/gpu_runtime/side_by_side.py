@@ -39,21 +39,21 @@ PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=long", "-p", "
           "--durations=8")  # fmt: skip
 STEP_PARTS = {
     "many": "lora_32",
-    "mixed": "mixed_methods",
+    "mixed": "mixed_methods,all_methods",
     "main": "check,lora_8,bound,hf_peft,sl_peft,ledger",
     "ranks": "mixed_ranks",
     "llama": "llama_3_1_8b",
-    "half": "lora_16,lora_8_planned",
+    "half": "lora_16",
     "few": "lora_4,lora_1",
 }
 FEW_LAYERS = ("--layers", "2")
 RUNTIME_PARTS = {
     "isolation_mixed": (), "kill": (), "isolation_lora": (), "isolation_faults": (),
     "isolation_fast": (), "joins": FEW_LAYERS,
-    "memory": (*FEW_LAYERS, "--memory-gib", "9", "--memory-seconds", "50"),
+    "memory": ("--rehearse", "--memory-seconds", "60"),
 }  # fmt: skip
 ENDING_S = 12  # to print what is known, after the interrupt
-LOG_BYTES, PROCESSES = 400_000, 22
+LOG_BYTES, PROCESSES = 400_000, 21
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
 
 
@@ -93,7 +93,7 @@ class Running:
 
 
 def jobs(python: str, work: Path, test_ids: Sequence[str]) -> list[Job]:
-    """Those that take longest, and those that have never run, first."""
+    """What is measured afterwards, or only here, comes first; tests of single kernels last."""
     parts = {
         name: Job(name, "part", (python, str(HERE / "run.py"), "--parts", name, "--out",
                                  str(work / "parts"), *more))
@@ -104,16 +104,10 @@ def jobs(python: str, work: Path, test_ids: Sequence[str]) -> list[Job]:
                                      "--out", str(work / "steps" / f"{name}.json")))
         for name, only in STEP_PARTS.items()
     }  # fmt: skip
-    profile = (python, str(HERE / "capture_profile.py"))
     ratio = (python, str(HERE.parent / "kernel_ratio" / "run.py"), "--repeats", "1", "--steps", "1",
              "--out", str(work / "kernel_ratio.json"))  # fmt: skip
-    return [
-        steps["many"], parts["isolation_mixed"], parts["kill"], steps["main"], steps["mixed"],
-        *test_jobs(python, test_ids), *(step for name, step in steps.items()
-        if name not in ("many", "main", "mixed")), *(part for name, part in parts.items()
-        if name not in ("isolation_mixed", "kill")), Job("capture_profile", "part", profile),
-        Job("kernel_ratio", "rehearse", ratio),
-    ]  # fmt: skip
+    ratio_job = Job("kernel_ratio", "rehearse", ratio)
+    return [*steps.values(), *parts.values(), ratio_job, *test_jobs(python, test_ids)]
 
 
 def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
@@ -130,7 +124,8 @@ def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
         # With blocking launches an error is told by the launch that made it.
         _tests(python, "many_uncaptured", uncaptured, ("CUDA_LAUNCH_BLOCKING", "1")),
     ]
-    for file, members in by_file.items():
+    kernels_last = sorted(by_file.items(), key=lambda item: "kernels" in item[1][0])
+    for file, members in kernels_last:
         for number in range(SHARDS[file]):
             name = f"{file.removesuffix('.py').removeprefix('test_') or 'others'}_{number}"
             out.append(_tests(python, name, members[number :: SHARDS[file]]))

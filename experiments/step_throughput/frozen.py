@@ -25,7 +25,7 @@ from muxtune.runtime.static_step import (
 from muxtune.runtime.static_step.inputs import StepInputs
 
 MAX_SEQLEN, MAX_BOUNDS = 512, 96
-STEADY_REPLAYS = 25  # of some 0.17 s each
+STEADY_REPLAYS = 15  # of some 0.17 s each
 
 
 def without_adapters(static: StaticModel, num_slots: int, sizes: list[int]) -> CapturedSteps:

@@ -54,20 +54,25 @@ METHODS = (
 )
 RANKS = tuple(LORA | {"rank": rank} for rank in (8, 16, 32, 64))
 SPATIAL = ("planner.fusion=all_spatial",)
+ALL_METHODS = (
+    *METHODS, LORA | {"method": "dora", "dropout": 0.0},
+    {"method": "prompt", "rank": 16, "alpha": 1, "targets": []},
+)  # fmt: skip
 CASES = {
-    "lora_8": product.Case(8, (LORA,), 40, overrides=SPATIAL),
-    "mixed_methods": product.Case(8, METHODS, 40, overrides=SPATIAL),
+    "lora_8": product.Case(8, (LORA,), 35, overrides=SPATIAL),
+    "mixed_methods": product.Case(8, METHODS, 30, overrides=SPATIAL),
     "lora_32": product.Case(
         32, (LORA,), 75, overrides=("+cluster_policy.max_tasks_per_instance=32",)
     ),
-    "mixed_ranks": product.Case(8, RANKS, 35, overrides=SPATIAL),
-    "llama_3_1_8b": product.Case(8, (LORA,), 45, "llama-3.1-8b", SPATIAL),
-    "lora_16": product.Case(16, (LORA,), 55),
-    "lora_4": product.Case(4, (LORA,), 20),
-    "lora_1": product.Case(1, (LORA,), 15),
-    "lora_8_planned": product.Case(8, (LORA,), 40),
+    "mixed_ranks": product.Case(8, RANKS, 28, overrides=SPATIAL),
+    "llama_3_1_8b": product.Case(8, (LORA,), 32, "llama-3.1-8b", SPATIAL),
+    "lora_16": product.Case(16, (LORA,), 45),
+    "lora_4": product.Case(4, (LORA,), 14),
+    "lora_1": product.Case(1, (LORA,), 10),
+    "lora_8_planned": product.Case(8, (LORA,), 30),
+    "all_methods": product.Case(8, ALL_METHODS, 30, overrides=SPATIAL),
 }
-OTHERS = {"check": 15, "bound": 25, "hf_peft": 25, "sl_peft": 30, "ledger": 0}
+OTHERS = {"check": 15, "bound": 25, "hf_peft": 20, "sl_peft": 28, "ledger": 0}
 ORDER = (
     "check", "lora_8", "bound", "hf_peft", "sl_peft", "ledger", *(n for n in CASES if n != "lora_8")
 )  # fmt: skip

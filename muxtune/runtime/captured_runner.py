@@ -35,9 +35,9 @@ from muxtune.types import HTask, PackRule
 from muxtune.workload.encoding import EncodedSequence
 
 DEPTH = 2  # results are read this many passes late
-MAX_CLOSE_SIZES = 4
-_LEAST_GAIN = 0.005  # of all rows: a size costs a second or two of capturing
-_SIZE_STEP = 128
+MAX_CLOSE_SIZES = 8
+_LEAST_GAIN = 0.003  # of all rows: a size costs half a second of capturing
+_SIZE_STEP = 64
 _MIN_SEQLEN = 512
 _BOUNDS_STEP = 64
 

@@ -51,7 +51,7 @@ from muxtune.types import (
 )
 
 FILLER_CHUNK = Chunk("", -1, ())
-ROUNDS_AHEAD = 16  # looked at for the sizes of micro-batches to be captured with a plan
+ROUNDS_AHEAD = 32  # looked at for the sizes of micro-batches to be captured with a plan
 
 
 class Host(Protocol):
