@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from muxtune.cost.captured import fused_sites, padded_rank
 from muxtune.cost.schema import CAPTURED
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.step_cases import plan_of
-from muxtune.types import HTask, Plan, TaskSpec
+from muxtune.types import AdapterSlot, HTask, Plan, TaskSpec
 
 MAX_WORKERS = 10  # each has a context and up to some GB of the device's memory
 MAX_STARTS = 4  # of workers, which a kernel's error ends
@@ -139,10 +140,29 @@ class Compilers:
 
 
 def _key(job: OpJob | StepJob) -> object:
-    """Jobs with the same kernels, as far as that is easily told."""
+    """Jobs with the same kernels, as far as that is easily told: neither how many slots there are
+    nor how many blocks is compiled in."""
+    base = job.shape._replace(name="", num_layers=0)
     if isinstance(job, OpJob):
-        return job
-    return job.shape._replace(name="", num_layers=0), job.htask.shapes
+        if job.method == "sites":
+            return base, *job.arguments[1:]
+        return (base, job.method) if job.method == "attention" else (base, job)
+    slots = job.htask.shapes[0].slots
+    of_site = []
+    for site in fused_sites(job.shape):
+        ranks = [slot.rank for slot in slots if _adapts(slot, site.members)]
+        of_site.append((padded_rank(ranks), sum(ranks) % 16 == 0) if ranks else None)
+    others = frozenset((s.method, s.targets, s.dropout) for s in slots if s.method != "lora")
+    sizes = tuple((shape.padded_tokens, shape.recompute) for shape in job.htask.shapes)
+    counts = len(slots) == 1, len(slots) % 16 == 0, any(slot.dropout for slot in slots)
+    return base, sizes, tuple(of_site), others, counts
+
+
+def _adapts(slot: AdapterSlot, members: tuple[str, ...]) -> bool:
+    if slot.method != "lora":
+        return False
+    leaves = {target.rsplit(".", 1)[-1] for target in slot.targets}
+    return "all-linear" in leaves or not leaves.isdisjoint(members)
 
 
 _benches: dict[object, Any] = {}
