@@ -302,7 +302,9 @@ class ValidateConfig(CommonConfig):
     what is there. ``num_cases``: step configurations. ``models``: base models beside the profiled
     one, NAME or NAME:LAYERS; empty: two variants of it. ``max_rows``: of a micro-batch, 0: as
     profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the two
-    dynamic runs takes, 0: none. ``clock``: empty: as the profile was taken."""
+    dynamic runs takes, 0: none. ``clock``: empty: as the profile was taken. ``min_rows``: of a
+    micro-batch. ``own_every``: every so many single cases are of the profiled base model, where
+    that has many more blocks than ``models``; 0: two of three."""
 
     profile: str = ""
     budget_s: float = 300.0
@@ -313,6 +315,8 @@ class ValidateConfig(CommonConfig):
     case_s: float = 0.5
     dynamic_s: float = 20.0
     clock: str = ""
+    min_rows: int = 0
+    own_every: int = 0
 
 
 @dataclass

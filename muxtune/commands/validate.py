@@ -43,6 +43,8 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
         config.case_s,
         config.dynamic_s,
         config.clock,
+        config.min_rows,
+        config.own_every,
     )
     with _progress() as report:
         summary = validate(folder.path, Path(config.profile), options, report)
@@ -71,6 +73,9 @@ def _check(config: ValidateConfig) -> None:
             raise ConfigError(name, f"is {getattr(config, name)}", "give at least 1")
     if config.max_rows < 0:
         raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (as profiled) or more")
+    for name in ("min_rows", "own_every"):
+        if getattr(config, name) < 0:
+            raise ConfigError(name, f"is {getattr(config, name)}", "give 0 or more")
 
 
 def show(summary: dict[str, Any], path: Path) -> None:

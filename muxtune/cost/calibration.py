@@ -45,13 +45,15 @@ _STUDENT = (
 class WholeStep(NamedTuple):
     """One measured step of a profile. ``repeats_s``: of all its passes. ``peak_bytes``: above
     what the process held besides the weights; 0 or less where what had been freed before hid it.
-    ``num_slots``: adapters of all its hTasks; 0: not known."""
+    ``num_slots``: adapters of all its hTasks; 0: not known. ``num_layers``: of the model it ran
+    on, where these are fewer than the profile's; 0: as many."""
 
     name: str
     loads: tuple[PassLoad, ...]
     repeats_s: tuple[float, ...]
     peak_bytes: int
     num_slots: int = 0
+    num_layers: int = 0
 
     @property
     def median_s(self) -> float:
@@ -80,7 +82,7 @@ class Composition(NamedTuple):
 
 
 Breakdown = Callable[[PassLoad], Mapping[str, float]]
-Features = Callable[[Sequence[PassLoad]], tuple[float, float, float]]
+Features = Callable[[WholeStep], tuple[float, float, float]]
 
 
 def step_features(loads: Sequence[PassLoad], breakdown_s: Breakdown) -> tuple[float, float, float]:
@@ -94,7 +96,7 @@ def fit_composition(steps: Sequence[WholeStep], features_of: Features) -> Compos
     """``features_of``: what the three numbers are multiplied by. Without steps: the sums."""
     if not steps:
         return Composition()
-    features = np.array([features_of(step.loads) for step in steps])
+    features = np.array([features_of(step) for step in steps])
     times = np.array([step.median_s for step in steps])
     best = _fit(features, times)
     error = _interval(features, times)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost import ops
-from muxtune.cost.calibration import Composition, WholeStep, fit_composition
+from muxtune.cost.calibration import Composition, WholeStep
 from muxtune.cost.composition import PassParts, Rates, Tally
 from muxtune.cost.curves import Time, fit_affine
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, widened
@@ -145,7 +145,7 @@ class CapturedCostModel(ProfiledCostModel):
         return found, 1.0 if by_units else ratio, extrapolated
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
-        found = fit_composition(steps, self._features)
+        found = super()._fitted_composition(steps)
         self._beside = found.adapters / found.work
         return found
 

@@ -24,7 +24,7 @@ from muxtune.cost.ops import Op
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape, checked_shape
 from muxtune.errors import ProfileError
-from muxtune.types import AdapterSlot, Estimate, ReplicaShape, ShapeKey
+from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKey
 
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
@@ -71,7 +71,7 @@ class ProfiledCostModel(ComposedCostModel):
             return
         if self._is_of_profile:
             self.composition = self._fitted_composition(steps)
-            options = self._fitted_memory(steps)
+            options = self._fitted_memory([step for step in steps if not step.num_layers])
         else:  # steps are of the profile's own model
             of_profile = type(self)(self.profile.model_shape, self.profile)
             self._compose_as(of_profile)
@@ -81,7 +81,17 @@ class ProfiledCostModel(ComposedCostModel):
         self._forget()
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
-        return fit_composition(steps, lambda loads: step_features(loads, self.breakdown_s))
+        return fit_composition(steps, lambda step: self._of_depth(step)._features(step.loads))
+
+    def _features(self, loads: Sequence[PassLoad]) -> tuple[float, float, float]:
+        return step_features(loads, self.breakdown_s)
+
+    def _of_depth(self, step: WholeStep) -> ProfiledCostModel:
+        """The model without a composition that the step ran on."""
+        if not step.num_layers:
+            return self
+        shape = self.model._replace(num_layers=step.num_layers)
+        return type(self)(shape, self.profile._replace(steps=()))
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
         self.composition = other.composition

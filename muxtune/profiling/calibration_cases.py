@@ -10,6 +10,27 @@ from muxtune.profiling.step_cases import StepCase, StepTask
 _MIX = ("sst2", "openbookqa", "rte", "gsm8k")
 
 
+SHALLOW_LAYERS = 4
+
+
+def shallow(shape: ModelShape) -> ModelShape | None:
+    """A few blocks of a deep model: what a pass takes besides its blocks shows there."""
+    if shape.num_layers <= 2 * SHALLOW_LAYERS:
+        return None
+    return shape._replace(num_layers=SHALLOW_LAYERS)
+
+
+def shallow_cases(shape: ModelShape, max_rows: int) -> list[StepCase]:
+    """Of ``shallow``'s model: a few of ``calibration_cases``, of few rows too."""
+    cases = calibration_cases(shape, max_rows)
+    small = calibration_cases(shape, max_rows // 4)
+    chosen = [cases[1], cases[3], cases[6], small[0], small[2], small[3]]
+    return [
+        case._replace(name=f"{case.name}, few blocks {number}")
+        for number, case in enumerate(chosen)
+    ]
+
+
 def calibration_cases(shape: ModelShape, max_rows: int) -> list[StepCase]:
     """From few rows to ``max_rows``, from one task to sixteen; the most telling come first, for a
     budget may end early. The same for every model and device but for the number of rows."""

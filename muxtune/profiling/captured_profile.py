@@ -17,6 +17,7 @@ ROWS = (128, 512, 1024, 2048, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
 RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 3
+COMPILING_SHARE = 0.6  # of the operations' budget at most
 REFINE_ERROR = 0.04
 # From the shortest sequences to long ones; packed attention's time depends on how they fill tiles.
 MIXES = ("sst2", "sst2+openbookqa", "openbookqa", "rte+arc_easy", "gsm8k", "code_alpaca_2k+gsm8k")
@@ -53,7 +54,8 @@ def measure_captured(
     kernels are compiled along with those of the operations."""
     end_s, left_out = time.perf_counter() + budget_s, []
     works = list(_works(sorted(rows), sorted(slots), sorted(ranks)))
-    left_out += compilers.compile([*_jobs(shape, works), *steps], report)
+    jobs = [*_jobs(shape, works), *steps]
+    left_out += compilers.compile(jobs, report, COMPILING_SHARE * budget_s)
     bench = CapturedOps(shape, device, dtype, deterministic=deterministic, clock=clock)
 
     def measure(work: Work) -> None:

@@ -26,6 +26,7 @@ from muxtune.types import AdapterSlot, HTask, Plan, TaskSpec
 
 MAX_WORKERS = 10  # each has a context and up to some GB of the device's memory
 MAX_STARTS = 4  # of workers, which a kernel's error ends
+RELEASE_S = 10.0
 NUM_BLOCKS = 2  # the first one's backward lacks a product that all others have
 Report = Callable[[float, str], None]
 
@@ -80,13 +81,16 @@ class Compilers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._end()
 
     def compile(
-        self, jobs: Iterable[OpJob | StepJob], report: Report = lambda _share, _text: None
+        self,
+        jobs: Iterable[OpJob | StepJob],
+        report: Report = lambda _share, _text: None,
+        limit_s: float = 120.0,
     ) -> list[str]:
-        """Waits until all is compiled; what failed, and why."""
+        """Waits until all is compiled, or the time is up; what failed, and why."""
+        end_s = time.monotonic() + limit_s
         wanted = []
         for job in jobs:
             key = _key(job)
@@ -98,16 +102,32 @@ class Compilers:
             if self._pool is None or not wanted:
                 return failed
             try:
-                wanted = self._compile(wanted, failed, report)
-                self._release()
+                wanted = self._compile(wanted, failed, report, end_s)
+                self._release(end_s + RELEASE_S)
             except BrokenProcessPool:  # a worker ended, and with it the others
                 failed.append("a worker ended")
-                self._pool.shutdown(cancel_futures=True)
-                self._pool = self._new_pool()
+                self._start_anew()
+            except TimeoutError:
+                failed.append(f"{len(wanted)} were not compiled ahead: the time was up")
+                self._start_anew()
+                return failed
         return failed
 
+    def _start_anew(self) -> None:
+        """Who measures is not to be disturbed by what still runs."""
+        self._end()
+        self._pool = self._new_pool()
+
+    def _end(self) -> None:
+        """At once, whatever the workers do."""
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
     def _compile(
-        self, wanted: list[OpJob | StepJob], failed: list[str], report: Report
+        self, wanted: list[OpJob | StepJob], failed: list[str], report: Report, end_s: float
     ) -> list[OpJob | StepJob]:
         """What is left to do when it ends."""
         assert self._pool is not None
@@ -116,24 +136,27 @@ class Compilers:
             self._pool.submit(compile_one, job, *self._settings): number
             for number, job in left.items()
         }
-        for future in as_completed(running):
-            try:
-                text = future.result()
-            except BrokenProcessPool:
-                continue
-            del left[running[future]]
-            failed += [text] if text else []
-            report(1 - len(left) / len(wanted), f"compiled {len(wanted) - len(left)}")
-        wanted[:] = left.values()
+        total = len(wanted)
+        try:
+            for future in as_completed(running, max(0.0, end_s - time.monotonic())):
+                try:
+                    text = future.result()
+                except BrokenProcessPool:
+                    continue
+                del left[running[future]]
+                failed += [text] if text else []
+                report(1 - len(left) / total, f"compiled {total - len(left)} of {total}")
+        finally:
+            wanted[:] = left.values()
         if left:
             raise BrokenProcessPool
         return []
 
-    def _release(self) -> None:
+    def _release(self, end_s: float) -> None:
         """Who measures wants the device's memory: each worker, while the others are busy too."""
         assert self._pool is not None
         for future in [self._pool.submit(_let_go) for _ in range(self._workers)]:
-            future.result()
+            future.result(max(0.0, end_s - time.monotonic()))
 
     def _new_pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"))

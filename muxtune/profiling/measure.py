@@ -42,9 +42,10 @@ from muxtune.cost.shapes import LLAMA, ModelShape, from_hf_config, model_shape
 from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
-from muxtune.profiling.calibration_cases import calibration_cases
+from muxtune.profiling.calibration_cases import calibration_cases, shallow, shallow_cases
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
+from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import StepBench, is_lost, short_collections
 from muxtune.runtime.bank import grad_dtype_for
 
@@ -158,9 +159,18 @@ def profile_machine(
         if steps:
             end_s = max(begun_s + budget_s, time.perf_counter() + LEAST_STEPS_SHARE * budget_s)
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
-            whole, captures, failed = _whole_steps(bench, most, end_s, report, kept)
+            wanted = calibration_cases(shape, most)
+            whole, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
             left_out += failed
             ops["join"] = _join_op(bench)
+            bench.close()
+            if few := shallow(shape):
+                bench = StepBench(few, target, dtype, step=style, deterministic=exact, clock=now)
+                wanted = shallow_cases(few, most)
+                more, _, failed = _whole_steps(bench, wanted, end_s, report, kept)
+                whole += [step._replace(num_layers=few.num_layers) for step in more]
+                left_out += failed
+                bench.close()
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
         ops |= exchanges
@@ -230,19 +240,25 @@ def _adapter_loads(bench: Bench) -> dict[str, Any]:
 
 
 def _step_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
-    cases = calibration_cases(shape, max_rows)
-    return [job for case in cases for job in step_jobs(shape, case.plan(), case.specs())]
+    wanted = [
+        *calibration_cases(shape, max_rows),
+        *(shallow_cases(few, max_rows) if (few := shallow(shape)) else ()),
+    ]
+    return [job for case in wanted for job in step_jobs(shape, case.plan(), case.specs())]
 
 
 def _whole_steps(
-    bench: StepBench, max_rows: int, end_s: float, report: ProgressCallback, kept: Kept | None
+    bench: StepBench,
+    wanted: Sequence[StepCase],
+    end_s: float,
+    report: ProgressCallback,
+    kept: Kept | None,
 ) -> tuple[list[WholeStep], list[float], list[str]]:
     """(steps, seconds of each capture, what is missing and why). The first one always runs, two
     more also when the budget is used up, if they are short."""
     steps: list[WholeStep] = []
     captures, missing = [], []
     per_row_s = 0.0
-    wanted = calibration_cases(bench.shape, max_rows)
     for number, case in enumerate(wanted):
         if kept is not None and kept.has(case.name):
             row = next(row for row in kept.rows if row["name"] == case.name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +39,8 @@ from muxtune.validation.suite import SuiteOptions, draw_suite
 
 WALL = "wall"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
-OPS_SHARE, STEPS_FIRST_SHARE = 0.1, 0.5
+COMPILING_SHARE, OPS_SHARE, STEPS_FIRST_SHARE = 0.33, 0.1, 0.6
+MOST_TIMES_AS_LONG, MOST_MORE_S = 2.0, 30.0  # a dynamic run takes than it was drawn for
 
 
 class ValidationOptions(NamedTuple):
@@ -131,7 +134,8 @@ def _run(
     cases, runs = suite_of(models, options), _dynamic_cases(attempt, options)
     todo = [case for case in cases if not records["steps"].has(case.name)]
     jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *_jobs_of_runs(runs, profile)]
-    for text in compilers.compile(jobs, of("compiling")):
+    limit_s = COMPILING_SHARE * options.budget_s
+    for text in compilers.compile(jobs, of("compiling"), limit_s):
         report("compiling", 1.0, text)
     start_s = time.perf_counter()
     left = {
@@ -155,6 +159,25 @@ def _run(
         )
     left["steps"] = steps_until(end_s)
     return left
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, in a process's main thread; elsewhere nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _dynamic_cases(attempt: Attempt, options: ValidationOptions) -> list[DynamicCase]:
@@ -197,7 +220,9 @@ def _run_dynamic(
         report(number / len(todo), case.name)
         records.begin({"name": case.name})
         try:
-            records.add(run_dynamic(case, profile, device))
+            with limited(MOST_TIMES_AS_LONG * duration_s + MOST_MORE_S):
+                found = run_dynamic(case, profile, device)
+            records.add(found)
         except Exception as error:
             if is_lost(device):
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def breakdown_s(each: PassLoad) -> Mapping[str, float]:
     return {"backbone": 1e-5 * rows, "adapters": 2e-6 * rows * len(each.shape.slots)}
 
 
-def features_of(loads: Sequence[PassLoad]) -> tuple[float, float, float]:
-    return step_features(loads, breakdown_s)
+def features_of(step: WholeStep) -> tuple[float, float, float]:
+    return step_features(step.loads, breakdown_s)
 
 
 def steps(work: float, adapters: float, pass_s: float, noise: float = 0.0) -> list[WholeStep]:
