@@ -209,20 +209,25 @@ def _linear_tile(
             h_TJ = _load_h(h_ptr, row_T, in_T, column_0, h_stride, h_stride_split, dtype, H_SPLITS)
     if uniform:
         acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+        # What a slot does not have it does not pay for; the loop's loads are issued ahead.
         rank = tl.load(rank_ptr + slot_0)
-        for column in range(RANK_STEP, INNER * RANK_PAD, RANK_STEP):
-            if column % RANK_PAD < rank:  # what a slot does not have it does not pay for
-                h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
-                               dtype, H_SPLITS)  # fmt: skip
-                f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
-                                    total_rank, factor_stride_row, factor_stride_n,
-                                    RANK_PAD)  # fmt: skip
-                acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
+        steps = tl.maximum(tl.cdiv(rank, RANK_STEP), 1)
+        for step in range(1, tl.where(rank > 0, INNER * steps, 1)):
+            column = (step // steps) * RANK_PAD + (step % steps) * RANK_STEP
+            h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
+                           dtype, H_SPLITS)  # fmt: skip
+            f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
+                                total_rank, factor_stride_row, factor_stride_n,
+                                RANK_PAD)  # fmt: skip
+            acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
     else:
         slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
         first, after = slot_range(slot_T)
-        for column in range(0, INNER * RANK_PAD, RANK_STEP):
-            if column > 0:
+        most = tl.max(tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0))
+        steps = tl.maximum(tl.cdiv(most, RANK_STEP), 1)
+        for step in range(tl.where(most > 0, INNER * steps, 0)):
+            column = (step // steps) * RANK_PAD + (step % steps) * RANK_STEP
+            if step > 0:
                 h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride,
                                h_stride_split, dtype, H_SPLITS)  # fmt: skip
             for slot in range(first, after, 2):
