@@ -30,15 +30,19 @@ alone() {
   echo "==== exit $?, $(left) s left"
 }
 
-# Results of parts into one file: DESTINATION SOURCE...
+# Results of parts into one file, of one kind (with a list of results) into one list: DESTINATION
+# SOURCE...
 merge() {
   "$python" - "$@" <<'END'
 import json, pathlib, sys
 target = pathlib.Path(sys.argv[1])
 found = json.loads(target.read_text()) if target.exists() else {}
 for path in map(pathlib.Path, sys.argv[2:]):
-    if path.exists():
-        found[path.stem] = json.loads(path.read_text())
+    part = json.loads(path.read_text()) if path.exists() else {}
+    if "results" in part:
+        found = part | {"results": found.get("results", []) + part["results"]}
+    elif part:
+        found[path.stem] = part
 target.write_text(json.dumps(found, indent=1) + "\n")
 END
 }

@@ -78,7 +78,8 @@ def main() -> None:
         start_s = time.perf_counter()
         shape = model_shape(args.shape)
         shape = shape._replace(num_layers=LAYERS.get(name, args.layers or shape.num_layers))
-        about: dict[str, Any] = {"environment": environment(), "shape": args.shape}
+        about: dict[str, Any] = {"environment": environment(), "shape": args.shape,
+                                 "layers": shape.num_layers}  # fmt: skip
         result = dict(about)
         try:
             for found in _as_it_comes(PARTS[name](shape, args.device)):
