@@ -111,20 +111,20 @@ def _tensor(grouping: str, order: str) -> Config:
 # What matters most comes first: a run that is cut off has it.
 SETS: dict[str, Sequence[Config]] = {
     "one": [Config(SOLO, "8", 1, "sequential"), Config(SOLO, "planned", 1, "sequential")],
-    "pp": [
-        _pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4),
-        _pipeline("2"), _pipeline("4"), _pipeline("1"), _pipeline("planned", "sequential"),
+    "pp": [_pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4)],
+    "tp": [_tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential")],
+    "pp-more": [
+        _pipeline("2"), _pipeline("4"), _pipeline("planned", "sequential"), _pipeline("1"),
     ],
-    "tp": [
-        _tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential"),
-        _tensor("1", "sequential"), _tensor("2", "interleaved"), _tensor("2", "sequential"),
+    "tp-more": [
+        _tensor("2", "interleaved"), _tensor("2", "sequential"), _tensor("1", "sequential"),
     ],
     "pp-slow": [
         _pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4), _pipeline("2"),
     ],
     "tp-slow": [
         _tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential"),
-        _tensor("1", "sequential"), _tensor("2", "interleaved"),
+        _tensor("2", "interleaved"), _tensor("1", "sequential"),
     ],
     "pp-late": [_pipeline("planned", early=False), _pipeline("planned")],
     "tp-few": [_tensor("4", "interleaved"), _tensor("4", "sequential")],

@@ -15,6 +15,7 @@ from typing import Any
 from muxtune.report.perfetto import Span, write_trace
 from muxtune.report.run_folder import RunFolder, provenance
 
+TRACED_ROUNDS = 8
 HIDDEN = ("spans", "htask_of_op", "label_of_op", "predicted_spans", "losses", "replica")
 Row = dict[str, Any]
 
@@ -75,7 +76,12 @@ def goals(rows: Sequence[Row]) -> list[str]:
             said.append(_speedup(f"PP2 against {what}", piped, other))
     if piped:
         by_rank = ", ".join(f"{share:.1%}" for share in piped["steady_bubble_by_rank"])
-        said.append(f"PP2 steady bubble by stage (goal 5%): {by_rank}")
+        said.append(
+            f"PP2 steady bubble by stage (goal 5%): {by_rank}; of it imbalance "
+            f"{piped['imbalance']:.1%}; filling and draining over {TRACED_ROUNDS} rounds "
+            f"{piped['fill_drain']:.1%} (predicted {piped['predicted_fill_drain']:.1%} over "
+            f"{piped['rounds']})"
+        )
     for label in sorted({row["label"] for row in rows}):
         said += _exposed(rows, label)
     errors = [abs(row["prediction_error"]) for row in rows]
@@ -102,9 +108,11 @@ def _exposed(rows: Sequence[Row], label: str) -> list[str]:
         if row["order"] == "interleaved" and pairs:
             with_ms, without_ms = (r["steady_bubble"] * r["round_ms"] for r in (row, pairs[0]))
             found.append(
-                f"{label}: {row['name']}: exposed {with_ms:.1f} ms, {without_ms:.1f} without "
-                f"overlap (goal 70% of it), round {row['round_ms']:.1f} and "
-                f"{pairs[0]['round_ms']:.1f} ms; compute alone {row['compute_alone_ms']:.1f}, "
+                f"{label}: {row['name']}: exposed {with_ms:.1f} ms (predicted "
+                f"{row['predicted_exposed_ms']:.1f}), {without_ms:.1f} without overlap "
+                f"(predicted {pairs[0]['predicted_exposed_ms']:.1f}; goal 70% of it), "
+                f"round {row['round_ms']:.1f} and {pairs[0]['round_ms']:.1f} ms; "
+                f"compute alone {row['compute_alone_ms']:.1f}, "
                 f"communication alone {row['comm_alone_ms']:.1f} ms (goal on the slow link: "
                 "round within 10% of the larger)"
             )

@@ -27,6 +27,7 @@ from muxtune.planning.orchestration import (
     Contention,
     TemplateOptions,
     bubble_account,
+    communication_shares,
     one_f_one_b,
     periodic_template,
     play,
@@ -290,7 +291,8 @@ def predicted(
         sequences = checked_sequences(graph, order)
         timeline = play_contended(graph, sequences, rounds, profile.contention)
         out["predicted_round_ms"] = timeline.makespan_ns / rounds / 1e6
-    return out
+    exposed = communication_shares(timeline)[0]
+    return {**out, "predicted_exposed_ms": exposed * out["predicted_round_ms"]}
 
 
 # ------------------------------------------------------------------------------- profiling
@@ -556,6 +558,8 @@ def measured_shares(spans: list[list[TimedSpan]], config: Config) -> dict[str, A
         overall.append(1 - sum(s.stop_s - s.start_s for s in compute) / length)
     return {
         "steady_bubble_by_rank": steady, "steady_bubble": min(steady),
+        "imbalance": max(steady) - min(steady),
+        "fill_drain": statistics.mean(overall) - statistics.mean(steady),
         "idle_by_rank": overall, "period_ms": max(periods),
     }  # fmt: skip
 
@@ -661,7 +665,7 @@ def main() -> None:
     parser.add_argument("--out", default="two_gpus.jsonl")
     parser.add_argument("--shape", default="llama-2-13b")
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", default="one,pp,tp", help=f"of {', '.join(SETS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
