@@ -8,9 +8,9 @@ order the streams.
 Who runs operation by operation must not have the device wait for a message. The driver loads a
 kernel at its first launch, and may wait for all that the device does meanwhile; a receive that
 waits for what this launch leads to would then wait for ever ("Lazy Loading" in the CUDA C++
-Programming Guide; a pipeline did hang so on two GPUs). So there threads wait for messages (``wires``), which
-copy engines move, or the host where these cannot reach the other GPU. NCCL's channels are for
-those who have loaded all of their kernels before (``order_runner``).
+Programming Guide; a pipeline did hang so on two GPUs). So there threads wait for messages
+(``Wire``), which copy engines move, or the host where these cannot reach the other GPU. NCCL's
+channels are for those who have loaded all of their kernels before (``order_runner``).
 """
 
 from __future__ import annotations
