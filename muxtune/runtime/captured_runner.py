@@ -37,6 +37,8 @@ from muxtune.workload.encoding import EncodedSequence
 DEPTH = 2  # results are read this many passes late
 MAX_CLOSE_SIZES = 8
 _LEAST_GAIN = 0.003  # of all rows: a size costs half a second of capturing
+# A join or a leave in a shape that holds: the others wait for the capture and for nothing else.
+_MAX_LATER_SIZES, _LEAST_LATER_GAIN = 2, 0.03
 _SIZE_STEP = 64
 _MIN_SEQLEN = 512
 _BOUNDS_STEP = 64
@@ -82,20 +84,26 @@ def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) 
     return Capacity(layout, blocks)
 
 
-def close_sizes(rows: Collection[int], given: Collection[int], most: int) -> list[int]:
+def close_sizes(
+    rows: Collection[int], given: Collection[int], most: int, is_later: bool = False
+) -> list[int]:
     """Up to MAX_CLOSE_SIZES sizes, besides those ``given``, that micro-batches with ``rows``
     tokens are best off with: rows need no alignment to chunks, so a shape's own size is a part
-    too large for them. Each next size is the one that leaves least filler.
+    too large for them. Each next size is the one that leaves least filler. ``is_later``: fewer,
+    and only those that gain much.
     """
-    whole = {-(-count // _SIZE_STEP) * _SIZE_STEP for count in rows}
+    count, least_gain = (
+        (_MAX_LATER_SIZES, _LEAST_LATER_GAIN) if is_later else (MAX_CLOSE_SIZES, _LEAST_GAIN)
+    )
+    whole = {-(-tokens // _SIZE_STEP) * _SIZE_STEP for tokens in rows}
     sizes, added = set(given), []
-    for _ in range(MAX_CLOSE_SIZES):
+    for _ in range(count):
         candidates = [size for size in sorted(whole - sizes) if size <= most]
         best = min(candidates, key=lambda size: _rows_taken(rows, {*sizes, size}), default=None)
         if best is None:
             break
         taken = _rows_taken(rows, sizes)
-        if taken - _rows_taken(rows, {*sizes, best}) < _LEAST_GAIN * taken:
+        if taken - _rows_taken(rows, {*sizes, best}) < least_gain * taken:
             break
         sizes.add(best)
         added.append(best)
@@ -121,6 +129,7 @@ class CapturedRunner:
         memory: CaptureMemory | None = None,
     ) -> None:
         self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
+        self._is_prepared = False
         inputs = StepInputs(capacity.layout, model.device)
         program = StepProgram(
             model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
@@ -135,11 +144,12 @@ class CapturedRunner:
         """Capture the shapes' sizes, and those that micro-batches with ``rows_ahead`` tokens are
         best off with; False if all are there. Nothing is captured later, while tasks wait."""
         before = len(self.steps.capture_s)
+        is_later, self._is_prepared = self._is_prepared, True
         self.steps.capture(self.capacity.blocks)
         if not self.deterministic:
             most, prompt_rows = self.capacity.layout.max_rows, self.capacity.layout.prompt_rows
             rows = {count + prompt_rows for count in rows_ahead}
-            close = close_sizes(rows, self.steps.row_counts, most)
+            close = close_sizes(rows, self.steps.row_counts, most, is_later)
             with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
                 self.steps.capture(close)
         return len(self.steps.capture_s) > before

@@ -405,6 +405,7 @@ def test_sizes_are_those_that_the_micro_batches_to_come_are_best_off_with() -> N
     assert close_sizes(rows, [3712, 3648, 3456], 4096) == [], "what there is is close enough"
     assert close_sizes([], [4096], 4096) == []
     assert close_sizes([4090], [4096], 4096) == []
+    assert close_sizes(rows, [4096], 4096, is_later=True) == [3712], "the others wait meanwhile"
     wide = range(100, 4000, 100)
     spread = close_sizes(wide, [4096], 4096)
     assert len(spread) == MAX_CLOSE_SIZES
