@@ -44,11 +44,15 @@ from muxtune.profiling.steps import is_lost
 from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, shapes_named, validate
 
-TINY = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256, tied_embeddings=True)
+TINY = ModelShape("tiny", 10, 64, 4, 2, 16, 128, 256, tied_embeddings=True)
+TINY_OTHERS = (
+    TINY._replace(name="tiny short", num_layers=2),
+    TINY._replace(name="tiny narrow", num_layers=2, hidden=48, intermediate=192),
+)
 # Base models that are not profiled: of another width of the MLP, vocabulary and grouping of heads,
 # of another width altogether, and fewer blocks of the profiled one. A few blocks are enough.
-OTHERS = ("llama-3.1-8b:4", "llama-2-13b:4", "llama-2-7b:8")
-MIN_ROWS = 256
+OTHERS = ("llama-3.1-8b:6", "llama-2-13b:4", "llama-2-7b:8")
+MIN_ROWS = 384
 OWN_EVERY = 24  # the profiled base model has many blocks: a case of it takes seconds
 PARTS = "profile.parts.jsonl"
 SHORT_S = 10.0
@@ -63,12 +67,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model", default="llama-2-7b", help="NAME, NAME:LAYERS or tiny")
     parser.add_argument("--others", default=",".join(OTHERS), help="NAME or NAME:LAYERS, by commas")
-    parser.add_argument("--budget", type=float, default=500.0, help="seconds for all of it")
-    parser.add_argument("--profile-budget", type=float, default=170.0)
-    parser.add_argument("--cases", type=int, default=240)
-    parser.add_argument("--case-s", type=float, default=0.2)
-    parser.add_argument("--dynamic-s", type=float, default=30.0, help="of each; 0: none")
-    parser.add_argument("--max-rows", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=440.0, help="seconds for all of it")
+    parser.add_argument("--profile-budget", type=float, default=150.0)
+    parser.add_argument("--cases", type=int, default=220)
+    parser.add_argument("--case-s", type=float, default=0.0, help="for repeats beyond three")
+    parser.add_argument("--dynamic-s", type=float, default=22.0, help="of each; 0: none")
+    parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
@@ -135,13 +139,13 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     options = ValidationOptions(
         max(1.0, args.budget - (time.perf_counter() - start_s)),
         args.cases,
-        () if is_tiny else shapes_named(args.others.split(","), model_shape),
-        args.max_rows,
+        TINY_OTHERS if is_tiny else shapes_named(args.others.split(","), model_shape),
+        256 if is_tiny else args.max_rows,
         8 if is_tiny or args.rehearse else 32,
         args.case_s,
         args.dynamic_s,
-        min_rows=0 if is_tiny else MIN_ROWS,
-        own_every=0 if is_tiny else OWN_EVERY,
+        min_rows=64 if is_tiny else MIN_ROWS,
+        own_every=OWN_EVERY,
     )
     report = validate(args.out, path, options, _say, compilers)
     shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}

@@ -167,6 +167,7 @@ def profile_machine(
             if few := shallow(shape):
                 bench = StepBench(few, target, dtype, step=style, deterministic=exact, clock=now)
                 wanted = shallow_cases(few, most)
+                end_s = max(end_s, time.perf_counter() + LEAST_STEPS_SHARE / 2 * budget_s)
                 more, _, failed = _whole_steps(bench, wanted, end_s, report, kept)
                 whole += [step._replace(num_layers=few.num_layers) for step in more]
                 left_out += failed
