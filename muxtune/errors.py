@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class MuxTuneError(Exception):
-    """Base of all errors that the command line prints without a traceback."""
+    """Base of all errors that the command line prints without a traceback.
+
+    One that is raised in a worker process reaches its parent as it is; by Python's own way it would
+    be made anew of its message alone, which most kinds cannot, and the whole pool would break.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(
+    kind: type[MuxTuneError], args: tuple[object, ...], fields: Mapping[str, object]
+) -> MuxTuneError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(MuxTuneError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +165,7 @@ Job = Callable[[Laboratory], Any]
 
 
 def _open_laboratory(config: CapacityConfig, choices: Sequence[PolicyChoice]) -> None:
+    logging.getLogger("muxtune.workload").setLevel(logging.ERROR)  # warnings were told before
     _LABORATORY[:] = [Laboratory(config, choices)]
 
 
@@ -202,8 +204,12 @@ def crew(config: CapacityConfig, choices: Sequence[PolicyChoice]) -> Iterator[Cr
 
         def run_all(jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
             index_of = {pool.submit(_work, job): index for index, job in enumerate(jobs)}
-            for future in as_completed(index_of):
-                yield index_of[future], future.result()
+            try:
+                for future in as_completed(index_of):
+                    yield index_of[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is left would be for nothing
+                raise
 
         yield Crew(run_all)
 

@@ -12,7 +12,7 @@ from muxtune.capacity.jobs import crew
 from muxtune.capacity.prices import Price, prices_of
 from muxtune.capacity.service import ServiceLevel
 from muxtune.capacity.study import Row, Study, run_study
-from muxtune.config import CapacityConfig
+from muxtune.config import CapacityConfig, TraceWorkload
 from muxtune.cost.devices import DeviceFigures
 from muxtune.cost.schema import load_profile
 from muxtune.errors import ConfigError
@@ -21,6 +21,7 @@ from muxtune.report.capacity_page import shown, write_page, write_tables
 from muxtune.report.progress import StageProgress
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
+from muxtune.workload.traces import read_trace
 
 ANALYTIC, MEASURED = "analytic", "measured"
 
@@ -49,7 +50,8 @@ def run(config: CapacityConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def check(config: CapacityConfig) -> None:
-    """Raises ConfigError for what can be seen to be wrong before anything is simulated."""
+    """Raises ConfigError or DataError for what can be seen to be wrong before anything is
+    simulated."""
     ServiceLevel(**vars(config.service_level)).checked()
     for name, low in (("num_seeds", 1), ("max_gpus", 1), ("workers", 0)):
         if getattr(config, name) < low:
@@ -77,6 +79,8 @@ def check(config: CapacityConfig) -> None:
         raise ConfigError("devices", f"are {config.devices}", remedy)
     if len(set(config.devices)) != len(config.devices):
         raise ConfigError("devices", "names a device twice", "Give each once")
+    if isinstance(config.workload, TraceWorkload):
+        read_trace(config.workload.trace)  # a bad line is told before workers are started
 
 
 def _figures(config: CapacityConfig, device: str) -> DeviceFigures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from muxtune.cli import main
+from muxtune.errors import ConfigError, DataError, MuxTuneError, OutputError, TaskError
 from muxtune.report import recording
 
 SMALL = ["workload=poisson", "workload.limit=8", "cluster.num_gpus=2"]
@@ -42,6 +44,21 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         return told.err
 
     return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("field", "problem", "remedy"),
+        DataError("trace.csv", "problem", "remedy", 7),
+        TaskError("t", "problem", "remedy"),
+        OutputError("full"),
+    ],
+)
+def test_an_error_of_a_worker_process_reaches_its_parent_as_it_is(error: MuxTuneError):
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error) and str(found) == str(error)
+    assert vars(found) == vars(error)
 
 
 @pytest.mark.parametrize(
