@@ -9,6 +9,7 @@ operations of its own:
 - ``site_forward.DxO``, ``site_backward.DxO``, ``site_factor.DxO`` (slots, rank, rows): with
   ``slots`` adapters, ``rank`` the width to which the kernels pad the largest one; ``site_backward``
   gives the input gradient and B's, ``site_factor`` A's, on a second stream;
+- ``mixed_forward.DxO`` and the others: the same with ``MIN_RANK`` in every other slot;
 - ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
 - ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
   ``embedding.D``, ``full_loss.DxV`` (rows);
@@ -33,7 +34,7 @@ from muxtune.cost.composition import PassParts, Rates, Tally
 from muxtune.cost.curves import Time, fit_affine
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, widened
 from muxtune.cost.ops import Op
-from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, leaf_of
+from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
@@ -237,20 +238,55 @@ class CapturedCostModel(ProfiledCostModel):
         users = [slot for slot in kinds if self._has_factors(slot, site)]
         known = all(slot.method == "lora" for slot in users)
         count = sum(kinds[slot] for slot in users)
-        size = (float(count), float(padded_rank([slot.rank for slot in users] or [1])), rows)
+        ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
         for side, backward in (("forward", False), ("backward", True)):
             frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
             if not users:
                 yield frozen
                 continue
+            rank = self._rank_paid(f"{side}.{site.size}", ranks)
+            size = (float(count), rank, rows)
             op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
             alone_s = min(whole.value_s, frozen[1].value_s)
             outside = whole.extrapolated or not known
             yield frozen[0], Time(alone_s, 0.0, outside)
             yield op, Time(whole.value_s - alone_s, whole.half_width_s, outside)
         if users:
+            size = (float(count), self._rank_paid(f"factor.{site.size}", ranks), rows)
             op, beside = self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
             yield op, Time(beside[0] * self._beside, beside[1] * self._beside, beside[2])
+
+    def _rank_paid(self, name: str, ranks: Sequence[int]) -> float:
+        """Between the mean of the padded ranks, which a product pays for by each slot's rows, and
+        the largest, to which other kernels pad all: as far as the profile's mixed ranks say."""
+        most, mean = float(max(ranks)), sum(ranks) / len(ranks)
+        if most == mean:
+            return most
+        return mean + self._share_of_largest(name) * (most - mean)
+
+    def _share_of_largest(self, name: str) -> float:
+        key = ("mixed", name)
+        if key not in self._memo:
+            self._remember(key, self._measured_share(name))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _measured_share(self, name: str) -> float:
+        side, _, size = name.partition(".")
+        if f"mixed_{name}" not in self.profile.ops:
+            nearest = WorkRatio.of(f"mixed_{side}", self.profile.ops).nearest(f"mixed_{name}")
+            if nearest is None:
+                return 1.0
+            size = nearest.name.partition(".")[2]
+        point = self.profile.ops[f"mixed_{side}.{size}"]["points"][0]
+        mean, most = (MIN_RANK + point["rank"]) / 2, float(point["rank"])
+        kind = f"site_{side}.{size}"
+        low, high = (
+            self._table(kind).at(self._place(kind, (point["slots"], rank, point["rows"]))).value_s
+            for rank in (mean, most)
+        )
+        if high <= low:
+            return 1.0
+        return min(1.0, max(0.0, (point["median_s"] - low) / (high - low)))
 
     def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
         if slot.method in EXTRA_METHODS or ops.is_prepended(slot):

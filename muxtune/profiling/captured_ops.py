@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from muxtune.cost.captured import extra_size, fused_sites, padded_rank, slot_elements
+from muxtune.cost.captured import MIN_RANK, extra_size, fused_sites, padded_rank, slot_elements
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.bench import summarise
 from muxtune.profiling.step_cases import TARGETS
@@ -135,16 +135,35 @@ class CapturedOps:
     @torch.no_grad()
     def sites(self, num_slots: int, rank: int, num_rows: int) -> None:
         """The fused linears with LoRA in every slot, rows spread evenly."""
+        sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
+        self._all_sites("site", sizes, (rank,) * num_slots, num_rows)
+
+    @torch.no_grad()
+    def mixed_sites(self, num_slots: int, rank: int, num_rows: int) -> None:
+        """The same with the least rank in every other slot."""
+        sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
+        ranks = [rank if slot % 2 else MIN_RANK for slot in range(num_slots)]
+        self._all_sites("mixed", sizes, ranks, num_rows)
+
+    def _all_sites(
+        self, kind: str, sizes: dict[str, float], ranks: Sequence[int], num_rows: int
+    ) -> None:
         with self._clean():
-            slots = (AdapterSlot("lora", rank, TARGETS["lora"]),) * num_slots
+            slots = tuple(AdapterSlot("lora", rank, TARGETS["lora"]) for rank in ranks)
             pool, inputs, _ = self._loaded(slots, num_rows)
-            sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
             for number, site in enumerate(fused_sites(self.shape)):
                 loras = [layer[number].lora for layer in pool.adapters.layers]
-                self._site(site.size, sizes, loras, inputs.step_rows(num_rows), num_rows)
+                rows = inputs.step_rows(num_rows)
+                self._site(kind, site.size, sizes, loras, rows, num_rows)
 
     def _site(
-        self, size: str, sizes: dict[str, float], loras: Sequence[LoraLinear], rows: Any, count: int
+        self,
+        kind: str,
+        size: str,
+        sizes: dict[str, float],
+        loras: Sequence[LoraLinear],
+        rows: Any,
+        count: int,
     ) -> None:
         outputs, inputs = loras[0].weight_OD.shape
         x_TD, dy_TO = self._fresh(count, inputs), self._fresh(count, outputs)
@@ -158,10 +177,10 @@ class CapturedOps:
 
         saved = [forward(index)[1] for index in range(len(loras))]
         carried = [backward(index)[1] for index in range(len(loras))]
-        self._add(f"site_forward.{size}", sizes, forward)
-        self._add(f"site_backward.{size}", sizes, backward)
+        self._add(f"{kind}_forward.{size}", sizes, forward)
+        self._add(f"{kind}_backward.{size}", sizes, backward)
         self._add(
-            f"site_factor.{size}", sizes,
+            f"{kind}_factor.{size}", sizes,
             lambda i: lora_linear_factor_grad(carried[i], x_TD, loras[i], rows),
         )  # fmt: skip
 

@@ -98,6 +98,10 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
                 name = f"{num_slots} adapters of rank {rank}, {count} rows"
                 needed = count in (rows[0], rows[-1])
                 yield Work(needed, name, "sites", (num_slots, rank, count))
+    middle = slots[len(slots) // 2]
+    if middle > 1 and len(ranks) > 1:
+        name = f"{middle} adapters of mixed ranks"
+        yield Work(False, name, "mixed_sites", (middle, ranks[-1], rows[len(rows) // 2]))
     for method, sizes in METHOD_RANKS.items():
         for rank in sizes:
             for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:

@@ -167,7 +167,7 @@ def _key(job: OpJob | StepJob) -> object:
     nor how many blocks is compiled in."""
     base = job.shape._replace(name="", num_layers=0)
     if isinstance(job, OpJob):
-        if job.method == "sites":
+        if job.method in ("sites", "mixed_sites"):
             return base, *job.arguments[1:]
         return (base, job.method) if job.method == "attention" else (base, job)
     slots = job.htask.shapes[0].slots

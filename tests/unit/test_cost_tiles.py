@@ -78,3 +78,23 @@ def test_products_of_any_rows_and_width_come_out(tiling: Tiling, shape: ModelSha
             op = Op(f"frozen_forward.{site.size}", BACKBONE, False, 1, (rows,), 0.0, 0.0, 0.0, 1)
             units = tiling.units(rows, site.out_features, site.in_features)
             assert model.op_time(op).value_s == pytest.approx(1e-6 + 1e-12 * units, rel=0.02)
+
+
+def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    size = fused_sites(LLAMA_7B)[0].size
+
+    def point(slots: int, rank: int, rows: int, seconds: float) -> dict[str, float]:
+        times = dict.fromkeys(("median_s", "p05_s", "p95_s"), seconds * 1e-6)
+        return {"slots": slots, "rank": rank, "rows": rows, **times}
+
+    grid = [point(s, k, t, k) for s in (1, 8) for k in (16, 32, 64) for t in (128, 2048)]
+    axes = {"unit": "s", "axes": ["slots", "rank", "rows"]}
+    raw["ops"] |= {f"site_forward.{size}": {**axes, "points": grid}}
+    plain = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+    assert plain._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == 64, "nothing is known of it"
+    # Half of 16, half of 64: a quarter of the way from the mean, 40, to 64.
+    raw["ops"] |= {f"mixed_forward.{size}": {**axes, "points": [point(8, 64, 2048, 46)]}}
+    model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+    assert model._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == pytest.approx(44 + 20 / 4)
+    assert model._rank_paid(f"forward.{size}", (32, 32)) == 32
