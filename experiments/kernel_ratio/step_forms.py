@@ -37,39 +37,37 @@ from muxtune.runtime.static_step import (
 )
 from muxtune.runtime.static_step.adapters import LoraState
 from muxtune.runtime.static_step.inputs import StepInputs
-from muxtune_kernels.multi_lora import explicit, tuning
+from muxtune_kernels.multi_lora import tuning
 
 REPLAYS = 3
 
 
 class Form(NamedTuple):
-    """own_shrink, overlap: of the program. own_backward: of the explicit calls. tuning: changes."""
+    """own_shrink, overlap: of the program. tuning: changes."""
 
     own_shrink: bool
     overlap: bool
-    own_backward: bool = False
     tuning: dict[str, Any] = {}
 
 
+WAS = {"fused_backward": True}
 FORMS = {
-    "as it was": Form(False, True),
-    "one stream": Form(False, False),
-    "own h forward, one stream": Form(True, False),
-    "own h, one stream": Form(True, False, True),
-    "cuBLAS beta 1, one stream": Form(False, False, tuning={"fused": False}),
-    "own h forward": Form(True, True),
+    "as it was": Form(False, True, tuning=WAS),
+    "now": Form(True, True),
+    "now, one stream": Form(True, False),
+    "own h forward": Form(True, True, tuning=WAS),
+    "cuBLAS backward": Form(False, True),
 }
 
 
 @contextlib.contextmanager
 def as_told(form: Form) -> Iterator[None]:
-    tuning_of, own_backward = tuning.tuning_of, explicit.OWN_BACKWARD
+    tuning_of = tuning.tuning_of
     tuning.tuning_of = lambda *key: tuning_of(*key)._replace(**form.tuning)
-    explicit.OWN_BACKWARD = form.own_backward
     try:
         yield
     finally:
-        tuning.tuning_of, explicit.OWN_BACKWARD = tuning_of, own_backward
+        tuning.tuning_of = tuning_of
 
 
 def program_of(static: StaticModel, ranks: tuple[int, ...], rows: int, form: Form) -> StepProgram:

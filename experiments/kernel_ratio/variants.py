@@ -177,10 +177,9 @@ def longer_product() -> Form:
     return Form(lambda lins, _: run(lins, False), lambda lins, _: run(lins[::-1], True), False)
 
 
-def with_adapters(own: bool, side: str, **changes: Any) -> Form:
-    """own: the product makes its own h. side: which gradients of factors run beside which product:
-    "none"; "after": dA beside what follows its product (as it was); "early": dA beside its own
-    product (own=False) or dB beside its own and dA beside the next one (own=True)."""
+def with_adapters(own: bool, beside: bool, **changes: Any) -> Form:
+    """own: the forward's product makes its own h. beside: gradients of A on the second stream,
+    where they run beside what follows their product."""
 
     def forward(linears: list[Linear], streams: Streams) -> list[Tensor]:
         out = []
@@ -192,91 +191,37 @@ def with_adapters(own: bool, side: str, **changes: Any) -> Form:
             out.append(y_TO)
         return out
 
-    def grad_a(lin: Linear, dh_TJ: Tensor) -> None:
-        launch.outer(dh_TJ, lin.x_TD, lin.a_RD, lin.rows, lin.adapters, lin.layout,
-                     lin.tuning(**changes), lin.targets)  # fmt: skip
-
-    def grad_b(lin: Linear) -> None:
-        launch.db(lin.dy_TO, lin.h_TJ, lin.b_RO.t(), lin.rows, lin.adapters, lin.layout,
-                  lin.tuning(**changes), lin.targets)  # fmt: skip
-
-    def product(lin: Linear, streams: Streams) -> tuple[Tensor, Tensor]:
-        made = launch.lora_input_grad(
-            lin.dy_TO, (lin.spec.rows, lin.width), lin.h_TJ, lin.weight_OD, lin.a_RD,
-            lin.b_RO.t(), lin.rows, lin.adapters, lin.tuning(**changes), lin.targets, True,
-            streams.flags if own else None,
-        )  # fmt: skip
-        assert made.dx_TD is not None
-        return made.dx_TD, made.dh_TJ
-
-    def backward_plainly(linears: list[Linear], streams: Streams) -> list[Tensor]:
-        out, held = [], []
-        for lin in linears[::-1]:
-            dx_TD, dh_TJ = product(lin, streams)
-            out.append(dx_TD)
-            held.append(dh_TJ)
-            if side == "after":
-                streams.fork()
-            with torch.cuda.stream(streams.side if side == "after" else streams.main):
-                if own:
-                    grad_b(lin)
-                grad_a(lin, dh_TJ)
-        if side == "after":
-            streams.join()
-        return out
-
-    def backward_early(linears: list[Linear], streams: Streams) -> list[Tensor]:
-        out, held, waiting = [], [], None
-        for lin in linears[::-1]:
-            streams.fork()
-            made = product(lin, streams)
-            with torch.cuda.stream(streams.side):
-                if waiting is not None:
-                    grad_a(*waiting)
-                grad_b(lin)
-            waiting = (lin, made[1])
-            held.append(waiting)
-            out.append(made[0])
-        streams.fork()
-        with torch.cuda.stream(streams.side):
-            grad_a(*waiting)
-        streams.join()
-        return out
-
-    def backward_split(linears: list[Linear], streams: Streams) -> list[Tensor]:
-        """Parts as they were; dA beside its own product."""
+    def backward(linears: list[Linear], streams: Streams) -> list[Tensor]:
         out, held = [], []
         for lin in linears[::-1]:
             tuning = lin.tuning(**changes)
-            dh_TJ, _ = launch.dh_db(lin.dy_TO, lin.h_TJ, lin.b_RO.t(), lin.rows, lin.adapters,
-                                    lin.layout, tuning, lin.targets)  # fmt: skip
-            held.append(dh_TJ)
-            streams.fork()
-            blocks = launch.gemm_blocks(lin.spec.rows, (lin.width,))
-            assert blocks is not None
-            dx_TD, _ = launch.linear(lin.dy_TO, lin.weight_OD, None, dh_TJ, lin.a_RD, lin.rows,
-                                     lin.layout, blocks, False)  # fmt: skip
+            dx_TD, dh_TJ = launch.lora_input_grad(
+                lin.dy_TO, (lin.spec.rows, lin.width), lin.h_TJ, lin.weight_OD, lin.a_RD,
+                lin.b_RO.t(), lin.rows, lin.adapters, tuning, lin.targets, True,
+            )  # fmt: skip
+            assert dx_TD is not None
             out.append(dx_TD)
-            with torch.cuda.stream(streams.side):
-                grad_a(lin, dh_TJ)
-        streams.join()
+            held.append(dh_TJ)
+            if beside:
+                streams.fork()
+            with torch.cuda.stream(streams.side if beside else streams.main):
+                launch.outer(dh_TJ, lin.x_TD, lin.a_RD, lin.rows, lin.adapters, lin.layout, tuning,
+                             lin.targets)  # fmt: skip
+        if beside:
+            streams.join()
         return out
 
-    early = backward_early if own else backward_split
-    return Form(forward, early if side == "early" else backward_plainly)
+    return Form(forward, backward)
 
 
+WAS = {"fused_backward": True}
 FORMS: dict[str, Form] = {
     "plain": plain(),
-    "as it was": with_adapters(False, "after"),
-    "one stream": with_adapters(False, "none"),
-    "db 64x256, 2 stages": with_adapters(False, "none", db_t=64, db_n=256, db_stages=2, db_warps=8),
-    "db 64x128, 3 stages": with_adapters(False, "none", db_t=64, db_n=128, db_stages=3, db_warps=4),
-    "dA early": with_adapters(False, "early"),
-    "own h": with_adapters(True, "none"),
-    "own h, after": with_adapters(True, "after"),
-    "own h, early": with_adapters(True, "early"),
-    "cuBLAS beta 1": with_adapters(False, "after", fused=False),
+    "as it was": with_adapters(False, True, **WAS),
+    "now": with_adapters(True, True),
+    "now, one stream": with_adapters(True, False),
+    "own h": with_adapters(True, True, **WAS),
+    "cuBLAS beta 1": with_adapters(False, True, fused=False),
     "cuBLAS longer K, product only": longer_product(),
 }
 
@@ -388,7 +333,7 @@ def units(cases: int) -> Iterator[tuple[CaseSpec, str, str]]:
     """What there is to compile, apart."""
     for index, spec in enumerate(CASES[:cases]):
         for family in FAMILIES:
-            for form in FORMS if index < 2 else ("as it was", "own h", "cuBLAS beta 1"):
+            for form in FORMS if index < 2 else ("as it was", "now"):
                 yield spec, family, form
 
 

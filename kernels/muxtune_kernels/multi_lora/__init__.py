@@ -1,7 +1,6 @@
 """One frozen linear with many tasks' low-rank adapters."""
 
 from .explicit import (
-    FactorGrads,
     LoraLinear,
     StepRows,
     lora_linear_factor_grad,
@@ -13,7 +12,6 @@ from .op import multi_lora_linear, multi_lora_linear_group
 from .reference import multi_lora_linear_reference
 
 __all__ = [
-    "FactorGrads",
     "LoraLinear",
     "ReadyFlags",
     "StepRows",

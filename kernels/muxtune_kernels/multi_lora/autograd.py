@@ -65,10 +65,9 @@ class _MultiLoraLinear(torch.autograd.Function):
         dy_TO = grad_outputs[0]
         dy_TO = dy_TO if dy_TO.stride(1) == 1 else dy_TO.contiguous()
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        tuning = _tuning(x_TD, ctx.adapters)
         dx_TD, da_RD, db_OR = lora_backward(
             dy_TO, x_TD, h_TJ, weight_OD, a_RD, b_OR, rows, ctx.adapters,
-            tuning, ctx.needs_input_grad[0], needs_factors, _flags(x_TD, tuning),
+            _tuning(x_TD, ctx.adapters), ctx.needs_input_grad[0], needs_factors,
         )  # fmt: skip
         return dx_TD, None, None, da_RD, db_OR, None, None, None, None, None, None
 

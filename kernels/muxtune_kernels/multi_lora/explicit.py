@@ -1,7 +1,7 @@
 """The multi-task low-rank linear as explicit calls: forward, input gradient, factor gradients.
 
 For a step that runs outside of autograd: gradients of A and B go straight to where the optimizer
-reads them, accumulated or overwritten per slot, and can be left to a side stream.
+reads them, accumulated or overwritten per slot, and those of A can be left to a side stream.
 
 Shape suffixes: T rows, D input features, O output features, R pool rank rows, J columns of the
 compact h, S slots, M member linears that share an input.
@@ -17,9 +17,6 @@ from ..dropout import RowDropout
 from ..rows import SlotRows, slot_offsets
 from .flags import ReadyFlags
 from .reference import multi_lora_linear_reference
-
-# Whether products of the backward make their own dh, where those of the forward make their own h.
-OWN_BACKWARD = False
 
 
 class LoraLinear(NamedTuple):
@@ -45,8 +42,8 @@ class StepRows(NamedTuple):
     """The rows of a micro-batch. keep_S: int32; a slot that is not 0 adds to its gradients, the
     others overwrite them. tuned_rows: the number of rows that sums are cut up for, 0: as many as
     there are; where it is the same, a row's bits do not depend on how many rows there are. flags:
-    cleared before the step, for products that make their own low-rank h; None: kernels of their
-    own do that (as they do wherever the product cannot)."""
+    cleared before the step, for products of the forward that make their own low-rank h; None:
+    kernels of their own do that (as they do wherever the product cannot)."""
 
     rows: SlotRows
     scale_S: Tensor
@@ -54,14 +51,6 @@ class StepRows(NamedTuple):
     keep_S: Tensor
     tuned_rows: int = 0
     flags: ReadyFlags | None = None
-
-
-class FactorGrads(NamedTuple):
-    """What dA is made of besides x; where dB is still owed, dy and h, which it is made of."""
-
-    dh_TJ: Tensor
-    dy_TO: Tensor | None
-    h_TJ: Tensor
 
 
 def lora_linear_forward(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[Tensor, Any]:
@@ -82,7 +71,7 @@ def lora_linear_forward(x_TD: Tensor, lin: LoraLinear, step: StepRows) -> tuple[
 def lora_linear_input_grad(
     dy_TO: Tensor, x_TD: Tensor, h_TJ: Any, lin: LoraLinear, step: StepRows, needs_dx: bool = True
 ) -> tuple[Tensor | None, Any]:
-    """(dx_TD, what `lora_linear_factor_grad` wants besides x)."""
+    """(dx_TD, what `lora_linear_factor_grad` wants besides x). Writes or adds the gradient of B."""
     if sum(lin.slot_ranks) == 0:
         return (dy_TO @ lin.weight_OD if needs_dx else None), None
     if not x_TD.is_cuda:
@@ -91,26 +80,22 @@ def lora_linear_input_grad(
 
     tensors, adapters, tuning = _cuda(x_TD.shape[0], lin, step)
     targets = launch.GradTargets(lin.da_RD, lin.db_RO, step.keep_S)
-    made = launch.lora_input_grad(
+    return launch.lora_input_grad(
         dy_TO, (x_TD.shape[0], x_TD.shape[1]), h_TJ, lin.weight_OD, lin.a_RD, lin.b_RO.t(),
-        tensors, adapters, tuning, targets, needs_dx, step.flags if OWN_BACKWARD else None,
+        tensors, adapters, tuning, targets, needs_dx,
     )  # fmt: skip
-    return made.dx_TD, FactorGrads(made.dh_TJ, dy_TO if made.owes_db else None, h_TJ)
 
 
-def lora_linear_factor_grad(made: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows) -> None:
-    """Writes or adds the gradient of A, and that of B where it is still owed. On the CPU the input
-    gradient's call has done so already."""
-    if not isinstance(made, FactorGrads):
+def lora_linear_factor_grad(dh_TJ: Any, x_TD: Tensor, lin: LoraLinear, step: StepRows) -> None:
+    """Writes or adds the gradient of A. On the CPU the call before has done so already."""
+    if sum(lin.slot_ranks) == 0 or not x_TD.is_cuda:
         return
     from . import launch
 
     tensors, adapters, tuning = _cuda(x_TD.shape[0], lin, step)
     targets = launch.GradTargets(lin.da_RD, lin.db_RO, step.keep_S)
     layout = launch.layout_of(adapters, x_TD.device)
-    if made.dy_TO is not None:
-        launch.db(made.dy_TO, made.h_TJ, lin.b_RO.t(), tensors, adapters, layout, tuning, targets)
-    launch.outer(made.dh_TJ, x_TD, lin.a_RD, tensors, adapters, layout, tuning, targets)
+    launch.outer(dh_TJ, x_TD, lin.a_RD, tensors, adapters, layout, tuning, targets)
 
 
 def _cuda(num_rows: int, lin: LoraLinear, step: StepRows) -> tuple[Any, Any, Any]:

@@ -5,12 +5,12 @@
 h holds scale / (1 - rate) already. At the sizes that matter Triton's product is as fast as
 cuBLAS's, and the low-rank product rides in its accumulator: no pass over y or dx is paid for it.
 
-SHRINK: the product computes its own h = scale x A_s^T (or dh = scale dy B_s) first. A few of its
-programs each take the rows of one tile for one member, write h and count the tile as ready; a tile
-of the product needs h only after its own sum over K, which takes longer than any of that, so hardly
-anybody waits. It costs no launch, no pass of its own over x, and no parts that must be summed; and
-a row's h is one sum over K in one order, wherever the row lies. The counts are flags, not sums: no
-result depends on the order in which they come.
+SHRINK (forward): the product computes its own h = scale x A_s^T first. A few of its programs each
+take the rows of one tile for one member, write h and count the tile as ready; a tile of the
+product needs h only after its own sum over K, which takes longer than any of that, so hardly
+anybody waits. It costs no launch and no pass of its own over x; and a row's h is one sum over K in
+one order, wherever the row lies. The counts are flags, not sums: no result depends on the order in
+which they come.
 
 Shape suffixes: T rows of a tile, N output features of a tile, K reduced features, J the 16 rank
 columns of one low-rank step.
@@ -43,7 +43,7 @@ def _load_h(h_ptr, row_T, in_T, column, h_stride, h_stride_split, DTYPE: tl.cons
 
 @triton.jit
 def _shrink_rows(
-    slot, after, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, k_start, k_stop, stride_row,
+    slot, after, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, width, stride_row,
     stride_k, SLOTS: tl.constexpr, RANK_PAD: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -55,10 +55,10 @@ def _shrink_rows(
     at_J = row_0 + tl.load(offset_ptr + of_J, mask=known_J, other=0) + j_J % RANK_PAD
     row_J = factor_ptr + at_J.to(tl.int64) * stride_row
     acc_TJ = tl.zeros((BLOCK_T, SLOTS * RANK_PAD), tl.float32)
-    for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         k_K = k + tl.arange(0, BLOCK_K)
         f_KJ = tl.load(row_J[None, :] + k_K[:, None] * stride_k,
-                       mask=in_J[None, :] & (k_K < k_stop)[:, None], other=0.0)  # fmt: skip
+                       mask=in_J[None, :] & (k_K < width)[:, None], other=0.0)  # fmt: skip
         x_TK = x_desc.load([t_0, k])
         acc_TJ = tl.dot(x_TK, f_KJ.to(x_TK.dtype), acc_TJ, input_precision="ieee")
     return acc_TJ
@@ -67,29 +67,25 @@ def _shrink_rows(
 @triton.jit
 def _shrink_tile(
     t_0, member, x_desc, factor_ptr, h_ptr, ready_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr,
-    rank_ptr, scale_ptr, edges_ptr, num_rows, num_in, total_rank, h_stride, stride_row, stride_k,
-    CUT_K: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    rank_ptr, scale_ptr, num_rows, num_in, total_rank, h_stride, stride_row, stride_k,
+    RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h of a tile of rows and one member. CUT_K: a member reads its own features of x and the
-    factors' rows are common (dy B); else it has its own rows and reads all of x (x A^T)."""
+    """h of a tile of rows and one member."""
     row_T = t_0 + tl.arange(0, BLOCK_T)
     in_T = row_T < num_rows
     slot_0, uniform = uniform_slot(
         slot_of_row_ptr, bounds_ptr, t_0, tl.minimum(t_0 + BLOCK_T, num_rows)
     )
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-    row_0, k_start, k_stop = member * total_rank, 0, num_in
-    if CUT_K:
-        row_0 = 0
-        k_start, k_stop = tl.load(edges_ptr + member), tl.load(edges_ptr + member + 1)
+    row_0 = member * total_rank
     # Few bytes a step, so many steps in flight; the product's tiles need the room afterwards.
     STAGES: tl.constexpr = 6 if RANK_PAD <= 16 else (4 if RANK_PAD <= 64 else 3)
     # A slot that does not adapt this linear reads nothing.
     if uniform:
-        k_stop = tl.where(tl.load(rank_ptr + slot_0) > 0, k_stop, k_start)
+        width = tl.where(tl.load(rank_ptr + slot_0) > 0, num_in, 0)
         h_TJ = _shrink_rows(
-            slot_0, slot_0 + 1, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, k_start,
-            k_stop, stride_row, stride_k, 1, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,
+            slot_0, slot_0 + 1, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, width,
+            stride_row, stride_k, 1, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,
         )  # fmt: skip
     else:
         h_TJ = tl.zeros((BLOCK_T, RANK_PAD), tl.float32)
@@ -100,8 +96,8 @@ def _shrink_tile(
             is_here_T = (slot_T == slot) & (rank > 0) | (slot_T == slot + 1) & (next_rank > 0)
             if tl.max(is_here_T.to(tl.int32)) > 0:
                 both_TJ = _shrink_rows(
-                    slot, after, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, k_start,
-                    k_stop, stride_row, stride_k, 2, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,
+                    slot, after, t_0, x_desc, factor_ptr, offset_ptr, rank_ptr, row_0, num_in,
+                    stride_row, stride_k, 2, RANK_PAD, STAGES, BLOCK_T, BLOCK_K,
                 )  # fmt: skip
                 pairs = tl.permute(tl.reshape(both_TJ, (BLOCK_T, 2, RANK_PAD)), (0, 2, 1))
                 left_TJ, right_TJ = tl.split(pairs)
@@ -283,8 +279,8 @@ def linear_kernel(
             _shrink_tile(
                 (part // (NUM_MEMBERS * INNER)) * BLOCK_T, part % (NUM_MEMBERS * INNER), x_desc,
                 in_factor_ptr, h_ptr, ready_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-                scale_ptr, edges_ptr, num_rows, num_in, total_rank, h_stride, in_stride_row,
-                in_stride_k, INNER > 1, RANK_PAD, BLOCK_T, BLOCK_K,
+                scale_ptr, num_rows, num_in, total_rank, h_stride, in_stride_row,
+                in_stride_k, RANK_PAD, BLOCK_T, BLOCK_K,
             )  # fmt: skip
     whole = num_tiles
     if TAIL:

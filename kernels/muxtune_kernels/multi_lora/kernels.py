@@ -70,7 +70,7 @@ def dh_db_kernel(
     edges_ptr, keep_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride,
     part_stride, db_stride_split, db_stride_row,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    ACCUMULATE: tl.constexpr, DH: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     slot = nth_largest_slot(
@@ -81,7 +81,7 @@ def dh_db_kernel(
         h_ptr, part_ptr, db_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr,
         keep_ptr, width, total_rank, dy_stride, b_stride_rank, b_stride_out, h_stride, part_stride,
         db_stride_split, db_stride_row,
-        NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, ACCUMULATE, DH, BLOCK_T, BLOCK_N,
+        NUM_MEMBERS, RANK_PAD, SPLITS, ALIGN, ACCUMULATE, BLOCK_T, BLOCK_N,
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Launches of the multi-task low-rank linear on CUDA.
 
-Forward: one product that makes h = s x A^T itself and has the expansion in it. Backward: one
-product that makes dh = s dy B itself and has dh A in it; dB = dy^T h and dA = dh^T x, which nobody
-waits for.
-Where the product is not to make them (no flags to count in; dropout masks x): a shrink before the
-first; dB and the parts of dh from one read of dy, and their sum, before the second.
-Where that product cannot be used (float32, odd strides, dropout's mask on dx) the expansion is
-written first and cuBLAS adds to it (beta = 1).
+Forward: one product that makes h = s x A^T itself and has the expansion in it; where it is not to
+(no flags to count in; dropout masks x), a shrink before it. Backward: dB = dy^T h and the parts of
+dh = s dy B from one read of dy, their sum, then dx = dy W + dh A, then dA = dh^T x, which nobody
+waits for. dx is one product with dh A in it, or the library's, which adds to an expansion that is
+written first (beta = 1): from some number of rows on that is faster (`Tuning.fused_backward`), and
+where the fused product cannot be used (float32, odd strides, dropout's mask on dx) all there is,
+forward too.
 
 Shape suffixes: T rows, D input features, O output features, R pool rank rows of one member,
 J columns of the compact h (members * RANK_PAD), S slots.
@@ -154,21 +154,13 @@ def lora_forward(
 def lora_backward(
     dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor, b_OR: Tensor,
     rows: RowTensors, adapters: Adapters, tuning: Tuning, needs_dx: bool, needs_factors: bool,
-    flags: ReadyFlags | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx_TD, dA [M * R, D], dB [O, R])."""
     layout = layout_of(adapters, x_TD.device)
-    fused = tuning.fused and needs_dx and rows.dropout is None and fits_fused(dy_TO, weight_OD)
+    fused = needs_dx and _is_fused_backward(dy_TO, weight_OD, rows, tuning)
     blocks = gemm_blocks(x_TD.shape[0], (x_TD.shape[1],)) if fused else None
-    dx_TD = None
-    if blocks is not None and flags is not None:
-        own = Shrink(b_OR.t(), flags.take(cdiv(x_TD.shape[0], blocks.t)))
-        dx_TD, dh_TJ = linear(dy_TO, weight_OD, None, own, a_RD, rows, layout, blocks, False)
-        if not needs_factors:
-            return dx_TD, None, None
-        db_OR = db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
-        return dx_TD, outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning), db_OR
     dh_TJ, db_OR = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
+    dx_TD = None
     if blocks is not None:
         dx_TD, _ = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
     elif needs_dx:
@@ -178,35 +170,27 @@ def lora_backward(
     return dx_TD, da_RD, db_OR if needs_factors else None
 
 
-class InputGrad(NamedTuple):
-    """dh_TJ: what `outer` makes dA of, later or beside. owes_db: so does `db` dB."""
-
-    dx_TD: Tensor | None
-    dh_TJ: Tensor
-    owes_db: bool
-
-
 def lora_input_grad(
     dy_TO: Tensor, x_shape: tuple[int, int], h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor,
     b_OR: Tensor, rows: RowTensors, adapters: Adapters, tuning: Tuning, targets: GradTargets,
-    needs_dx: bool, flags: ReadyFlags | None = None,
-) -> InputGrad:  # fmt: skip
-    """dB has gone to its target, unless it is owed."""
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(dx_TD, dh_TJ); dB goes to its target. dA is what `outer` makes of dh_TJ, later or beside."""
     layout = layout_of(adapters, dy_TO.device)
-    fused = needs_dx and tuning.fused and rows.dropout is None and fits_fused(dy_TO, weight_OD)
-    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
-    if blocks is not None and flags is not None:
-        own = Shrink(b_OR.t(), flags.take(cdiv(x_shape[0], blocks.t)))
-        made = linear(dy_TO, weight_OD, None, own, a_RD, rows, layout, blocks, False)
-        return InputGrad(*made, owes_db=True)
     dh_TJ, _ = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning, targets)
     if not needs_dx:
-        return InputGrad(None, dh_TJ, owes_db=False)
+        return None, dh_TJ
+    fused = _is_fused_backward(dy_TO, weight_OD, rows, tuning)
+    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
     if blocks is not None:
-        made = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
-        return InputGrad(*made, owes_db=False)
+        return linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)[0], dh_TJ
     dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_shape[1],), layout, tuning, True)
-    return InputGrad(dx_TD.addmm_(dy_TO, weight_OD), dh_TJ, owes_db=False)
+    return dx_TD.addmm_(dy_TO, weight_OD), dh_TJ
+
+
+def _is_fused_backward(dy_TO: Tensor, weight_OD: Tensor, rows: RowTensors, tuning: Tuning) -> bool:
+    told = tuning.fused and tuning.fused_backward
+    return told and rows.dropout is None and fits_fused(dy_TO, weight_OD)
 
 
 def fits_fused(x_TK: Tensor, weight_OD: Tensor) -> bool:
@@ -316,49 +300,28 @@ def dh_db(
     layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dh_TJ, dB [O, R]) from one read of dy."""
+    members, splits = layout.num_members, tuning.db_splits
+    num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
     parts = torch.empty(
-        (blocks, dy_TO.shape[0], layout.j_width), dtype=torch.float32, device=dy_TO.device
+        (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
     )
-    partials = _dh_db(dy_TO, h_TJ, b_OR, parts, rows, adapters, layout, tuning, targets)
-    dh_TJ, db_OR = _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
-    if targets is not None and tuning.db_splits > 1:
-        _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
-    return dh_TJ, db_OR
-
-
-def db(
-    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
-    layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
-) -> Tensor:  # fmt: skip
-    """dB [O, R] alone."""
-    partials = _dh_db(dy_TO, h_TJ, b_OR, None, rows, adapters, layout, tuning, targets)
-    total_RO = _total(partials, b_OR)
-    if targets is not None and tuning.db_splits > 1:
-        _add_into(targets.db_RO, total_RO, targets.keep_S, layout)
-    return total_RO.t()
-
-
-def _dh_db(
-    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, parts: Tensor | None, rows: RowTensors,
-    adapters: Adapters, layout: Layout, tuning: Tuning, targets: GradTargets | None,
-) -> Tensor:  # fmt: skip
-    """dB [R, O], cut over rows in `db_splits`; dh goes to `parts` where there are such."""
-    members, splits = layout.num_members, tuning.db_splits
     direct = targets if splits == 1 else None
     partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
-    blocks = cdiv(max(adapters.out_features), tuning.db_n)
     dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
-        dy_TO, b_OR, h_TJ, h_TJ if parts is None else parts, partials, rows.slot_of_row_T,
-        rows.slot_bounds_S3, layout.offset_S, layout.rank_S, layout.edges,
-        layout.rank_S if direct is None else direct.keep_S, dy_TO.shape[1], layout.total_rank,
-        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width,
-        0 if parts is None else parts.stride(0), partials.stride(0), partials.stride(1),
-        members, layout.rank_pad, splits, layout.align, direct is not None, parts is not None,
+        dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
+        layout.offset_S, layout.rank_S, layout.edges,
+        layout.rank_S if direct is None else direct.keep_S, num_out, layout.total_rank,
+        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0),
+        partials.stride(0), partials.stride(1),
+        members, layout.rank_pad, splits, layout.align, direct is not None,
         _slots_pad(adapters), tuning.db_t, tuning.db_n,
         num_warps=tuning.db_warps, num_stages=tuning.db_stages,
     )  # fmt: skip
-    return partials
+    dh_TJ, db_OR = _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
+    if targets is not None and direct is None:
+        _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
+    return dh_TJ, db_OR
 
 
 def _sum_parts(

@@ -305,17 +305,15 @@ def outer_tile(
 
 @triton.jit
 def _dh_db_step(
-    row_T, own_T, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N, in_N, h_stride, dy_stride, acc_NJ,
-    DH: tl.constexpr,
-):  # fmt: skip
+    row_T, own_T, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N, in_N, h_stride, dy_stride, acc_NJ
+):
     at_T = row_T.to(tl.int64)[:, None]
     h_TJ = tl.load(h_ptr + at_T * h_stride + j_J[None, :], mask=own_T[:, None], other=0.0)
     dy_TN = tl.load(dy_ptr + at_T * dy_stride + n_N[None, :],
                     mask=own_T[:, None] & in_N[None, :], other=0.0)  # fmt: skip
     acc_NJ = tl.dot(tl.trans(dy_TN), h_TJ, acc_NJ, input_precision="ieee")
-    if DH:
-        dh_TJ = tl.dot(dy_TN, b_NJ, input_precision="ieee")
-        tl.store(part_ptr + at_T * h_stride + j_J[None, :], dh_TJ, mask=own_T[:, None])
+    dh_TJ = tl.dot(dy_TN, b_NJ, input_precision="ieee")
+    tl.store(part_ptr + at_T * h_stride + j_J[None, :], dh_TJ, mask=own_T[:, None])
     return acc_NJ
 
 
@@ -325,10 +323,9 @@ def dh_db_tile(
     bounds_ptr, offset_ptr, rank_ptr, edges_ptr, keep_ptr, width, total_rank, dy_stride,
     b_stride_rank, b_stride_out, h_stride, part_stride, db_stride_split, db_stride_row,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    ACCUMULATE: tl.constexpr, DH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One slot's rows and one block of outputs: dB of the block, and, where DH, the block's part
-    of dh."""
+    """One slot's rows and one block of outputs: dB of the block, and the block's part of dh."""
     n_start, n_stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
     if (n_start + block * BLOCK_N < n_stop) & (tl.load(rank_ptr + slot) > 0):
         start, stop, dense = _slot_rows(bounds_ptr, slot, split, SPLITS, BLOCK_T)
@@ -337,12 +334,10 @@ def dh_db_tile(
         row_J, real_J = _factor_rows(
             tl.load(offset_ptr + slot), tl.load(rank_ptr + slot), total_rank, 1, RANK_PAD, RANK_PAD
         )
-        b_NJ = 0.0
-        if DH:
-            b_NJ = tl.load(
-                b_ptr + row_J.to(tl.int64)[None, :] * b_stride_rank + n_N[:, None] * b_stride_out,
-                mask=in_N[:, None] & real_J[None, :], other=0.0,
-            ).to(dy_ptr.dtype.element_ty)  # fmt: skip
+        b_NJ = tl.load(
+            b_ptr + row_J.to(tl.int64)[None, :] * b_stride_rank + n_N[:, None] * b_stride_out,
+            mask=in_N[:, None] & real_J[None, :], other=0.0,
+        ).to(dy_ptr.dtype.element_ty)  # fmt: skip
         j_J = member * RANK_PAD + tl.arange(0, RANK_PAD)
         acc_NJ = tl.zeros((BLOCK_N, RANK_PAD), tl.float32)
         part_ptr += block.to(tl.int64) * part_stride
@@ -350,13 +345,13 @@ def dh_db_tile(
             for t in range(start, stop, BLOCK_T):
                 row_T = t + tl.arange(0, BLOCK_T)
                 acc_NJ = _dh_db_step(row_T, row_T < stop, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N,
-                                     in_N, h_stride, dy_stride, acc_NJ, DH)  # fmt: skip
+                                     in_N, h_stride, dy_stride, acc_NJ)  # fmt: skip
         else:
             for t in range(start, stop, BLOCK_T):
                 row_T = t + tl.arange(0, BLOCK_T)
                 own_T = tl.load(slot_of_row_ptr + row_T, mask=row_T < stop, other=-1) == slot
                 acc_NJ = _dh_db_step(row_T, own_T, h_ptr, dy_ptr, part_ptr, b_NJ, j_J, n_N,
-                                     in_N, h_stride, dy_stride, acc_NJ, DH)  # fmt: skip
+                                     in_N, h_stride, dy_stride, acc_NJ)  # fmt: skip
         out_NJ = (db_ptr + split.to(tl.int64) * db_stride_split
                   + row_J.to(tl.int64)[None, :] * db_stride_row + n_N[:, None])  # fmt: skip
         real_NJ = in_N[:, None] & real_J[None, :]

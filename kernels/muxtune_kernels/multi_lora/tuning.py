@@ -44,7 +44,8 @@ class Tuning(NamedTuple):
     da_stages: int = 4
     warps: int = 4
     fused: bool = True
-    own_shrink: bool = False  # of the operator under autograd: the product makes its own h
+    fused_backward: bool = True
+    own_shrink: bool = True  # of the operator under autograd: the forward makes its own h
 
 
 class GemmBlocks(NamedTuple):
@@ -65,6 +66,10 @@ _GEMM_BLOCKS = (
 )
 
 
+# From so many rows on the library's product, which adds to an expansion that is there, gives the
+# input gradient sooner than the fused one. Its bits may depend on the number of rows, though, so
+# not where they must not.
+_LIBRARY_BACKWARD_ROWS = 3072
 LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
@@ -128,6 +133,7 @@ def tuning_of(
         db_splits=1 if deterministic else _row_splits(db_programs, 2 * num_sms(), rows_of_slot),
         da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),
         db_warps=8 if db_n > 128 else 4, db_stages=3 if db_n > 128 else 4,
+        fused_backward=deterministic or num_rows < _LIBRARY_BACKWARD_ROWS,
     )  # fmt: skip
 
 

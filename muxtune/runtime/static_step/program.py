@@ -47,7 +47,7 @@ from muxtune_kernels.multi_lora import (
     lora_linear_input_grad,
 )
 
-OWN_SHRINK, OVERLAP = False, True  # what programs do that are not told
+OWN_SHRINK, OVERLAP = True, True  # what programs do that are not told
 _LEAST_TILE_ROWS = 64
 _PRODUCTS_A_BLOCK = 12  # four forward, four again where a block is recomputed, four backward
 
