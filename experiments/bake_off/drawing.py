@@ -25,7 +25,8 @@ PANELS = (
 DISTRIBUTIONS_AT = {PUBLISHED: 1.0, SAME_KERNELS: 8.0}
 _STYLE_OF = ("hf_peft", "muxtune", "exclusive_fast", "sl_peft", "mlora", "lorafusion", "tlora",
              "colocated", "lobra")  # fmt: skip
-_SAME = {"batched_fast": "sl_peft", "lorafusion_fast": "lorafusion", "tlora_fast": "tlora"}
+_SAME = {"batched_fast": "sl_peft", "lorafusion_fast": "lorafusion", "tlora_fast": "tlora",
+         "muxtune_default": "muxtune"}  # fmt: skip
 _COLOURS = (*PALETTE, "#888888")
 _MARKERS = (*MARKERS, "<")
 
@@ -35,7 +36,7 @@ def style_of(name: str) -> dict:
     style = {"color": _COLOURS[at], "marker": _MARKERS[at]}
     if name == "exclusive_fast":  # it often lies on top of MuxTune
         return style | {"linestyle": "--", "markerfacecolor": "none", "zorder": 4}
-    return style
+    return style | {"linestyle": ":"} if name == "muxtune_default" else style
 
 
 def draw_completion(path: Path, points: Sequence[Point]) -> None:
