@@ -190,10 +190,12 @@ class TorchExecutor:
     def _wait(self, until_ns: int) -> list[Event]:
         self._forget_told()
         self._checkpoints.check()
-        while not self._events:
+        while self._jobs or not self._events:
             if self.now_ns >= until_ns:
-                return []
+                break
             if self._jobs:
+                # All of them come before any training: tasks that come together are told together,
+                # so that one plan is made for them and not one for each.
                 self._jobs.popleft().work()
                 continue
             instance = self._next_instance()
@@ -201,8 +203,8 @@ class TorchExecutor:
                 instance.advance()
                 self._watch_memory(instance)
             elif not self._pass_time(until_ns):
-                return []
-        return self._take_events()
+                break
+        return self._take_events() if self._events else []
 
     def restore(self, history: Sequence[tuple[JournalBatch, Sequence[object]]]) -> None:
         """Called by ``Engine.resume`` before it repeats its commands: tasks will go on from their

@@ -411,8 +411,11 @@ def test_nothing_starts_at_until_and_an_open_round_goes_on(
     executor.start(InstanceSpec(INSTANCE, "tiny", "cpu", 10**12))
     assert executor.wait(0) == []
     executor.prepare(A)
-    assert [event.kind for event in executor.wait(1)] == [EventKind.INSTANCE_READY]
-    assert [event.kind for event in executor.wait(1)] == [EventKind.TASK_READY]
+    executor.prepare(B)
+    told = [(event.kind, event.task_id) for event in executor.wait(1)]
+    # Together, so that one plan can be made for all.
+    ready = [(EventKind.TASK_READY, task.task_id) for task in (A, B)]
+    assert sorted(told) == sorted([(EventKind.INSTANCE_READY, ""), *ready])
     executor.apply(make_plan([make_htask([A], quota=1)]))
     assert [event.kind for event in executor.wait(1)] == [EventKind.PLAN_APPLIED]
 
