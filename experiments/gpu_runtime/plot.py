@@ -63,7 +63,9 @@ def _joins(axes: Any, joins: dict[str, Any]) -> None:
     bars = axes.barh([CHANGES[name] for name in names], stalls)
     axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="stall of the other tasks, ms")
+    axes.set(xlabel="stall of the other tasks, ms")
+    if any(stall > 0 for stall in stalls):
+        axes.set_xscale("log")
     axes.margins(x=0.2)
 
 
