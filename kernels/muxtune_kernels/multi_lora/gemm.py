@@ -270,12 +270,13 @@ def linear_kernel(
     TAIL: the last, incomplete wave of tiles is computed as halves, by twice as many programs."""
     tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
     num_tiles = tiles_t * tiles_n
+    program = tl.program_id(0)
     if SHRINK:
-        # From the last program on: the last ones have the fewest tiles. None of these waits for
-        # anything, and there are no more programs than SMs, so whoever waits does so in the end.
-        for part in range(
-            NUM_PROGRAMS - 1 - tl.program_id(0), tiles_t * NUM_MEMBERS * INNER, NUM_PROGRAMS
-        ):
+        # Programs start in the order of their numbers, and the first make h, waiting for nothing:
+        # whoever waits, waits for a program that runs, whatever else the device does. The same
+        # programs are the last in the order of tiles, because these have the fewest.
+        program = NUM_PROGRAMS - 1 - program
+        for part in range(tl.program_id(0), tiles_t * NUM_MEMBERS * INNER, NUM_PROGRAMS):
             _shrink_tile(
                 (part // (NUM_MEMBERS * INNER)) * BLOCK_T, part % (NUM_MEMBERS * INNER), x_desc,
                 in_factor_ptr, h_ptr, ready_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
@@ -285,7 +286,7 @@ def linear_kernel(
     whole = num_tiles
     if TAIL:
         whole = (num_tiles // NUM_PROGRAMS) * NUM_PROGRAMS
-    for tile in tl.range(tl.program_id(0), whole, NUM_PROGRAMS, flatten=False):
+    for tile in tl.range(program, whole, NUM_PROGRAMS, flatten=False):
         group = tile // (GROUP_T * tiles_n)
         size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
         t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
@@ -298,13 +299,13 @@ def linear_kernel(
             BLOCK_T, BLOCK_N, BLOCK_K, HALVES,
         )  # fmt: skip
     if TAIL:  # noqa: SIM102 (a constexpr branch of its own: what is inside must not compile)
-        if tl.program_id(0) < 2 * (num_tiles - whole):
-            tile = whole + tl.program_id(0) // 2
+        if program < 2 * (num_tiles - whole):
+            tile = whole + program // 2
             group = tile // (GROUP_T * tiles_n)
             size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
             t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
             n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
-            n_0 += (tl.program_id(0) % 2) * (BLOCK_N // 2)
+            n_0 += (program % 2) * (BLOCK_N // 2)
             if n_0 < num_out:
                 _linear_tile(
                     t_0, n_0, 0, x_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr,
