@@ -37,7 +37,7 @@ from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, worst_ga
 
 torch.set_num_threads(1)
 
-STEPS, FEW_STEPS, ORDER_STEPS, NUM_ORDERS = 20, 3, 2, 20
+STEPS, FEW_STEPS, ORDER_STEPS, NUM_ORDERS = 20, 2, 2, 20
 PIPELINE, TENSOR = (ReplicaShape(1, 2),), (ReplicaShape(2, 1),)
 BOTH, UNEQUAL = (ReplicaShape(2, 2),), (ReplicaShape(1, 2), ReplicaShape(1, 1))
 LAYOUTS = {"pipeline": PIPELINE, "tensor": TENSOR, "both": BOTH, "unequal": UNEQUAL}

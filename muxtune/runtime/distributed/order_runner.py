@@ -166,6 +166,18 @@ class OrderRunner:
         if self.on_cuda:
             with _no_garbage():
                 self._each_visit(self._capture)
+        self._with_stream(self._acquaint)
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def _acquaint(self) -> None:
+        """The stage's ranks do once what no graph holds, so that all kernels are loaded when
+        streams begin to wait for each other. What they sum is written anew before it is read."""
+        for program in (program for sizes in self.visits for program in sizes):
+            if program.part.tp is not None:
+                self.add_up(program.sent_TD)
+            if program.part.step is not None:
+                program.meet()
 
     def _each_visit(self, work: Callable[[int, int], None]) -> None:
         """``work(operation, size)``, on inputs without any row: nothing is trained."""
