@@ -210,7 +210,7 @@ class ProfiledCostModel(ComposedCostModel):
         if nearest is None or self._is_of_profile:
             self._op(name)  # says what is missing
             raise AssertionError
-        return *nearest, True
+        return nearest.name, nearest.ratio, True
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("loss", tp)

@@ -59,7 +59,7 @@ def run_ops(
             )
         records.begin({"name": name, "ops": []})
         try:
-            points = _points(bench, draw) if captured else draw(bench)
+            points: list[_Measured] = _points(bench, draw) if captured else draw(bench)
             rows = [_scored(model, *point) for point in points]
             records.add({"name": name, "ops": rows, "error": ""})
         except Exception as error:
