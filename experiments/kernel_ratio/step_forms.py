@@ -22,8 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "step_throughput"))
 
-from frozen import cut, profile_kernels, replay_seconds, without_adapters
-from workload import Workload
+from frozen import (  # pyright: ignore[reportMissingImports]
+    cut,
+    profile_kernels,
+    replay_seconds,
+    without_adapters,
+)
+from workload import Workload  # pyright: ignore[reportMissingImports]
 
 from muxtune.cost.shapes import model_shape
 from muxtune.runtime.random_models import random_model

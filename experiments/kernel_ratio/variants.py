@@ -371,7 +371,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     if arguments.warm:
-        warm(*map(int, arguments.warm.split("/")), arguments.cases)
+        part, parts = map(int, arguments.warm.split("/"))
+        warm(part, parts, arguments.cases)
         return
     start_s = time.monotonic()
     if arguments.workers:

@@ -8,6 +8,9 @@ Shape suffixes: T rows, O features, R pool rank rows, U rows of the up biases, S
 of the compact inner rows (the largest rank, padded).
 """
 
+# Triton's jit hides launch options from the type checker.
+# pyright: reportCallIssue=false
+
 import functools
 from typing import Any, NamedTuple
 
