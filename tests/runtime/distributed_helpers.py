@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,8 +57,11 @@ def run_world(size: int, work: Callable[..., None], *arguments: Any) -> None:
     ]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(DEADLINE_S)
+    end_s = time.monotonic() + DEADLINE_S
+    while any(process.is_alive() for process in ranks) and time.monotonic() < end_s:
+        multiprocessing.connection.wait([p.sentinel for p in ranks if p.is_alive()], 1.0)
+        if any(process.exitcode for process in ranks):  # the others may wait for it for ever
+            break
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
