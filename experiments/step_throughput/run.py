@@ -56,7 +56,7 @@ RANKS = tuple(LORA | {"rank": rank} for rank in (8, 16, 32, 64))
 SPATIAL = ("planner.fusion=all_spatial",)
 ALL_METHODS = (
     *METHODS, LORA | {"method": "dora", "dropout": 0.0},
-    {"method": "prompt", "rank": 16, "alpha": 1, "targets": []},
+    {"method": "prompt", "rank": 16, "alpha": 1},
 )  # fmt: skip
 CASES = {
     "lora_8": product.Case(8, (LORA,), 35, overrides=SPATIAL),
