@@ -168,6 +168,7 @@ class Stopwatch(StepListener):
             self.spans.append(record)
 
     def on_notice(self, text: str) -> None:
+        print(f"notice: {text}", flush=True)
         self.notices.append(text)
 
 

@@ -6,6 +6,7 @@ eagerly, and a notice says why. One hTask of an instance may be captured and ano
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,7 @@ class Runners:
             return
         if not self._captured:
             self._memory = None  # sizes to come are not those that its blocks were cut for
+            gc.collect()  # of graphs too: none may hold its memory until some later collection
         torch.cuda.empty_cache()
 
     def arrange(

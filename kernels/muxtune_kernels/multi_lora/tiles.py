@@ -212,14 +212,15 @@ def nth_largest_slot(bounds_ptr, nth, num_slots, SLOTS_PAD: tl.constexpr):
     """The slot that comes `nth` when they are ordered by their rows, most first. Programs start in
     the order of their numbers: the long ones first, so that none of them runs alone at the end.
     Whose program works on a slot changes no bit of it."""
-    if SLOTS_PAD == 0:
-        return nth
-    s_S = tl.arange(0, SLOTS_PAD)
-    count_S = tl.load(bounds_ptr + 3 * s_S + 2, mask=s_S < num_slots, other=-1)
-    more_SS = count_S[None, :] > count_S[:, None]
-    tie_SS = (count_S[None, :] == count_S[:, None]) & (s_S[None, :] < s_S[:, None])
-    place_S = tl.sum((more_SS | tie_SS).to(tl.int32), 1)
-    return tl.sum(tl.where(place_S == nth, s_S, 0), 0)
+    slot = nth
+    if SLOTS_PAD > 0:  # no early return: what follows one is compiled
+        s_S = tl.arange(0, SLOTS_PAD)
+        count_S = tl.load(bounds_ptr + 3 * s_S + 2, mask=s_S < num_slots, other=-1)
+        more_SS = count_S[None, :] > count_S[:, None]
+        tie_SS = (count_S[None, :] == count_S[:, None]) & (s_S[None, :] < s_S[:, None])
+        place_S = tl.sum((more_SS | tie_SS).to(tl.int32), 1)
+        slot = tl.sum(tl.where(place_S == nth, s_S, 0), 0)
+    return slot
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from muxtune.runtime.distributed.links import Arrival, Channel, Lane, Links, Pat
 from muxtune.runtime.distributed.peer_memory import PairSum, PeerMemory
 from muxtune.runtime.distributed.schedule import TRANSFERS, Action, Schedule
 from muxtune.runtime.distributed.static_stage import Captured, VisitProgram, capture
+from muxtune.runtime.static_step.captured import no_collection
 
 COMPUTE, COMM = "compute", "comm"
 # Of a visit: what neighbours write to.
@@ -491,12 +492,9 @@ def _no_garbage() -> Iterator[None]:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    gc.disable()
-    try:
+    with no_collection():
         yield
-    finally:
-        gc.enable()
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
 
 
 __all__ = ["Arrival", "Launch", "OrderRunner", "TimedSpan", "launches_of"]

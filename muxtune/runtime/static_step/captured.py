@@ -9,6 +9,7 @@ Shape suffixes as in the package.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,7 +147,8 @@ class CapturedSteps:
         wanted = self.row_counts if row_counts is None else list(row_counts)
         for num_rows in sorted(wanted, reverse=True):
             if not self.is_ready(num_rows):
-                self._prepare(num_rows)
+                with no_collection():
+                    self._prepare(num_rows)
             self.row_counts = sorted({*self.row_counts, num_rows})
         return sum(self.capture_s.values())
 
@@ -193,7 +195,8 @@ class CapturedSteps:
             metrics_3S.copy_(self.program.metrics)
             return Pending(metrics_3S.clone(), None)
         if not self.is_ready(num_rows):
-            self._prepare(num_rows)
+            with no_collection():
+                self._prepare(num_rows)
         with torch.cuda.stream(self.stream):
             self._load(host)
             self._copied[turn] = _recorded()
@@ -228,6 +231,18 @@ class CapturedSteps:
         self._kept.append(adamw_tables(self.program.pools.optimizer_pools))
         self._graphs[num_rows] = graph
         self.capture_s[num_rows] = time.perf_counter() - start_s
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Nothing is collected: to destroy an older graph is not permitted while one is captured."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _recorded() -> torch.cuda.Event:
