@@ -334,7 +334,8 @@ def test_padded_plans_run_too(store: BackboneStore, tmp_path: Path) -> None:
     tasks = tasks_of()[:2]
     htask = make_htask(tasks, 48, 4, PackRule.PAD)
     weights = []
-    for mode in (EAGER, CAPTURED | {"deterministic": False}):
+    fast: dict[str, Any] = {**CAPTURED, "deterministic": False}
+    for mode in (EAGER, fast):
         bench = Bench(tmp_path / mode["step"], store, **mode)
         bench.run(make_plan([htask]), *tasks)
         weights.append([bench.weights(task) for task in tasks])

@@ -45,7 +45,7 @@ class Tuning(NamedTuple):
     warps: int = 4
     fused: bool = True
     fused_backward: bool = True
-    own_shrink: bool = True  # of the operator under autograd: the forward makes its own h
+    own_shrink: bool = False  # of the operator under autograd: the forward makes its own h
 
 
 class GemmBlocks(NamedTuple):
