@@ -187,13 +187,23 @@ def joins(row: dict[str, Any], series: str) -> bool:
     )
 
 
+def _names(point: Point) -> tuple[str, ...]:
+    return ("", point.series, point.planner, f"{point.planner}:{point.tasks}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for growth.json and .png"
     )
     parser.add_argument("--quick", action="store_true", help="a twentieth of the tasks")
-    parser.add_argument("--only", default="", help="points of one series, or of one planner")
+    parser.add_argument(
+        "--only", default="", help="points of a series, a planner, or a planner and its tasks: "
+        "exclusive:100000",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="runs a point; the fastest is its row"
+    )
     parser.add_argument("--plot-only", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     if "--child" in sys.argv:
@@ -203,7 +213,7 @@ def main() -> int:
     arguments = parser.parse_args()
     file = arguments.output / "growth.json"
     results = json.loads(file.read_text())["runs"] if file.exists() else []
-    chosen = [p for p in POINTS if arguments.only in ("", p.series, p.planner)]
+    chosen = [p for p in POINTS if arguments.only in _names(p)]
     if chosen and not arguments.plot_only:
         measure(Point("", "muxtune", 100, 10))
     for point in [] if arguments.plot_only else chosen:
@@ -211,8 +221,10 @@ def main() -> int:
             point = point._replace(tasks=point.tasks // 20)
         key = list(point)
         results = [row for row in results if [row[name] for name in Point._fields] != key]
-        results.append(measure(point))
-        row = results[-1]
+        runs = [measure(point) for _ in range(arguments.repeat)]
+        row = min(runs, key=lambda run: run["wall_s"])
+        shown = ("cpu_s", "wall_s", "reference_s")
+        results.append(row | {"all": [{name: run[name] for name in shown} for run in runs]})
         print(f"{row['series']} {row['planner']} {row['tasks']:,} tasks {row['gpus']:,} GPUs: "
               f"{row['cpu_s']:.1f} s CPU, {row['wall_s']:.1f} s wall, "
               f"{row['concurrent_tasks_per_instance']:.1f} tasks an instance, "
