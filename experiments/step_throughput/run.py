@@ -99,7 +99,8 @@ class Report:
         try:
             self.data[name] = run()
         except Exception as error:
-            self.data["errors"][name] = "".join(traceback.format_exception(error))[-3000:]
+            text = "".join(traceback.format_exception(error)).replace(f"{Path.cwd()}/", "")
+            self.data["errors"][name] = text[-3000:]
             print(f"[{name}] FAILED: {self.data['errors'][name]}", flush=True)
         product.free()
         took_s = self.data["part_s"][name] = round(time.perf_counter() - start_s, 1)
