@@ -243,14 +243,18 @@ def test_quiet_and_talkative_runs_count_the_same(emit_progress: bool):
 
 
 def test_quiet_and_talkative_runs_end_at_the_same_times():
-    ended = []
+    """And take over as many plans, those of emptied instances too (i1 is emptied by the run's last
+    event, after which nothing is waited for)."""
+    ended, plans = [], []
     for talks in (True, False):
         options = SimOptions(emit_progress=talks, emit_plan_applied=talks)
         tasks = [task(f"t{index}", 3 + index, 0.7 * index, 1 + index % 3) for index in range(9)]
         run = Run(shared(), tasks, [instance(), instance("i1")], options=options)
         run.run()
         ended.append(run.ended_s)
+        plans.append(run.executor.instance_totals()[0].plans)
     assert ended[0] == ended[1]
+    assert plans[0] == plans[1]
 
 
 def test_partly_done_work_of_a_withdrawn_task_is_counted():
