@@ -108,7 +108,7 @@ def _tensor(grouping: str, order: str) -> Config:
     return Config(TENSOR, grouping, 1, order)
 
 
-# What matters most comes first: a run that is cut off has it.
+# Of one layout each. What matters most comes first: a run that is cut off has it.
 SETS: dict[str, Sequence[Config]] = {
     "one": [Config(SOLO, "8", 1, "sequential"), Config(SOLO, "planned", 1, "sequential")],
     "pp": [_pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4)],
@@ -128,4 +128,8 @@ SETS: dict[str, Sequence[Config]] = {
     ],
     "pp-late": [_pipeline("planned", early=False), _pipeline("planned")],
     "tp-few": [_tensor("4", "interleaved"), _tensor("4", "sequential")],
+    "tp-rehearsal": [_tensor("4", "interleaved"), _tensor("8", "sequential")],
+    "pp-rehearsal": [
+        _pipeline("8", "1f1b", 4), _pipeline("planned"), _pipeline("planned", early=False),
+    ],
 }  # fmt: skip

@@ -86,9 +86,10 @@ def warm(args: Any) -> None:
     print(f"compiled in {time.monotonic() - begin_s:.1f} s, status {code}", flush=True)
 
 
-def chosen(names: str) -> Sequence[Phase]:
-    """By numbers, from 0."""
-    return PHASES if not names else [PHASES[int(number)] for number in names.split(",")]
+def chosen(names: str, sets: str = "") -> Sequence[Phase]:
+    """By numbers, from 0; with other ``sets`` if any are given, and then all of the time."""
+    phases = PHASES if not names else [PHASES[int(number)] for number in names.split(",")]
+    return [phase._replace(sets=sets, share=1.0) for phase in phases] if sets else phases
 
 
 def main() -> None:
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
+    parser.add_argument("--only", default="", help="other sets of configurations for all phases")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
@@ -106,7 +108,7 @@ def main() -> None:
     end_s, failed = time.monotonic() + args.budget - GRACE_S, []
     if args.compile_s:
         warm(args)
-    for phase in chosen(args.phases):
+    for phase in chosen(args.phases, args.only):
         left_s = phase.share * (end_s - time.monotonic())
         wanted_s = expected_s(phase, args)
         print(f"== {phase.label}: {wanted_s:.0f} s expected, {left_s:.0f} s given", flush=True)

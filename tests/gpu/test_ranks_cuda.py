@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(NUM_DEVICES < 2, reason="needs two CUDA devices"),
 ]
 
-STEPS, TIMEOUT_S = 20, 100.0
+STEPS, TIMEOUT_S = 20, float(os.environ.get("MUXTUNE_TEST_TIMEOUT_S", "100"))
 LAYOUTS = {
     "pipeline": ["cluster.pp=2", "cluster.num_gpus=2"],
     "tensor": ["cluster.tp=2", "cluster.num_gpus=2"],
