@@ -136,6 +136,9 @@ def _profiles(cost: CostConfig) -> list[Profile]:
     if cost.kind == "profile" and not cost.path:
         remedy = "Give what `muxtune profile` wrote, with cost.path=FILE"
         raise ConfigError("cost.path", "is empty", remedy)
+    if cost.kind != "profile" and cost.path:
+        problem = f"is given, but cost={cost.kind} reads no profile"
+        raise ConfigError("cost.path", problem, "Choose cost=profile, or leave the path out")
     return [load_profile(profile_path(cost.path))] if cost.kind == "profile" else []
 
 
@@ -744,6 +747,7 @@ def torch_executor(
 
     rest = _without_name(options, "torch", field)
     made = call_checked(TorchOptions, field, rest, {"output_dir": output_dir})
+    made.check(field)
     return TorchExecutor(
         StepBuilder(), store, datasets, made, listeners, make_instance=make_instance
     )

@@ -117,9 +117,9 @@ def run(
     if config.resume and (ended := ended_summary(folder.path)) is not None:
         make_console().print(f"{folder.path}: the run has ended already", soft_wrap=True)
         return ended
-    if not config.resume:
-        _clear(folder.path)
     planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
+    policy = build.cluster_policy(config.cluster_policy)
+    instances = build.instances(config, costs, tasks)
     outcomes, troubles = Outcomes(), Troubles()
     chapters = _turn_page(config, folder.path)
     ended_before = tasks_that_ended(chapters)
@@ -145,14 +145,18 @@ def run(
             make_instance=make_instance,
         )  # fmt: skip
         stack.callback(executor.close)
+        if not config.resume:  # only now, when nothing in the settings can be refused any more
+            _clear(folder.path)
         journal, past = _journal(config, folder.path, tasks)
+        folder.keep()
+        stack.push(lambda kind, error, trace: kind and _tell_how_to_go_on(folder.path))
         stack.enter_context(journal)
         engine = Engine(
-            build.cluster_policy(config.cluster_policy),
+            policy,
             planner,
             executor,
             [task for task in tasks if task.task_id not in ended_before],
-            build.instances(config, costs, tasks),
+            instances,
             journal,
             (rows, outcomes, troubles),
         )
@@ -166,6 +170,11 @@ def run(
     _show(folder, summary, outcomes)
     summary["error"] = troubles.error()
     return summary
+
+
+def _tell_how_to_go_on(path: Path) -> None:
+    text = f"{path}: stopped before its end; go on with it: muxtune train resume={path}"
+    make_console(stderr=True).print(text, soft_wrap=True)
 
 
 def _launch(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:

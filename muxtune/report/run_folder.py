@@ -40,7 +40,8 @@ PROBE_BYTES = 64 * 1024
 
 
 class RunFolder:
-    """Writes results below ``path``; as a context manager it removes its files on an error.
+    """Writes results below ``path``; as a context manager it removes its files on an error, and
+    brings back what ``write_text`` had replaced, so that a start that failed changes nothing.
 
     Raises OutputError, at once, when the folder cannot be made or written.
     """
@@ -48,6 +49,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._written: list[Path] = []
+        self._replaced: dict[Path, bytes] = {}
         self._existed = self.path.is_dir() and any(self.path.iterdir())
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -74,18 +76,23 @@ class RunFolder:
         """Remove what this object wrote, and the folder if nothing else is in it."""
         for file in self._written:
             file.unlink(missing_ok=True)
-            file.with_name(file.name + PARTIAL).unlink(missing_ok=True)
-        self._written.clear()
+        for file, content in self._replaced.items():
+            file.write_bytes(content)
+        self.keep()
         if not self._existed:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
+
+    def keep(self) -> None:
+        """What is whole so far stays, whatever happens: work has begun that can be gone on with."""
+        self._written.clear()
+        self._replaced.clear()
 
     @contextlib.contextmanager
     def stream(self, name: str, mode: str = "w") -> Iterator[IO[Any]]:
         """A file to write piece by piece; it appears as ``name`` when the block ends well."""
         final = self.path / name
         partial = final.with_name(final.name + PARTIAL)
-        self._written.append(final)
         with writing(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -94,14 +101,18 @@ class RunFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 partial.replace(final)
+                self._written.append(final)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
 
     def write_text(self, name: str, text: str) -> Path:
+        final = self.path / name
+        if final not in self._written and final.is_file():
+            self._replaced.setdefault(final, final.read_bytes())
         with self.stream(name) as file:
             file.write(text)
-        return self.path / name
+        return final
 
     def write_json(self, name: str, value: object) -> Path:
         return self.write_text(name, json.dumps(value, indent=2, sort_keys=False) + "\n")

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from muxtune.errors import ConfigError
+
+STEPS = ("auto", "captured", "eager")
+_ABOVE_0 = ("progress_interval_s", "rank_timeout_s")
+
 
 class TorchOptions(NamedTuple):
     """``evaluate_tokens``: held-out tokens scored before and after training, 0 for none.
@@ -31,6 +36,22 @@ class TorchOptions(NamedTuple):
     dtype: str = "auto"
     step: str = "auto"
     rank_timeout_s: float = 30.0
+
+    def check(self, field: str = "backend") -> None:
+        """Raises ConfigError for a value that no run could mean."""
+        if self.step not in STEPS:
+            problem = f"'{self.step}' is no way to compute a step"
+            raise ConfigError(f"{field}.step", problem, f"Choose one of: {', '.join(STEPS)}")
+        for name in ("evaluate_tokens", "checkpoint_steps", "memory_pressure_share", *_ABOVE_0):
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name in _ABOVE_0):
+                remedy = "Give a number above 0" if name in _ABOVE_0 else "Give at least 0"
+                raise ConfigError(f"{field}.{name}", f"is {value}", remedy)
+        if self.memory_pressure_share > 1:
+            problem = f"is {self.memory_pressure_share}, more than all of the memory"
+            raise ConfigError(
+                f"{field}.memory_pressure_share", problem, "Give a share of at most 1"
+            )
 
     def adapter_folder(self, task_id: str) -> Path:
         return Path(self.output_dir) / "adapters" / task_id

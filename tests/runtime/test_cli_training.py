@@ -122,6 +122,34 @@ def test_train_refuses_a_model_that_is_not_there(
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (
+            "backend.step=foo",
+            "backend.step: 'foo' is no way to compute a step. Choose one of: auto",
+        ),
+        ("backend.checkpoint_steps=-1", "backend.checkpoint_steps: is -1. Give at least 0"),
+        ("backend.progress_interval_s=0", "backend.progress_interval_s: is 0. Give a number above"),
+        ("backend.memory_pressure_share=1.5", "backend.memory_pressure_share: is 1.5, more than"),
+        ("backend.nothing=1", "backend.nothing: is no option"),
+        ("planner.nothing=1", "planner.nothing: is no option"),
+        ("cost=analytic", "cost.path: is given, but cost=analytic reads no profile"),
+    ],
+)
+def test_what_no_run_could_mean_is_refused_and_the_run_before_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, expected: str
+):
+    before = {"journal.jsonl": "{}\n", "summary.json": '{"a": 1}', "config.yaml": "x: 1\n"}
+    before |= {"tasks.csv": "a\n", "trace.json": "[]", "metrics.jsonl": "{}\n"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    assert main(words(folder, "train", tmp_path, word)) == 2
+    told = capsys.readouterr().err
+    assert expected in " ".join(told.split()) and "Traceback" not in told
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_compare_shows_predicted_beside_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -143,8 +144,10 @@ def finished(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_when(child: int, is_time: Callable[[], bool], delay_s: float) -> bool:
-    """False if it ended before."""
+def kill_when(
+    child: int, is_time: Callable[[], bool], delay_s: float, number: int = signal.SIGKILL
+) -> bool:
+    """False if it ended by itself."""
     give_up_s = time.monotonic() + DEADLINE_S
     while not is_time():
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -152,7 +155,7 @@ def kill_when(child: int, is_time: Callable[[], bool], delay_s: float) -> bool:
         assert time.monotonic() < give_up_s, "the run hangs"
         time.sleep(0.001)
     time.sleep(delay_s)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, number)
     return finished(child) == -signal.SIGKILL
 
 
@@ -327,6 +330,33 @@ tasks:
   - {{id: one, rank: 4, steps: {steps}}}
   - {{id: two, rank: 2, steps: 12, seed: 1}}
 """
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_asked_to_stop_can_be_gone_on_with(
+    case: Case, tmp_path: Path, name: str
+) -> None:
+    """Its settings stay, and it says how; the run that goes on ends as if nothing had been."""
+    folder, number = tmp_path / "run", signal.Signals[name]
+    (tmp_path / "tasks.yaml").write_text(
+        TASKS.format(data=case.folder.parent / "data.jsonl", steps=30)
+    )
+    words = [f"workload.tasks_file={tmp_path / 'tasks.yaml'}", "planner.chunk_tokens=16"]
+    program = ["muxtune", "train", "model=tiny", *words, f"output_dir={folder}"]
+
+    def work() -> None:
+        sys.argv, sys.stderr = program, sys.__stderr__  # pytest's own has another file
+        assert main() == {"SIGTERM": 143, "SIGINT": 130}[name]
+
+    child = fork_work(work, tmp_path / "log")
+    assert not kill_when(child, lambda: num_lines(folder) >= 20, 0.0, number)
+    told = (tmp_path / "log").read_text()
+    assert "Traceback" not in told and f"muxtune train resume={folder}" in told
+    assert json.loads((folder / "run.json").read_text())["overrides"][1:3] == words
+    assert (folder / "config.yaml").exists()
+    assert not list(folder.glob("*.partial")) and not (folder / "summary.json").exists()
+    assert main(["train", f"resume={folder}"]) == 0
+    assert json.loads((folder / "summary.json").read_text())["num_done"] == 2
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,28 @@ def test_files_that_were_there_before_survive_an_error(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_what_an_earlier_run_left_is_as_it_was_after_an_error(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("x: 1\n")
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path) as folder:
+        folder.write_text("config.yaml", "x: 2\n")
+        folder.write_text("config.yaml", "x: 3\n")
+        with folder.stream("rows.csv") as file:
+            file.write("c,d\n")
+            raise ZeroDivisionError
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == {"config.yaml": "x: 1\n", "rows.csv": "a,b\n"}
+
+
+def test_what_is_kept_survives_an_error(tmp_path: Path):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path) as folder:
+        folder.write_text("config.yaml", "x: 1\n")
+        folder.keep()
+        folder.write_text("summary.json", "{}")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_an_unwritable_folder_is_told_at_once(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"output_dir: cannot write .*file.*output_dir=PATH"):
