@@ -149,9 +149,14 @@ def _fit(block: int, shared_bytes: Callable[[int], int], limit_bytes: int = 100_
     return block
 
 
+# The product adds up the parts of h. Its loads of eight, issued ahead, do not fit an SM's shared
+# memory beside four stages of 128 x 128 tiles (258,048 bytes of 232,448).
+_MOST_SHRINK_SPLITS = 4
+
+
 def _shrink_splits(tiles: int, steps: int) -> int:
-    splits = 1
-    while splits < 8 and tiles * splits * 2 <= 2 * num_sms() and steps // (splits * 2) >= 4:
+    splits, most = 1, 2 * num_sms()
+    while splits < _MOST_SHRINK_SPLITS and 2 * splits * tiles <= most and steps >= 8 * splits:
         splits *= 2
     return splits
 

@@ -126,7 +126,7 @@ class OrderRunner:
         if self.on_cuda:
             names = (COMPUTE, COMM, "below", "above")
             self._streams = {
-                name: torch.cuda.Stream(device, priority=0 if name == COMPUTE else -1)
+                name: torch.cuda.Stream(device, priority=-1 if name == COMPUTE else -2)
                 for name in names
             }
             if not separate:  # communication on the compute stream: nothing overlaps

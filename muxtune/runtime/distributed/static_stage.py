@@ -14,6 +14,7 @@ Shape suffixes as in ``muxtune.runtime.static_step``; L layers of the stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +31,20 @@ from muxtune.runtime.static_step.attention import (
 )
 from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.model import StaticModel
+from muxtune.runtime.static_step.program import OVERLAP, OWN_SHRINK
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import add_rms_norm, rms_norm_backward, swiglu, swiglu_backward_
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
 from muxtune_kernels.multi_lora import (
+    LoraLinear,
+    ReadyFlags,
     lora_linear_factor_grad,
     lora_linear_forward,
     lora_linear_input_grad,
 )
 
 LOSS_CHUNK_ROWS = 1024
+_FORWARD_PRODUCTS, _LEAST_TILE_ROWS = 4, 64  # of a layer; of the tiles that flags are counted for
 
 
 class StagePart(NamedTuple):
@@ -112,6 +117,13 @@ class VisitProgram:
         self._dnormed_TD: Tensor | None = None
         self._unsettled: _Unsettled | None = None
         self._halves: dict[Part, Any] = {}
+        on_cuda = model.device.type == "cuda"
+        tiles = num_rows // _LEAST_TILE_ROWS + 1
+        count = _FORWARD_PRODUCTS * len(part.layers) * tiles
+        self._flags = ReadyFlags(count, model.device) if OWN_SHRINK and on_cuda else None
+        # What nobody waits for within an operation runs beside the rest of it, as in ``program``.
+        self._side = _side_stream(model.device) if OVERLAP and on_cuda else None
+        self._held: list[Any] = []  # is read there
         self._grads = [_slot_grads(pools, slot) for slot in range(num_slots)]
         self._shared = [] if part.step is None else (
             [_shared_grads(pools, slot) for slot in range(num_slots)])  # fmt: skip
@@ -139,6 +151,8 @@ class VisitProgram:
             self._step()
 
     def _forward(self, operation: Operation) -> None:
+        if self._flags is not None:
+            self._flags.clear()  # the operation's own products count in them
         if self._starts(operation.parts[0]):
             self._enter()
         for part in operation.parts:
@@ -210,6 +224,7 @@ class VisitProgram:
                 self._attention_backward(part)
             else:
                 self._mlp_backward(part)
+        self._join_side()
         if operation.is_last:
             self._sum_squares()
             if self.part.tp is None and not self.part.is_first:
@@ -232,12 +247,12 @@ class VisitProgram:
         index, kept, rows = part[0] - self.part.layers[0], self._halves.pop(part), self._rows
         _, _, gate_up, down = (pool.lora for pool in self.pools.layers[index])
         dact_TF, dh = lora_linear_input_grad(self._dx_TD, kept.act_TF, kept.h_down, down, rows)
-        lora_linear_factor_grad(dh, kept.act_TF, down, rows)
+        self._factor_grads(dh, kept.act_TF, down)
         dgate_up_TC = swiglu_backward_(dact_TF, kept.gate_up_TC)
         dnormed_TD, dh = lora_linear_input_grad(
             dgate_up_TC, kept.normed_TD, kept.h_gate_up, gate_up, rows
         )
-        lora_linear_factor_grad(dh, kept.normed_TD, gate_up, rows)
+        self._factor_grads(dh, kept.normed_TD, gate_up)
         weight_D = self.part.model.blocks[index].mlp_norm_D
         self._unsettled = _Unsettled(dnormed_TD, kept.x_TD, weight_D, kept.rstd_T)
 
@@ -246,15 +261,29 @@ class VisitProgram:
         model = self.part.model
         qkv, out, _, _ = (pool.lora for pool in self.pools.layers[index])
         dout_TC, dh = lora_linear_input_grad(self._dx_TD, kept.attended_TC, kept.h_out, out, rows)
-        lora_linear_factor_grad(dh, kept.attended_TC, out, rows)
+        self._factor_grads(dh, kept.attended_TC, out)
         dqkv_TC = attention_backward(
             dout_TC, kept.qkv_TC, kept.attended_TC, kept.saved, self._rotary, model.heads,
             self._packing,
         )  # fmt: skip
         dnormed_TD, dh = lora_linear_input_grad(dqkv_TC, kept.normed_TD, kept.h_qkv, qkv, rows)
-        lora_linear_factor_grad(dh, kept.normed_TD, qkv, rows)
+        self._factor_grads(dh, kept.normed_TD, qkv)
         weight_D = model.blocks[index].attention_norm_D
         self._unsettled = _Unsettled(dnormed_TD, kept.x_TD, weight_D, kept.rstd_T)
+
+    def _factor_grads(self, dh: Any, x_TD: Tensor, lora: LoraLinear) -> None:
+        if self._side is None:
+            lora_linear_factor_grad(dh, x_TD, lora, self._rows)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            lora_linear_factor_grad(dh, x_TD, lora, self._rows)
+        self._held.append((dh, x_TD))
+
+    def _join_side(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+            self._held.clear()
 
     def packing(self, operation: Operation) -> Callable[[], None] | None:
         """What has to be done before a transfer where the stage's ranks meet first: it follows
@@ -323,7 +352,7 @@ class VisitProgram:
 
     @property
     def _rows(self) -> Any:
-        return self.inputs.step_rows(self.num_rows)
+        return self.inputs.step_rows(self.num_rows)._replace(flags=self._flags)
 
     @property
     def _rotary(self) -> Rotary:
@@ -334,6 +363,12 @@ class VisitProgram:
     def _packing(self) -> Packing:
         fields = self.inputs.fields
         return Packing(fields["cu_seqlens"], fields["tiles"], self.inputs.layout.max_seqlen)
+
+
+@lru_cache(maxsize=8)
+def _side_stream(device: torch.device) -> Any:
+    """One for all visits: they compute one after another. The products come first."""
+    return torch.cuda.Stream(device, priority=0)
 
 
 def _slot_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
