@@ -36,6 +36,9 @@ from muxtune.workload.encoding import EncodedSequence
 
 DEPTH = 2  # results are read this many passes late
 MAX_CLOSE_SIZES = 8
+# Of all hTasks of an instance together: each is a graph, which takes some 30 MB of the GPU beside
+# the memory that it computes in, and half a second to capture.
+MAX_SIZES, MIN_CLOSE_SIZES = 24, 2
 _LEAST_GAIN = 0.003  # of all rows: a size costs half a second of capturing
 # A join or a leave in a shape that holds: the others wait for the capture and for nothing else.
 _MAX_LATER_SIZES, _LEAST_LATER_GAIN = 2, 0.03
@@ -84,17 +87,27 @@ def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) 
     return Capacity(layout, blocks)
 
 
+def sizes_left(given: Sequence[int]) -> int:
+    """Close sizes for each hTask of an instance. ``given``: how many its shapes have."""
+    left = (MAX_SIZES - sum(given)) // max(1, len(given))
+    return min(MAX_CLOSE_SIZES, max(MIN_CLOSE_SIZES, left))
+
+
 def close_sizes(
-    rows: Collection[int], given: Collection[int], most: int, is_later: bool = False
+    rows: Collection[int],
+    given: Collection[int],
+    most: int,
+    is_later: bool = False,
+    count: int = MAX_CLOSE_SIZES,
 ) -> list[int]:
-    """Up to MAX_CLOSE_SIZES sizes, besides those ``given``, that micro-batches with ``rows``
+    """Up to ``count`` sizes, besides those ``given``, that micro-batches with ``rows``
     tokens are best off with: rows need no alignment to chunks, so a shape's own size is a part
     too large for them. Each next size is the one that leaves least filler. ``is_later``: fewer,
     and only those that gain much.
     """
-    count, least_gain = (
-        (_MAX_LATER_SIZES, _LEAST_LATER_GAIN) if is_later else (MAX_CLOSE_SIZES, _LEAST_GAIN)
-    )
+    least_gain = _LEAST_GAIN
+    if is_later:
+        count, least_gain = min(count, _MAX_LATER_SIZES), _LEAST_LATER_GAIN
     whole = {-(-tokens // _SIZE_STEP) * _SIZE_STEP for tokens in rows}
     sizes, added = set(given), []
     for _ in range(count):
@@ -129,7 +142,7 @@ class CapturedRunner:
         memory: CaptureMemory | None = None,
     ) -> None:
         self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
-        self._is_prepared = False
+        self.is_prepared = False
         inputs = StepInputs(capacity.layout, model.device)
         program = StepProgram(
             model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
@@ -140,16 +153,21 @@ class CapturedRunner:
     def capture_s(self) -> float:
         return sum(self.steps.capture_s.values())
 
-    def prepare(self, rows_ahead: Collection[int] = ()) -> bool:
-        """Capture the shapes' sizes, and those that micro-batches with ``rows_ahead`` tokens are
-        best off with; False if all are there. Nothing is captured later, while tasks wait."""
+    @property
+    def max_rows(self) -> int:
+        return self.capacity.layout.max_rows
+
+    def prepare(self, rows_ahead: Collection[int] = (), most_close: int = MAX_CLOSE_SIZES) -> bool:
+        """Capture the shapes' sizes, and up to ``most_close`` that micro-batches with
+        ``rows_ahead`` tokens are best off with; False if all are there. Nothing is captured
+        later, while tasks wait."""
         before = len(self.steps.capture_s)
-        is_later, self._is_prepared = self._is_prepared, True
+        is_later, self.is_prepared = self.is_prepared, True
         self.steps.capture(self.capacity.blocks)
         if not self.deterministic:
-            most, prompt_rows = self.capacity.layout.max_rows, self.capacity.layout.prompt_rows
-            rows = {count + prompt_rows for count in rows_ahead}
-            close = close_sizes(rows, self.steps.row_counts, most, is_later)
+            rows = {count + self.capacity.layout.prompt_rows for count in rows_ahead}
+            known = self.steps.row_counts
+            close = close_sizes(rows, known, self.max_rows, is_later, most_close)
             with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
                 self.steps.capture(close)
         return len(self.steps.capture_s) > before

@@ -14,7 +14,7 @@ import torch
 
 from muxtune.runtime.backbone import Backbone
 from muxtune.runtime.bank import AdapterPool, SlotPool, TaskState
-from muxtune.runtime.captured_runner import CapturedRunner, capacity_of
+from muxtune.runtime.captured_runner import CapturedRunner, capacity_of, sizes_left
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import EagerRunner, PassRunner
 from muxtune.runtime.static_step import StaticModel, Unsupported
@@ -42,6 +42,7 @@ class Runners:
         self.prepared = False
         self._model: StaticModel | None = None
         self._memory: CaptureMemory | None = None
+        self._memory_rows = 0  # of the largest pass that was captured in it
         self._captured: dict[int, CapturedRunner] = {}  # by the pool's id
         self._refused: set[tuple[AdapterSlot, ...]] = set()
 
@@ -76,11 +77,11 @@ class Runners:
     def keep(self, pools: Sequence[AdapterPool]) -> None:
         ids = {id(pool) for pool in pools}
         self._captured = {key: item for key, item in self._captured.items() if key in ids}
+        if not self._captured:
+            self._memory, self._memory_rows = None, 0
         if self.backbone.device.type != "cuda":
             return
-        if not self._captured:
-            self._memory = None  # sizes to come are not those that its blocks were cut for
-            gc.collect()  # of graphs too: none may hold its memory until some later collection
+        gc.collect()  # of graphs too: none may hold its memory until some later collection
         torch.cuda.empty_cache()
 
     def arrange(
@@ -94,17 +95,30 @@ class Runners:
         ``rows_ahead``: tokens of the micro-batches to come, by hTask. Raises Refused where a
         capture fails; the pools must then be made anew.
         """
-        runners = [self._runner(htask, pool) for htask, pool in zip(htasks, pools, strict=True)]
+        runners = self._runners_of(htasks, pools)
+        if 0 < self._memory_rows < _largest_new(runners):
+            # The memory of all graphs is as large as the largest of them only if that one came
+            # first: a larger pass does not fit where the tensors of smaller ones have been.
+            del runners
+            self.keep(())
+            runners = self._runners_of(htasks, pools)
+        self._memory_rows = max(self._memory_rows, _largest_new(runners))
         captured = [(i, item) for i, item in enumerate(runners) if isinstance(item, CapturedRunner)]
-        captured.sort(key=lambda pair: -pair[1].capacity.layout.max_rows)
+        captured.sort(key=lambda pair: -pair[1].max_rows)
         ahead = rows_ahead() if captured and not self.options.deterministic else {}
-        done = [self._prepare(runner, ahead.get(index, ())) for index, runner in captured]
+        most = sizes_left([len(item.capacity.blocks) for _, item in captured])
+        done = [self._prepare(runner, ahead.get(index, ()), most) for index, runner in captured]
         self.prepared = any(done)
         return runners
 
-    def _prepare(self, runner: CapturedRunner, rows_ahead: Collection[int]) -> bool:
+    def _runners_of(
+        self, htasks: Sequence[HTask], pools: Sequence[AdapterPool]
+    ) -> list[PassRunner]:
+        return [self._runner(htask, pool) for htask, pool in zip(htasks, pools, strict=True)]
+
+    def _prepare(self, runner: CapturedRunner, rows_ahead: Collection[int], most: int) -> bool:
         try:
-            return runner.prepare(rows_ahead)
+            return runner.prepare(rows_ahead, most)
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             self._notice(
@@ -149,6 +163,12 @@ class Runners:
                 raise Unsupported(f"the static step computes no {backbone.dtype} on CUDA")
             self._model = StaticModel.of(backbone.model, _longest(backbone.model.config))
         return self._model
+
+
+def _largest_new(runners: Sequence[PassRunner]) -> int:
+    """Rows of the largest pass that is to be captured yet."""
+    captured = (item for item in runners if isinstance(item, CapturedRunner))
+    return max((item.max_rows for item in captured if not item.is_prepared), default=0)
 
 
 def _longest(config: Any) -> int:

@@ -302,7 +302,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(
     tasks = tasks_of()
     eager = trained(tmp_path / "eager", store, tasks, **EAGER)
 
-    def fails(self: CapturedRunner, rows_ahead: object) -> bool:
+    def fails(self: CapturedRunner, *_: object) -> bool:
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(CapturedRunner, "prepare", fails)
@@ -320,7 +320,7 @@ def test_each_of_two_kinds_of_slots_may_be_refused(
     """The second refusal comes when the pools of the first have been made anew."""
     tasks = tasks_of()
 
-    def fails(self: CapturedRunner, rows_ahead: object) -> bool:
+    def fails(self: CapturedRunner, *_: object) -> bool:
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(CapturedRunner, "prepare", fails)
