@@ -3,19 +3,21 @@
 Tasks are of rank 16 on all linears, lengths of the mix of the step measurement; each number is
 planned by ``muxtune``'s planner under the GPU's limit and trained for a few passes by the
 executor, in deterministic mode with one shape an hTask, which captures what the peak needs and no
-more. HF PEFT instances have a copy of the base model each and run one step with all their
-activations held, as separate processes would hold them, until the next one does not fit.
+more; adapters start at zero, which takes no time to draw. HF PEFT instances have a copy of the base
+model each and run one step with all their activations held, as separate processes would hold them,
+until the next one does not fit.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench import INSTANCE, MODEL, Bench, store_of
+from bench import ENDS, INSTANCE, MODEL, Bench, store_of
 
 from experiments.step_throughput import baselines
 from experiments.step_throughput.product import MIX
@@ -28,7 +30,9 @@ from muxtune.cost.memory import memory_options
 from muxtune.cost.shapes import ModelShape
 from muxtune.fleet import task_view
 from muxtune.planners.muxtune import MuxTunePlanner
+from muxtune.profiling.steps import blank_state
 from muxtune.registry import PLANNERS
+from muxtune.runtime.bank import drop
 from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.random_models import random_model
 from muxtune.types import (
@@ -41,8 +45,10 @@ from muxtune.types import (
 )
 from muxtune.workload.synthetic import SyntheticLibrary
 
-NUMBERS = (1, 8, 32, 64, 16, 4, 2, 48)  # what the time may not suffice for last
-PASSES = 2  # of each hTask
+NUMBERS = (32, 1, 8, 64, 16, 4, 2, 48)  # what the time may not suffice for last
+ONLY: tuple[int, ...] = ()  # these numbers, where there are any
+PASSES = 1  # of each hTask
+MOST_INSTANCES = 99  # of HF PEFT; 0: they are left out
 LIMIT_S = 3600.0  # no further number is begun after these
 LAYERS = 0  # of the model that runs, where it is not the one that is planned for, to rehearse
 DEVICE = "H100-SXM"
@@ -60,7 +66,7 @@ def run(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     if LAYERS:
         out["rehearsal"], shape = True, shape._replace(num_layers=LAYERS)
-    for row in hf_instances(shape, device, most=1 if LAYERS else 99):
+    for row in hf_instances(shape, device, most=min(MOST_INSTANCES, 1 if LAYERS else 99)):
         out["hf_peft"].append(row)
         print(row, flush=True)
         yield out
@@ -72,16 +78,26 @@ def run(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
         if time.perf_counter() - start_s > LIMIT_S:
             out.setdefault("left_out_for_want_of_time", []).append(number)
             continue
-        out["curve"].append(_measured(store, shape, tasks_of(number), plan))
-        out["curve"].sort(key=lambda row: row["tasks"])
+        try:
+            row = _measured(store, shape, tasks_of(number), plan)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            out.setdefault("errors", {})[number] = str(error)[-2000:]
+            print(f"{number} tasks: {error}", flush=True)
+        else:
+            out["curve"].append(row)
+            out["curve"].sort(key=lambda row: row["tasks"])
+            print(json.dumps(row), flush=True)
         _free()
-        print(number, out["curve"], flush=True)
         yield out | {"marginal_bytes_a_task": _marginal(out["curve"])}
 
 
 def by_value(largest: int) -> list[int]:
-    """Numbers of tasks, what the time may not suffice for last: there are many programs then."""
-    return [number for number in NUMBERS if number < largest] + [largest]
+    """Numbers of tasks, what the time may not suffice for last; the largest one, which says how
+    far it goes, after the first three."""
+    if ONLY:
+        return [number for number in ONLY if number <= largest]
+    numbers = [number for number in NUMBERS if number < largest]
+    return [*numbers[:3], largest, *numbers[3:]]
 
 
 def planner_of(shape: ModelShape) -> tuple[MuxTunePlanner, int]:
@@ -129,16 +145,36 @@ def _largest(planner: MuxTunePlanner, shape: ModelShape, limit_bytes: int) -> in
 
 def _measured(store: Any, shape: ModelShape, tasks: list[TaskSpec], plan: Plan) -> dict[str, Any]:
     """A few passes of each hTask; the ledger's prediction beside, without the context, which the
-    allocator does not know."""
+    allocator does not know. Raises RuntimeError when a task ends."""
+    start_s = time.perf_counter()
     bench = Bench(store, shape.vocab, deterministic=True)
-    bench.prepare(tasks)
-    bench.executor.apply(plan)
-    bench.until(lambda: least_passes(bench) >= PASSES)
+    (instance,) = bench.executor._instances.values()
+    instance.create_state = lambda task, num_steps: blank_state(instance.bank, task, num_steps)
+    try:
+        bench.prepare(tasks)
+        bench.executor.apply(plan)
+        bench.until(lambda: _ended(bench) or least_passes(bench) >= PASSES)
+        if text := _ended(bench):
+            raise RuntimeError(f"{text}; {bench.recorder.notices}")
+        return _row(bench, shape, len(tasks), plan) | {"seconds": time.perf_counter() - start_s}
+    finally:
+        for task in bench.executor.tasks.values():
+            if task.state is not None:
+                drop(task.state)  # nobody wants it back on the host
+        bench.close()
+
+
+def _ended(bench: Bench) -> str:
+    """Why a task has ended, before anybody asked for it."""
+    return "; ".join(str(event.data) for event in bench.events if event.kind in ENDS)[:2000]
+
+
+def _row(bench: Bench, shape: ModelShape, num_tasks: int, plan: Plan) -> dict[str, Any]:
     peak = bench.executor.memory.peak_bytes()
     context = memory_options(shape, "gpu").framework_bytes
     predicted = plan.predicted.peak_memory_bytes.value - context
     row = {
-        "tasks": len(tasks), "peak_bytes": peak, "predicted_bytes": predicted,
+        "tasks": num_tasks, "peak_bytes": peak, "predicted_bytes": predicted,
         "prediction_error": predicted / peak - 1,
         "idle_bytes": bench.executor._idle_bytes(),
         "htasks": [
@@ -148,8 +184,8 @@ def _measured(store: Any, shape: ModelShape, tasks: list[TaskSpec], plan: Plan) 
         "notices": bench.recorder.notices,
     }  # fmt: skip
     if torch.cuda.is_available():
-        row["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    bench.close()
+        free, total = torch.cuda.mem_get_info()
+        row |= {"reserved_bytes": torch.cuda.max_memory_reserved(), "taken_bytes": total - free}
     return row
 
 

@@ -69,9 +69,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the shape's, to try")
     parser.add_argument("--memory-seconds", type=float, default=3600.0)
+    parser.add_argument("--memory-tasks", default="", help="these numbers only, in this order")
+    parser.add_argument("--hf-instances", type=int, default=memory.MOST_INSTANCES)
     parser.add_argument("--rehearse", action="store_true", help="the memory's plans, two layers")
     args = parser.parse_args()
     memory.LIMIT_S, memory.LAYERS = args.memory_seconds, 2 if args.rehearse else 0
+    memory.MOST_INSTANCES = args.hf_instances
+    memory.ONLY = tuple(int(number) for number in args.memory_tasks.split(",") if number)
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.parts.split(","):

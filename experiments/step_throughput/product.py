@@ -300,9 +300,18 @@ def _row(case: Case, watch: Stopwatch, plans: Mapping[Any, Plan], executor: Any)
         "capture_s": sum(span.duration_ns for span in watch.spans) / 1e9,
         "captures": len(watch.spans), "plans": len(plans),
         "peak_memory_bytes": peak, "predicted_peak_bytes": predicted,
+        "idle_bytes": executor._idle_bytes(), **_taken(),
         "first_losses": [values[0] for values in losses.values()],
         "last_losses": [values[-1] for values in losses.values()],
     }  # fmt: skip
+
+
+def _taken() -> dict[str, int]:
+    """What the allocator has reserved at most, and what is taken of the GPU now by everybody."""
+    if not torch.cuda.is_available():
+        return {}
+    left, total = torch.cuda.mem_get_info()
+    return {"reserved_bytes": torch.cuda.max_memory_reserved(), "taken_bytes": total - left}
 
 
 def free() -> None:

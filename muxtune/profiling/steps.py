@@ -167,7 +167,7 @@ class StepBench:
         bank = AdapterBank(self.backbone, grad_dtype, runners)
         library, plan, specs = RandomTexts(self.shape.vocab), case.plan(), case.specs()
         states = {
-            key: self._state(bank, spec, library.add(spec).num_steps) for key, spec in specs.items()
+            key: blank_state(bank, spec, library.add(spec).num_steps) for key, spec in specs.items()
         }
         ready, pools = _arranged(bank, runners, plan, states)
         if self.options.step == CAPTURED and not all(runner.depth for runner in ready):
@@ -224,21 +224,6 @@ class StepBench:
                 drop(state)
         return numbers, seconds
 
-    def _state(self, bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
-        """A fresh task; LoRA's factors are made on the device, by the thousandth of the time that
-        PEFT's initial values take."""
-        if spec.adapter.method != "lora":
-            return bank.create(spec, num_steps)
-        zero = torch.zeros((), device=self.device)
-        none = zero.to(bank.grad_dtype)
-        tensors = {}
-        for site in self.backbone.matching_sites(spec.adapter.targets):
-            for name, width in ((A, site.in_features), (B, site.out_features)):
-                size = (spec.adapter.rank, width)
-                nothing = zero.expand(size)
-                tensors[site.name, name] = TaskTensors(nothing, none.expand(size), nothing, nothing)
-        return TaskState(spec, adapter_slot(spec), num_steps, tensors)
-
     def _pass_over(
         self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
     ) -> float:
@@ -254,6 +239,22 @@ class StepBench:
         while started:
             started.popleft().result()
         return self._clock() - start_s
+
+
+def blank_state(bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
+    """A fresh task; LoRA's factors are zeros, made on the device by the thousandth of the time
+    that PEFT's initial values take."""
+    if spec.adapter.method != "lora":
+        return bank.create(spec, num_steps)
+    zero = torch.zeros((), device=bank.backbone.device)
+    none = zero.to(bank.grad_dtype)
+    tensors = {}
+    for site in bank.backbone.matching_sites(spec.adapter.targets):
+        for name, width in ((A, site.in_features), (B, site.out_features)):
+            size = (spec.adapter.rank, width)
+            nothing = zero.expand(size)
+            tensors[site.name, name] = TaskTensors(nothing, none.expand(size), nothing, nothing)
+    return TaskState(spec, adapter_slot(spec), num_steps, tensors)
 
 
 def plan_of_one(slot: AdapterSlot) -> HTask:
