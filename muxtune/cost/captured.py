@@ -10,6 +10,7 @@ operations of its own:
   ``slots`` adapters, ``rank`` the width to which the kernels pad the largest one; ``site_backward``
   gives the input gradient and B's, ``site_factor`` A's, on a second stream;
 - ``mixed_forward.DxO`` and the others: the same with ``MIN_RANK`` in every other slot;
+- ``part_forward.DxO`` and the others: the same where half of the rows are filler;
 - ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
 - ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
   ``embedding.D``, ``full_loss.DxV`` (rows);
@@ -17,7 +18,8 @@ operations of its own:
 - ``extra_METHOD_forward.D``, ``extra_METHOD_backward.D`` (size, rows): what one block takes longer
   for slots of another method, whose size is as ``extra_size`` says.
 
-Rows are those of the shape: filler is computed too.
+Rows are those of the shape: filler is computed too, but for the adapters. A load says how many
+rows have a label; these are taken as the rows in use, so that adapters are charged by them.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKe
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
 MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-_PRODUCTS = ("frozen_forward", "frozen_backward", "site_forward", "site_backward")
+_PRODUCTS = ("site_forward", "site_backward")
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
+_SOLO = ReplicaShape()
 
 
 class FusedSite(NamedTuple):
@@ -182,13 +185,14 @@ class CapturedCostModel(ProfiledCostModel):
             tally.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
             tally.extrapolated |= shape.padded_tokens > rate.max_size
         optimizer_s = self._optimizers(tally, shape.slots)
+        per_used_s = self._add_unused_rows(tally, shape, layers, replica.tp)
         again = self._add_recompute(tally, shape)
         forward, backward = (layers * rate.per_unit_s for rate in pair_rates)
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,
             (forward, backward + again * forward),
-            (0.0, 0.0),
+            (per_used_s[0], per_used_s[1] + again * per_used_s[0]),
             optimizer_s,
             tally.half_width_s,
             max(rate.relative_error for rate in pair_rates),
@@ -196,6 +200,63 @@ class CapturedCostModel(ProfiledCostModel):
             tally.extrapolated,
         )
         return self.composed(parts)
+
+    def _add_unused_rows(
+        self, tally: Tally, shape: ShapeKey, layers: int, tp: int
+    ) -> tuple[float, float]:
+        """Takes off what adapters would cost if all rows were filler, and gives what each row in
+        use costs of it (forward, backward)."""
+        kinds, rows = Counter(shape.slots), float(shape.padded_tokens)
+        per_used_s = [0.0, 0.0]
+        for site in self._sites(tp):
+            users = [slot for slot in kinds if self._has_factors(slot, site)]
+            count = sum(kinds[slot] for slot in users)
+            if not count:
+                continue
+            share = count / len(shape.slots)
+            ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
+            for side, backward in (("forward", False), ("backward", True), ("factor", True)):
+                shown = self._beside if side == "factor" else 1.0
+                rank = self._rank_paid(f"{side}.{site.size}", ranks)
+                row_s = layers * shown * self._row_of_adapters_s(f"{side}.{site.size}", rank)
+                tally.put(ops.ADAPTERS, backward, -row_s * rows)
+                per_used_s[backward] += row_s * share
+        return per_used_s[0], per_used_s[1]
+
+    def _row_of_adapters_s(self, name: str, rank: float) -> float:
+        """What a row of filler spares, by rank: measured where half of the rows were filler."""
+        key = ("unused rows", name)
+        if key not in self._memo:
+            self._remember(key, self._measured_rows(name))
+        ranks, seconds = self._memo[key]  # type: ignore[misc]
+        return float(np.interp(rank, ranks, seconds)) if ranks else 0.0
+
+    def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
+        side, _, size = name.partition(".")
+        ratio = 1.0
+        if f"part_{name}" not in self.profile.ops:
+            nearest = WorkRatio.of(f"part_{side}", self.profile.ops).nearest(f"part_{name}")
+            if nearest is None:
+                return [], []
+            size, ratio = nearest.name.partition(".")[2], nearest.ratio
+        whole = f"site_{side}.{size}"
+        spared: dict[float, list[float]] = {}
+        for point in self.profile.ops[f"part_{side}.{size}"]["points"]:
+            place = self._place(whole, (point["slots"], point["rank"], point["rows"]))
+            more_s = self._table(whole).at(place).value_s - point["median_s"]
+            spared.setdefault(point["rank"], []).append(max(0.0, more_s) / (point["rows"] / 2))
+        ranks = sorted(spared)
+        return ranks, [ratio * float(np.mean(spared[rank])) for rank in ranks]
+
+    def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
+        """See the base class; what rows in use cost is the adapters'."""
+        found = super().breakdown_s(load, replica)
+        parts = self._busiest_stage(load.shape, replica)
+        used_s = load.loss_rows * sum(parts.per_loss_row_s)
+        if used_s:
+            found[ops.LOSS] -= used_s
+            found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + used_s
+        return found
 
     def _block_of(self, shape: ShapeKey, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
         kinds = Counter(shape.slots)
@@ -345,7 +406,7 @@ class CapturedCostModel(ProfiledCostModel):
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
-        """Every row has its logits computed, so that rows with a label add nothing."""
+        """Every row has its logits computed, so that rows with a label add nothing here."""
         free = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
         return free, free
 

@@ -294,7 +294,7 @@ def _sizes(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
 
 
-_SUMMED = ("rotary", "adapter_lora", "site_factor")  # work grows with the sum of the sides
+_SUMMED = ("rotary", "adapter_lora", "site_factor", "part_")  # work grows with the sum of the sides
 
 
 def _work(name: str, sizes: tuple[int, ...]) -> float:

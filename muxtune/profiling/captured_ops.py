@@ -72,6 +72,10 @@ MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
+# Products draw so much power that a device lowers its clock; a step is nearly all products.
+_HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss")
+_HEAT_S, _MOST_HEATS, _HEATED_ROWS = 0.03, 24, 1024
+_UNEVEN_ROWS = 21  # no slot begins where a tile does
 _LOSS_CHUNK_ROWS = 1024
 Work = Callable[[], Any]
 BlockWork = Callable[[int], Any]  # of a block, by its place
@@ -116,6 +120,14 @@ class CapturedOps:
     @torch.no_grad()
     def rows(self, num_rows: int) -> None:
         """Operations without adapters."""
+        self.products(num_rows)
+        with self._clean():
+            self._elementwise(num_rows)
+            self._loss(num_rows)
+
+    @torch.no_grad()
+    def products(self, num_rows: int) -> None:
+        """The fused linears without adapters."""
         with self._clean():
             for number, site in enumerate(fused_sites(self.shape)):
                 weights = [block.linears[number].weight_OD for block in self.model.blocks]
@@ -129,8 +141,6 @@ class CapturedOps:
                     f"frozen_backward.{site.size}", {"rows": num_rows},
                     lambda i, dy=dy_TO, w=weights: dy @ w[i],
                 )  # fmt: skip
-            self._elementwise(num_rows)
-            self._loss(num_rows)
 
     @torch.no_grad()
     def sites(self, num_slots: int, rank: int, num_rows: int) -> None:
@@ -145,12 +155,23 @@ class CapturedOps:
         ranks = [rank if slot % 2 else MIN_RANK for slot in range(num_slots)]
         self._all_sites("mixed", sizes, ranks, num_rows)
 
+    @torch.no_grad()
+    def part_sites(self, num_slots: int, rank: int, num_rows: int) -> None:
+        """The same where half of the rows are filler, which is of no slot."""
+        sizes = {"slots": num_slots, "rank": padded_rank([rank]), "rows": num_rows}
+        self._all_sites("part", sizes, (rank,) * num_slots, num_rows, num_rows // 2)
+
     def _all_sites(
-        self, kind: str, sizes: dict[str, float], ranks: Sequence[int], num_rows: int
+        self,
+        kind: str,
+        sizes: dict[str, float],
+        ranks: Sequence[int],
+        num_rows: int,
+        used_rows: int = 0,
     ) -> None:
         with self._clean():
             slots = tuple(AdapterSlot("lora", rank, TARGETS["lora"]) for rank in ranks)
-            pool, inputs, _ = self._loaded(slots, num_rows)
+            pool, inputs, _ = self._loaded(slots, num_rows, used_rows=used_rows)
             for number, site in enumerate(fused_sites(self.shape)):
                 loras = [layer[number].lora for layer in pool.adapters.layers]
                 rows = inputs.step_rows(num_rows)
@@ -364,32 +385,38 @@ class CapturedOps:
     # -- how
 
     def _loaded(
-        self, slots: tuple[AdapterSlot, ...], num_rows: int, lengths: Sequence[int] = ()
+        self,
+        slots: tuple[AdapterSlot, ...],
+        num_rows: int,
+        lengths: Sequence[int] = (),
+        used_rows: int = 0,
     ) -> tuple[StaticPool, StepInputs, float]:
-        """Pools and inputs of a micro-batch whose rows are spread evenly over the slots, in
-        sequences of these lengths (default: of one tile of the attention), and the query-key pairs
-        of these."""
+        """Pools and inputs of a micro-batch, and its query-key pairs. ``lengths``: of the one
+        slot's sequences; without them ``used_rows`` (0: all) are spread nearly evenly over the
+        slots, in sequences of one tile of the attention."""
         pool = StaticPool(self.model, slots, self.deterministic)
         if pool.extras is not None:
             for slot in range(len(slots)):
                 rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
                 pool.extras.take(slot, rows_of)
-        share = num_rows // len(slots)
-        lengths = lengths or _cut([64] * share, share)
-        most = max(MIN_SEQLEN, *lengths)
-        layout = StepLayout(num_rows, len(slots), (len(lengths) + 1) * len(slots) + 64, most)
+        of_slot = [lengths] if lengths else uneven_lengths(used_rows or num_rows, len(slots))
+        count, most = sum(map(len, of_slot)), max(MIN_SEQLEN, *map(max, of_slot))
+        filler = num_rows // MIN_SEQLEN + len(slots) + 64
+        layout = StepLayout(num_rows, len(slots), count + filler, most)
         inputs = StepInputs(layout, self.device)
         host = HostBuffer(layout, False)
         random = np.random.default_rng(0)
         sequences = [
             Rows(slot, random.integers(1, self.shape.vocab, n), np.ones(n, bool), position)
-            for slot in range(len(slots))
-            for position, n in enumerate(lengths)
+            for slot, items in enumerate(of_slot)
+            for position, n in enumerate(items)
         ]
-        host.fill(num_rows, sequences, {slot: SlotInput(share) for slot in range(len(slots))})
+        host.fill(
+            num_rows, sequences, {i: SlotInput(sum(items)) for i, items in enumerate(of_slot)}
+        )
         inputs.buffer.copy_(host.buffer)
         inputs.spans = host.spans
-        pairs = len(slots) * sum(n * (n + 1) / 2 for n in lengths)
+        pairs = sum(n * (n + 1) / 2 for items in of_slot for n in items)
         return pool, inputs, pairs
 
     def _fresh(self, rows: int, features: int) -> Tensor:
@@ -399,11 +426,13 @@ class CapturedOps:
         )
 
     def _add(self, name: str, sizes: dict[str, float], work: BlockWork, blocks: int = 0) -> None:
-        seconds = self._time(work, blocks or len(self.model.blocks))
+        heats = name.startswith(_HEATED) and sizes.get("rows", 0) >= _HEATED_ROWS
+        heat_s = _HEAT_S if heats else 0.0
+        seconds = self._time(work, blocks or len(self.model.blocks), heat_s)
         self.points.append(Point(name, {k: float(v) for k, v in sizes.items()}, seconds))
 
-    def _time(self, work: BlockWork, blocks: int) -> list[float]:
-        """Seconds of one call, of each of a few repeats."""
+    def _time(self, work: BlockWork, blocks: int, heat_s: float = 0.0) -> list[float]:
+        """Seconds of one call, of each of a few repeats, after as many seconds of the same."""
 
         def once(times: int) -> None:
             for _ in range(times):
@@ -416,14 +445,16 @@ class CapturedOps:
         if self.device.type != "cuda":
             once(1)
             return [self._host_s(lambda: once(1)) / blocks for _ in range(_REPEATS)]
-        return self._replayed(once, blocks)
+        return self._replayed(once, blocks, heat_s)
 
     def _host_s(self, work: Work) -> float:
         start_s = self._clock()
         work()
         return self._clock() - start_s
 
-    def _replayed(self, once: Callable[[int], None], blocks: int) -> list[float]:
+    def _replayed(
+        self, once: Callable[[int], None], blocks: int, heat_s: float = 0.0
+    ) -> list[float]:
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -438,7 +469,9 @@ class CapturedOps:
                 once(times)
             finally:
                 graph.capture_end()
-            graph.replay()
+            first_s = _event_s(graph.replay)
+            for _ in range(min(_MOST_HEATS, int(heat_s / max(first_s, 1e-6)))):
+                graph.replay()
             seconds = [_event_s(graph.replay) / (times * blocks) for _ in range(_REPEATS)]
         del graph
         return seconds
@@ -483,6 +516,16 @@ def mixed_lengths(mix: str, num_rows: int, seed: int = 0) -> list[int]:
             drawn = int(random.choice(table.lengths_tokens, p=shares))
             lengths.append(min(drawn, MAX_SEQLEN, num_rows))
     return _cut(lengths, num_rows)
+
+
+def uneven_lengths(num_rows: int, num_slots: int) -> list[list[int]]:
+    """Sequences of one tile of the attention for each slot, which have some rows more and some
+    less in turn: where a slot of a real micro-batch begins, no tile of a product does."""
+    share = num_rows // num_slots
+    off = min(_UNEVEN_ROWS, share // 4)
+    pairs = num_slots // 2 * 2
+    shares = [share + (off if i % 2 else -off) * (i < pairs) for i in range(num_slots)]
+    return [_cut([64] * rows, rows) for rows in shares]
 
 
 def _cut(lengths: Sequence[int], num_rows: int) -> list[int]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from muxtune.cost.shapes import ModelShape
-from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.profiling.captured_ops import CapturedOps, Point
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob
+from muxtune.profiling.steps import is_lost
 
 ROWS = (128, 512, 1024, 2048, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
@@ -19,10 +20,23 @@ RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 3
 COMPILING_SHARE = 0.6  # of the operations' budget at most
 REFINE_ERROR = 0.04
+PRODUCT_STEP = 256
 # From the shortest sequences to long ones; packed attention's time depends on how they fill tiles.
 MIXES = ("sst2", "sst2+openbookqa", "openbookqa", "rte+arc_easy", "gsm8k", "code_alpaca_2k+gsm8k")
 METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
 Report = Callable[[float, str], None]
+
+
+class Kept(Protocol):
+    """Named parts of a profile, on disk; see ``muxtune.validation.records.Records``."""
+
+    rows: list[dict[str, Any]]
+
+    def has(self, name: str) -> bool: ...
+
+    def begin(self, row: Mapping[str, Any]) -> None: ...
+
+    def add(self, row: Mapping[str, Any]) -> None: ...
 
 
 class Work(NamedTuple):
@@ -48,29 +62,42 @@ def measure_captured(
     steps: Sequence[StepJob] = (),
     clock: Callable[[], float] = time.perf_counter,
     report: Report,
+    kept: Kept | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """(the profile's ``ops``, what was left out and why). The points that every prediction needs
     come first; later ones refine, and are left out when the budget is used up. ``steps``: whose
-    kernels are compiled along with those of the operations."""
+    kernels are compiled along with those of the operations. ``kept``: where points are put as they
+    come; what ended the process before is left out."""
     end_s, left_out = time.perf_counter() + budget_s, []
     works = list(_works(sorted(rows), sorted(slots), sorted(ranks)))
     jobs = [*_jobs(shape, works), *steps]
-    left_out += compilers.compile(jobs, report, COMPILING_SHARE * budget_s)
+    if kept is None or not any(kept.has(_name(work)) for work in works):
+        left_out += compilers.compile(jobs, report, COMPILING_SHARE * budget_s)
     bench = CapturedOps(shape, device, dtype, deterministic=deterministic, clock=clock)
 
     def measure(work: Work) -> None:
-        left_s = end_s - time.perf_counter()
+        left_s, name = end_s - time.perf_counter(), _name(work)
+        if kept is not None and kept.has(name):
+            row = next(row for row in kept.rows if row["name"] == name)
+            bench.points += [Point(*point) for point in row.get("points", ())]
+            left_out.extend([f"{work.name}: {row['error']}"] if row.get("error") else ())
+            return
         if left_s <= 0 and not work.needed:
             left_out.append(f"{work.name}: the budget was used up")
             return
         report(1.0 - max(left_s, 0.0) / budget_s, work.name)
+        first = len(bench.points)
+        if kept is not None:
+            kept.begin({"name": name})
         try:
             getattr(bench, work.method)(*work.arguments)
         except Exception as error:
-            if work.needed:
+            if work.needed or is_lost(device):
                 raise
             text = " ".join(str(error).split())[:200]
             left_out.append(f"{work.name}: {type(error).__name__}: {text}")
+        if kept is not None:
+            kept.add({"name": name, "points": bench.points[first:]})
 
     for work in works:
         measure(work)
@@ -78,6 +105,10 @@ def measure_captured(
     for work in [Work(False, f"{count} rows", "rows", (count,)) for count in bent_rows(bench)]:
         measure(work)
     return bench.ops(), left_out
+
+
+def _name(work: Work) -> str:
+    return f"point {work.method}{work.arguments}"
 
 
 def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
@@ -92,20 +123,35 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
             yield Work(True, f"attention of {count} rows, {mix}", "attention", (count, mix))
     for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
         yield Work(True, "optimizer", "optimizer", (num_slots, rank))
-    for count in (rows[0], rows[-1], *rows[1:-1]):
-        for num_slots in slots:
-            for rank in ranks:
-                name = f"{num_slots} adapters of rank {rank}, {count} rows"
-                needed = count in (rows[0], rows[-1])
-                yield Work(needed, name, "sites", (num_slots, rank, count))
-    middle = slots[len(slots) // 2]
+    yield from _sites((rows[0], rows[-1]), slots, ranks, True)
+    middle, many = slots[len(slots) // 2], rows[len(rows) // 2]
     if middle > 1 and len(ranks) > 1:
         name = f"{middle} adapters of mixed ranks"
-        yield Work(False, name, "mixed_sites", (middle, ranks[-1], rows[len(rows) // 2]))
+        yield Work(False, name, "mixed_sites", (middle, ranks[-1], many))
+    for rank in ranks:
+        name = f"{slots[min(1, len(slots) - 1)]} adapters of rank {rank}, half of the rows filler"
+        yield Work(False, name, "part_sites", (slots[min(1, len(slots) - 1)], rank, rows[-1]))
+    yield from _sites((many,), slots, ranks, False)
     for method, sizes in METHOD_RANKS.items():
         for rank in sizes:
             for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:
-                yield Work(False, f"{method}, {count} rows", "extra", (method, 2, rank, count))
+                name = f"{method} of rank {rank}, {count} rows"
+                yield Work(False, name, "extra", (method, 2, rank, count))
+    yield from _sites([x for x in rows[1:-1] if x != many], slots, ranks, False)
+    # Of what runs without adapters: another library's tiles, whose waves nobody tells.
+    for low, high in pairwise(rows):
+        for count in range(low + PRODUCT_STEP, high, PRODUCT_STEP):
+            yield Work(False, f"products of {count} rows", "products", (count,))
+
+
+def _sites(
+    counts: Sequence[int], slots: Sequence[int], ranks: Sequence[int], needed: bool
+) -> Iterator[Work]:
+    for count in counts:
+        for num_slots in slots:
+            for rank in ranks:
+                name = f"{num_slots} adapters of rank {rank}, {count} rows"
+                yield Work(needed, name, "sites", (num_slots, rank, count))
 
 
 def bent_rows(bench: CapturedOps) -> list[int]:

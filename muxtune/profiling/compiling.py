@@ -8,12 +8,16 @@ the compiler's cache on disk; who measures then finds everything there.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -65,15 +69,24 @@ class Compilers:
     """Worker processes that stay, for their start takes long; without a GPU there are none.
 
     Use as a context. What goes wrong in a worker is told by ``compile`` and costs time only: who
-    measures compiles it then.
+    measures compiles it then. ``done``: a file that remembers what was compiled, for the process
+    that goes on after an error of the device.
     """
 
-    def __init__(self, device: torch.device, deterministic: bool, workers: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        deterministic: bool,
+        workers: int = 0,
+        done: Path | None = None,
+    ) -> None:
         self._settings = (device.type, deterministic)
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         self._workers = workers or max(1, min(MAX_WORKERS, usable - 2))
         self._pool: ProcessPoolExecutor | None = None
-        self._known: set[object] = set()
+        self._done = done
+        lines = done.read_text().split() if done is not None and done.exists() else ()
+        self._known: set[str] = set(lines)
 
     def __enter__(self) -> Compilers:
         if self._settings[0] == "cuda":
@@ -143,8 +156,11 @@ class Compilers:
                     text = future.result()
                 except BrokenProcessPool:
                     continue
-                del left[running[future]]
+                job = left.pop(running[future])
                 failed += [text] if text else []
+                if not text and self._done is not None:
+                    with self._done.open("a") as file:
+                        file.write(f"{_key(job)}\n")
                 report(1 - len(left) / total, f"compiled {total - len(left)} of {total}")
         finally:
             wanted[:] = left.values()
@@ -159,15 +175,20 @@ class Compilers:
             future.result(max(0.0, end_s - time.monotonic()))
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"))
+        context = get_context("spawn")
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_end_with_parent)
 
 
-def _key(job: OpJob | StepJob) -> object:
-    """Jobs with the same kernels, as far as that is easily told: neither how many slots there are
-    nor how many blocks is compiled in."""
+def _key(job: OpJob | StepJob) -> str:
+    """The same of jobs with the same kernels, as far as that is easily told."""
+    return hashlib.sha256(repr(_kernels_of(job)).encode()).hexdigest()[:24]
+
+
+def _kernels_of(job: OpJob | StepJob) -> object:
+    """Neither how many slots there are nor how many blocks is compiled in."""
     base = job.shape._replace(name="", num_layers=0)
     if isinstance(job, OpJob):
-        if job.method in ("sites", "mixed_sites"):
+        if job.method in ("sites", "mixed_sites", "part_sites"):
             return base, *job.arguments[1:]
         return (base, job.method) if job.method == "attention" else (base, job)
     slots = job.htask.shapes[0].slots
@@ -175,7 +196,7 @@ def _key(job: OpJob | StepJob) -> object:
     for site in fused_sites(job.shape):
         ranks = [slot.rank for slot in slots if _adapts(slot, site.members)]
         of_site.append((padded_rank(ranks), sum(ranks) % 16 == 0) if ranks else None)
-    others = frozenset((s.method, s.targets, s.dropout) for s in slots if s.method != "lora")
+    others = sorted({(s.method, s.targets, s.dropout) for s in slots if s.method != "lora"})
     sizes = tuple((shape.padded_tokens, shape.recompute) for shape in job.htask.shapes)
     counts = len(slots) == 1, len(slots) % 16 == 0, any(slot.dropout for slot in slots)
     return base, sizes, tuple(of_site), others, counts
@@ -186,6 +207,18 @@ def _adapts(slot: AdapterSlot, members: tuple[str, ...]) -> bool:
         return False
     leaves = {target.rsplit(".", 1)[-1] for target in slot.targets}
     return "all-linear" in leaves or not leaves.isdisjoint(members)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was ended by an error of the device would wait for work for ever."""
+    parent = parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])  # type: ignore[union-attr]
+        os._exit(1)
+
+    if parent is not None:
+        Thread(target=watch, daemon=True).start()
 
 
 _benches: dict[object, Any] = {}

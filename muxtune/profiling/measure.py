@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,24 +58,14 @@ ELEMENTS = (1 << 11, 1 << 14, 1 << 17)
 LOAD_PARAMETERS = (1 << 14, 1 << 18, 1 << 21)
 REFINE_ERROR = 0.08
 MIN_SWEEPS, MIN_STEPS = 3, 3
-JOIN_RANKS = (8, 64)
+JOIN_RANKS = (8, 32)
+MOST_REPEATS_S = 1.0  # of one whole step
 SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
 STEPS_SHARE = 0.4  # of the budget
-LEAST_STEPS_SHARE = 0.15  # also where the operations took longer than theirs
+LEAST_STEPS_SHARE = 0.25  # also where the operations took longer than theirs
+SHALLOW_SHARE = 0.35  # of the time for steps, at most, for those of a few blocks
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
-
-
-class Kept(Protocol):
-    """Named parts of a profile, on disk; see ``muxtune.validation.records.Records``."""
-
-    rows: list[dict[str, Any]]
-
-    def has(self, name: str) -> bool: ...
-
-    def begin(self, row: Mapping[str, Any]) -> None: ...
-
-    def add(self, row: Mapping[str, Any]) -> None: ...
 
 
 def profile_machine(
@@ -96,7 +86,7 @@ def profile_machine(
     compilers: Compilers | None = None,
     tell: ProgressCallback | None = None,
     exchanges: Mapping[str, Any] = MappingProxyType({}),
-    kept: Kept | None = None,
+    kept: captured_profile.Kept | None = None,
 ) -> dict[str, Any]:
     """A profile (the JSON of ``muxtune.cost.schema``) of ``model`` on this machine.
 
@@ -146,6 +136,7 @@ def profile_machine(
                 steps=_step_jobs(shape, most) if steps else (),
                 clock=now,
                 report=lambda done, text: report(share * done, text),
+                kept=kept,
             )  # fmt: skip
             ops |= _adapter_loads(Bench(target, dtype, now))
         else:
@@ -157,21 +148,25 @@ def profile_machine(
         if kept is not None and not kept.has("operations"):
             kept.add({"name": "operations", "ops": ops, "left_out": left_out})
         if steps:
-            end_s = max(begun_s + budget_s, time.perf_counter() + LEAST_STEPS_SHARE * budget_s)
-            bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
-            wanted = calibration_cases(shape, most)
-            whole, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
-            left_out += failed
-            ops["join"] = _join_op(bench)
-            bench.close()
+            now_s = time.perf_counter()
+            end_s = max(begun_s + budget_s, now_s + LEAST_STEPS_SHARE * budget_s)
             if few := shallow(shape):
+                # First, for they are short, and nothing else tells what a pass costs once from
+                # what every block costs.
                 bench = StepBench(few, target, dtype, step=style, deterministic=exact, clock=now)
+                until_s = now_s + SHALLOW_SHARE * (end_s - now_s)
                 wanted = shallow_cases(few, most)
-                end_s = max(end_s, time.perf_counter() + LEAST_STEPS_SHARE / 2 * budget_s)
-                more, _, failed = _whole_steps(bench, wanted, end_s, report, kept)
+                more, _, failed = _whole_steps(bench, wanted, until_s, report, kept)
                 whole += [step._replace(num_layers=few.num_layers) for step in more]
                 left_out += failed
                 bench.close()
+            bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
+            wanted = calibration_cases(shape, most)
+            more, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
+            whole += more
+            left_out += failed
+            left_out += _add_joins(ops, bench, kept)
+            bench.close()
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
         ops |= exchanges
@@ -253,7 +248,7 @@ def _whole_steps(
     wanted: Sequence[StepCase],
     end_s: float,
     report: ProgressCallback,
-    kept: Kept | None,
+    kept: captured_profile.Kept | None,
 ) -> tuple[list[WholeStep], list[float], list[str]]:
     """(steps, seconds of each capture, what is missing and why). The first one always runs, two
     more also when the budget is used up, if they are short."""
@@ -280,7 +275,8 @@ def _whole_steps(
         if kept is not None:
             kept.begin({"name": case.name})
         try:
-            found = bench.run(case, max(0.0, left_s / (len(wanted) - number) / 2))
+            share_s = left_s / (len(wanted) - number) / 2
+            found = bench.run(case, min(max(0.0, share_s), MOST_REPEATS_S))
         except Exception as error:
             if is_lost(bench.device):
                 raise
@@ -296,11 +292,27 @@ def _whole_steps(
     return steps, captures, missing
 
 
-def _join_op(bench: StepBench) -> dict[str, Any]:
-    """Making a task and putting it in its place, by trained numbers."""
-    found = [bench.joins(rank) for rank in JOIN_RANKS]
+def _add_joins(
+    ops: dict[str, Any], bench: StepBench, kept: captured_profile.Kept | None
+) -> list[str]:
+    """Making a task and putting it in its place, by trained numbers. What went wrong."""
+    if kept is not None and kept.has("joins"):
+        row = next(row for row in kept.rows if row["name"] == "joins")
+        ops |= row.get("ops", {})
+        return [f"joins: {row['error']}"] if row.get("error") else []
+    if kept is not None:
+        kept.begin({"name": "joins"})
+    try:
+        found = [bench.joins(rank) for rank in JOIN_RANKS]
+    except Exception as error:
+        if is_lost(bench.device):
+            raise
+        return [f"joins: {type(error).__name__}: {' '.join(str(error).split())}"]
     points = [{"parameters": float(count), **summarise(seconds)} for count, seconds in found]
-    return {"unit": "s", "axes": ["parameters"], "points": points}
+    ops["join"] = {"unit": "s", "axes": ["parameters"], "points": points}
+    if kept is not None:
+        kept.add({"name": "joins", "ops": {"join": ops["join"]}})
+    return []
 
 
 def _capture_op(shape: ModelShape, seconds: Sequence[float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask
 
 PLANS_PER_WORKLOAD = 12
 NUM_WORKLOADS = 3
+NUM_SWEEPS = 2
 MAX_LENGTH_TOKENS = 1024  # longer ones take another form of attention, which profiles do not hold
 _MAX_DRAWS = 200
 _HISTOGRAMS = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge", "code_alpaca_2k")
@@ -62,8 +63,9 @@ def seed_of(content_hash: str) -> int:
 
 
 def draw_suite(content_hash: str, options: SuiteOptions, fits: Fits) -> list[StepCase]:
-    """Single cases, and ``NUM_WORKLOADS`` workloads of ``PLANS_PER_WORKLOAD`` plans each (fewer
-    of both in a small suite). Cases of one shape come one after the other."""
+    """``NUM_WORKLOADS`` workloads of ``PLANS_PER_WORKLOAD`` plans each, and single cases (fewer of
+    both in a small suite). Cases of one shape come one after the other, in ``NUM_SWEEPS`` sweeps:
+    a suite whose time ends early has something of everything."""
     random = np.random.default_rng(seed_of(content_hash))
     num_plans = min(NUM_WORKLOADS, options.num_cases // (2 * PLANS_PER_WORKLOAD))
     cases: list[StepCase] = []
@@ -74,7 +76,14 @@ def draw_suite(content_hash: str, options: SuiteOptions, fits: Fits) -> list[Ste
         cases.append(_fitting(fits, lambda n=number: _single(random, options, n)))
         number += 1
     order = {shape.name: place for place, shape in enumerate(options.shapes)}
-    return sorted(cases, key=lambda case: order[case.shape.name])
+
+    def place(numbered: tuple[int, StepCase]) -> tuple[int, int]:
+        number, case = numbered
+        sweep = 0 if "workload" in case.labels else number * NUM_SWEEPS // options.num_cases
+        # Sweeps run to and fro: one shape's model stays for the next sweep.
+        return sweep, order[case.shape.name] * (-1 if sweep % 2 else 1)
+
+    return [case for _, case in sorted(enumerate(cases), key=place)]
 
 
 def _fitting(fits: Fits, draw: Callable[[], StepCase]) -> StepCase:

@@ -48,12 +48,20 @@ def _profile(tiling: Tiling) -> dict[str, Any]:
             widths = (of_site.in_features,) if backward else of_site.out_features
             inner = sum(of_site.out_features) if backward else of_site.in_features
             seconds = 1e-6 + 1e-12 * tiling.units(rows, widths, inner)
-            found.append({"rows": rows, **dict.fromkeys(("median_s", "p05_s", "p95_s"), seconds)})
+            found.append(
+                {
+                    "slots": 1,
+                    "rank": 16,
+                    "rows": rows,
+                    **dict.fromkeys(("median_s", "p05_s", "p95_s"), seconds),
+                }
+            )
         return found
 
     ops = {
-        f"frozen_{side}.{site.size}": {
-            "unit": "s", "axes": ["rows"], "points": points(site, side == "backward"),
+        f"site_{side}.{site.size}": {
+            "unit": "s", "axes": ["slots", "rank", "rows"],
+            "points": points(site, side == "backward"),
         }
         for site in fused_sites(LLAMA_7B)
         for side in ("forward", "backward")
@@ -75,7 +83,8 @@ def test_products_of_any_rows_and_width_come_out(tiling: Tiling, shape: ModelSha
     model = CapturedCostModel(shape, _profile(tiling))
     for site in fused_sites(shape):
         for rows in (160, 1056, 2080, 3104, 4128):
-            op = Op(f"frozen_forward.{site.size}", BACKBONE, False, 1, (rows,), 0.0, 0.0, 0.0, 1)
+            size = (1.0, 16.0, rows)
+            op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, size, 0.0, 0.0, 0.0, 1)
             units = tiling.units(rows, site.out_features, site.in_features)
             assert model.op_time(op).value_s == pytest.approx(1e-6 + 1e-12 * units, rel=0.02)
 
@@ -98,3 +107,24 @@ def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: T
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
     assert model._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == pytest.approx(44 + 20 / 4)
     assert model._rank_paid(f"forward.{size}", (32, 32)) == 32
+
+
+def test_rows_of_filler_spare_what_was_measured_of_them(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    site = fused_sites(LLAMA_7B)[0]
+    name = f"forward.{site.size}"
+    whole = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+    assert whole._row_of_adapters_s(name, 16) == 0, "nothing is known of it"
+    seconds = raw["ops"][f"site_{name}"]["points"][2]["median_s"]
+    half = {"slots": 1, "rank": 16, "rows": 2048}
+    half |= dict.fromkeys(("median_s", "p05_s", "p95_s"), 0.9 * seconds)
+    axes = ["slots", "rank", "rows"]
+    raw["ops"] |= {f"part_{name}": {"unit": "s", "axes": axes, "points": [half]}}
+    model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+    assert model._row_of_adapters_s(name, 16) == pytest.approx(0.1 * seconds / 1024)
+    wider = CapturedCostModel(LLAMA_8B, {**raw, "content_hash": content_hash(raw)})
+    other = fused_sites(LLAMA_8B)[0]
+    ratio = (other.in_features + sum(other.out_features)) / (4096 + 3 * 4096)
+    assert wider._row_of_adapters_s(f"forward.{other.size}", 16) == pytest.approx(
+        ratio * 0.1 * seconds / 1024
+    )
