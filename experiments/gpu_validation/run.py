@@ -8,7 +8,8 @@ on. Eight files at most. What it leaves is a validation's folder: see README.md.
 
 ``--rehearse``: every part once, on few layers and sizes, beside other work; its times mean nothing.
 Its first process is killed where the suite's steps begin, so that the next one goes on. It then
-scores without the device, and lets damaged profiles be refused; ends with 3 where a part failed. Its report is ``rehearsal.json``.
+scores without the device, and lets damaged profiles be refused; ends with 3 where a part failed.
+Its report is ``rehearsal.json``.
 """
 
 from __future__ import annotations
