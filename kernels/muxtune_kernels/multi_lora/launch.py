@@ -12,19 +12,17 @@ Shape suffixes: T rows, D input features, O output features, R pool rank rows of
 J columns of the compact h (members * RANK_PAD), S slots.
 """
 
-# Triton's jit hides launch options and constexpr parameters from the type checker.
-# pyright: reportCallIssue=false
-
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dropout import RowDropout
 from ..dropout.reference import mix_word
 from ..lasting import lasting
+from ..launching import Launcher, Tiles
 from ..rows import slot_offsets
 from .flags import ReadyFlags
 from .gemm import linear_kernel
@@ -46,6 +44,10 @@ from .tuning import (
     num_sms,
     shrunk_members,
 )
+
+
+_shrink, _expand, _linear = map(Launcher, (shrink_kernel, expand_kernel, linear_kernel))
+_dh_db, _sum, _outer = map(Launcher, (dh_db_kernel, sum_parts_kernel, outer_kernel))
 
 
 class Adapters(NamedTuple):
@@ -221,25 +223,31 @@ def linear(
     members = layout.num_members
     in_factor_RK, ready = own or (factor_RN, rows.slot_of_row_T)
 
-    def weight_tiles(width: int) -> TensorDescriptor:
-        shape = [width, blocks.k] if weight_nk else [blocks.k, width]
-        return TensorDescriptor.from_tensor(weight_OD, shape)
+    def weight_tiles(width: int) -> Tiles:
+        return Tiles(weight_OD, *((width, blocks.k) if weight_nk else (blocks.k, width)))
 
-    whole = weight_tiles(blocks.n)
-    linear_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x_TK, [blocks.t, blocks.k]),
-        whole,
-        weight_tiles(blocks.n // 2) if tail else whole,
-        TensorDescriptor.from_tensor(out_TN, [blocks.t, blocks.n // (2 if blocks.halves else 1)]),
-        h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, in_factor_RK, rows.scale_S,
-        ready, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
-        layout.edges, num_rows, num_out, num_in, layout.total_rank, layout.j_width,
-        h_parts.stride(0), factor_RN.stride(0), factor_RN.stride(1), in_factor_RK.stride(0),
-        in_factor_RK.stride(1),
-        weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
-        splits, own is not None, bias_O is not None, blocks.t, blocks.n, blocks.k, 8,
-        blocks.halves, tail, programs,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+    _linear(
+        (programs, 1, 1),
+        (
+            h_parts, factor_RN, out_TN if bias_O is None else bias_O, h_TJ, in_factor_RK,
+            rows.scale_S, ready, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
+            layout.rank_S, layout.edges,
+        ),
+        (
+            num_rows, num_out, num_in, layout.total_rank, layout.j_width, h_parts.stride(0),
+            *factor_RN.stride(), *in_factor_RK.stride(),
+        ),
+        (
+            weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
+            splits, own is not None, bias_O is not None, blocks.t, blocks.n, blocks.k, 8,
+            blocks.halves, tail, programs,
+        ),
+        blocks.warps, blocks.stages,
+        (
+            Tiles(x_TK, blocks.t, blocks.k), weight_tiles(blocks.n),
+            weight_tiles(blocks.n // 2 if tail else blocks.n),
+            Tiles(out_TN, blocks.t, blocks.n // (2 if blocks.halves else 1)),
+        ),
     )  # fmt: skip
     return out_TN, h_TJ
 
@@ -260,13 +268,21 @@ def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning:
     inner = shrunk_members(layout.num_members, layout.rank_pad)
     for member in range(0, layout.num_members, inner):
         factor_RD, part = a_RD[member * layout.total_rank :], h[..., member * layout.rank_pad :]
-        shrink_kernel[(cdiv(num_rows, tuning.shrink_t), splits)](
-            x_TD, factor_RD, part, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
-            layout.rank_S, rows.scale_S, key_T, rate_S, layout.module_word, num_rows, width,
-            layout.total_rank, x_TD.stride(0), a_RD.stride(0), a_RD.stride(1), layout.j_width,
-            h.stride(0), inner, layout.rank_pad, splits, rows.dropout is not None,
-            tuning.shrink_t, tuning.shrink_k, next_power_of_2(inner * layout.rank_pad),
-            num_warps=tuning.warps, num_stages=tuning.shrink_stages,
+        _shrink(
+            (cdiv(num_rows, tuning.shrink_t), splits, 1),
+            (
+                x_TD, factor_RD, part, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
+                layout.rank_S, rows.scale_S, key_T, rate_S,
+            ),
+            (
+                layout.module_word, num_rows, width, layout.total_rank, x_TD.stride(0),
+                *a_RD.stride(), layout.j_width, h.stride(0),
+            ),
+            (
+                inner, layout.rank_pad, splits, rows.dropout is not None, tuning.shrink_t,
+                tuning.shrink_k, next_power_of_2(inner * layout.rank_pad),
+            ),
+            tuning.warps, tuning.shrink_stages,
         )  # fmt: skip
     return h
 
@@ -283,14 +299,21 @@ def expand(
     dropout = is_dx and rows.dropout is not None
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
     blocks_n = cdiv(max(widths), tuning.expand_n)
-    expand_kernel[(blocks_n, cdiv(num_rows, tuning.expand_t), members)](
-        h_TJ, factor_NR, out_TN if bias_N is None else bias_N, out_TN, rows.slot_of_row_T,
-        layout.offset_S, layout.rank_S, key_T, rate_S, layout.edges, layout.module_word, num_rows,
-        num_out, layout.total_rank, layout.j_width, factor_NR.stride(1), factor_NR.stride(0),
-        out_TN.stride(0),
-        members, inner, layout.rank_pad, bias_N is not None, dropout, layout.align,
-        tuning.expand_t, tuning.expand_n, next_power_of_2(inner * layout.rank_pad),
-        num_warps=tuning.warps,
+    _expand(
+        (blocks_n, cdiv(num_rows, tuning.expand_t), members),
+        (
+            h_TJ, factor_NR, out_TN if bias_N is None else bias_N, out_TN, rows.slot_of_row_T,
+            layout.offset_S, layout.rank_S, key_T, rate_S, layout.edges,
+        ),
+        (
+            layout.module_word, num_rows, num_out, layout.total_rank, layout.j_width,
+            factor_NR.stride(1), factor_NR.stride(0), out_TN.stride(0),
+        ),
+        (
+            members, inner, layout.rank_pad, bias_N is not None, dropout, layout.align,
+            tuning.expand_t, tuning.expand_n, next_power_of_2(inner * layout.rank_pad),
+        ),
+        tuning.warps,
     )  # fmt: skip
     return out_TN
 
@@ -298,52 +321,75 @@ def expand(
 def dh_db(
     dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
     layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
+    sum_parts: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh_TJ, dB [O, R]) from one read of dy."""
+    """(dh_TJ, dB [O, R]) from one read of dy. sum_parts: who adds up dh's parts and dB's."""
     members, splits = layout.num_members, tuning.db_splits
     num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
     parts = torch.empty(
-        (blocks, num_rows, layout.j_width), dtype=torch.float32, device=dy_TO.device
-    )
+        (blocks, num_rows, layout.j_width), dtype=dh_part_dtype(dy_TO.dtype, tuning),
+        device=dy_TO.device,
+    )  # fmt: skip
     direct = targets if splits == 1 else None
     partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
-    dh_db_kernel[(blocks, members * len(adapters.slot_ranks), splits)](
-        dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
-        layout.offset_S, layout.rank_S, layout.edges,
-        layout.rank_S if direct is None else direct.keep_S, num_out, layout.total_rank,
-        dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0), layout.j_width, parts.stride(0),
-        partials.stride(0), partials.stride(1),
-        members, layout.rank_pad, splits, layout.align, direct is not None,
-        _slots_pad(adapters), tuning.db_t, tuning.db_n,
-        num_warps=tuning.db_warps, num_stages=tuning.db_stages,
+    _dh_db(
+        (blocks, members * len(adapters.slot_ranks), splits),
+        (
+            dy_TO, b_OR, h_TJ, parts, partials, rows.slot_of_row_T, rows.slot_bounds_S3,
+            layout.offset_S, layout.rank_S, layout.edges,
+            layout.rank_S if direct is None else direct.keep_S,
+        ),
+        (
+            num_out, layout.total_rank, dy_TO.stride(0), b_OR.stride(1), b_OR.stride(0),
+            layout.j_width, parts.stride(0), partials.stride(0), partials.stride(1),
+        ),
+        (
+            members, layout.rank_pad, splits, layout.align, direct is not None,
+            _slots_pad(adapters), tuning.db_t, tuning.db_n,
+        ),
+        tuning.db_warps, tuning.db_stages,
     )  # fmt: skip
-    dh_TJ, db_OR = _sum_parts(parts, partials, h_TJ, b_OR, rows, adapters, layout, tuning)
+    sum_parts = sum_parts or _sum_parts
+    dh_TJ, db_OR = sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
     if targets is not None and direct is None:
         _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
     return dh_TJ, db_OR
 
 
 def _sum_parts(
-    parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors,
-    adapters: Adapters, layout: Layout, tuning: Tuning,
+    parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, layout: Layout,
+    tuning: Tuning,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dh_TJ, dB [O, R]) from the parts that `dh_db` left."""
-    num_rows, splits = h_TJ.shape[0], partials.shape[0]
-    dh_TJ = torch.empty_like(h_TJ)
-    db_RO = partials[0] if splits == 1 else _partials(b_OR.t(), 1)[0]
+    dh_TJ, db_RO, tiles, sums = new_sums(h_TJ, b_OR, partials, tuning)
     rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
-    tiles = cdiv(num_rows, tuning.sum_t)
-    sums = cdiv(db_RO.numel(), 1024) if splits > 1 else 0
-    sum_parts_kernel[(tiles + sums,)](
-        parts, dh_TJ, partials, db_RO, rows.slot_of_row_T, layout.rank_S, rows.scale_S, rate_S,
-        layout.edges, tiles, num_rows, b_OR.shape[0], db_RO.numel(), layout.j_width,
-        parts.stride(0),
-        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, layout.align,
-        tuning.db_n, tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
-        num_warps=2,
+    _sum(
+        (tiles + sums, 1, 1),
+        (
+            parts, dh_TJ, partials, db_RO, rows.slot_of_row_T, layout.rank_S, rows.scale_S,
+            rate_S, layout.edges,
+        ),
+        (tiles, h_TJ.shape[0], b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0)),
+        (
+            layout.num_members, layout.rank_pad, partials.shape[0], rows.dropout is not None,
+            layout.align, tuning.db_n, tuning.sum_t,
+            max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
+        ),
+        2,
     )  # fmt: skip
     return dh_TJ, db_RO.t()
+
+
+def new_sums(
+    h_TJ: Tensor, b_OR: Tensor, partials: Tensor, tuning: Tuning
+) -> tuple[Tensor, Tensor, int, int]:
+    """(dh_TJ, dB [R, O], programs that sum the one, those that sum the other)."""
+    tiles, dh_TJ = cdiv(h_TJ.shape[0], tuning.sum_t), torch.empty_like(h_TJ)
+    if partials.shape[0] == 1:
+        return dh_TJ, partials[0], tiles, 0
+    db_RO = _partials(b_OR.t(), 1)[0]
+    return dh_TJ, db_RO, tiles, cdiv(db_RO.numel(), 1024)
 
 
 def outer(
@@ -355,14 +401,22 @@ def outer(
     direct = targets if splits == 1 else None
     partials = _partials(a_RD, splits) if direct is None else direct.da_RD[None]
     key_T, rate_S = rows.dropout or (rows.slot_of_row_T, rows.scale_S)
-    outer_kernel[(cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits)](
-        dh_TJ, x_TD, partials, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
-        layout.rank_S, key_T, rate_S, layout.rank_S if direct is None else direct.keep_S,
-        layout.module_word, width, layout.total_rank, layout.j_width, x_TD.stride(0),
-        partials.stride(0), partials.stride(1),
-        layout.num_members, layout.rank_pad, splits, rows.dropout is not None, direct is not None,
-        _slots_pad(adapters), tuning.da_t, tuning.da_n, next_power_of_2(layout.j_width),
-        num_warps=tuning.warps, num_stages=tuning.da_stages,
+    _outer(
+        (cdiv(width, tuning.da_n), len(adapters.slot_ranks), splits),
+        (
+            dh_TJ, x_TD, partials, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
+            layout.rank_S, key_T, rate_S, layout.rank_S if direct is None else direct.keep_S,
+        ),
+        (
+            layout.module_word, width, layout.total_rank, layout.j_width, x_TD.stride(0),
+            partials.stride(0), partials.stride(1),
+        ),
+        (
+            layout.num_members, layout.rank_pad, splits, rows.dropout is not None,
+            direct is not None, _slots_pad(adapters), tuning.da_t, tuning.da_n,
+            next_power_of_2(layout.j_width),
+        ),
+        tuning.da_warps, tuning.da_stages,
     )  # fmt: skip
     total_RD = _total(partials, a_RD)
     if targets is not None and direct is None:
@@ -383,6 +437,10 @@ def _add_into(target_RN: Tensor, value_RN: Tensor, keep_S: Tensor, layout: Layou
     repeats = target_RN.shape[0] // keep_RN.shape[0]
     kept_RN = torch.where(keep_RN.repeat(repeats, 1), target_RN, 0.0)
     torch.add(kept_RN, value_RN, out=target_RN)
+
+
+def dh_part_dtype(dtype: torch.dtype, tuning: Tuning) -> torch.dtype:
+    return dtype if tuning.short_parts else torch.float32
 
 
 def _partials(factor_RN: Tensor, splits: int) -> Tensor:

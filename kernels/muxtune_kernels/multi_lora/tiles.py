@@ -314,7 +314,8 @@ def _dh_db_step(
                     mask=own_T[:, None] & in_N[None, :], other=0.0)  # fmt: skip
     acc_NJ = tl.dot(tl.trans(dy_TN), h_TJ, acc_NJ, input_precision="ieee")
     dh_TJ = tl.dot(dy_TN, b_NJ, input_precision="ieee")
-    tl.store(part_ptr + at_T * h_stride + j_J[None, :], dh_TJ, mask=own_T[:, None])
+    tl.store(part_ptr + at_T * h_stride + j_J[None, :], dh_TJ.to(part_ptr.dtype.element_ty),
+             mask=own_T[:, None])  # fmt: skip
     return acc_NJ
 
 
@@ -389,7 +390,7 @@ def sum_parts_tile(
             total_PTJ += tl.load(
                 part_ptr + p_P.to(tl.int64)[:, None, None] * part_stride + at_TJ[None, :, :],
                 mask=(p_P < num_parts)[:, None, None] & own_T[None, :, None], other=0.0,
-            )  # fmt: skip
+            ).to(tl.float32)  # fmt: skip
         dh_TJ = tl.sum(total_PTJ, 0) * factor_T[:, None]
         dh_TJ = tl.where(own_T[:, None], dh_TJ, 0.0)
         tl.store(dh_ptr + at_TJ, dh_TJ.to(dh_ptr.dtype.element_ty), mask=in_T[:, None])

@@ -42,6 +42,8 @@ class Tuning(NamedTuple):
     da_n: int = 128
     da_splits: int = 1
     da_stages: int = 4
+    da_warps: int = 4
+    short_parts: bool = False  # parts of dh in the dtype of dy, not in float32
     warps: int = 4
     fused: bool = True
     fused_backward: bool = True
