@@ -12,6 +12,7 @@ Shape suffixes: T rows, D input features, O output features, R the sum of the ra
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,6 +26,8 @@ import triton
 from torch import Tensor
 
 from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
+from muxtune_kernels.multi_lora import launch, wide
+from muxtune_kernels.multi_lora.tuning import tuning_of
 
 RANK = 16
 SCALE = 2.0
@@ -33,6 +36,7 @@ TOKENS = (2048, 8192, 16384)
 TASKS = (1, 4, 8, 32)
 MIN_ROTATED_BYTES = 200e6
 TOLERANCE = 1.2e-2
+MOST_COLUMNS = 128  # of room behind x: more of them cost more than the fused product
 
 
 class Inputs(NamedTuple):
@@ -41,6 +45,22 @@ class Inputs(NamedTuple):
     x_TD: Tensor
     weight_OD: Tensor
     dy_TO: Tensor
+
+
+class Wide(NamedTuple):
+    """One of the rotating sets with room behind weight, rows and gradients."""
+
+    weight: wide.WideWeight
+    x_TW: Tensor
+    dy_TW: Tensor
+
+    def forward_product(self) -> Tensor:
+        used = self.weight.width + self.weight.columns
+        return self.x_TW[:, :used] @ self.weight.weight_PW[: self.weight.num_out, :used].t()
+
+    def backward_product(self) -> Tensor:
+        used = self.weight.num_out + self.weight.columns
+        return self.dy_TW[:, :used] @ self.weight.weight_PW[:used, : self.weight.width]
 
 
 class Case:
@@ -68,6 +88,22 @@ class Case:
         self.b_RO = (normal(rank, num_out) * RANK**-0.5).requires_grad_()
         self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, "cuda")
         self.scale_S = torch.full((num_tasks,), SCALE, device="cuda")
+        self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
+        self.has_room = rank <= MOST_COLUMNS
+        self._wide: dict[int, Wide] = {}
+
+    def wide_of(self, index: int) -> Wide:
+        """The set's weight, x and dy in wider buffers."""
+        if index not in self._wide:
+            inputs = self.sets[index]
+            weight = wide.wide_weight(inputs.weight_OD, self.adapters)
+            x_TW, dy_TW = (
+                wide.wide_buffer(len(v), v.shape[1], weight.columns, v.detach())
+                for v in (inputs.x_TD, inputs.dy_TO)
+            )
+            x_TW[:, : weight.width], dy_TW[:, : weight.num_out] = inputs.x_TD.detach(), inputs.dy_TO
+            self._wide[index] = Wide(weight, x_TW, dy_TW)
+        return self._wide[index]
 
 
 def even_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
@@ -173,6 +209,28 @@ def ours(
     return step
 
 
+def ours_with_room(case: Case) -> Step:
+    """Weight, x and dy in buffers with room for the factors and h, as a step of our own would lay
+    them out; explicit calls, as there. The factors are copied behind the weight in every step."""
+    num_rows, width, num_out, num_tasks = case.shape
+    bounds_S3 = case.rows.slot_bounds_S3
+    assert bounds_S3 is not None
+    rows = launch.RowTensors(case.rows.slot_of_row_T, bounds_S3, case.scale_S, None)
+    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
+    tuning = tuning_of(num_rows, width, (num_out,), num_tasks, RANK, 2, False)
+    index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        weight, x_TW, dy_TW = case.wide_of(index_of[id(inputs)])
+        wide.widen_weight(weight, a_RD, b_RO, case.adapters)
+        y_TO, h_TJ = wide.wide_forward(x_TW, weight, rows, case.adapters, tuning)
+        return y_TO, *wide.wide_backward(
+            dy_TW, x_TW, h_TJ, weight, a_RD, b_RO, rows, case.adapters, tuning
+        )
+
+    return step
+
+
 def methods_of(case: Case) -> dict[str, Step]:
     """Plain, ours and the baselines; a baseline that this torch cannot run is left out, aloud."""
     methods = {
@@ -182,6 +240,8 @@ def methods_of(case: Case) -> dict[str, Step]:
         "concatenated": concatenated(case),
         "grouped_mm": grouped_mm(case),
     }
+    if case.has_room:
+        methods["muxtune_with_room"] = ours_with_room(case)
     for name in ("concatenated", "grouped_mm"):
         try:
             methods[name](case.sets[0])
@@ -261,21 +321,29 @@ def looped(case: Case, step: Step, steps: int) -> Callable[[], None]:
 def measure(
     case: Case, methods: dict[str, Step], use_graph: bool, repeats: int, steps: int
 ) -> dict[str, dict[str, float]]:
-    """Microseconds a step and ratio to plain: median, least and greatest over the repeats."""
+    """Microseconds a step (`host_us`: until the host is done), and ratio to plain: median, least
+    and greatest over the repeats."""
     prepare = graphed if use_graph else looped
     runs = {name: prepare(case, step, steps) for name, step in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
+    host: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
+            before_s = time.perf_counter()
             run()
+            host_us = 1e6 * (time.perf_counter() - before_s)
             stop.record()
             stop.synchronize()
             if repeat:
                 times[name].append(start.elapsed_time(stop) * 1e3 / steps)
-    return {name: summary(values, times["plain"]) for name, values in times.items()}
+                host[name].append(host_us / steps)
+    return {
+        name: summary(values, times["plain"]) | {"host_us": statistics.median(host[name])}
+        for name, values in times.items()
+    }
 
 
 def summary(values_us: list[float], plain_us: list[float]) -> dict[str, float]:
@@ -310,6 +378,8 @@ def run_case(shape: tuple[int, int, int, int], repeats: int, steps: int) -> list
         row = dict(zip(("tokens", "in", "out", "tasks"), shape, strict=True))
         results.append(row | {"mode": mode, "methods": measured, "errors": errors})
         line = "  ".join(f"{name} {m['ratio']:.3f}" for name, m in measured.items())
+        if mode == "eager":
+            line += "  host us " + " ".join(f"{m['host_us']:.0f}" for m in measured.values())
         print(f"{shape} {mode:5s} {measured['plain']['step_us']:8.1f} us  {line}", flush=True)
     return results
 
@@ -320,17 +390,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--tasks", type=int, nargs="*", default=TASKS)
+    parser.add_argument("--out-features", type=int, nargs="*", default=[out for _, out in SIZES])
+    parser.add_argument("--seconds", type=float, default=600.0, help="starts no case after that")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    results = []
-    for width, num_out in SIZES:
-        for num_rows in arguments.tokens:
-            for num_tasks in TASKS:
-                shape = (num_rows, width, num_out, num_tasks)
-                results += run_case(shape, arguments.repeats, arguments.steps)
-                torch.cuda.empty_cache()
-    report = {"environment": environment(), "rank": RANK, "results": results}
-    arguments.out.write_text(json.dumps(report, indent=1))
+    results, start_s = [], time.monotonic()
+    sizes = [size for size in SIZES if size[1] in arguments.out_features]
+    for (width, num_out), num_rows, num_tasks in itertools.product(
+        sizes, arguments.tokens, arguments.tasks
+    ):
+        shape = (num_rows, width, num_out, num_tasks)
+        if time.monotonic() - start_s > arguments.seconds:
+            print(f"left out for want of time: {shape}", flush=True)
+            continue
+        results += run_case(shape, arguments.repeats, arguments.steps)
+        torch.cuda.empty_cache()
+        report = {"environment": environment(), "rank": RANK, "results": results}
+        arguments.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

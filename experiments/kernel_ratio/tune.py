@@ -1,171 +1,256 @@
-"""Ratio of the whole operator under other block sizes; how `muxtune_kernels` got its own.
+"""Every kernel of the multi-task low-rank linear alone, under many block sizes.
 
-    PYTHONPATH=kernels python3 experiments/kernel_ratio/tune.py [--warm I/N] [--profile]
-        [--choose tuning.json]
+    PYTHONPATH=kernels python3 experiments/kernel_ratio/tune.py --out tune.json [--seconds 30]
 
---warm only compiles the I-th of N parts of the variants, so that N processes fill Triton's cache.
---choose writes the best variant of every kernel, where it gains more than the noise.
+Microseconds and TB/s (the least bytes that the kernel must move, by the time) under a CUDA graph,
+inputs rotating past the L2 cache. `--warm I/N` only compiles the I-th of N parts of the variants,
+so that N processes fill Triton's cache. What is chosen goes into muxtune_kernels/multi_lora/tuning.
+
+Shape suffixes: T rows, D input features, O output features, W columns of a wide buffer.
 """
 
 import argparse
-import contextlib
+import itertools
 import json
-import math
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from run import Case, Step, measure, ours, plain
+from run import RANK, Case, environment
 
-from muxtune_kernels.multi_lora import autograd, launch, tuning
+from muxtune_kernels.multi_lora import launch, wide
+from muxtune_kernels.multi_lora.tuning import GemmBlocks, Tuning, tuning_of
 
-CASES = (
-    (2048, 4096, 4096, 8),
+SHAPES = (
     (8192, 4096, 4096, 8),
-    (8192, 4096, 14336, 8),
     (2048, 4096, 4096, 1),
     (2048, 4096, 4096, 32),
+    (8192, 4096, 4096, 1),
+    (2048, 4096, 4096, 8),
+    (8192, 4096, 4096, 32),
+    (2048, 4096, 14336, 32),
+    (3824, 4096, 12288, 8),
+    (3824, 11008, 4096, 8),
 )
-BIG = tuning.GemmBlocks(128, 256, 64, 8, 3, True, 1.0)
-# By kernel: only one variant of a kernel is chosen.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "gemm": [
-        {"gemm": BIG._replace(halves=False)},
-        {"gemm": BIG._replace(stages=4)},
-        {"gemm": BIG._replace(n=128, warps=4, stages=4, halves=False)},
-        {"fused": False},
-    ],
-    "shrink": [
-        {"shrink_stages": 3},
-        {"shrink_k": 256, "shrink_stages": 3},
-        {"shrink_k": 64, "shrink_stages": 5},
-        {"shrink_splits": 2},
-        {"shrink_splits": 1},
-    ],
-    "dh_db": [
-        {"db_stages": 3},
-        {"db_stages": 5, "db_t": 32},
-        {"db_n": 128, "db_warps": 4, "db_stages": 4},
-        {"db_n": 256, "db_warps": 8, "db_stages": 3},
-        {"db_n": 64, "db_t": 64, "db_warps": 4, "db_stages": 4},
-    ],
-    "sum": [{"sum_t": 1}, {"sum_t": 2}, {"sum_t": 8}],
-    "da": [
-        {"da_stages": 3},
-        {"da_stages": 5},
-        {"da_n": 64, "da_t": 64, "da_splits": 1},
-        {"da_n": 64, "da_t": 128, "da_splits": 1},
-        {"da_n": 128, "da_t": 32, "da_stages": 5},
-        {"da_n": 256, "da_t": 32},
-    ],
-    "warps": [{"warps": 8}],
-}
+Run = Callable[[int], Any]
 
 
-@contextlib.contextmanager
-def variant(changes: dict[str, Any]) -> Iterator[None]:
-    own_tuning, own_blocks = autograd.tuning_of, launch.gemm_blocks
-    gemm = tuning.GemmBlocks(*changes["gemm"]) if "gemm" in changes else None
-    rest = {name: value for name, value in changes.items() if name != "gemm"}
-    autograd.tuning_of = lambda *key: own_tuning(*key)._replace(**rest)
-    if gemm is not None:
-        launch.gemm_blocks = lambda *_: gemm
-    try:
-        yield
-    finally:
-        autograd.tuning_of, launch.gemm_blocks = own_tuning, own_blocks
+class Bench:
+    """The operands of every kernel of one shape, one of each for each of the rotating sets."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.case = case = Case(*shape)
+        num_rows, width, num_out, num_tasks = shape
+        self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
+        self.layout = launch.layout_of(self.adapters, case.sets[0].x_TD.device)
+        bounds_S3 = case.rows.slot_bounds_S3
+        assert bounds_S3 is not None
+        self.rows = launch.RowTensors(case.rows.slot_of_row_T, bounds_S3, case.scale_S, None)
+        self.tuning = tuning_of(num_rows, width, (num_out,), num_tasks, 16, 2, False)
+        self.a_RD, self.b_RO = case.a_RD.detach(), case.b_RO.detach()
+        self.x = [inputs.x_TD.detach() for inputs in case.sets]
+        self.h = [torch.randn(num_rows, 16, device="cuda").bfloat16() for _ in case.sets]
+        self.wide = [case.wide_of(i) for i in range(case.num_sets)]
+        for weight, _, _ in self.wide:
+            wide.widen_weight(weight, self.a_RD, self.b_RO, self.adapters)
+
+    def kernels(self) -> Iterator[tuple[str, str, float, Run]]:
+        """(kernel, variant, least bytes, call)."""
+        num_rows, width, num_out, _ = self.case.shape
+        x_bytes, dy_bytes = 2.0 * num_rows * width, 2.0 * num_rows * num_out
+        factors = 4.0 * self.a_RD.shape[0]
+        yield from self._shrinks(x_bytes + factors * width)
+        yield from self._dh_dbs(dy_bytes + 2 * factors * num_out)
+        yield from self._outers(x_bytes + factors * width)
+        yield "widen", "as shipped", 6.0 * self.a_RD.shape[0] * (width + num_out), self._widen
+        yield from self._products(x_bytes + dy_bytes + 2.0 * width * num_out)
+
+    def _variants(self, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Tuning]]:
+        yield "as shipped", self.tuning
+        for values in itertools.product(*choices.values()):
+            changes = dict(zip(choices, values, strict=True))
+            yield " ".join(map(str, values)), self.tuning._replace(**changes)
+
+    def _shrinks(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
+        small = self.case.shape[0] < 4096
+        choices = {"shrink_t": (16, 32) if small else (32, 64), "shrink_k": (128, 256),
+                   "shrink_stages": (3, 4)}  # fmt: skip
+        for name, tuning in self._variants(**choices, shrink_splits=(2, 4) if small else (1,)):
+            yield "shrink", name, least, lambda i, t=tuning: launch.shrink(
+                self.x[i], self.a_RD, self.rows, self.layout, t)  # fmt: skip
+        if self.case.has_room:
+            for name, tuning in self._variants(**choices):
+                yield "wide shrink", name, least, lambda i, t=tuning: wide.wide_shrink(
+                    self.wide[i].x_TW, self.wide[i].weight, self.rows, self.layout, t)  # fmt: skip
+
+    def _dh_dbs(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
+        splits = (self.tuning.db_splits, 1, 2) if self.case.shape[3] == 8 else (
+            self.tuning.db_splits,)  # fmt: skip
+        for name, tuning in self._variants(
+            short_parts=(True,), db_t=(32, 64, 128), db_n=(128, 256), db_stages=(2, 3, 4),
+            db_warps=(4, 8), db_splits=sorted(set(splits)),
+        ):  # fmt: skip
+            block = tuning.db_t * tuning.db_n
+            wide_enough = block >= 8192 and (tuning.db_warps == 4) == (tuning.db_n == 128)
+            if name == "as shipped" or (wide_enough and block * tuning.db_stages <= 65536):
+                yield "dh_db", name, least, lambda i, t=tuning: self._dh_db(i, t)
+        for name, tuning in self._variants(short_parts=(True,), db_n=(128, 256), sum_t=(2, 4, 8)):
+            yield "dh_db and sum", name, least, lambda i, t=tuning: launch.dh_db(
+                self.case.sets[i].dy_TO, self.h[i], self.b_RO.t(), self.rows, self.adapters,
+                self.layout, t)  # fmt: skip
+
+    def _dh_db(self, i: int, tuning: Tuning) -> Any:
+        return launch.dh_db(
+            self.case.sets[i].dy_TO, self.h[i], self.b_RO.t(), self.rows, self.adapters,
+            self.layout, tuning, sum_parts=lambda *operands: operands[:2],
+        )  # fmt: skip
+
+    def _outers(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
+        splits = (1, 2, 4) if self.case.shape[3] < 32 else (1,)
+        for name, tuning in self._variants(
+            da_t=(32, 64, 128, 256), da_n=(32, 64, 128, 256), da_stages=(2, 3, 4),
+            da_warps=(4, 8), da_splits=splits,
+        ):  # fmt: skip
+            block = tuning.da_t * tuning.da_n
+            programs = self.case.shape[1] // tuning.da_n * self.case.shape[3] * tuning.da_splits
+            fits = block in (8192, 16384) and block * tuning.da_stages <= 49152
+            fits &= (tuning.da_warps == 8) == (block == 16384)
+            if name == "as shipped" or (fits and 100 <= programs <= 1100):
+                yield "outer", name, least, lambda i, t=tuning: launch.outer(
+                    self.h[i], self.x[i], self.a_RD, self.rows, self.adapters, self.layout,
+                    t)  # fmt: skip
+
+    def _widen(self, i: int) -> None:
+        wide.widen_weight(self.wide[i].weight, self.a_RD, self.b_RO, self.adapters)
+
+    def _products(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
+        sets = self.case.sets
+        yield "forward", "plain", least, lambda i: self.x[i] @ sets[i].weight_OD.t()
+        yield "backward", "plain", least, lambda i: sets[i].dy_TO @ sets[i].weight_OD
+        yield "forward", "library", least, lambda i: self._library(i, True)
+        yield "backward", "library", least, lambda i: self._library(i, False)
+        if self.case.has_room:
+            yield "forward", "wide", least, lambda i: self.wide[i].forward_product()
+            yield "backward", "wide", least, lambda i: self.wide[i].backward_product()
+        for blocks in (
+            GemmBlocks(128, 256, 64, 8, 3, True, 1.0), GemmBlocks(128, 256, 64, 8, 4, True, 1.0),
+            GemmBlocks(128, 128, 64, 4, 4, False, 1.0), GemmBlocks(128, 128, 64, 8, 4, False, 1.0),
+            GemmBlocks(64, 256, 64, 4, 4, True, 1.0), GemmBlocks(64, 128, 64, 4, 4, False, 1.0),
+        ):  # fmt: skip
+            name = f"fused {blocks.t} {blocks.n} {blocks.warps} {blocks.stages}"
+            yield "forward", name, least, lambda i, b=blocks: self._fused(i, b, True)
+            yield "backward", name, least, lambda i, b=blocks: self._fused(i, b, False)
+
+    def _library(self, i: int, forward: bool) -> Any:
+        weight_OD, dy_TO = self.case.sets[i].weight_OD, self.case.sets[i].dy_TO
+        if forward:
+            y_TO = launch.expand(self.h[i], self.b_RO.t(), None, self.rows, (weight_OD.shape[0],),
+                                 self.layout, self.tuning, False)  # fmt: skip
+            return y_TO.addmm_(self.x[i], weight_OD.t())
+        dx_TD = launch.expand(self.h[i], self.a_RD.t(), None, self.rows, (weight_OD.shape[1],),
+                              self.layout, self.tuning, True)  # fmt: skip
+        return dx_TD.addmm_(dy_TO, weight_OD)
+
+    def _fused(self, i: int, blocks: GemmBlocks, forward: bool) -> Any:
+        inputs = self.case.sets[i]
+        left = self.x[i] if forward else inputs.dy_TO
+        factor = self.b_RO if forward else self.a_RD
+        return launch.linear(left, inputs.weight_OD, None, self.h[i], factor, self.rows,
+                             self.layout, blocks, forward)  # fmt: skip
 
 
-def varied(case: Case, changes: dict[str, Any], dtype: torch.dtype) -> Step:
-    step = ours(case, dtype)
-
-    def run(inputs):
-        with variant(changes):
-            return step(inputs)
-
-    return run
-
-
-def steps_of(case: Case) -> dict[str, Step]:
-    steps = {"plain": plain(case)}
-    steps["as shipped"] = varied(case, {}, torch.float32)
-    for changes in (changes for group in VARIANTS.values() for changes in group):
-        steps[name_of(changes)] = varied(case, changes, torch.float32)
-    steps["as shipped, bf16 adapters"] = varied(case, {}, torch.bfloat16)
-    return steps
+class Timed(NamedTuple):
+    shape: tuple[int, int, int, int]
+    kernel: str
+    variant: str
+    us: float
+    least_us: float
+    terabytes_s: float
 
 
-def name_of(changes: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in changes.items())
+def time_us(run: Run, num_sets: int, calls: int = 8, repeats: int = 5) -> tuple[float, float]:
+    """(median, least) microseconds a call."""
+    run(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(i % num_sets)
+    times = []
+    for _ in range(repeats + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / calls)
+    return statistics.median(times[1:]), min(times[1:])
 
 
-def choice(ratios: dict[str, list[float]], least_gain: float = 0.004) -> dict[str, Any]:
-    """The best variant of each kernel by its geometric mean over the cases."""
-
-    def mean_log(name: str) -> float:
-        values = ratios.get(name, [])
-        complete = len(values) == len(CASES)
-        return sum(map(math.log, values)) / len(CASES) if complete else math.inf
-
-    chosen: dict[str, Any] = {}
-    for group in VARIANTS.values():
-        best = min(group, key=lambda changes: mean_log(name_of(changes)))
-        if mean_log(name_of(best)) < mean_log("as shipped") - least_gain:
-            chosen |= best
-    return chosen
+def report(timed: list[Timed]) -> None:
+    """The best four of each kernel, and those that are always of interest."""
+    for kernel in dict.fromkeys(found.kernel for found in timed):
+        of_kernel = sorted((t for t in timed if t.kernel == kernel), key=lambda found: found.us)
+        shown = [t for i, t in enumerate(of_kernel)
+                 if i < 4 or t.variant in ("as shipped", "plain", "library", "wide")]  # fmt: skip
+        line = "; ".join(f"{t.variant} {t.us:.1f} us {t.terabytes_s:.2f}" for t in shown)
+        print(f"{kernel:14}{line}", flush=True)
 
 
-def working(case: Case, steps: dict[str, Step]) -> dict[str, Step]:
-    kept = {}
-    for name, step in steps.items():
+def measure(shape: tuple[int, int, int, int], stop_s: float) -> list[Timed]:
+    bench, timed = Bench(shape), []
+    for kernel, variant, least, run in bench.kernels():
+        if time.monotonic() > stop_s:
+            print(f"no time for {shape} {kernel}", flush=True)
+            break
         try:
-            step(case.sets[0])
-            kept[name] = step
+            us, least_us = time_us(run, bench.case.num_sets)
         except Exception as error:
-            print(f"{name} does not run: {error!r:.200}", flush=True)
-    return kept
+            print(f"{shape} {kernel} {variant} does not run: {error!r:.150}", flush=True)
+            continue
+        timed.append(Timed(shape, kernel, variant, us, least_us, least / us / 1e6))
+    print(f"== {shape}", flush=True)
+    report(timed)
+    return timed
 
 
-def profile(case: Case, step: Step) -> None:
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as recorded:
-        for i in range(8):
-            step(case.sets[i % case.num_sets])
+def warm(part: int, parts: int, shapes: tuple[tuple[int, int, int, int], ...]) -> None:
+    for shape in shapes:
+        bench = Bench(shape)
+        for index, (kernel, variant, _, run) in enumerate(bench.kernels()):
+            if index % parts == part:
+                try:
+                    run(0)
+                except Exception as error:
+                    print(f"{shape} {kernel} {variant} does not run: {error!r:.150}", flush=True)
         torch.cuda.synchronize()
-    for event in recorded.key_averages():
-        print(f"   {event.device_time_total / 8:8.1f} us x{event.count / 8:g} {event.key[:70]}")
+        del bench
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--warm")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--choose", type=Path)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument("--seconds", type=float, default=60.0)
     arguments = parser.parse_args()
+    shapes = SHAPES[: arguments.shapes]
     if arguments.warm:
         part, parts = map(int, arguments.warm.split("/"))
-        for shape in (CASES[0], CASES[2], CASES[3], CASES[4]):
-            case = Case(*shape)
-            working(case, dict(list(steps_of(case).items())[part::parts]))
+        warm(part, parts, shapes)
         return
-    ratios: dict[str, list[float]] = {}
-    for shape in CASES:
-        case = Case(*shape)
-        steps = working(case, steps_of(case))
-        if arguments.profile:
-            print(shape)
-            for name in ("plain", "as shipped"):
-                profile(case, steps[name])
-        measured = measure(case, steps, True, 7, 4)
-        print(f"{shape} plain {measured['plain']['step_us']:.1f} us", flush=True)
-        for name, m in sorted(measured.items(), key=lambda item: item[1]["ratio"]):
-            print(f"   {m['ratio']:.3f} ({m['ratio_min']:.3f}-{m['ratio_max']:.3f}) {name}")
-            ratios.setdefault(name, []).append(m["ratio"])
+    timed: list[Timed] = []
+    stop_s = time.monotonic() + arguments.seconds
+    for shape in shapes:
+        timed += measure(shape, stop_s)
         torch.cuda.empty_cache()
-    print("choice:", chosen := choice(ratios))
-    if arguments.choose:
-        arguments.choose.write_text(json.dumps(chosen))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(
+                {"environment": environment(), "timed": [t._asdict() for t in timed]}, indent=1
+            ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ from .tuning import (
     shrunk_members,
 )
 
-
 _shrink, _expand, _linear = map(Launcher, (shrink_kernel, expand_kernel, linear_kernel))
 _dh_db, _sum, _outer = map(Launcher, (dh_db_kernel, sum_parts_kernel, outer_kernel))
 

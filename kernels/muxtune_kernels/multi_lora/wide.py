@@ -1,4 +1,4 @@
-"""The multi-task low-rank linear as two products of the library, over a little more than the weight.
+"""The multi-task low-rank linear as two products of the library, a little longer than the weight.
 
 All slots' factors lie behind the frozen weight, and a row's h behind the row, at its own slot's
 columns and zero at the others':
@@ -91,12 +91,12 @@ def wide_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y_TO, h_TJ). x_TW: x in its first columns; those behind are overwritten."""
     layout = layout_of(adapters, x_TW.device)
-    h_TJ = _wide_shrink(x_TW, wide, rows, layout, tuning)
+    h_TJ = wide_shrink(x_TW, wide, rows, layout, tuning)
     used = wide.width + wide.columns
     return x_TW[:, :used] @ wide.weight_PW[: wide.num_out, :used].t(), h_TJ
 
 
-def _wide_shrink(
+def wide_shrink(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, layout: Layout, tuning: Tuning
 ) -> Tensor:
     num_rows = x_TW.shape[0]
