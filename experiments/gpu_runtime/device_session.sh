@@ -1,7 +1,8 @@
 #!/bin/bash
-# Everything that needs one GPU, in order of value, in a given number of seconds:
+# Everything that needs one GPU, in order of value, in a given number of seconds, of which so many
+# at most beside each other (a quarter, but 200 at most):
 #
-#     OUT=results bash experiments/gpu_runtime/device_session.sh 590
+#     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150]
 #
 # First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
 # alone: the step throughput, the memory curve, joins, the kernel ratio, each as far as the time goes;
@@ -47,28 +48,29 @@ target.write_text(json.dumps(found, indent=1) + "\n")
 END
 }
 
-side_limit=$((budget / 4 > 200 ? 200 : budget / 4))
+side_limit=${2:-$((budget / 4 > 200 ? 200 : budget / 4))}
 "$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit"
 echo "==== $(left) s left"
 
-# Of what is left, beyond the step throughput: memory, joins, kernel ratio.
-memory_s=85 joins_s=40 ratio_s=60
-[ "$budget" -lt 400 ] && memory_s=0 joins_s=0 ratio_s=0
+# Of what is left, beyond the step throughput: memory, kernel ratio; then joins, if time is left.
+memory_s=72 ratio_s=${RATIO_S:-60}
+[ "$budget" -lt 400 ] && memory_s=0 ratio_s=0
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
-keep=$((memory_s + joins_s + ratio_s))
-parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,lora_1,lora_4,lora_16,llama_3_1_8b,mixed_ranks
+keep=$((memory_s + ratio_s))
+parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,all_methods,mixed_methods,mixed_ranks,llama_3_1_8b
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
-  --only "$parts,mixed_methods,all_methods" --seconds $(($(left) - keep - 8)) --sl-limit-s 20 "${checked[@]}"
+  --only "$parts,lora_16,lora_4,lora_1" --seconds $(($(left) - keep - 8)) --sl-limit-s 14 "${checked[@]}"
 
 run="$here/run.py --out $work/alone"
-alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory \
-  --memory-seconds $(($(left) - joins_s - ratio_s - 20))
+alone $((ratio_s + 3)) "$python" $run --parts memory --memory-seconds $(($(left) - ratio_s - 18))
 merge "$out/gpu_runtime.json" "$work/alone/memory.json"
-alone $((ratio_s + 3)) "$python" $run --parts joins
+if [ "$ratio_s" -gt 0 ]; then
+  for tokens in 8192 2048 16384; do
+    alone 3 "$python" experiments/kernel_ratio/run.py --repeats 5 --steps 4 --tokens $tokens \
+      --out "$work/kernel_ratio_$tokens.json"
+    merge "$out/kernel_ratio.json" "$work/kernel_ratio_$tokens.json"
+  done
+fi
+alone 3 "$python" $run --parts joins
 merge "$out/gpu_runtime.json" "$work/alone/joins.json"
-for tokens in 8192 2048 16384; do
-  alone 3 "$python" experiments/kernel_ratio/run.py --repeats 5 --steps 4 --tokens $tokens \
-    --out "$work/kernel_ratio_$tokens.json"
-  merge "$out/kernel_ratio.json" "$work/kernel_ratio_$tokens.json"
-done

@@ -153,7 +153,7 @@ def _measured(store: Any, shape: ModelShape, tasks: list[TaskSpec], plan: Plan) 
     try:
         bench.prepare(tasks)
         bench.executor.apply(plan)
-        bench.until(lambda: _ended(bench) or least_passes(bench) >= PASSES)
+        bench.until(lambda: bool(_ended(bench)) or least_passes(bench) >= PASSES)
         if text := _ended(bench):
             raise RuntimeError(f"{text}; {bench.recorder.notices}")
         return _row(bench, shape, len(tasks), plan) | {"seconds": time.perf_counter() - start_s}

@@ -59,20 +59,20 @@ ALL_METHODS = (
     {"method": "prompt", "rank": 16, "alpha": 1},
 )  # fmt: skip
 CASES = {
-    "lora_8": product.Case(8, (LORA,), 35, overrides=SPATIAL),
-    "mixed_methods": product.Case(8, METHODS, 30, overrides=SPATIAL),
+    "lora_8": product.Case(8, (LORA,), 25, overrides=SPATIAL),
+    "mixed_methods": product.Case(8, METHODS, 24, overrides=SPATIAL),
     "lora_32": product.Case(
-        32, (LORA,), 75, overrides=("+cluster_policy.max_tasks_per_instance=32",)
+        32, (LORA,), 62, overrides=("+cluster_policy.max_tasks_per_instance=32",)
     ),
-    "mixed_ranks": product.Case(8, RANKS, 28, overrides=SPATIAL),
-    "llama_3_1_8b": product.Case(8, (LORA,), 32, "llama-3.1-8b", SPATIAL),
-    "lora_16": product.Case(16, (LORA,), 45),
-    "lora_4": product.Case(4, (LORA,), 14),
+    "mixed_ranks": product.Case(8, RANKS, 26, overrides=SPATIAL),
+    "llama_3_1_8b": product.Case(8, (LORA,), 21, "llama-3.1-8b", SPATIAL),
+    "lora_16": product.Case(16, (LORA,), 36),
+    "lora_4": product.Case(4, (LORA,), 12),
     "lora_1": product.Case(1, (LORA,), 10),
     "lora_8_planned": product.Case(8, (LORA,), 30),
-    "all_methods": product.Case(8, ALL_METHODS, 30, overrides=SPATIAL),
+    "all_methods": product.Case(8, ALL_METHODS, 26, overrides=SPATIAL),
 }
-OTHERS = {"check": 15, "bound": 25, "hf_peft": 20, "sl_peft": 28, "ledger": 0}
+OTHERS = {"check": 15, "bound": 20, "hf_peft": 19, "sl_peft": 26, "ledger": 0}
 ORDER = (
     "check", "lora_8", "bound", "hf_peft", "sl_peft", "ledger", *(n for n in CASES if n != "lora_8")
 )  # fmt: skip

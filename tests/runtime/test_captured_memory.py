@@ -135,7 +135,8 @@ def test_the_largest_pass_is_captured_first_or_all_are_captured_anew(instance: I
     # The same slots in a larger shape, and nothing else.
     larger = small._replace(shapes=make_htask(TASKS[:4], quota=9).shapes)
     (grown,) = instance.take_over([larger], TASKS)
-    assert grown.pool is stays.pool and instance.kinds._memory_rows == grown.max_rows
+    assert isinstance(grown, CapturedRunner) and grown.pool is stays.pool
+    assert instance.kinds._memory_rows == grown.max_rows
 
 
 def test_many_htasks_have_fewer_sizes_each() -> None:
