@@ -42,10 +42,11 @@ LIMITED = {
 }  # fmt: skip
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
-    Phase("NVLink, copies", "one,pp,tp,pp-more,tp-more", {}, 0.6, "copies"),
-    Phase("slow", "tp-slow,pp-slow", SLOW, 0.65),
-    Phase("NVLink, NCCL limited", "pp-late,tp-few", LIMITED, 0.6),
-    Phase("NVLink, NCCL", "pp-late,tp-few", {}, 1.0),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.55, "copies"),
+    Phase("slow", "tp,pp", SLOW, 0.65),
+    Phase("NVLink, NCCL", "tp-few", {}, 0.5),
+    Phase("NVLink, NCCL limited", "tp-few,pp-late", LIMITED, 0.7),
+    Phase("NVLink, copies", "pp-more,tp-more", {}, 1.0, "copies"),
 )
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
     parser.add_argument("--only", default="", help="other sets of configurations for all phases")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
     parser.add_argument("--shape", default="llama-2-13b")

@@ -75,13 +75,7 @@ def goals(rows: Sequence[Row]) -> list[str]:
         if piped and other:
             said.append(_speedup(f"PP2 against {what}", piped, other))
     if piped:
-        by_rank = ", ".join(f"{share:.1%}" for share in piped["steady_bubble_by_rank"])
-        said.append(
-            f"PP2 steady bubble by stage (goal 5%): {by_rank}; of it imbalance "
-            f"{piped['imbalance']:.1%}; filling and draining over {TRACED_ROUNDS} rounds "
-            f"{piped['fill_drain']:.1%} (predicted {piped['predicted_fill_drain']:.1%} over "
-            f"{piped['rounds']})"
-        )
+        said.append(_bubbles(piped))
     for label in sorted({row["label"] for row in rows}):
         said += _exposed(rows, label)
     errors = [abs(row["prediction_error"]) for row in rows]
@@ -96,8 +90,22 @@ def _speedup(what: str, row: Row, other: Row) -> str:
     return f"{what}: {ratio:.2f} ({row['name']}, {row['label']})"
 
 
+def _bubbles(row: Row) -> str:
+    by_rank = ", ".join(f"{share:.1%}" for share in row["steady_bubble_by_rank"])
+    kinds = ", ".join(
+        f"{what} {row[name]:.1%} ({row[f'predicted_{name}']:.1%})"
+        for what, name in (("filling and draining", "fill_drain"), ("imbalance", "imbalance"),
+                           ("stalls", "stalls"))
+    )  # fmt: skip
+    return (
+        f"PP2 steady bubble by stage (goal 5%): {by_rank} (predicted, of the busier one: "
+        f"{row['predicted_steady_bubble']:.1%}); of {TRACED_ROUNDS} rounds, measured (predicted): "
+        f"{kinds}"
+    )
+
+
 def _exposed(rows: Sequence[Row], label: str) -> list[str]:
-    """Exposed communication of TP2 with and without overlap, for each grouping of one link."""
+    """TP2 with and without overlap, for each grouping of one link."""
     found = []
     own = [row for row in rows if row["label"] == label and row["name"].startswith("tp2")]
     for row in own:
@@ -106,17 +114,26 @@ def _exposed(rows: Sequence[Row], label: str) -> list[str]:
             if other["groups"] == row["groups"] and other["order"] == "sequential"
         ]  # fmt: skip
         if row["order"] == "interleaved" and pairs:
-            with_ms, without_ms = (r["steady_bubble"] * r["round_ms"] for r in (row, pairs[0]))
-            found.append(
-                f"{label}: {row['name']}: exposed {with_ms:.1f} ms (predicted "
-                f"{row['predicted_exposed_ms']:.1f}), {without_ms:.1f} without overlap "
-                f"(predicted {pairs[0]['predicted_exposed_ms']:.1f}; goal 70% of it), "
-                f"round {row['round_ms']:.1f} and {pairs[0]['round_ms']:.1f} ms; "
-                f"compute alone {row['compute_alone_ms']:.1f}, "
-                f"communication alone {row['comm_alone_ms']:.1f} ms (goal on the slow link: "
-                "round within 10% of the larger)"
-            )
+            found.append(f"{label}: {row['name']}: {_overlap(row, pairs[0])}")
     return found
+
+
+def _overlap(row: Row, without: Row) -> str:
+    """``beyond``: what a round takes beyond its computing alone, so that what overlapping costs the
+    computing counts as exposed too."""
+    compute_ms = row["compute_alone_ms"]
+    beyond_ms, without_ms = (r["round_ms"] - r["compute_alone_ms"] for r in (row, without))
+    larger_ms = max(compute_ms, row["comm_alone_ms"])
+    return (
+        f"round {row['round_ms']:.1f} ms, {without['round_ms']:.1f} without overlap; compute alone "
+        f"{compute_ms:.1f}, communication alone {row['comm_alone_ms']:.1f}: round "
+        f"{row['round_ms'] / larger_ms - 1:+.1%} over the larger (goal on the slow link 10%); "
+        f"exposed beyond computing {beyond_ms:.1f} and {without_ms:.1f} ms: "
+        f"{beyond_ms / without_ms:.0%} (goal on NVLink 70%); nothing computed meanwhile "
+        f"{row['exposed_ms']:.1f} and {without['exposed_ms']:.1f} ms (predicted "
+        f"{row['predicted_exposed_ms']:.1f} and {without['predicted_exposed_ms']:.1f}); contention "
+        f"{', '.join(f'{factor:.2f}' for factor in row['contention'])}"
+    )
 
 
 def measured_trace(row: Row) -> Iterator[Span]:

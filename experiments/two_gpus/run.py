@@ -211,7 +211,7 @@ def run_config(
         "waiting_slowdown": profile.waiting, "contention": list(profile.contention),
     }  # fmt: skip
     row["compute_alone_ms"], row["comm_alone_ms"] = busiest_ms(base, profile)
-    row |= measured_shares([item[1] for item in every], config)
+    row |= measured_shares([item[1] for item in every])
     row |= predicted(problem, order, config, rounds, profile)
     row["prediction_error"] = row["predicted_round_ms"] / row["round_ms"] - 1
     if config.order == "interleaved":
@@ -277,7 +277,8 @@ def predicted(
     if config.order == "1f1b":
         problem = _accumulating(problem, config)
     timeline = play(order, problem, rounds)
-    account = bubble_account(timeline)
+    # Filling and draining weigh the more, the fewer rounds there are: those of the traced run.
+    account = bubble_account(play(order, problem, TRACED))
     out = {
         "predicted_round_ms": timeline.makespan_ns / rounds / 1e6,
         "predicted_period_ms": timeline.period_ns / 1e6,
@@ -542,9 +543,10 @@ def by_htask(base: Schedule, profile: Profile) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def measured_shares(spans: list[list[TimedSpan]], config: Config) -> dict[str, Any]:
-    """Of the traced rounds, by rank: idle share of computing in the steady middle, and overall."""
-    steady, overall, periods = [], [], []
+def measured_shares(spans: list[list[TimedSpan]]) -> dict[str, Any]:
+    """Of the traced rounds: the idle share of each rank's computing in the steady middle, and the
+    three kinds of idle time as ``bubble_account`` has them, ranks in the place of stages."""
+    steady, works, periods = [], [], []
     for own in spans:
         compute = sorted((s for s in own if s.stream == COMPUTE), key=lambda s: s.start_s)
         first, last = TRACED // 2 - 1, TRACED - 2
@@ -553,15 +555,31 @@ def measured_shares(spans: list[list[TimedSpan]], config: Config) -> dict[str, A
         begin, end = starts[first], starts[last]
         busy = sum(max(0.0, min(s.stop_s, end) - max(s.start_s, begin)) for s in compute)
         steady.append(1 - busy / (end - begin))
-        periods.append(1e3 * (end - begin) / (last - first))
-        length = compute[-1].stop_s - compute[0].start_s
-        overall.append(1 - sum(s.stop_s - s.start_s for s in compute) / length)
+        periods.append((end - begin) / (last - first))
+        works.append(sum(s.stop_s - s.start_s for s in compute))
+    total, period = max(s.stop_s for own in spans for s in own), max(periods)
+    mean = statistics.mean(works)
     return {
-        "steady_bubble_by_rank": steady, "steady_bubble": min(steady),
-        "imbalance": max(steady) - min(steady),
-        "fill_drain": statistics.mean(overall) - statistics.mean(steady),
-        "idle_by_rank": overall, "period_ms": max(periods),
+        "steady_bubble_by_rank": steady, "steady_bubble": min(steady), "period_ms": 1e3 * period,
+        "fill_drain": 1 - TRACED * period / total,
+        "imbalance": (max(works) - mean) / total,
+        "stalls": (TRACED * period - max(works)) / total,
+        "exposed_ms": max(map(exposed_ms, spans)),
     }  # fmt: skip
+
+
+def exposed_ms(spans: list[TimedSpan]) -> float:
+    """Of a traced round, on one rank: communicating, while nothing is computed."""
+    edges = []
+    for span in spans:
+        kind = 0 if span.stream == COMPUTE else 1
+        edges += [(span.start_s, kind, 1), (span.stop_s, kind, -1)]
+    counts, exposed_s, before_s = [0, 0], 0.0, 0.0
+    for at_s, kind, change in sorted(edges):
+        exposed_s += (at_s - before_s) * (counts[1] > 0 and not counts[0])
+        counts[kind] += change
+        before_s = at_s
+    return 1e3 * exposed_s / TRACED
 
 
 # ------------------------------------------------------------------------------------ ranks
