@@ -258,8 +258,8 @@ def _methods(profile: Profile) -> tuple[str, ...]:
 
 
 def _grid_rows(profile: Profile, options: ValidationOptions) -> tuple[int, ...]:
-    """Row counts at which products were measured."""
-    products = ("frozen_forward", "linear_forward")
+    """Row counts at which products were measured, those of a captured pass with adapters."""
+    products = ("site_forward", "linear_forward")
     found = {
         int(point["rows"])
         for name, op in profile.ops.items()
