@@ -215,9 +215,9 @@ def linear(
     h_parts = _new_h(x_TK, layout, 1) if isinstance(h_parts, Shrink) else h_parts
     splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
     h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
-    tiles = cdiv(num_rows, blocks.t) * cdiv(num_out, blocks.n)
-    # The interpreter runs one program after the other: none may wait for a later one.
-    programs = 1 if own is not None and INTERPRETED else min(num_sms(), tiles)
+    # One for each SM also where there are fewer tiles: their number is compiled in, and what has no
+    # tile makes h or ends. The interpreter runs one after the other: none may wait for a later one.
+    programs = 1 if own is not None and INTERPRETED else num_sms()
     tail = has_half_tail(blocks, num_rows, num_out)
     members = layout.num_members
     in_factor_RK, ready = own or (factor_RN, rows.slot_of_row_T)
