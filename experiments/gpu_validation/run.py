@@ -147,6 +147,7 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
         args.dynamic_s,
         min_rows=64 if is_tiny else MIN_ROWS,
         own_every=OWN_EVERY,
+        steps_first=0.25 if args.rehearse else 0.6,
     )
     report = validate(args.out, path, options, _say_and_die if args.rehearse else _say, compilers)
     if not args.rehearse and not any(report["left"].values()):

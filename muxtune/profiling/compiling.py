@@ -28,7 +28,7 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.step_cases import plan_of
 from muxtune.types import AdapterSlot, HTask, Plan, TaskSpec
 
-MAX_WORKERS = 10  # each has a context and up to some GB of the device's memory
+MAX_WORKERS = 14  # each has a context and up to some GB of the device's memory
 MAX_STARTS = 4  # of workers, which a kernel's error ends
 RELEASE_S = 10.0
 NUM_BLOCKS = 2  # the first one's backward lacks a product that all others have
@@ -185,11 +185,11 @@ def _key(job: OpJob | StepJob) -> str:
 
 
 def _kernels_of(job: OpJob | StepJob) -> object:
-    """Neither how many slots there are nor how many blocks is compiled in."""
+    """How many blocks there are is not compiled in; of slots, the power of two that holds them."""
     base = job.shape._replace(name="", num_layers=0)
     if isinstance(job, OpJob):
         if job.method in ("sites", "mixed_sites", "part_sites"):
-            return base, *job.arguments[1:]
+            return base, job.arguments
         return (base, job.method) if job.method == "attention" else (base, job)
     slots = job.htask.shapes[0].slots
     of_site = []
@@ -198,7 +198,8 @@ def _kernels_of(job: OpJob | StepJob) -> object:
         of_site.append((padded_rank(ranks), sum(ranks) % 16 == 0) if ranks else None)
     others = sorted({(s.method, s.targets, s.dropout) for s in slots if s.method != "lora"})
     sizes = tuple((shape.padded_tokens, shape.recompute) for shape in job.htask.shapes)
-    counts = len(slots) == 1, len(slots) % 16 == 0, any(slot.dropout for slot in slots)
+    count = len(slots)
+    counts = (count - 1).bit_length(), count % 16 == 0, any(slot.dropout for slot in slots)
     return base, sizes, tuple(of_site), others, counts
 
 

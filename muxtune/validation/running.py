@@ -39,14 +39,15 @@ from muxtune.validation.suite import SuiteOptions, draw_suite
 
 WALL = "wall"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
-COMPILING_SHARE, OPS_SHARE, STEPS_FIRST_SHARE = 0.33, 0.1, 0.6
+COMPILING_SHARE, OPS_SHARE = 0.33, 0.1
 MOST_TIMES_AS_LONG, MOST_MORE_S = 2.0, 30.0  # a dynamic run takes than it was drawn for
 
 
 class ValidationOptions(NamedTuple):
     """``budget_s``: seconds for all of it; 0 scores and draws what is there. ``max_rows``: of a
     micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none.
-    ``min_rows``, ``own_every``: see ``SuiteOptions``."""
+    ``min_rows``, ``own_every``: see ``SuiteOptions``. ``steps_first``: share of the time for steps
+    after which the dynamic runs come."""
 
     budget_s: float
     num_cases: int = 240
@@ -58,6 +59,7 @@ class ValidationOptions(NamedTuple):
     clock: str = ""  # as the profile was taken
     min_rows: int = 0
     own_every: int = 0
+    steps_first: float = 0.6
 
 
 def validate(
@@ -153,7 +155,7 @@ def _run(
 
     if runs:
         # A run that is cut off later has something of everything.
-        steps_until(start_s + STEPS_FIRST_SHARE * (end_s - start_s))
+        steps_until(start_s + options.steps_first * (end_s - start_s))
         left["dynamic"] = _run_dynamic(
             attempt, runs, device, options.dynamic_s, end_s, of("dynamic runs")
         )
