@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
+
 from muxtune.errors import MuxTuneError
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import Backbone
@@ -46,12 +48,15 @@ from muxtune.types import (
     MicroBatch,
     PackRule,
     Plan,
+    PressureData,
     ProgressData,
     TaskSpec,
 )
 
 FILLER_CHUNK = Chunk("", -1, ())
 ROUNDS_AHEAD = 32  # looked at for the sizes of micro-batches to be captured with a plan
+# What a plan that could not be prepared is taken to use at least, over the limit that it kept.
+_LEAST_EXCESS = 1.05
 
 
 class Host(Protocol):
@@ -218,10 +223,43 @@ class RunningInstance:
         self.plan, self.next_plan = plan, None
         self._reported.clear()
         tasks = {task_id: self._joined(task_id) for task_id in plan.task_ids}
-        self._arrange(plan, {key: task for key, task in tasks.items() if task is not None})
-        self._is_idle = not plan.task_ids
+        live = {key: task for key, task in tasks.items() if task is not None}
+        try:
+            self._arrange(plan, live)
+        except torch.OutOfMemoryError as error:
+            problem = _describe(error)
+        else:
+            problem = ""
+        self._is_idle = bool(problem) or not plan.task_ids
         self._progress = _Progress(self.host.now_ns)
         self.host.emit(EventKind.PLAN_APPLIED, "", self.spec.instance_id, plan.epoch, None)
+        if problem:
+            self._give_way(plan, live, problem)
+
+    def _give_way(self, plan: Plan, tasks: Mapping[str, RuntimeTask], problem: str) -> None:
+        """What the plan needs does not fit into the device's memory, whatever the ledger says:
+        nothing runs, and nothing of it is held, until a smaller plan comes. A task that is alone
+        in it ends instead, for there is none."""
+        self._runners = []
+        for task in tasks.values():
+            if task.state is not None:
+                take_out(task.state)
+        self.bank.arrange((), {})
+        self.runners.keep(())
+        if len(tasks) < 2:
+            for task_id in tasks:
+                self._fail(task_id, f"it does not fit into the memory ({problem})")
+            return
+        self.host.notice(
+            f"{self.spec.instance_id}: a plan of {len(tasks)} tasks did not fit into the memory; "
+            f"a smaller one follows ({problem})"
+        )
+        limit_bytes = self.spec.memory_limit_bytes
+        self._emit(
+            EventKind.MEMORY_PRESSURE,
+            "",
+            PressureData(int(_LEAST_EXCESS * limit_bytes), limit_bytes),
+        )
 
     def _forget_ended(self, new_plan: Plan) -> None:
         for task_id in set(self.plan.task_ids if self.plan else ()) - set(new_plan.task_ids):

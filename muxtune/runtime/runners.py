@@ -93,7 +93,7 @@ class Runners:
         """A runner for each hTask and its pool; sizes that are new are captured, the largest first.
 
         ``rows_ahead``: tokens of the micro-batches to come, by hTask. Raises Refused where a
-        capture fails; the pools must then be made anew.
+        capture fails, the pools must then be made anew; and OutOfMemoryError.
         """
         runners = self._runners_of(htasks, pools)
         if 0 < self._memory_rows < _largest_new(runners):
@@ -119,6 +119,9 @@ class Runners:
     def _prepare(self, runner: CapturedRunner, rows_ahead: Collection[int], most: int) -> bool:
         try:
             return runner.prepare(rows_ahead, most)
+        except torch.OutOfMemoryError:
+            self._captured.pop(id(runner.pool), None)
+            raise  # an eager pass needs no less
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             self._notice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,22 @@ from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.planning.journal import Journal, JournalBatch, read_journal
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.memory import MemoryMeter, MemoryMonitor
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import StepListener
 from muxtune.types import Event, EventKind, InstanceSpec, Plan, PressureData
-from tests.runtime.runtime_helpers import TINY, DrawnText, make_task, worst_gap
+from tests.runtime.runtime_helpers import (
+    TINY,
+    Bench,
+    DrawnText,
+    make_htask,
+    make_plan,
+    make_store,
+    make_task,
+    worst_gap,
+)
 
 MB = 1_000_000
 LIMIT_BYTES, BALLAST_BYTES = 400 * MB, 700 * MB
@@ -144,10 +155,10 @@ class Telling(TorchExecutor):
 
 
 def train(
-    store: BackboneStore, folder: Path, at_step: int
+    store: BackboneStore, folder: Path, at_step: int, step: str = "auto"
 ) -> tuple[TorchExecutor, tuple[JournalBatch, ...]]:
     ballast = Ballast(at_step)
-    options = TorchOptions(folder, evaluate_tokens=0)
+    options = TorchOptions(folder, evaluate_tokens=0, step=step)
     executor = Telling(StepBuilder(), store, DrawnText(), options, [ballast])
     executor.ballast = ballast
     instance = InstanceSpec("i0", "tiny", "cpu", LIMIT_BYTES)
@@ -162,7 +173,8 @@ def train(
 
 
 def largest_pass_tokens(plan: Plan) -> int:
-    return max(shape.padded_tokens for htask in plan.htasks for shape in htask.shapes)
+    shapes = [shape for htask in plan.htasks for shape in htask.shapes]
+    return max((shape.padded_tokens for shape in shapes), default=0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
@@ -181,6 +193,47 @@ def test_pressure_makes_micro_batches_smaller_and_changes_no_adapter(
         gap = worst_gap(weights(pressed, task.task_id), weights(calm, task.task_id))
         assert gap <= 1e-5, task.task_id
     assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
+
+
+def test_a_plan_that_does_not_fit_is_followed_by_a_smaller_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the ledger said: the allocator has the last word, and no task is lost."""
+    store, prepare = make_store(), CapturedRunner.prepare
+    calm, calm_batches = train(store, tmp_path / "calm", 0, "captured")
+    most = max(largest_pass_tokens(plan) for batch in calm_batches for plan in batch.plans) - 1
+    refused: list[int] = []
+
+    def full(self: CapturedRunner, *args: Any) -> bool:
+        if self.max_rows > most:
+            refused.append(self.max_rows)
+            raise torch.OutOfMemoryError("tried to allocate")
+        return prepare(self, *args)
+
+    monkeypatch.setattr(CapturedRunner, "prepare", full)
+    pressed, batches = train(store, tmp_path / "pressed", 0, "captured")
+    assert refused and len(told(batches)) == len(refused)
+    for event in told(batches):
+        plans = {plan.epoch: plan for batch in batches for plan in batch.plans}
+        assert largest_pass_tokens(plans[event.epoch]) > most
+    for task in TASKS:
+        gap = worst_gap(weights(pressed, task.task_id), weights(calm, task.task_id))
+        assert gap <= 1e-4, task.task_id
+    assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
+
+
+def test_a_task_that_does_not_fit_alone_ends(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(self: CapturedRunner, *_: Any) -> bool:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(CapturedRunner, "prepare", full)
+    bench, task = Bench(tmp_path, make_store(), step="captured"), make_task("large")
+    bench.prepare(task)
+    bench.executor.apply(make_plan([make_htask([task])]))
+    bench.until_ended(task)
+    (event,) = bench.of(EventKind.TASK_FAILED)
+    assert "it does not fit into the memory (OutOfMemoryError: tried" in str(event.data)
+    assert not bench.of(EventKind.MEMORY_PRESSURE)
 
 
 def told(batches: tuple[JournalBatch, ...]) -> list[Event]:
