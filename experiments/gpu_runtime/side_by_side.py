@@ -28,11 +28,12 @@ HERE = Path(__file__).parent
 STEP = HERE.parent / "step_throughput"
 TEST_FILES = (
     "tests/kernels", "tests/gpu/test_gpu_runtime.py", "tests/gpu/test_static_step_cuda.py",
-    "tests/gpu/test_many_slots.py", "tests/runtime/test_static_step_methods.py",
-    "tests/runtime/test_shared_attention.py",
+    "tests/gpu/test_many_slots.py", "tests/gpu/test_captured_memory_cuda.py",
+    "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 SHARDS = {  # processes for the tests of a file; the others share those of ""
-    "test_triton_linear.py": 8, "test_gpu_runtime.py": 4, "test_static_step_cuda.py": 2, "": 3,
+    "test_triton_linear.py": 8, "test_captured_memory_cuda.py": 1, "test_gpu_runtime.py": 4,
+    "test_static_step_cuda.py": 2, "": 3,
 }  # fmt: skip
 MANY_SLOTS = "test_many_slots.py"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=long", "-p", "no:cacheprovider",
