@@ -23,12 +23,12 @@ Groups = tuple[tuple[int, ...], ...]
 # Seconds on two H200, after the run of 2026-11-22: loading a layout; a configuration beside its
 # rounds, kernels being compiled, of any model and of 40 layers; of those a round, and one of a
 # pipeline that drains.
-FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 6.0, 1.5, 5.5, 0.35, 0.7, 40
+FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 6.0, 1.5, 5.5, 0.3, 0.7, 40
 
 
 class Config(NamedTuple):
-    """``grouping``: how many tasks are fused into an hTask, so that hTasks are of about equal
-    size; or ``planned``: as the planner does. ``parts``: micro-batches of a step. ``order``:
+    """``grouping``: into how many hTasks of about equal size tasks are fused; or ``planned``: as
+    the planner does. ``parts``: micro-batches of a step. ``order``:
     interleaved, sequential (one micro-batch after another), or 1f1b (each hTask's step by itself).
     ``early``: see ``OrderRunner``."""
 
@@ -41,7 +41,8 @@ class Config(NamedTuple):
     @property
     def name(self) -> str:
         shape = f"tp{self.replica.tp} pp{self.replica.pp}"
-        tasks = self.grouping if self.grouping == "planned" else f"{self.grouping} fused"
+        several = "hTask" if self.grouping == "1" else "hTasks"
+        tasks = self.grouping if self.grouping == "planned" else f"{self.grouping} {several}"
         late = "" if self.early else ", late receives"
         return f"{shape}, {tasks}, {self.parts} parts, {self.order}{late}"
 
@@ -50,10 +51,10 @@ class Config(NamedTuple):
         return groups_of(self.replica, self.grouping)
 
     def expected_s(self, rounds: int, is_first: bool, layers: int = 0) -> float:
-        """Of a run on two H200: three measured runs, a warm-up and a traced one."""
+        """Of a run on two H200: two measured runs, warm-ups and a traced one."""
         drains = self.replica.pp > 1 and self.order != "interleaved"
         round_s = DRAINED_ROUND_S if drains else ROUND_S
-        layers_s = LAYERS_S + round_s * (3 * rounds + 13)
+        layers_s = LAYERS_S + round_s * (2 * rounds + 11)
         return FIRST_S * is_first + EACH_S + layers_s * (layers or LAYERS) / LAYERS
 
 
@@ -61,7 +62,7 @@ class Config(NamedTuple):
 def groups_of(replica: ReplicaShape, grouping: str) -> Groups:
     if grouping == "planned":
         return planned_groups(replica)
-    return balanced_groups(NUM_TASKS // int(grouping))
+    return balanced_groups(int(grouping))
 
 
 def _lengths_tokens(dataset: str) -> np.ndarray:
@@ -70,12 +71,11 @@ def _lengths_tokens(dataset: str) -> np.ndarray:
 
 
 def balanced_groups(count: int) -> Groups:
-    """The longest task first, to the group of fewest tokens among those with room."""
+    """The longest task first, to the group of fewest tokens."""
     means = [float(_lengths_tokens(MIX[i % len(MIX)]).mean()) for i in range(NUM_TASKS)]
     groups: list[list[int]] = [[] for _ in range(count)]
     for task in sorted(range(NUM_TASKS), key=lambda i: -means[i]):
-        free = [group for group in groups if len(group) < NUM_TASKS // count]
-        min(free, key=lambda group: sum(means[i] for i in group)).append(task)
+        min(groups, key=lambda group: sum(means[i] for i in group)).append(task)
     return tuple(tuple(sorted(group)) for group in groups)
 
 
@@ -110,15 +110,19 @@ def _tensor(grouping: str, order: str) -> Config:
 
 # Of one layout each. What matters most comes first: a run that is cut off has it.
 SETS: dict[str, Sequence[Config]] = {
-    "one": [Config(SOLO, "8", 1, "sequential")],
-    "pp": [_pipeline("planned"), _pipeline("1", "1f1b", 2), _pipeline("8", "1f1b", 4)],
-    "tp": [_tensor("4", "interleaved"), _tensor("4", "sequential"), _tensor("8", "sequential")],
-    "pp-more": [_pipeline("2"), _pipeline("planned", "sequential")],
-    "tp-more": [_tensor("2", "interleaved"), _tensor("2", "sequential")],
-    "tp-few": [_tensor("4", "interleaved"), _tensor("4", "sequential")],
+    "one": [Config(SOLO, "1", 1, "sequential")],
+    "pp": [_pipeline("planned"), _pipeline("8", "1f1b", 2), _pipeline("1", "1f1b", 4)],
+    "tp": [_tensor("2", "interleaved"), _tensor("2", "sequential"), _tensor("1", "sequential")],
+    "pp-slow": [_pipeline("planned"), _pipeline("8", "1f1b", 2)],
+    "tp-slow": [
+        _tensor("3", "interleaved"), _tensor("3", "sequential"), _tensor("1", "sequential"),
+    ],
+    "tp-three": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
+    "tp-two": [_tensor("2", "interleaved"), _tensor("2", "sequential")],
     "pp-late": [_pipeline("planned", early=False)],
-    "tp-rehearsal": [_tensor("4", "interleaved"), _tensor("8", "sequential")],
+    "pp-more": [_pipeline("4"), _pipeline("planned", "sequential")],
+    "tp-rehearsal": [_tensor("2", "interleaved"), _tensor("1", "sequential")],
     "pp-rehearsal": [
-        _pipeline("8", "1f1b", 4), _pipeline("planned"), _pipeline("planned", early=False),
+        _pipeline("1", "1f1b", 4), _pipeline("planned"), _pipeline("planned", early=False),
     ],
 }  # fmt: skip

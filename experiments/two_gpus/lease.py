@@ -28,25 +28,29 @@ GRACE_S = 15.0
 
 class Phase(NamedTuple):
     """``label``: the link, and how messages go. ``share``: of the budget that is left, the most
-    that it may take."""
+    that it may take. ``spared``: multiprocessors that products leave to NCCL."""
 
     label: str
     sets: str
     environment: Mapping[str, str]
     share: float
     messages: str = "nccl"
+    spared: int = 0
 
 
+# As few multiprocessors as NCCL can do with, and as many left to it.
 LIMITED = {
-    "NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_NCHANNELS_PER_PEER": "1", "NCCL_MAX_CTAS": "8"
+    "NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_NCHANNELS_PER_PEER": "1", "NCCL_MAX_CTAS": "4"
 }  # fmt: skip
+SPARED = 4
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
-    Phase("NVLink, copies", "one,pp,tp", {}, 0.55, "copies"),
-    Phase("slow", "tp,pp", SLOW, 0.65),
-    Phase("NVLink, NCCL", "tp-few", {}, 0.5),
-    Phase("NVLink, NCCL limited", "tp-few,pp-late", LIMITED, 0.7),
-    Phase("NVLink, copies", "pp-more,tp-more", {}, 1.0, "copies"),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.5, "copies"),
+    Phase("slow, NCCL limited", "tp-slow,pp-slow", {**SLOW, **LIMITED}, 0.6, spared=SPARED),
+    Phase("NVLink, NCCL limited", "tp-two", LIMITED, 0.5, spared=SPARED),
+    Phase("NVLink, NCCL", "tp-two", {}, 0.6),
+    Phase("slow, NCCL", "tp-three", SLOW, 0.8),
+    Phase("NVLink, copies", "pp-more,tp-three", {}, 1.0, "copies"),
 )
 
 
@@ -65,6 +69,7 @@ def run_phase(phase: Phase, args: Any, left_s: float) -> int:
         *("--label", phase.label, "--out", str(args.output / ROWS), "--shape", args.shape),
         *("--rounds", str(args.rounds), "--device", args.device, "--budget", str(left_s)),
         *("--layers", str(args.layers), "--messages", phase.messages),
+        *("--spared", str(phase.spared), *(["--plain"] if args.plain else [])),
     ]
     process = subprocess.Popen(
         command, env={**os.environ, **phase.environment}, start_new_session=True
@@ -99,9 +104,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
     parser.add_argument("--only", default="", help="other sets of configurations for all phases")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
+    parser.add_argument("--plain", action="store_true", help="see ``run``")
     parser.add_argument("--shape", default="llama-2-13b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()

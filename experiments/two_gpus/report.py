@@ -69,8 +69,8 @@ def goals(rows: Sequence[Row]) -> list[str]:
     one, piped = best(rows, "tp1 pp1"), best(rows, "tp1 pp2", "interleaved", "NVLink")
     if one and piped:
         said.append(_speedup("PP2 against one GPU (goal 1.7 to 1.85)", piped, one))
-    for what, order in (("one task at a time, 1F1B", "1 fused, 2 parts, 1f1b"),
-                        ("all-spatial", "8 fused, 4 parts, 1f1b")):  # fmt: skip
+    for what, order in (("one task at a time, 1F1B", "8 hTasks, 2 parts, 1f1b"),
+                        ("all-spatial", "1 hTask, 4 parts, 1f1b")):  # fmt: skip
         other = best(rows, "tp1 pp2", order, "NVLink")
         if piped and other:
             said.append(_speedup(f"PP2 against {what}", piped, other))

@@ -37,6 +37,7 @@ from muxtune.planning.orchestration import (
 from muxtune.planning.orchestration.player import checked_sequences
 from muxtune.planning.orchestration.problem import RoundGraph, RoundProblem
 from muxtune.planning.orchestration.template import order_of
+from muxtune.runtime.distributed import static_stage
 from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import COMM, COMPUTE, OrderRunner, TimedSpan
@@ -188,8 +189,8 @@ def run_config(
     profiled_s = time.perf_counter() - began_s
     problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
-    runner.run(3)
-    seconds = statistics.median(runner.run(rounds, first_round=3) for _ in range(3))
+    runner.run(1)
+    seconds = statistics.mean(runner.run(rounds) for _ in range(2))
     runner.run(TRACED, trace=True)
     mine = (seconds, runner.spans(), last_metrics(visits, TRACED - 1))
     runner.close()
@@ -199,7 +200,7 @@ def run_config(
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     seconds = max(item[0] for item in every)
-    tokens = sum(visits.tokens[(3 + at) % KNOWN_ROUNDS] for at in range(rounds))
+    tokens = sum(visits.tokens[at % KNOWN_ROUNDS] for at in range(rounds))
     row = {
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
         "messages": "copies" if rank.memory is not None and links is not None else "nccl",
@@ -279,9 +280,10 @@ def predicted(
     timeline = play(order, problem, rounds)
     # Filling and draining weigh the more, the fewer rounds there are: those of the traced run.
     account = bubble_account(play(order, problem, TRACED))
+    longer_ns = play(order, problem, 3 * rounds).makespan_ns
     out = {
         "predicted_round_ms": timeline.makespan_ns / rounds / 1e6,
-        "predicted_period_ms": timeline.period_ns / 1e6,
+        "predicted_period_ms": (longer_ns - timeline.makespan_ns) / (2 * rounds) / 1e6,
         "predicted_steady_bubble": account.steady_bubble,
         "predicted_fill_drain": account.fill_drain,
         "predicted_imbalance": account.imbalance,
@@ -313,7 +315,11 @@ class Profile(NamedTuple):
 def profiled(runner: OrderRunner, config: Config, visits: Visits) -> Profile:
     durations = op_durations_s(runner, visits)
     graph = runner.schedule.graph
-    own = [op for op, stream in enumerate(graph.stream_of) if stream == 2 * runner.stage]
+    own = [
+        op for op in range(graph.num_ops)
+        if graph.stage_of[op] == runner.stage
+        and runner.schedule.operation(op).action in (Action.FORWARD, Action.BACKWARD)
+    ]  # fmt: skip
     heaviest = max(own, key=lambda op: durations[op])
     waiting, contention = 1.0, Contention()
     if config.replica.pp > 1:
@@ -587,9 +593,20 @@ def exposed_ms(spans: list[TimedSpan]) -> float:
 
 def rank_main(rank: int, device: torch.device, args: Any) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cuda":
+        spare(args.spared)
+    if args.plain:
+        static_stage.OWN_SHRINK = static_stage.OVERLAP = False
     me = Rank(rank, device, dtype, shape_of(args), shared_memory(rank, device, args))
     for configs in args.layouts:
         run_layout(configs, me, args)
+
+
+def spare(count: int) -> None:
+    """Multiprocessors, see ``spare_sms``."""
+    from muxtune_kernels.multi_lora.tuning import spare_sms  # triton is on GPU machines only
+
+    spare_sms(count)
 
 
 def shape_of(args: Any) -> ModelShape:
@@ -620,7 +637,7 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
             torch.cuda.empty_cache()
         if me.rank == 0:
             spent_s = time.perf_counter() - start_s
-            tell(args, {**row, "label": args.label, "seconds": spent_s})
+            tell(args, {**row, "label": args.label, "spared": args.spared, "seconds": spent_s})
             print(
                 f"[{spent_s:.1f} s] {args.label}: {config.name}: {row['round_ms']:.1f} ms a round "
                 f"({row['prediction_error']:+.1%} predicted), "
@@ -688,6 +705,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--messages", choices=("copies", "nccl"), default="copies", help="how ranks' messages go"
+    )
+    parser.add_argument(
+        "--spared", type=int, default=0, help="multiprocessors that products leave to NCCL"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="stages without what their products do by themselves"
     )
     parser.add_argument("--label", default="", help="of the rows: which link, which limits")
     parser.add_argument("--budget", type=float, default=1e6, help="seconds for all of it")

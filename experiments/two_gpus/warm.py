@@ -18,27 +18,32 @@ import torch
 
 from experiments.two_gpus.cases import SETS, Config
 from experiments.two_gpus.layouts import Weights
-from experiments.two_gpus.run import TINY, Rank, _loader, chooser, make_visits
+from experiments.two_gpus.lease import PHASES
+from experiments.two_gpus.run import TINY, Rank, _loader, chooser, make_visits, spare
 from muxtune.cost.shapes import model_shape
 from muxtune.runtime.distributed.order_runner import OrderRunner
 from muxtune.runtime.distributed.schedule import sequential_schedule
 from muxtune.types import ReplicaShape
 
 
-def kinds() -> list[Config]:
-    """Configurations that differ in their kernels, whose orders do not matter."""
-    found: dict[Any, Config] = {}
-    for config in (config for configs in SETS.values() for config in configs):
-        found.setdefault((config.replica.tp, config.groups, config.parts), config)
+def kinds() -> list[tuple[int, Config]]:
+    """Configurations that differ in their kernels, whose orders do not matter; before each, how
+    many multiprocessors it spares."""
+    found: dict[Any, tuple[int, Config]] = {}
+    for phase in PHASES:
+        for config in (config for name in phase.sets.split(",") for config in SETS[name]):
+            key = (phase.spared, config.replica.tp, config.groups, config.parts)
+            found.setdefault(key, (phase.spared, config))
     return list(found.values())
 
 
-def compile_kind(number: int, config: Config, args: argparse.Namespace) -> None:
+def compile_kind(number: int, spared: int, config: Config, args: argparse.Namespace) -> None:
     """Every operation once, by itself."""
     begin_s, on_cuda = time.perf_counter(), args.device == "cuda"
     device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu")
     if on_cuda:
         torch.cuda.set_device(device)
+        spare(spared)
     shape = (model_shape(args.shape) if on_cuda else TINY)._replace(num_layers=1)
     replica = ReplicaShape(config.replica.tp, 1)
     me = Rank(0, device, torch.bfloat16 if on_cuda else torch.float32, shape)
@@ -52,13 +57,16 @@ def compile_kind(number: int, config: Config, args: argparse.Namespace) -> None:
     runner._each_visit(runner._run_plain)
     if on_cuda:
         torch.cuda.synchronize()
-    print(f"[{time.perf_counter() - begin_s:.1f} s] compiled {config.name}", flush=True)
+    print(
+        f"[{time.perf_counter() - begin_s:.1f} s] compiled {config.name}, {spared} spared",
+        flush=True,
+    )
 
 
-def _main(number: int, config: Config, args: argparse.Namespace) -> None:
+def _main(number: int, spared: int, config: Config, args: argparse.Namespace) -> None:
     code = 1
     try:
-        compile_kind(number, config, args)
+        compile_kind(number, spared, config, args)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -74,8 +82,8 @@ def main() -> None:
     end_s = time.monotonic() + args.limit_s
     context = multiprocessing.get_context("spawn")
     at_work = [
-        context.Process(target=_main, args=(number, config, args))
-        for number, config in enumerate(kinds())
+        context.Process(target=_main, args=(number, *kind, args))
+        for number, kind in enumerate(kinds())
     ]
     for process in at_work:
         process.start()

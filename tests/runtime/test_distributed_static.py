@@ -28,15 +28,15 @@ from muxtune.types import ReplicaShape
 from tests.runtime.distributed_helpers import run_world
 
 CONFIGS = {
-    "one": Config(SOLO, "1", 1, "sequential"),
-    "interleaved": Config(PIPELINE, "1", 1, "interleaved"),
-    "accumulating": Config(PIPELINE, "1", 2, "1f1b"),
-    "tensor": Config(TENSOR, "1", 1, "sequential"),
-    "both": Config(ReplicaShape(2, 2), "1", 1, "interleaved"),
-    "late": Config(PIPELINE, "1", 1, "interleaved", early=False),
-    "copied": Config(PIPELINE, "1", 1, "interleaved"),
-    "copied tensor": Config(TENSOR, "1", 1, "sequential"),
-    "copied both": Config(ReplicaShape(2, 2), "1", 1, "interleaved"),
+    "one": Config(SOLO, "8", 1, "sequential"),
+    "interleaved": Config(PIPELINE, "8", 1, "interleaved"),
+    "accumulating": Config(PIPELINE, "8", 2, "1f1b"),
+    "tensor": Config(TENSOR, "8", 1, "sequential"),
+    "both": Config(ReplicaShape(2, 2), "8", 1, "interleaved"),
+    "late": Config(PIPELINE, "8", 1, "interleaved", early=False),
+    "copied": Config(PIPELINE, "8", 1, "interleaved"),
+    "copied tensor": Config(TENSOR, "8", 1, "sequential"),
+    "copied both": Config(ReplicaShape(2, 2), "8", 1, "interleaved"),
 }
 
 

@@ -75,9 +75,25 @@ _LIBRARY_BACKWARD_ROWS = 3072
 LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
+_spared = 0
+
+
 @functools.lru_cache(maxsize=1)
 def num_sms() -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(0).multi_processor_count
+    """That products count on."""
+    if INTERPRETED:
+        return 4
+    return torch.cuda.get_device_properties(0).multi_processor_count - _spared
+
+
+def spare_sms(count: int) -> None:
+    """From now on products leave ``count`` multiprocessors to others, as to NCCL. One program of a
+    product runs on each that it counts on: one that finds it taken starts when another is through,
+    and the product takes twice as long. What was captured before is as it was."""
+    global _spared
+    _spared = count
+    num_sms.cache_clear()
+    tuning_of.cache_clear()
 
 
 def gemm_blocks(num_rows: int, widths: tuple[int, ...]) -> GemmBlocks | None:
