@@ -19,11 +19,24 @@ import torch
 from experiments.two_gpus.cases import SETS, Config
 from experiments.two_gpus.layouts import Weights
 from experiments.two_gpus.lease import PHASES
-from experiments.two_gpus.run import TINY, Rank, _loader, chooser, make_visits, spare
+from experiments.two_gpus.run import (
+    TINY,
+    Rank,
+    Visits,
+    _loader,
+    chooser,
+    last_metrics,
+    make_visits,
+    spare,
+)
 from muxtune.cost.shapes import model_shape
+from muxtune.runtime.distributed import static_stage
 from muxtune.runtime.distributed.order_runner import OrderRunner
 from muxtune.runtime.distributed.schedule import sequential_schedule
+from muxtune.runtime.static_step.program import OVERLAP, OWN_SHRINK
 from muxtune.types import ReplicaShape
+
+MOST_GAP = 0.02  # of losses and gradient norms in bfloat16, after three steps
 
 
 def kinds() -> list[tuple[int, Config]]:
@@ -38,7 +51,7 @@ def kinds() -> list[tuple[int, Config]]:
 
 
 def compile_kind(number: int, spared: int, config: Config, args: argparse.Namespace) -> None:
-    """Every operation once, by itself."""
+    """Every operation once, by itself; the first kind's rounds too, in both forms of a stage."""
     begin_s, on_cuda = time.perf_counter(), args.device == "cuda"
     device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu")
     if on_cuda:
@@ -48,19 +61,40 @@ def compile_kind(number: int, spared: int, config: Config, args: argparse.Namesp
     replica = ReplicaShape(config.replica.tp, 1)
     me = Rank(0, device, torch.bfloat16 if on_cuda else torch.float32, shape)
     weights = Weights(shape, replica, 0, 0, device, me.dtype)
-    visits = make_visits(config, me, weights, weights.stage_part())
-    htasks = tuple(i // config.parts for i in range(len(visits.programs)))
-    base = sequential_schedule(htasks, len(config.groups), shape, ReplicaShape(1, 1))
-    runner = OrderRunner(
-        base, 0, visits.programs, None, _loader(visits), device, choose=chooser(visits)
-    )
+    if number == 0:
+        check(config, me, weights)
+    runner, _ = runner_of(config, me, weights)
     runner._each_visit(runner._run_plain)
     if on_cuda:
         torch.cuda.synchronize()
-    print(
-        f"[{time.perf_counter() - begin_s:.1f} s] compiled {config.name}, {spared} spared",
-        flush=True,
-    )
+    spent_s = time.perf_counter() - begin_s
+    print(f"[{spent_s:.1f} s] compiled {config.name}, {spared} spared", flush=True)
+
+
+def runner_of(config: Config, me: Rank, weights: Weights) -> tuple[OrderRunner, Visits]:
+    visits = make_visits(config, me, weights, weights.stage_part())
+    htasks = tuple(i // config.parts for i in range(len(visits.programs)))
+    base = sequential_schedule(htasks, len(config.groups), me.shape, ReplicaShape(1, 1))
+    load, choose = _loader(visits), chooser(visits)
+    runner = OrderRunner(base, 0, visits.programs, None, load, me.device, choose=choose)
+    return runner, visits
+
+
+def check(config: Config, me: Rank, weights: Weights) -> None:
+    """Captured stages train alike in both forms. Raises RuntimeError where they do not."""
+    found = []
+    for own in (True, False):
+        static_stage.OWN_SHRINK = static_stage.OVERLAP = own
+        runner, visits = runner_of(config, me, weights)
+        runner.prepare()
+        runner.run(3)
+        found.append(last_metrics(visits, 2))
+    static_stage.OWN_SHRINK, static_stage.OVERLAP = OWN_SHRINK, OVERLAP
+    mine, plain = (torch.tensor(metrics) for metrics in found)
+    gap = float(((mine - plain) / plain).abs().max())
+    print(f"losses and norms of both forms of a stage differ by {gap:.2g}", flush=True)
+    if not gap < MOST_GAP:
+        raise RuntimeError(f"stages differ by {gap}")
 
 
 def _main(number: int, spared: int, config: Config, args: argparse.Namespace) -> None:
