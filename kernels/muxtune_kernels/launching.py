@@ -3,19 +3,24 @@
 Triton's own call looks at every argument anew: 50 to 150 microseconds of Python a launch, which is
 what an eager call of a linear waits for up to 8,192 rows. Here everything that a compiled kernel
 depends on is one key, looked up once, and what it gives is launched directly, as
-`JITFunction.run` does at its end.
+`JITFunction.run` does at its end. A whole sequence of launches that depends on shapes only is
+recorded the first time and repeated by its buffers' addresses alone (`Tape`, `Plan`).
 """
 
+import itertools
 import operator
+import threading
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Whose compiled kernels are launched the way that `_launch` does it.
+# Whose compiled kernels are launched the way that it is done here.
 _KNOWN_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 _MOST_KEPT = 4096  # launches of different shapes; an eager caller may never come to an end
 
@@ -53,7 +58,7 @@ class Launcher:
         addresses = [tensor.data_ptr() for tensor in tensors]
         # Triton compiles a kernel of its own for each set of addresses that are not aligned.
         is_aligned = not reduce(operator.or_, addresses) & 15
-        if not (self._is_known and is_aligned) or _is_hooked(self._kernel):
+        if not (self._is_known and is_aligned) or _is_hooked() or self._kernel.pre_run_hooks:
             self._plainly(grid, tensors, numbers, constants, num_warps, num_stages, tiles)
             return
         device = driver.active.get_current_device()
@@ -66,20 +71,19 @@ class Launcher:
             found = self._plainly(grid, tensors, numbers, constants, num_warps, num_stages, tiles)
             self._remember(key, found, tiles)
             return
-        descriptors = [
-            _descriptor(fields, tile[0])
-            for fields, tile in zip(known.descriptors, tiles, strict=True)
-        ]
-        compiled, stream = known.compiled, driver.active.get_current_stream(device)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *descriptors, *addresses, *numbers, *constants,
-        )  # fmt: skip
+        based = [(fields, tile[0]) for fields, tile in zip(known.descriptors, tiles, strict=True)]
+        stream = driver.active.get_current_stream(device)
+        _run(known.compiled, grid, stream, based, addresses, (*numbers, *constants))
+        tape = _recorded.tape
+        if tape is not None:
+            tape.add(known, grid, tiles, addresses, (*numbers, *constants))
 
     def _plainly(
         self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...],
         constants: tuple[Any, ...], num_warps: int, num_stages: int, tiles: tuple[Tiles, ...],
     ) -> Any:  # fmt: skip
+        if _recorded.tape is not None:
+            _recorded.tape.is_whole = False
         descriptors = [TensorDescriptor.from_tensor(t, [rows, cols]) for t, rows, cols in tiles]
         return self._kernel[grid](
             *descriptors, *tensors, *numbers, *constants, num_warps=num_warps,
@@ -96,17 +100,194 @@ class Launcher:
         self._known[key] = _Known(compiled, fields)
 
 
-def _descriptor(fields: dict[str, Any], tensor: Tensor) -> TensorDescriptor:
-    """What was checked when its like was made is not checked again."""
-    made = object.__new__(TensorDescriptor)
-    made.__dict__ = {**fields, "base": tensor}
-    return made
+def _run(
+    compiled: Any, grid: tuple[int, int, int], stream: int,
+    based: list[tuple[dict[str, Any], Tensor]], addresses: list[int], rest: tuple[Any, ...],
+) -> None:  # fmt: skip
+    descriptors = []
+    for fields, tensor in based:
+        made = object.__new__(TensorDescriptor)  # what was checked once is not checked again
+        made.__dict__ = {**fields, "base": tensor}
+        descriptors.append(made)
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *descriptors, *addresses, *rest,
+    )  # fmt: skip
 
 
-def _is_hooked(kernel: Any) -> bool:
+def _is_hooked() -> bool:
     """Whether somebody (a profiler) wants to see the launches: then Triton's own call is right."""
     runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return bool(getattr(kernel, "pre_run_hooks", ()))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class _Recorded(threading.local):
+    """The thread's tape: a backward pass runs on a thread of its own."""
+
+    tape: "Tape | None" = None
+
+
+_recorded = _Recorded()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty; a tape that is recorded takes note."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if _recorded.tape is not None:
+        _recorded.tape.allocated(tensor)
+    return tensor
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
+    """out += left @ right (or its transpose) by the library; a tape that is recorded takes note."""
+    out.addmm_(left, right.t() if transposed else right)
+    if _recorded.tape is not None:
+        _recorded.tape.add_product(out, left, right, transposed)
+    return out
+
+
+class _Launch(NamedTuple):
+    """descriptors: fields and buffer. places: buffer and bytes from its start."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    descriptors: tuple[tuple[dict[str, Any], int], ...]
+    places: tuple[tuple[int, int], ...]
+    rest: tuple[Any, ...]
+
+
+class _Product(NamedTuple):
+    """Of buffers."""
+
+    out: int
+    left: int
+    right: int
+    transposed: bool
+
+
+class Plan(NamedTuple):
+    """Launches in order that depend on nothing but the addresses of their buffers: first those
+    that are given, then those that never change, then those that are allocated."""
+
+    steps: tuple[_Launch | _Product, ...]
+    fixed: tuple[Tensor, ...]
+    fixed_addresses: tuple[int, ...]
+    allocations: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outputs: tuple[tuple[int, tuple[int, ...] | None], ...]
+
+    def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """The outputs; None, and nothing done, where it must be done the ordinary way."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+        if reduce(operator.or_, addresses) & 15 or _is_hooked():
+            return None
+        device = self.fixed[0].device
+        made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.allocations]
+        addresses += self.fixed_addresses
+        addresses += [tensor.data_ptr() for tensor in made]
+        buffers: list[Any] = [*inputs, *self.fixed, *made]
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        for step in self.steps:
+            if isinstance(step, _Launch):
+                _run(
+                    step.compiled, step.grid, stream,
+                    [(fields, buffers[at]) for fields, at in step.descriptors],
+                    [addresses[at] + offset for at, offset in step.places], step.rest,
+                )  # fmt: skip
+            else:
+                right = buffers[step.right].t() if step.transposed else buffers[step.right]
+                buffers[step.out].addmm_(buffers[step.left], right)
+        return [
+            None if at < 0 else buffers[at] if shape is None else buffers[at].view(shape)
+            for at, shape in self.outputs
+        ]
+
+
+class Tape:
+    """Records launches while it is entered. inputs: what may lie elsewhere the next time; fixed:
+    what never does. It keeps what is allocated, so that no address is given twice."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], fixed: Sequence[Tensor]) -> None:
+        self.is_whole = not _overlap([t for t in inputs if t is not None])
+        self._inputs, self._fixed = len(inputs), tuple(fixed)
+        self._buffers: list[Tensor | None] = [*inputs, *fixed]
+        self._steps: list[_Launch | _Product] = []
+
+    def __enter__(self) -> "Tape":
+        _recorded.tape = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _recorded.tape = None
+
+    def allocated(self, tensor: Tensor) -> None:
+        self._buffers.append(tensor)
+
+    def add(
+        self, known: _Known, grid: tuple[int, int, int], tiles: tuple[Tiles, ...],
+        addresses: list[int], rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        places = [self._place(address) for address in addresses]
+        based = [self._place(tile.tensor.data_ptr()) for tile in tiles]
+        if None in places or not all(place and place[1] == 0 for place in based):
+            self.is_whole = False
+            return
+        descriptors = tuple(
+            (fields, place[0])
+            for fields, place in zip(known.descriptors, based, strict=True)
+            if place is not None
+        )
+        found = tuple(place for place in places if place is not None)
+        self._steps.append(_Launch(known.compiled, grid, descriptors, found, rest))
+
+    def add_product(self, out: Tensor, left: Tensor, right: Tensor, transposed: bool) -> None:
+        """Of whole buffers."""
+        operands = (out, left, right)
+        at = [i for o in operands for i, buffer in enumerate(self._buffers) if buffer is o]
+        self.is_whole &= len(at) == 3
+        if self.is_whole:
+            self._steps.append(_Product(*at, transposed))
+
+    def plan(self, outputs: Sequence[Tensor | None]) -> Plan | None:
+        """What was recorded; None where not all of it could be."""
+        found = [self._output(tensor) for tensor in outputs]
+        first = self._inputs + len(self._fixed)
+        made = [tensor for tensor in self._buffers[first:] if tensor is not None]
+        if not self.is_whole:
+            return None
+        return Plan(
+            tuple(self._steps), self._fixed, tuple(t.data_ptr() for t in self._fixed),
+            tuple((tuple(t.shape), t.dtype) for t in made), tuple(found),
+        )  # fmt: skip
+
+    def _output(self, tensor: Tensor | None) -> tuple[int, tuple[int, ...] | None]:
+        """Its buffer, and the shape that it has there."""
+        if tensor is None:
+            return -1, None
+        place = self._place(tensor.data_ptr())
+        if place is None or place[1] or not tensor.is_contiguous():
+            self.is_whole = False
+            return -1, None
+        buffer = self._buffers[place[0]]
+        is_same = buffer is not None and buffer.shape == tensor.shape
+        return place[0], None if is_same else tuple(tensor.shape)
+
+    def _place(self, address: int) -> tuple[int, int] | None:
+        for at, tensor in enumerate(self._buffers):
+            if tensor is not None and 0 <= address - tensor.data_ptr() < _extent_bytes(tensor):
+                return at, address - tensor.data_ptr()
+        return None
+
+
+def _extent_bytes(tensor: Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in pairs))
+
+
+def _overlap(tensors: list[Tensor]) -> bool:
+    """Whether two of them share memory (or one has none): which is which is not certain then."""
+    spans = sorted((tensor.data_ptr(), _extent_bytes(tensor)) for tensor in tensors)
+    following = itertools.pairwise(spans)
+    return any(span[1] == 0 for span in spans) or any(a + n > b for (a, n), (b, _) in following)

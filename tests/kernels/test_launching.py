@@ -93,3 +93,53 @@ def test_kept_launches_are_bounded(launcher: Any, monkeypatch: pytest.MonkeyPatc
     for number in range(10):
         launch(launcher, torch.zeros(8), number)
     assert len(launcher._known) <= 3
+
+
+def recorded(launcher: Any, given: torch.Tensor) -> Any:
+    """A plan of two launches and a product: given -> made -> out."""
+    fixed = torch.full((4,), 3.0)
+    for attempt in range(2):  # the first launches of all are Triton's own
+        with launching.Tape((given, None), (fixed,)) as tape:
+            made = launching.empty((4, 4), torch.float32, given.device)
+            out = launching.empty((1, 4, 4), torch.float32, given.device)
+            launcher((2, 1, 1), (given, fixed, made), (5,), (), 4)
+            launcher((3, 1, 1), (made[2:], out[0]), (6,), (), 4)
+            launching.add_product(made, given, given, True)
+        plan = tape.plan((made, out[0], None))
+        assert (plan is None) == (attempt == 0)
+    return plan, fixed
+
+
+def test_a_plan_repeats_launches_with_other_buffers(launcher: Any) -> None:
+    first, second = torch.eye(4), 2 * torch.eye(4)
+    plan, fixed = recorded(launcher, first)
+    calls = len(launcher._kernel.calls)
+    made, out, nothing = plan.run((second, None))
+    assert len(launcher._kernel.calls) == calls and nothing is None
+    one, two = (compiled.runs[-1] for compiled in launcher._kernel.compiled)
+    assert one[:3] == (2, 1, 1) and one[9:] == (
+        second.data_ptr(), fixed.data_ptr(), made.data_ptr(), 5
+    )  # fmt: skip
+    assert two[:3] == (3, 1, 1) and two[9:] == (made.data_ptr() + 32, out.data_ptr(), 6)
+    assert made.data_ptr() != first.data_ptr() and out.shape == (4, 4)
+
+
+def test_a_plan_multiplies_what_it_is_given(launcher: Any, monkeypatch: Any) -> None:
+    plan, _ = recorded(launcher, torch.eye(4))
+    monkeypatch.setattr(torch, "empty", lambda *a, dtype, device: torch.zeros(*a, dtype=dtype))
+    second = torch.arange(16.0).reshape(4, 4)
+    assert torch.equal(plan.run((second, None))[0], second @ second.t())
+
+
+def test_a_plan_leaves_what_it_cannot_do(launcher: Any) -> None:
+    plan, _ = recorded(launcher, torch.eye(4))
+    assert plan.run((torch.zeros(17)[1:].view(4, 4), None)) is None  # not aligned
+
+
+def test_no_plan_where_an_address_is_not_certain(launcher: Any) -> None:
+    given, stranger = torch.eye(4), torch.eye(4)
+    for inputs, used in (((given, given), given), ((given, None), stranger)):
+        for _ in range(2):
+            with launching.Tape(inputs, ()) as tape:
+                launcher((2, 1, 1), (used,), (5,), (), 4)
+        assert tape.plan(()) is None

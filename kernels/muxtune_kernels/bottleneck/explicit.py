@@ -134,14 +134,14 @@ def launched_backward(
     if targets is not None:
         assert keep_S is not None
         into = launch.GradTargets(targets.down_RO, targets.up_RO, keep_S)
-    dh_TJ, dup_OR = launch.dh_db(
+    dh_TJ, dup_RO = launch.dh_db(
         dz_TO, inner_TJ, pool.up_RO.t(), tensors, adapters, layout, tuning, into
     )
     dh_TJ = torch.where(inner_TJ > 0, dh_TJ, 0)
     dy_TO, _ = _expand(dz_TO, dh_TJ, pool.down_RO, pool, tensors, layout, False)
     ddown_RO = launch.outer(dh_TJ, y_TO, pool.down_RO, tensors, adapters, layout, tuning, into)
     biases = _bias_grads(dz_TO, dh_TJ, pool, tensors, layout, targets, keep_S)
-    return dy_TO, BottleneckGrads(ddown_RO, biases[0], dup_OR.t(), biases[1])
+    return dy_TO, BottleneckGrads(ddown_RO, biases[0], dup_RO, biases[1])
 
 
 def _bias_grads(

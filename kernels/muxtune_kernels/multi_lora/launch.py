@@ -22,7 +22,7 @@ from torch import Tensor
 from ..dropout import RowDropout
 from ..dropout.reference import mix_word
 from ..lasting import lasting
-from ..launching import Launcher, Tiles
+from ..launching import Launcher, Tiles, add_product, empty
 from ..rows import slot_offsets
 from .flags import ReadyFlags
 from .gemm import linear_kernel
@@ -144,7 +144,7 @@ def lora_forward(
     if blocks is None:
         h_TJ = shrink(x_TD, a_RD, rows, layout, tuning._replace(shrink_splits=1))
         y_TO = expand(h_TJ, b_OR, bias_O, rows, adapters.out_features, layout, tuning, False)
-        return y_TO.addmm_(x_TD, weight_OD.t()), h_TJ
+        return add_product(y_TO, x_TD, weight_OD, True), h_TJ
     if flags is not None and rows.dropout is None:
         own = Shrink(a_RD, flags.take(cdiv(x_TD.shape[0], blocks.t)))
         return linear(x_TD, weight_OD, bias_O, own, b_OR.t(), rows, layout, blocks, True)
@@ -156,19 +156,19 @@ def lora_backward(
     dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, weight_OD: Tensor, a_RD: Tensor, b_OR: Tensor,
     rows: RowTensors, adapters: Adapters, tuning: Tuning, needs_dx: bool, needs_factors: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx_TD, dA [M * R, D], dB [O, R])."""
+    """(dx_TD, dA [M * R, D], dB [R, O])."""
     layout = layout_of(adapters, x_TD.device)
     fused = needs_dx and _is_fused_backward(dy_TO, weight_OD, rows, tuning)
     blocks = gemm_blocks(x_TD.shape[0], (x_TD.shape[1],)) if fused else None
-    dh_TJ, db_OR = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
+    dh_TJ, db_RO = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
     dx_TD = None
     if blocks is not None:
         dx_TD, _ = linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)
     elif needs_dx:
         dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_TD.shape[1],), layout, tuning, True)
-        dx_TD.addmm_(dy_TO, weight_OD)
+        add_product(dx_TD, dy_TO, weight_OD)
     da_RD = outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning) if needs_factors else None
-    return dx_TD, da_RD, db_OR if needs_factors else None
+    return dx_TD, da_RD, db_RO if needs_factors else None
 
 
 def lora_input_grad(
@@ -186,7 +186,7 @@ def lora_input_grad(
     if blocks is not None:
         return linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)[0], dh_TJ
     dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_shape[1],), layout, tuning, True)
-    return dx_TD.addmm_(dy_TO, weight_OD), dh_TJ
+    return add_product(dx_TD, dy_TO, weight_OD), dh_TJ
 
 
 def _is_fused_backward(dy_TO: Tensor, weight_OD: Tensor, rows: RowTensors, tuning: Tuning) -> bool:
@@ -210,11 +210,11 @@ def linear(
     """(x W^T or x W, plus h F; the summed h_TJ, or the one that the product made)."""
     num_rows, num_in = x_TK.shape
     num_out = weight_OD.shape[0] if weight_nk else weight_OD.shape[1]
-    out_TN = torch.empty((num_rows, num_out), dtype=x_TK.dtype, device=x_TK.device)
+    out_TN = empty((num_rows, num_out), x_TK.dtype, x_TK.device)
     own = h_parts if isinstance(h_parts, Shrink) else None
     h_parts = _new_h(x_TK, layout, 1) if isinstance(h_parts, Shrink) else h_parts
     splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
-    h_TJ = torch.empty_like(h_parts[0], dtype=x_TK.dtype) if splits > 1 else h_parts
+    h_TJ = _new_h(x_TK, layout, 1) if splits > 1 else h_parts
     # One for each SM also where there are fewer tiles: their number is compiled in, and what has no
     # tile makes h or ends. The interpreter runs one after the other: none may wait for a later one.
     programs = 1 if own is not None and INTERPRETED else num_sms()
@@ -254,8 +254,8 @@ def linear(
 def _new_h(like_TK: Tensor, layout: Layout, splits: int) -> Tensor:
     shape = (like_TK.shape[0], layout.j_width)
     if splits == 1:
-        return torch.empty(shape, dtype=like_TK.dtype, device=like_TK.device)
-    return torch.empty((splits, *shape), dtype=torch.float32, device=like_TK.device)
+        return empty(shape, like_TK.dtype, like_TK.device)
+    return empty((splits, *shape), torch.float32, like_TK.device)
 
 
 def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning: Tuning) -> Tensor:
@@ -292,7 +292,7 @@ def expand(
 ) -> Tensor:  # fmt: skip
     """bias + h F; for dx over all members at once and under dropout's mask."""
     num_rows, num_out = h_TJ.shape[0], sum(widths)
-    out_TN = torch.empty((num_rows, num_out), dtype=h_TJ.dtype, device=h_TJ.device)
+    out_TN = empty((num_rows, num_out), h_TJ.dtype, h_TJ.device)
     members = 1 if is_dx else layout.num_members
     inner = layout.num_members if is_dx else 1
     dropout = is_dx and rows.dropout is not None
@@ -322,14 +322,12 @@ def dh_db(
     layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
     sum_parts: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh_TJ, dB [O, R]) from one read of dy. sum_parts: who adds up dh's parts and dB's."""
+    """(dh_TJ, dB [R, O]) from one read of dy. sum_parts: who adds up dh's parts and dB's."""
     members, splits = layout.num_members, tuning.db_splits
     num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
-    parts = torch.empty(
-        (blocks, num_rows, layout.j_width), dtype=dh_part_dtype(dy_TO.dtype, tuning),
-        device=dy_TO.device,
-    )  # fmt: skip
+    part_dtype = dy_TO.dtype if tuning.short_parts else torch.float32
+    parts = empty((blocks, num_rows, layout.j_width), part_dtype, dy_TO.device)
     direct = targets if splits == 1 else None
     partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
     _dh_db(
@@ -350,17 +348,17 @@ def dh_db(
         tuning.db_warps, tuning.db_stages,
     )  # fmt: skip
     sum_parts = sum_parts or _sum_parts
-    dh_TJ, db_OR = sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
+    dh_TJ, db_RO = sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
     if targets is not None and direct is None:
-        _add_into(targets.db_RO, db_OR.t(), targets.keep_S, layout)
-    return dh_TJ, db_OR
+        _add_into(targets.db_RO, db_RO, targets.keep_S, layout)
+    return dh_TJ, db_RO
 
 
 def _sum_parts(
     parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, layout: Layout,
     tuning: Tuning,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh_TJ, dB [O, R]) from the parts that `dh_db` left."""
+    """(dh_TJ, dB [R, O]) from the parts that `dh_db` left."""
     dh_TJ, db_RO, tiles, sums = new_sums(h_TJ, b_OR, partials, tuning)
     rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
     _sum(
@@ -377,14 +375,14 @@ def _sum_parts(
         ),
         2,
     )  # fmt: skip
-    return dh_TJ, db_RO.t()
+    return dh_TJ, db_RO
 
 
 def new_sums(
     h_TJ: Tensor, b_OR: Tensor, partials: Tensor, tuning: Tuning
 ) -> tuple[Tensor, Tensor, int, int]:
     """(dh_TJ, dB [R, O], programs that sum the one, those that sum the other)."""
-    tiles, dh_TJ = cdiv(h_TJ.shape[0], tuning.sum_t), torch.empty_like(h_TJ)
+    tiles, dh_TJ = cdiv(h_TJ.shape[0], tuning.sum_t), empty(h_TJ.shape, h_TJ.dtype, h_TJ.device)
     if partials.shape[0] == 1:
         return dh_TJ, partials[0], tiles, 0
     db_RO = _partials(b_OR.t(), 1)[0]
@@ -438,13 +436,9 @@ def _add_into(target_RN: Tensor, value_RN: Tensor, keep_S: Tensor, layout: Layou
     torch.add(kept_RN, value_RN, out=target_RN)
 
 
-def dh_part_dtype(dtype: torch.dtype, tuning: Tuning) -> torch.dtype:
-    return dtype if tuning.short_parts else torch.float32
-
-
 def _partials(factor_RN: Tensor, splits: int) -> Tensor:
     dtype = factor_RN.dtype if splits == 1 else torch.float32
-    return torch.empty((splits, *factor_RN.shape), dtype=dtype, device=factor_RN.device)
+    return empty((splits, *factor_RN.shape), dtype, factor_RN.device)
 
 
 def _total(partials: Tensor, like: Tensor) -> Tensor:

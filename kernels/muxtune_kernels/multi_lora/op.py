@@ -101,13 +101,12 @@ def _check(
 ) -> None:
     num_rows, width = x_TD.shape
     rank, out = sum(slot_ranks), sum(out_features)
-    expected = {
-        "weight_OD": (weight_OD.shape, (out, width)),
-        "a_RD": (a_RD.shape, (len(out_features) * rank, width)),
-        "b_OR": (b_OR.shape, (out, rank)),
-        "scale_S": (scale_S.shape, (len(slot_ranks),)),
-        "slot_of_row_T": (rows.slot_of_row_T.shape, (num_rows,)),
-    }
-    for name, (shape, want) in expected.items():
-        if tuple(shape) != want:
-            raise ValueError(f"{name} is {tuple(shape)}, not {want}")
+    for name, tensor, want in (
+        ("weight_OD", weight_OD, (out, width)),
+        ("a_RD", a_RD, (len(out_features) * rank, width)),
+        ("b_OR", b_OR, (out, rank)),
+        ("scale_S", scale_S, (len(slot_ranks),)),
+        ("slot_of_row_T", rows.slot_of_row_T, (num_rows,)),
+    ):
+        if tensor.shape != want:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {want}")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launching import Launcher
+from ..launching import Launcher, empty
 from .launch import (
     Adapters,
     Layout,
@@ -100,7 +100,7 @@ def wide_shrink(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, layout: Layout, tuning: Tuning
 ) -> Tensor:
     num_rows = x_TW.shape[0]
-    h_TJ = torch.empty((num_rows, layout.j_width), dtype=x_TW.dtype, device=x_TW.device)
+    h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
     factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
     _shrink(
         (cdiv(num_rows, tuning.shrink_t), 1, 1),
@@ -135,14 +135,14 @@ def wide_backward(
     ) -> tuple[Tensor, Tensor]:
         return _wide_sum(parts, partials, h_TJ, b_OR, dy_TW, wide, rows, layout, tuning)
 
-    dh_TJ, db_OR = dh_db(
+    dh_TJ, db_RO = dh_db(
         dy_TW[:, : wide.num_out], h_TJ, b_RO.t(), rows, adapters, layout, tuning,
         sum_parts=sum_parts,
     )  # fmt: skip
     used = wide.num_out + wide.columns
     dx_TD = dy_TW[:, :used] @ wide.weight_PW[:used, : wide.width]
     da_RD = outer(dh_TJ, x_TW[:, : wide.width], a_RD, rows, adapters, layout, tuning)
-    return dx_TD, da_RD, db_OR.t()
+    return dx_TD, da_RD, db_RO
 
 
 def _wide_sum(
@@ -167,4 +167,4 @@ def _wide_sum(
         ),
         2,
     )  # fmt: skip
-    return dh_TJ, db_RO.t()
+    return dh_TJ, db_RO
