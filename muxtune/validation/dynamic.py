@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +103,18 @@ def _draw(
     if max_tasks >= count:
         cancel_ns = int(0.45 * duration_s * NS_PER_S)
         tasks[1] = tasks[1]._replace(num_steps=10 * (tasks[1].num_steps or 1), cancel_ns=cancel_ns)
-    return DynamicCase(name, tuple(sorted(tasks, key=lambda task: task.arrival_ns)), max_tasks)
+    drawn = DynamicCase(name, tuple(sorted(tasks, key=lambda task: task.arrival_ns)), max_tasks)
+    return _as_long_as(drawn, models.profile, duration_s)
+
+
+def _as_long_as(case: DynamicCase, profile: Profile, duration_s: float) -> DynamicCase:
+    """With more or fewer steps, where there is a simulator to say what the planner makes of it."""
+    if find_spec("simpy") is None:
+        return case
+    ends = _simulate(case, profile).ended.values()
+    factor = duration_s * NS_PER_S / max(end.ended_ns for end in ends)
+    tasks = (t._replace(num_steps=max(3, round(factor * (t.num_steps or 1)))) for t in case.tasks)
+    return case._replace(tasks=tuple(tasks))
 
 
 class End(NamedTuple):
