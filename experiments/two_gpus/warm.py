@@ -36,7 +36,7 @@ from muxtune.runtime.distributed.schedule import sequential_schedule
 from muxtune.runtime.static_step.program import OVERLAP, OWN_SHRINK
 from muxtune.types import ReplicaShape
 
-MOST_GAP = 0.02  # of losses and gradient norms in bfloat16, after three steps
+MOST_GAP = 0.02  # of losses and gradient norms in bfloat16
 
 
 def kinds() -> list[tuple[int, Config]]:
@@ -87,8 +87,8 @@ def check(config: Config, me: Rank, weights: Weights) -> None:
         static_stage.OWN_SHRINK = static_stage.OVERLAP = own
         runner, visits = runner_of(config, me, weights)
         runner.prepare()
-        runner.run(3)
-        found.append(last_metrics(visits, 2))
+        runner.run(1)
+        found.append(last_metrics(visits, 0))
     static_stage.OWN_SHRINK, static_stage.OVERLAP = OWN_SHRINK, OVERLAP
     mine, plain = (torch.tensor(metrics) for metrics in found)
     gap = float(((mine - plain) / plain).abs().max())
