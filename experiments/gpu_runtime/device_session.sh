@@ -1,8 +1,8 @@
 #!/bin/bash
 # Everything that needs one GPU, in order of value, in a given number of seconds, of which so many
-# at most beside each other (a quarter, but 200 at most):
+# at most beside each other (a quarter, but 200 at most; all of side_by_side.py or some of it):
 #
-#     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150]
+#     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150 [NAMES]]
 #
 # First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
 # alone: the step throughput, the memory curve, joins, the kernel ratio, each as far as the time goes;
@@ -49,20 +49,20 @@ END
 }
 
 side_limit=${2:-$((budget / 4 > 200 ? 200 : budget / 4))}
-"$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit"
+"$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit" \
+  ${3:+--only "$3"}
 echo "==== $(left) s left"
 
 # Of what is left, beyond the step throughput: memory, kernel ratio; then joins, if time is left.
-memory_s=72 ratio_s=${RATIO_S:-60}
-[ "$budget" -lt 400 ] && memory_s=0 ratio_s=0
+memory_s=${MEMORY_S:-72} ratio_s=${RATIO_S:-60}
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
 keep=$((memory_s + ratio_s))
 parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,all_methods,mixed_methods,mixed_ranks,llama_3_1_8b
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
-  --only "$parts,lora_16,lora_4,lora_1" --seconds $(($(left) - keep - 8)) --sl-limit-s 14 "${checked[@]}"
+  --only "$parts,lora_16,lora_4,lora_1" --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
 
-run="$here/run.py --out $work/alone"
+run="$here/run.py --out $work/alone --hf-instances ${HF_INSTANCES:-99}"
 alone $((ratio_s + 3)) "$python" $run --parts memory --memory-seconds $(($(left) - ratio_s - 18))
 merge "$out/gpu_runtime.json" "$work/alone/memory.json"
 if [ "$ratio_s" -gt 0 ]; then

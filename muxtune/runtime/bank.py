@@ -54,11 +54,16 @@ class TaskTensors(NamedTuple):
             if not _is_one_zero(mine):
                 theirs.copy_(mine)
 
-    def detached_copy(self, with_grad: bool) -> TaskTensors:
-        """In host memory, for a GPU's is what pools are made of."""
-        grad = _host_copy(self.grad) if with_grad else no_gradient(self.grad)
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self)
+
+    def detached_copy(self, with_grad: bool, on_device: bool = False) -> TaskTensors:
+        """In host memory, for a GPU's is what pools are made of; ``on_device``: where it is."""
+        copy = torch.clone if on_device else _host_copy
+        grad = copy(self.grad) if with_grad else no_gradient(self.grad)
         param, exp_avg, exp_avg_sq = (
-            _host_copy(tensor) for tensor in (self.param, self.exp_avg, self.exp_avg_sq)
+            copy(tensor) for tensor in (self.param, self.exp_avg, self.exp_avg_sq)
         )
         return TaskTensors(param, grad, exp_avg, exp_avg_sq)
 
@@ -79,6 +84,10 @@ class TaskState:
     step_loss: float = 0.0
     is_open: bool = False
     place: tuple[AdapterPool, int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensors.num_bytes for tensors in self.tensors.values())
 
     def parameters(self) -> dict[str, dict[str, Tensor]]:
         """Site name -> parameter name -> weights [rows, width]."""
@@ -233,8 +242,13 @@ class PoolKinds(Protocol):
         ``SlotPool`` is wanted."""
         ...
 
-    def keep(self, pools: Sequence[AdapterPool]) -> None:
-        """The others of its pools are let go: there are some."""
+    def keep(self, pools: Sequence[AdapterPool]) -> int:
+        """What computes with the others of its pools, of which there are some, is let go; bytes
+        of the device that this has freed."""
+        ...
+
+    def give_back(self) -> None:
+        """Pools were let go: their memory is the device's again."""
         ...
 
 
@@ -280,7 +294,9 @@ class AdapterBank:
 
         A pool whose slots' shapes still fit is kept, and so are tasks that stay in their slot.
         Pools that nobody needs are let go before new ones are made, so that the two need not fit
-        into the memory together. Raises TaskError when a task does not fit its slot.
+        into the memory together: tasks that move wait on the device as far as what was let go
+        with the old pools has left room there, the others on the host. Raises TaskError when a
+        task does not fit its slot.
         """
         members = [
             {slot: states[task_id] for task_id, slot in htask.slot_of.items() if task_id in states}
@@ -296,14 +312,20 @@ class AdapterBank:
             for task_id, slot in htask.slot_of.items()
             if task_id in states and pool is not None
         }
+        kept = [pool for pool in matched if pool is not None]
+        loses = self._kinds is not None and len(kept) < len(self.pools)
+        room_bytes = self._kinds.keep(kept) if loses and self._kinds is not None else 0
+        moving = {task_id for htask in htasks for task_id in htask.slot_of}
         for pool in self.pools:
             for state in [state for state in pool.occupants if state is not None]:
                 if not _is_at(state, stay.get(state.task.task_id)):
-                    take_out(state)
+                    on_device = state.task.task_id in moving and state.num_bytes <= room_bytes
+                    room_bytes -= state.num_bytes if on_device else 0
+                    take_out(state, on_device)
             del pool
-        before, self.pools = len(self.pools), [pool for pool in matched if pool is not None]
-        if self._kinds is not None and len(self.pools) < before:
-            self._kinds.keep(self.pools)
+        self.pools = kept
+        if loses and self._kinds is not None:
+            self._kinds.give_back()
         pools: list[AdapterPool] = []
         for htask, pool, own in zip(htasks, matched, members, strict=True):
             pools.append(pool or self._new_pool(htask.shapes[0].slots, own))
@@ -402,14 +424,18 @@ def _put_in(state: TaskState, pool: AdapterPool, slot: int) -> None:
     state.place = (pool, slot)
 
 
-def take_out(state: TaskState) -> None:
-    """Give a task storage of its own and free its slot; nothing happens to one without a place."""
+def take_out(state: TaskState, on_device: bool = False) -> None:
+    """Give a task storage of its own, in host memory or where it is, and free its slot. One
+    without a place comes to the host at most."""
     if state.place is None:
+        state.tensors = {
+            key: TaskTensors(*map(_on_host, four)) for key, four in state.tensors.items()
+        }
         return
     # In a pool of another kind, what is left of a step that is closed is not cleared.
     with_grad = state.is_open or isinstance(state.place[0], SlotPool)
     state.tensors = {
-        key: tensors.detached_copy(with_grad) for key, tensors in state.tensors.items()
+        key: tensors.detached_copy(with_grad, on_device) for key, tensors in state.tensors.items()
     }
     _vacate(state)
 
@@ -428,6 +454,10 @@ def no_gradient(like: Tensor) -> Tensor:
 def _is_one_zero(tensor: Tensor) -> bool:
     """Expanded; see ``TaskTensors``."""
     return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

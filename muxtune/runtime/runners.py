@@ -74,15 +74,23 @@ class Runners:
                 return None
         return pool
 
-    def keep(self, pools: Sequence[AdapterPool]) -> None:
-        ids = {id(pool) for pool in pools}
+    def keep(self, pools: Sequence[AdapterPool]) -> int:
+        before_bytes, ids = self._reserved_bytes(), {id(pool) for pool in pools}
         self._captured = {key: item for key, item in self._captured.items() if key in ids}
         if not self._captured:
             self._memory, self._memory_rows = None, 0
-        if self.backbone.device.type != "cuda":
-            return
-        gc.collect()  # of graphs too: none may hold its memory until some later collection
-        torch.cuda.empty_cache()
+        if self.backbone.device.type == "cuda":
+            gc.collect()  # of graphs too: none may hold its memory until some later collection
+        self.give_back()
+        return before_bytes - self._reserved_bytes()
+
+    def give_back(self) -> None:
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _reserved_bytes(self) -> int:
+        on_cuda = self.backbone.device.type == "cuda"
+        return torch.cuda.memory_reserved(self.backbone.device) if on_cuda else 0
 
     def arrange(
         self,

@@ -50,8 +50,29 @@ def fill(states: dict[str, TaskState]) -> dict[str, dict[tuple[str, str], TaskTe
     return copies
 
 
-def test_every_arrangement_keeps_every_bit(store: BackboneStore) -> None:
-    bank = AdapterBank(store.get("tiny"), torch.float64)
+class Kinds:
+    """Says how much of the device is free after each change."""
+
+    def __init__(self, room_bytes: int) -> None:
+        self.room_bytes, self.given_back = room_bytes, 0
+        self.told: list[int] = []
+
+    def other_pool(self, slots: object, members: object) -> None:
+        return None
+
+    def keep(self, pools: Sequence[AdapterPool]) -> int:
+        self.told.append(len(pools))
+        return self.room_bytes
+
+    def give_back(self) -> None:
+        self.given_back += 1
+
+
+@pytest.mark.parametrize("room_bytes", [0, 60_000, 1 << 30])
+def test_every_arrangement_keeps_every_bit(store: BackboneStore, room_bytes: int) -> None:
+    """Whether tasks wait on the device or on the host, or some here and some there."""
+    kinds = Kinds(room_bytes)
+    bank = AdapterBank(store.get("tiny"), torch.float64, kinds)
     states = {task.task_id: bank.create(task, 4) for task in TASKS}
     copies = fill(states)
     for order in permutations(TASKS):
@@ -63,10 +84,36 @@ def test_every_arrangement_keeps_every_bit(store: BackboneStore) -> None:
                     assert states[task.task_id].place == (pool, slot)
                     assert pool.scales[slot] == task.adapter.alpha / task.adapter.rank
     arrange(bank, [], states)
+    assert kinds.given_back > 6
     for task_id, state in states.items():
         assert state.place is None
         for key, values in state.tensors.items():
             assert all(map(torch.equal, values, copies[task_id][key]))
+
+
+def test_tasks_wait_on_the_device_as_far_as_there_is_room(
+    store: BackboneStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that move within the bank: one that leaves may be away for long."""
+    stayed: list[int] = []
+    clone = TaskTensors.detached_copy
+
+    def noted(self: TaskTensors, with_grad: bool, on_device: bool = False) -> TaskTensors:
+        stayed.append(self.num_bytes if on_device else 0)
+        return clone(self, with_grad, on_device)
+
+    monkeypatch.setattr(TaskTensors, "detached_copy", noted)
+    kinds = Kinds(1 << 30)
+    bank = AdapterBank(store.get("tiny"), torch.float64, kinds)
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    arrange(bank, [make_htask(TASKS)], states)
+    sizes = {task_id: state.num_bytes for task_id, state in states.items()}
+    for room, wanted in ((1 << 30, sizes["x"] + sizes["y"]), (sizes["x"], sizes["x"]), (0, 0)):
+        kinds.room_bytes = room
+        stayed.clear()
+        arrange(bank, [make_htask(TASKS[:2])], states)
+        assert sum(stayed) == wanted
+        arrange(bank, [make_htask(TASKS)], states)
 
 
 def test_a_placed_tasks_tensors_are_the_pools_own_rows(store: BackboneStore) -> None:
@@ -148,18 +195,9 @@ def test_only_the_cpu_sums_in_float64() -> None:
 def test_whoever_makes_pools_is_told_only_when_some_are_let_go(store: BackboneStore) -> None:
     """Freeing what a GPU's allocator keeps takes time, and a plan often keeps every pool."""
 
-    class Kinds:
-        told: list[int] = []
-
-        def other_pool(self, slots: object, members: object) -> None:
-            return None
-
-        def keep(self, pools: Sequence[AdapterPool]) -> None:
-            self.told.append(len(pools))
-
-    bank = AdapterBank(store.get("tiny"), torch.float64, kinds := Kinds())
+    bank = AdapterBank(store.get("tiny"), torch.float64, kinds := Kinds(0))
     states = {task.task_id: bank.create(task, 4) for task in TASKS}
     together = [make_htask(TASKS)]
     for htasks in (together, together, [make_htask(TASKS[:2])], [make_htask(TASKS[:2])], []):
         bank.arrange(htasks, states)
-    assert kinds.told == [0, 0]
+    assert kinds.told == [0, 0] and kinds.given_back == 2
