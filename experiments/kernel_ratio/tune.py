@@ -90,14 +90,14 @@ class Bench:
         splits = (self.tuning.db_splits, 1, 2) if self.case.shape[3] == 8 else (
             self.tuning.db_splits,)  # fmt: skip
         for name, tuning in self._variants(
-            short_parts=(True,), db_t=(32, 64, 128), db_n=(128, 256), db_stages=(2, 3, 4),
+            db_t=(32, 64, 128), db_n=(128, 256), db_stages=(2, 3, 4),
             db_warps=(4, 8), db_splits=sorted(set(splits)),
         ):  # fmt: skip
             block = tuning.db_t * tuning.db_n
             wide_enough = block >= 8192 and (tuning.db_warps == 4) == (tuning.db_n == 128)
             if name == "as shipped" or (wide_enough and block * tuning.db_stages <= 65536):
                 yield "dh_db", name, least, lambda i, t=tuning: self._dh_db(i, t)
-        for name, tuning in self._variants(short_parts=(True,), db_n=(128, 256), sum_t=(2, 4, 8)):
+        for name, tuning in self._variants(db_n=(128, 256), sum_t=(2, 4, 8)):
             yield "dh_db and sum", name, least, lambda i, t=tuning: launch.dh_db(
                 self.case.sets[i].dy_TO, self.h[i], self.b_RO.t(), self.rows, self.adapters,
                 self.layout, t)  # fmt: skip

@@ -110,7 +110,7 @@ def wide_form(problem: Problem, t: Tensors):
     tuning = tuning_of(
         problem.num_rows, problem.width, problem.out, len(ranks),
         launch.layout_of(adapters, device).rank_pad, t.x.element_size(), False,
-    )._replace(short_parts=t.x.dtype != torch.float32)  # fmt: skip
+    )  # fmt: skip
     weight, b_RO = wide.wide_weight(t.weight, adapters), t.b.t().contiguous()
     wide.widen_weight(weight, t.a, b_RO, adapters)
     x_TW, dy_TW = (
@@ -368,3 +368,31 @@ def test_repeated_launches_give_the_same_bits(name: str, device: torch.device) -
         moved = t._replace(x=t.x.clone(), a=t.a.clone(), dy=t.dy.clone())
         found = triton_form(problem, moved)
         assert all(torch.equal(p, q) for p, q in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["split rows", "slots out of order"])
+def test_gradients_are_added_to_what_a_slot_keeps(name: str, device: torch.device) -> None:
+    from muxtune_kernels.multi_lora import launch
+    from muxtune_kernels.multi_lora.tuning import tuning_of
+
+    problem = SMALL[name]
+    t = tensors_of(problem, device, torch.float32, torch.float32)
+    slots = slot_rows(problem.spans, problem.num_rows, len(problem.ranks), device)
+    rows = launch.RowTensors(slots.slot_of_row_T, slots.slot_bounds_S3, t.scale, None)
+    adapters = launch.Adapters(problem.ranks, problem.out, 5)
+    tuning = tuning_of(problem.num_rows, problem.width, problem.out, len(problem.ranks), 16, 4,
+                       False)._replace(da_splits=2, db_splits=2)  # fmt: skip
+    _, h_TJ = launch.lora_forward(t.x, t.weight, None, t.a, t.b, rows, adapters, tuning)
+    keep_S = torch.zeros(len(problem.ranks), dtype=torch.int32, device=device)
+    keep_S[0] = 1
+    targets = launch.GradTargets(torch.ones_like(t.a), torch.ones_like(t.b.t()).contiguous(),
+                                 keep_S)  # fmt: skip
+    _, dh_TJ = launch.lora_input_grad(t.dy, tuple(t.x.shape), h_TJ, t.weight, t.a, t.b, rows,
+                                      adapters, tuning, targets, True)  # fmt: skip
+    layout = launch.layout_of(adapters, t.x.device)
+    launch.outer(dh_TJ, t.x, t.a, rows, adapters, layout, tuning, targets)
+    _, _, da, db = reference(problem, t)
+    kept = problem.ranks[0]
+    da[:kept] += 1
+    db[:, :kept] += 1
+    assert error(targets.da_RD, da) < 2e-6 and error(targets.db_RO.t(), db) < 2e-6

@@ -145,7 +145,9 @@ def _repeated(
     if plan == _MOST_RECORDINGS:
         return launch()
     layout = layout_of(adapters, tensors[0].device)
-    with Tape(inputs, (layout.offset_S, layout.rank_S, layout.edges)) as tape:
+    with Tape(
+        inputs, (layout.offset_S, layout.rank_S, layout.edges, layout.slot_of_rank_R)
+    ) as tape:
         outputs = launch()
     plans.by_pass[key] = tape.plan(outputs) or plan + 1
     return outputs

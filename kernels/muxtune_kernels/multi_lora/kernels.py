@@ -108,3 +108,23 @@ def sum_parts_kernel(
             part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
             total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
         tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)
+
+
+@triton.jit
+def total_kernel(
+    part_ptr, out_ptr, keep_ptr, slot_of_rank_ptr, num_values, width, total_rank,
+    SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of the parts of a factor's gradient; ACCUMULATE: and what is there in the rows
+    of slots whose `keep` is not zero."""
+    at_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_N = at_N < num_values
+    total_N = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total_N += tl.load(part_ptr + split * num_values.to(tl.int64) + at_N, mask=in_N, other=0.0)
+    if ACCUMULATE:
+        rank_N = (at_N // width) % total_rank
+        keeps_N = tl.load(keep_ptr + tl.load(slot_of_rank_ptr + rank_N, mask=in_N, other=0),
+                          mask=in_N, other=0) != 0  # fmt: skip
+        total_N += tl.load(out_ptr + at_N, mask=in_N & keeps_N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at_N, total_N.to(out_ptr.dtype.element_ty), mask=in_N)

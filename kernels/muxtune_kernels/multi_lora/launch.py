@@ -32,6 +32,7 @@ from .kernels import (
     outer_kernel,
     shrink_kernel,
     sum_parts_kernel,
+    total_kernel,
 )
 from .tuning import (
     INTERPRETED,
@@ -47,6 +48,7 @@ from .tuning import (
 
 _shrink, _expand, _linear = map(Launcher, (shrink_kernel, expand_kernel, linear_kernel))
 _dh_db, _sum, _outer = map(Launcher, (dh_db_kernel, sum_parts_kernel, outer_kernel))
+_add_up = Launcher(total_kernel)
 
 
 class Adapters(NamedTuple):
@@ -326,8 +328,8 @@ def dh_db(
     members, splits = layout.num_members, tuning.db_splits
     num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
-    part_dtype = dy_TO.dtype if tuning.short_parts else torch.float32
-    parts = empty((blocks, num_rows, layout.j_width), part_dtype, dy_TO.device)
+    # In the dtype of dy: as exact as what it is rounded to in the end, and half the bytes.
+    parts = empty((blocks, num_rows, layout.j_width), dy_TO.dtype, dy_TO.device)
     direct = targets if splits == 1 else None
     partials = _partials(b_OR.t(), splits) if direct is None else direct.db_RO[None]
     _dh_db(
@@ -350,7 +352,7 @@ def dh_db(
     sum_parts = sum_parts or _sum_parts
     dh_TJ, db_RO = sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
     if targets is not None and direct is None:
-        _add_into(targets.db_RO, db_RO, targets.keep_S, layout)
+        _total(db_RO[None], db_RO, layout, (targets.db_RO, targets.keep_S))
     return dh_TJ, db_RO
 
 
@@ -415,10 +417,9 @@ def outer(
         ),
         tuning.da_warps, tuning.da_stages,
     )  # fmt: skip
-    total_RD = _total(partials, a_RD)
-    if targets is not None and direct is None:
-        _add_into(targets.da_RD, total_RD, targets.keep_S, layout)
-    return total_RD
+    if splits == 1:
+        return partials[0]
+    return _total(partials, a_RD, layout, targets and (targets.da_RD, targets.keep_S))
 
 
 def _slots_pad(adapters: Adapters) -> int:
@@ -427,19 +428,25 @@ def _slots_pad(adapters: Adapters) -> int:
     return next_power_of_2(count) if 1 < count <= 64 else 0
 
 
-def _add_into(target_RN: Tensor, value_RN: Tensor, keep_S: Tensor, layout: Layout) -> None:
-    """target = value, plus target where the row's slot keeps what it has. For few slots, whose
-    sums are cut into parts: small tensors."""
-    keep_RN = keep_S[layout.slot_of_rank_R].bool()[:, None]
-    repeats = target_RN.shape[0] // keep_RN.shape[0]
-    kept_RN = torch.where(keep_RN.repeat(repeats, 1), target_RN, 0.0)
-    torch.add(kept_RN, value_RN, out=target_RN)
+def _total(
+    partials: Tensor, like: Tensor, layout: Layout, target: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The sum of the parts; or the target that it went into, with what the slots there keep."""
+    splits, num_ranks, width = partials.shape
+    out_RN = empty(like.shape, like.dtype, like.device) if target is None else target[0]
+    keep_S = layout.rank_S if target is None else target[1]
+    _add_up(
+        (cdiv(num_ranks * width, _TOTAL_BLOCK), 1, 1),
+        (partials, out_RN, keep_S, layout.slot_of_rank_R),
+        (num_ranks * width, width, layout.total_rank), (splits, target is not None, _TOTAL_BLOCK),
+        4,
+    )  # fmt: skip
+    return out_RN
+
+
+_TOTAL_BLOCK = 1024
 
 
 def _partials(factor_RN: Tensor, splits: int) -> Tensor:
     dtype = factor_RN.dtype if splits == 1 else torch.float32
     return empty((splits, *factor_RN.shape), dtype, factor_RN.device)
-
-
-def _total(partials: Tensor, like: Tensor) -> Tensor:
-    return partials[0] if partials.shape[0] == 1 else partials.sum(0).to(like.dtype)

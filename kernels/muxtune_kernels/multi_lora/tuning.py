@@ -43,7 +43,6 @@ class Tuning(NamedTuple):
     da_splits: int = 1
     da_stages: int = 4
     da_warps: int = 4
-    short_parts: bool = False  # parts of dh in the dtype of dy, not in float32
     warps: int = 4
     fused: bool = True
     fused_backward: bool = True
@@ -69,9 +68,9 @@ _GEMM_BLOCKS = (
 
 
 # From so many rows on the library's product, which adds to an expansion that is there, gives the
-# input gradient sooner than the fused one. Its bits may depend on the number of rows, though, so
-# not where they must not.
-_LIBRARY_BACKWARD_ROWS = 3072
+# input gradient sooner than the fused one, unless hardly any of its tiles can hold two slots. Its
+# bits may depend on the number of rows, though, so not where they must not.
+_LIBRARY_BACKWARD_ROWS, _MANY_ROWS = 3072, 8192
 LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
@@ -133,13 +132,14 @@ def tuning_of(
     shrink_k = _fit(128, lambda k: k * (shrink_t * itemsize + shrunk * 4) * 3)
     j_block = next_power_of_2(j_width)
     expand_n = _fit(256, lambda n: j_block * (n * 4 + 32 * itemsize), _SHARED_BYTES)
-    db_n = 256 if max(widths) > 4096 else 128
+    # Wide blocks leave fewer parts of dh, narrow ones more programs.
+    db_n = 256 if num_rows >= 8192 and num_slots <= 8 else 128
     db_n = min(db_n, max(32, 8192 // rank_pad), next_power_of_2(max(32, *widths)))
     db_t = _fit(64, lambda t: t * (db_n + rank_pad) * itemsize * 3)
     # Few slots: narrow column blocks fill the SMs without cutting the sum over rows.
     da_n = 32 if deterministic or j_width > 64 else 128
-    while da_n > 32 and cdiv(width, da_n) * num_slots < 96:
-        da_n //= 2
+    if da_n == 128 and cdiv(width, da_n) * num_slots < 96:
+        da_n = 64
     da_t = _fit(8192 // da_n, lambda t: t * (da_n + j_width) * itemsize * 3)
     db_programs = cdiv(max(widths), db_n) * len(widths) * num_slots
     da_programs = cdiv(width, da_n) * num_slots
@@ -150,9 +150,15 @@ def tuning_of(
         shrink_splits=_shrink_splits(cdiv(num_rows, shrink_t), width // shrink_k),
         db_splits=1 if deterministic else _row_splits(db_programs, 2 * num_sms(), rows_of_slot),
         da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),
-        db_warps=8 if db_n > 128 else 4, db_stages=3 if db_n > 128 else 4,
-        fused_backward=deterministic or num_rows < _LIBRARY_BACKWARD_ROWS,
+        db_warps=8 if db_n > 128 else 4, db_stages=3, sum_t=2 if num_rows < 4096 else 4,
+        da_stages=3 if da_n == 128 else 4,
+        fused_backward=deterministic or _is_fused_faster(num_rows, num_slots),
     )  # fmt: skip
+
+
+def _is_fused_faster(num_rows: int, num_slots: int) -> bool:
+    most_mixed_rows = 128 * (num_slots - 1)
+    return num_rows < _LIBRARY_BACKWARD_ROWS or num_rows >= max(_MANY_ROWS, 8 * most_mixed_rows)
 
 
 def shrunk_members(num_members: int, rank_pad: int) -> int:
