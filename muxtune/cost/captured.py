@@ -33,7 +33,7 @@ import numpy as np
 from muxtune.cost import ops
 from muxtune.cost.calibration import Composition, WholeStep
 from muxtune.cost.composition import PassParts, Rates, Tally
-from muxtune.cost.curves import Time, fit_affine
+from muxtune.cost.curves import Grid, Leaf, Time, fit_affine
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, widened
 from muxtune.cost.ops import Op
 from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
@@ -123,17 +123,77 @@ class CapturedCostModel(ProfiledCostModel):
         self._site_of_size: dict[str, FusedSite] = {}
         super().__init__(model, profile, memory)
 
-    def _place(self, name: str, sizes: tuple[float, ...]) -> tuple[float, ...]:
-        """Products are as long as their tiles take in waves (``muxtune.cost.tiles``)."""
-        kind, _, size = name.partition(".")
+    def op_time(self, op: Op) -> Time:
+        """Products with adapters take what their tiles take in waves (``muxtune.cost.tiles``), and
+        besides what was measured of them, which changes slowly with their sizes."""
+        kind, _, size = op.name.partition(".")
         if self._tiling is None or kind not in _PRODUCTS:
-            return sizes
-        site, rows = self._site(size), int(sizes[-1])
+            return super().op_time(op)
+        site, like = self._site(size), self._measured_like(size)
+        more, width, outside = self._excess(f"{kind}.{like}").at(op.size)
+        ratio = 1.0 if like == size else self._excess_ratio(kind, site, self._site(like))
+        value = self._tiles_s(kind, site, int(op.size[-1])) + ratio * more
+        return Time(value, ratio * width, outside or like != size)
+
+    def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
+        return self._unit_s() * self._units(kind, site, rows)
+
+    def _units(self, kind: str, site: FusedSite, rows: int) -> float:
+        assert self._tiling is not None
         if kind.endswith("forward"):
-            units = self._tiling.units(rows, site.out_features, site.in_features)
-        else:
-            units = self._tiling.units(rows, (site.in_features,), sum(site.out_features))
-        return *sizes[:-1], units
+            return self._tiling.units(rows, site.out_features, site.in_features)
+        return self._tiling.units(rows, (site.in_features,), sum(site.out_features))
+
+    def _unit_s(self) -> float:
+        """Of large products without adapters; where there are none, of the fastest with them."""
+        if ("unit",) not in self._memo:
+            plain = self._rates_of(("frozen_forward", "frozen_backward"))
+            self._remember(("unit",), float(np.median(plain) if plain else min(self._rates_of())))
+        return self._memo["unit",]  # type: ignore[return-value]
+
+    def _rates_of(self, kinds: tuple[str, ...] = _PRODUCTS) -> list[float]:
+        """Seconds of a unit, of the half of the measured products that has more rows."""
+        points = [
+            (kind, size, point)
+            for kind, _, size in (name.partition(".") for name in self.profile.ops)
+            if kind in kinds
+            for point in self.profile.ops[f"{kind}.{size}"]["points"]
+        ]
+        most = max((point["rows"] for _, _, point in points), default=0.0)
+        return [
+            point["median_s"] / self._units(kind, self._site(size), int(point["rows"]))
+            for kind, size, point in points
+            if point["rows"] >= most / 2
+        ]
+
+    def _excess(self, name: str) -> Grid:
+        """What a product with adapters takes besides its tiles, by slots, rank and rows."""
+        key = ("excess", name)
+        if key not in self._memo:
+            kind, _, size = name.partition(".")
+            op, site = self._op(name), self._site(size)
+            found = {}
+            for point in op["points"]:
+                value, width = leaf_of(point)
+                more = value - self._tiles_s(kind, site, int(point["rows"]))
+                found[tuple(float(point[axis]) for axis in op["axes"])] = Leaf(more, width)
+            self._remember(key, Grid.of(name, found))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _measured_like(self, size: str) -> str:
+        """The measured linears of these sizes, or those with the same part in a block."""
+        if f"site_forward.{size}" in self.profile.ops:
+            return size
+        part = MEMBERS.index(self._site(size).members)
+        return fused_sites(self.profile.model_shape)[part].size
+
+    def _excess_ratio(self, kind: str, site: FusedSite, measured: FusedSite) -> float:
+        """Forward, h is made of as many numbers as there are inputs, and h B of as many as there
+        are outputs; backward, most is the one read of the outputs' gradient."""
+        inputs = site.in_features / measured.in_features
+        outputs = sum(site.out_features) / sum(measured.out_features)
+        share = 0.5 if kind.endswith("forward") else 0.7
+        return share * outputs + (1.0 - share) * inputs
 
     def _site(self, size: str) -> FusedSite:
         if not self._site_of_size:
@@ -142,11 +202,6 @@ class CapturedCostModel(ProfiledCostModel):
             # Of equal sizes, this model's whole one.
             self._site_of_size = {s.size: s for s in (*sites, *fused_sites(self.model))}
         return self._site_of_size[size]
-
-    def _measured(self, name: str) -> tuple[str, float, bool]:
-        found, ratio, extrapolated = super()._measured(name)
-        by_units = self._tiling is not None and name.partition(".")[0] in _PRODUCTS
-        return found, 1.0 if by_units else ratio, extrapolated
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
         found = super()._fitted_composition(steps)
@@ -242,8 +297,8 @@ class CapturedCostModel(ProfiledCostModel):
         whole = f"site_{side}.{size}"
         spared: dict[float, list[float]] = {}
         for point in self.profile.ops[f"part_{side}.{size}"]["points"]:
-            place = self._place(whole, (point["slots"], point["rank"], point["rows"]))
-            more_s = self._table(whole).at(place).value_s - point["median_s"]
+            sizes = (point["slots"], point["rank"], point["rows"])
+            more_s = self._of_sizes(whole, sizes) - point["median_s"]
             spared.setdefault(point["rank"], []).append(max(0.0, more_s) / (point["rows"] / 2))
         ranks = sorted(spared)
         return ranks, [ratio * float(np.mean(spared[rank])) for rank in ranks]
@@ -340,9 +395,8 @@ class CapturedCostModel(ProfiledCostModel):
             size = nearest.name.partition(".")[2]
         point = self.profile.ops[f"mixed_{side}.{size}"]["points"][0]
         mean, most = (MIN_RANK + point["rank"]) / 2, float(point["rank"])
-        kind = f"site_{side}.{size}"
         low, high = (
-            self._table(kind).at(self._place(kind, (point["slots"], rank, point["rows"]))).value_s
+            self._of_sizes(f"site_{side}.{size}", (point["slots"], rank, point["rows"]))
             for rank in (mean, most)
         )
         if high <= low:
@@ -380,6 +434,9 @@ class CapturedCostModel(ProfiledCostModel):
     ) -> tuple[Op, Time]:
         op = Op(name, category, backward, count, size, 0.0, 0.0, 0.0, 1)
         return op, self.op_time(op)
+
+    def _of_sizes(self, name: str, size: tuple[float, ...]) -> float:
+        return self._timed(name, ops.ADAPTERS, False, size)[1].value_s
 
     def _optimizers(self, tally: Tally, slots: tuple[AdapterSlot, ...]) -> tuple[float, ...]:
         """The call is part of every pass; a slot that closes its step adds its share of the

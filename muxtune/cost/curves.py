@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -144,6 +145,50 @@ def _monotone(values: np.ndarray) -> np.ndarray:
     for axis in range(values.ndim):
         values = np.maximum.accumulate(values, axis=axis)
     return values
+
+
+class Grid(NamedTuple):
+    """Values over a full grid, multilinear between its points and not monotone. Below an axis its
+    first value holds, above the last segment goes on; both are flagged as extrapolated."""
+
+    axes: tuple[tuple[float, ...], ...]
+    leaves: Mapping[tuple[float, ...], Leaf]
+
+    @classmethod
+    def of(cls, name: str, leaves: Mapping[tuple[float, ...], Leaf]) -> Grid:
+        """Raises ProfileError when the grid has holes."""
+        axes = tuple(tuple(sorted(set(axis))) for axis in zip(*leaves, strict=True))
+        if len(leaves) != math.prod(map(len, axes)):
+            raise ProfileError(
+                f"profile op '{name}': {len(leaves)} points do not form a full grid."
+                " Measure again with `muxtune profile`"
+            )
+        return cls(axes, leaves)
+
+    def at(self, sizes: Sequence[float]) -> Time:
+        corners: list[tuple[tuple[float, ...], float]] = [((), 1.0)]
+        outside = False
+        for size, xs in zip(sizes, self.axes, strict=True):
+            outside |= not xs[0] <= size <= xs[-1]
+            corners = [
+                ((*place, x), weight * share)
+                for place, weight in corners
+                for x, share in _neighbours(size, xs)
+            ]
+        value = sum(weight * self.leaves[place].value_s for place, weight in corners)
+        width = sum(abs(weight) * self.leaves[place].half_width_s for place, weight in corners)
+        return Time(value, width, outside)
+
+
+def _neighbours(x: float, xs: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Points of the grid with their weights."""
+    if x <= xs[0] or len(xs) == 1:
+        return ((xs[0], 1.0),)
+    upper = min(bisect_right(xs, x), len(xs) - 1)
+    share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
+    if share == 1.0:
+        return ((xs[upper], 1.0),)
+    return (xs[upper - 1], 1.0 - share), (xs[upper], share)
 
 
 class AffineFit(NamedTuple):

@@ -162,26 +162,20 @@ class ProfiledCostModel(ComposedCostModel):
     def _table(self, name: str) -> Table:
         if name not in self._tables:
             op = self._op(name)
-            found: dict[tuple[float, ...], list[Leaf]] = {}
-            for point in op["points"]:
-                sizes = tuple(float(point[axis]) for axis in op["axes"])
-                found.setdefault(self._place(name, sizes), []).append(leaf_of(point))
-            points = [(place, _mean(leaves)) for place, leaves in found.items()]
-            self._tables[name] = Table.build(name, points)
+            leaves = {
+                tuple(float(point[axis]) for axis in op["axes"]): leaf_of(point)
+                for point in op["points"]
+            }
+            self._tables[name] = Table.build(name, list(leaves.items()))
         return self._tables[name]
 
-    def _place(self, name: str, sizes: tuple[float, ...]) -> tuple[float, ...]:
-        """Where an operation of these sizes lies in a table."""
-        return sizes
-
     def op_time(self, op: Op) -> Time:
-        place = self._place(op.name, op.size)
         if op.name in self.profile.ops:
-            return self._table(op.name).at(place)
+            return self._table(op.name).at(op.size)
         if op.name in _OPTIONAL:
             return _FREE
         name, ratio, _ = self._measured(op.name)
-        value, width, _ = self._table(name).at(place)
+        value, width, _ = self._table(name).at(op.size)
         return Time(value * ratio, width * ratio, True)
 
     def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
@@ -246,13 +240,6 @@ class ProfiledCostModel(ComposedCostModel):
             return Estimate(0.0, 0.0, 0.0, False)
         value, width, outside = self._table("capture").at((float(shape.padded_tokens),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
-
-
-def _mean(leaves: Sequence[Leaf]) -> Leaf:
-    values = [leaf.value_s for leaf in leaves]
-    mean = sum(values) / len(values)
-    widths = [leaf.half_width_s for leaf in leaves]
-    return Leaf(mean, max([*widths, (max(values) - min(values)) / 2]))
 
 
 class Nearest(NamedTuple):

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from muxtune.cost.captured import CapturedCostModel, fused_sites
+from muxtune.cost.curves import Grid, Leaf
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.cost.tiles import Tiling
+from muxtune.errors import ProfileError
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune_kernels.multi_lora import tuning
 
@@ -87,6 +89,35 @@ def test_products_of_any_rows_and_width_come_out(tiling: Tiling, shape: ModelSha
             op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, size, 0.0, 0.0, 0.0, 1)
             units = tiling.units(rows, site.out_features, site.in_features)
             assert model.op_time(op).value_s == pytest.approx(1e-6 + 1e-12 * units, rel=0.02)
+
+
+def test_a_grid_is_linear_between_its_points_and_says_where_it_ends() -> None:
+    def plane(a: float, b: float) -> float:
+        return 7.0 - 2.0 * a + 3.0 * b + a * b
+
+    found = {(a, b): Leaf(plane(a, b), 0.5) for a in (1.0, 4.0) for b in (16.0, 32.0, 64.0)}
+    grid = Grid.of("x", found)
+    assert grid.at((2.0, 40.0)) == pytest.approx((plane(2.0, 40.0), 0.5, False))
+    assert grid.at((6.0, 64.0)) == pytest.approx((plane(6.0, 64.0), 0.5 * (5 + 2) / 3, True))
+    assert grid.at((0.5, 16.0)) == pytest.approx((plane(1.0, 16.0), 0.5, True))
+    with pytest.raises(ProfileError, match="full grid"):
+        Grid.of("x", {(1.0, 1.0): Leaf(1, 0), (2.0, 2.0): Leaf(1, 0)})
+
+
+def test_a_wider_model_takes_its_own_waves_and_more_of_the_rest(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    for op in raw["ops"].values():
+        for point in op["points"]:
+            for name in ("median_s", "p05_s", "p95_s"):
+                point[name] += 20e-6
+    model = CapturedCostModel(LLAMA_8B, {**raw, "content_hash": content_hash(raw)})
+    site, like = fused_sites(LLAMA_8B)[3], fused_sites(LLAMA_7B)[3]
+    op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, (1, 16, 2048), 0.0, 0.0, 0.0, 1)
+    units = tiling.units(2048, site.out_features, site.in_features)
+    more = 0.5 + 0.5 * site.in_features / like.in_features
+    found = model.op_time(op)
+    assert found.extrapolated
+    assert found.value_s == pytest.approx(1e-12 * units + more * 21e-6, rel=0.03)
 
 
 def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: Tiling) -> None:
