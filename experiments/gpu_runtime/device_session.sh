@@ -53,24 +53,23 @@ side_limit=${2:-$((budget / 4 > 200 ? 200 : budget / 4))}
   ${3:+--only "$3"}
 echo "==== $(left) s left"
 
-# Of what is left, beyond the step throughput: memory, kernel ratio; then joins, if time is left.
-memory_s=${MEMORY_S:-72} ratio_s=${RATIO_S:-60}
+# Of what is left, beyond the step throughput: memory, joins, kernel ratio.
+memory_s=${MEMORY_S:-72} joins_s=${JOINS_S:-24} ratio_s=${RATIO_S:-60}
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
-keep=$((memory_s + ratio_s))
+keep=$((memory_s + joins_s + ratio_s))
 parts=lora_8,bound,hf_peft,sl_peft,ledger,lora_32,all_methods,mixed_methods,mixed_ranks,llama_3_1_8b
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
   --only "$parts,lora_16,lora_4,lora_1" --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
 
 run="$here/run.py --out $work/alone --hf-instances ${HF_INSTANCES:-99}"
-alone $((ratio_s + 3)) "$python" $run --parts memory --memory-seconds $(($(left) - ratio_s - 18))
+alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory \
+  --memory-seconds $(($(left) - joins_s - ratio_s - 18))
 merge "$out/gpu_runtime.json" "$work/alone/memory.json"
-if [ "$ratio_s" -gt 0 ]; then
-  for tokens in 8192 2048 16384; do
-    alone 3 "$python" experiments/kernel_ratio/run.py --repeats 5 --steps 4 --tokens $tokens \
-      --out "$work/kernel_ratio_$tokens.json"
-    merge "$out/kernel_ratio.json" "$work/kernel_ratio_$tokens.json"
-  done
-fi
-alone 3 "$python" $run --parts joins
+alone $((ratio_s + 3)) "$python" $run --parts joins
 merge "$out/gpu_runtime.json" "$work/alone/joins.json"
+[ "$ratio_s" -eq 0 ] || for tokens in 8192 2048 16384; do
+  alone 3 "$python" experiments/kernel_ratio/run.py --repeats 5 --steps 4 --tokens $tokens \
+    --out "$work/kernel_ratio_$tokens.json"
+  merge "$out/kernel_ratio.json" "$work/kernel_ratio_$tokens.json"
+done
