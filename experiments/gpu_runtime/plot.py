@@ -1,6 +1,6 @@
 """Plots of ``gpu_runtime.json``: peak memory against the number of tasks, and joins and leaves.
 
-python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png
+python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png [--hf-peft OTHER.json]
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--hf-peft", type=Path, help="results with HF PEFT's instances, if apart")
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
     )
     memory, joins = data.get("memory") or {}, data.get("joins") or {}
-    _memory(left, memory)
+    apart = json.loads(args.hf_peft.read_text("utf-8"))["memory"] if args.hf_peft else memory
+    _memory(left, memory, apart.get("hf_peft", []))
     _joins(right, joins)
     about = (memory or joins)["environment"]
     figure.suptitle(f"muxtune train, Llama-2-7B shape, {about['device']}, {about['date']}")
     figure.savefig(args.target, dpi=130)
 
 
-def _memory(axes: Any, memory: dict[str, Any]) -> None:
+def _memory(axes: Any, memory: dict[str, Any], hf_peft: list[dict[str, Any]]) -> None:
     curve = memory.get("curve", [])
     tasks = [row["tasks"] for row in curve]
     for key, label, style in (
@@ -46,7 +48,7 @@ def _memory(axes: Any, memory: dict[str, Any]) -> None:
         ("predicted_bytes", "predicted by the ledger", "x--"),
     ):
         axes.plot(tasks, [row[key] / 2**30 for row in curve], style, label=label)
-    fits = [row for row in memory.get("hf_peft", []) if row["fits"]]
+    fits = [row for row in hf_peft if row["fits"]]
     count, gib = ([row[key] for row in fits] for key in ("instances", "peak_bytes"))
     axes.plot(count, [value / 2**30 for value in gib], "s-", label="HF PEFT instances")
     if memory:
