@@ -50,6 +50,9 @@ _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
 _SOLO = ReplicaShape()
+# Shares of a call with adapters: the frozen product itself is always more than the rest.
+_MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
+_LEAST_OF_TILES = 0.5  # of what a product's tiles take, however far beyond what was measured
 
 
 class FusedSite(NamedTuple):
@@ -132,7 +135,8 @@ class CapturedCostModel(ProfiledCostModel):
         site, like = self._site(size), self._measured_like(size)
         more, width, outside = self._excess(f"{kind}.{like}").at(op.size)
         ratio = 1.0 if like == size else self._excess_ratio(kind, site, self._site(like))
-        value = self._tiles_s(kind, site, int(op.size[-1])) + ratio * more
+        tiles_s = self._tiles_s(kind, site, int(op.size[-1]))
+        value = max(_LEAST_OF_TILES * tiles_s, tiles_s + ratio * more)
         return Time(value, ratio * width, outside or like != size)
 
     def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
@@ -223,8 +227,8 @@ class CapturedCostModel(ProfiledCostModel):
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
     ) -> PassParts:
         rows, tally = float(shape.padded_tokens), Tally()
-        block = Tally()
-        for op, time in self._block_of(shape, rows, replica.tp):
+        block, per_used_s = Tally(), [0.0, 0.0]
+        for op, time in self._block_of(shape, rows, replica.tp, per_used_s):
             block.add(op, time)
         tally.merge(block, layers)
         if first:
@@ -240,14 +244,13 @@ class CapturedCostModel(ProfiledCostModel):
             tally.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
             tally.extrapolated |= shape.padded_tokens > rate.max_size
         optimizer_s = self._optimizers(tally, shape.slots)
-        per_used_s = self._add_unused_rows(tally, shape, layers, replica.tp)
         again = self._add_recompute(tally, shape)
         forward, backward = (layers * rate.per_unit_s for rate in pair_rates)
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,
             (forward, backward + again * forward),
-            (per_used_s[0], per_used_s[1] + again * per_used_s[0]),
+            (layers * per_used_s[0], layers * (per_used_s[1] + again * per_used_s[0])),
             optimizer_s,
             tally.half_width_s,
             max(rate.relative_error for rate in pair_rates),
@@ -255,28 +258,6 @@ class CapturedCostModel(ProfiledCostModel):
             tally.extrapolated,
         )
         return self.composed(parts)
-
-    def _add_unused_rows(
-        self, tally: Tally, shape: ShapeKey, layers: int, tp: int
-    ) -> tuple[float, float]:
-        """Takes off what adapters would cost if all rows were filler, and gives what each row in
-        use costs of it (forward, backward)."""
-        kinds, rows = Counter(shape.slots), float(shape.padded_tokens)
-        per_used_s = [0.0, 0.0]
-        for site in self._sites(tp):
-            users = [slot for slot in kinds if self._has_factors(slot, site)]
-            count = sum(kinds[slot] for slot in users)
-            if not count:
-                continue
-            share = count / len(shape.slots)
-            ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
-            for side, backward in (("forward", False), ("backward", True), ("factor", True)):
-                shown = self._beside if side == "factor" else 1.0
-                rank = self._rank_paid(f"{side}.{site.size}", ranks)
-                row_s = layers * shown * self._row_of_adapters_s(f"{side}.{site.size}", rank)
-                tally.put(ops.ADAPTERS, backward, -row_s * rows)
-                per_used_s[backward] += row_s * share
-        return per_used_s[0], per_used_s[1]
 
     def _row_of_adapters_s(self, name: str, rank: float) -> float:
         """What a row of filler spares, by rank: measured where half of the rows were filler."""
@@ -313,10 +294,14 @@ class CapturedCostModel(ProfiledCostModel):
             found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + used_s
         return found
 
-    def _block_of(self, shape: ShapeKey, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
+    def _block_of(
+        self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]
+    ) -> Iterator[tuple[Op, Time]]:
+        """Where all rows are filler; what a row in use takes more is added to ``per_used_s``
+        (forward, backward)."""
         kinds = Counter(shape.slots)
         for site in self._sites(tp):
-            yield from self._site_of(site, kinds, rows)
+            yield from self._site_of(site, kinds, rows, per_used_s)
         hidden, inner = self.model.hidden, self.model.intermediate // tp
         for name, count in (
             (f"add_norm_forward.{hidden}", 2),
@@ -349,28 +334,42 @@ class CapturedCostModel(ProfiledCostModel):
         return self._memo[key]  # type: ignore[return-value]
 
     def _site_of(
-        self, site: FusedSite, kinds: Counter[AdapterSlot], rows: float
+        self,
+        site: FusedSite,
+        kinds: Counter[AdapterSlot],
+        rows: float,
+        per_used_s: list[float],
     ) -> Iterator[tuple[Op, Time]]:
         users = [slot for slot in kinds if self._has_factors(slot, site)]
         known = all(slot.method == "lora" for slot in users)
         count = sum(kinds[slot] for slot in users)
         ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
+
+        def timed(side: str, backward: bool) -> tuple[Op, Time, float]:
+            """The last: seconds that are spared where all rows are filler."""
+            rank = self._rank_paid(f"{side}.{site.size}", ranks)
+            size = (float(count), rank, rows)
+            op, time = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
+            shown = self._beside if side == "factor" else 1.0
+            time = Time(time[0] * shown, time[1] * shown, time[2] or not known)
+            per_row_s = shown * self._row_of_adapters_s(f"{side}.{site.size}", rank)
+            per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
+            per_used_s[backward] += per_row_s * count / kinds.total()
+            return op, time, per_row_s * rows
+
         for side, backward in (("forward", False), ("backward", True)):
             frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
             if not users:
                 yield frozen
                 continue
-            rank = self._rank_paid(f"{side}.{site.size}", ranks)
-            size = (float(count), rank, rows)
-            op, whole = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
+            op, whole, spared_s = timed(side, backward)
             alone_s = min(whole.value_s, frozen[1].value_s)
-            outside = whole.extrapolated or not known
-            yield frozen[0], Time(alone_s, 0.0, outside)
-            yield op, Time(whole.value_s - alone_s, whole.half_width_s, outside)
+            yield frozen[0], Time(alone_s, 0.0, whole.extrapolated)
+            more_s = whole.value_s - alone_s - spared_s
+            yield op, Time(more_s, whole.half_width_s, whole.extrapolated)
         if users:
-            size = (float(count), self._rank_paid(f"factor.{site.size}", ranks), rows)
-            op, beside = self._timed(f"site_factor.{site.size}", ops.ADAPTERS, True, size)
-            yield op, Time(beside[0] * self._beside, beside[1] * self._beside, beside[2])
+            op, beside, spared_s = timed("factor", True)
+            yield op, beside._replace(value_s=beside.value_s - spared_s)
 
     def _rank_paid(self, name: str, ranks: Sequence[int]) -> float:
         """Between the mean of the padded ranks, which a product pays for by each slot's rows, and

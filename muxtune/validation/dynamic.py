@@ -46,6 +46,7 @@ from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary
 
 INSTANCE = "gpu0"
+NUM_DYNAMIC = 2
 
 
 class DynamicCase(NamedTuple):

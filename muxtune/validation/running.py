@@ -24,6 +24,7 @@ from muxtune.profiling.steps import is_lost, short_collections
 from muxtune.report.run_folder import provenance
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import (
+    NUM_DYNAMIC,
     DynamicCase,
     draw_dynamic,
     planned,
@@ -116,10 +117,15 @@ def profile_clock(profile: Profile) -> str:
 
 def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
     """None where there is no simulator: they are added when the folder is scored elsewhere."""
-    rows = attempt.records["dynamic"].rows
     if find_spec("simpy") is None:
         return []
-    return [with_prediction(row, attempt.profile) for row in rows]
+    found = []
+    for row in attempt.records["dynamic"].rows:
+        try:
+            found.append(with_prediction(row, attempt.profile))
+        except Exception as error:  # what was measured of others is to be scored all the same
+            found.append({**row, "error": f"no prediction: {error}"})
+    return found
 
 
 def _run(
@@ -133,14 +139,20 @@ def _run(
     clock = options.clock or profile_clock(profile)
     now, end_s = clock_of(clock, device), time.perf_counter() + options.budget_s
     of: Callable[[str], Report] = lambda what: lambda share, text: report(what, share, text)  # noqa: E731
-    cases, runs = suite_of(models, options), _dynamic_cases(attempt, options)
+    cases, left = suite_of(models, options), {}
+    try:
+        runs = _dynamic_cases(attempt, options)
+        of_runs = _jobs_of_runs(runs, profile)
+    except Exception as error:  # a profile that nobody can plan with has operations and steps
+        report("dynamic runs", 0.0, f"none: {error}")
+        runs, of_runs, left = [], [], {"dynamic": NUM_DYNAMIC}
     todo = [case for case in cases if not records["steps"].has(case.name)]
-    jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *_jobs_of_runs(runs, profile)]
+    jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *of_runs]
     limit_s = COMPILING_SHARE * options.budget_s
     for text in compilers.compile(jobs, of("compiling"), limit_s):
         report("compiling", 1.0, text)
     start_s = time.perf_counter()
-    left = {
+    left |= {
         "ops": run_ops(
             profile, models, device, records["ops"],
             end_s=start_s + OPS_SHARE * (end_s - start_s), clock=now, report=of("operations"),
