@@ -266,6 +266,73 @@ def test_small_tiles_in_the_fused_product(
     assert any(tails)
 
 
+def flat(problem: Problem, t: Tensors, monkeypatch: pytest.MonkeyPatch):
+    """(y, dx, dA, dB) with products that run on from tile to tile."""
+    from muxtune_kernels.multi_lora import autograd, launch, tuning
+
+    tuning_of = autograd.tuning_of
+    autograd._plans.clear()
+    if t.x.device.type == "cpu":
+        blocks = tuning.GemmBlocks(16, 8, 16, 4, 2, True, 1.0)
+        monkeypatch.setattr(tuning, "_GEMM_BLOCKS", (blocks,))
+        for module in (launch, tuning):
+            monkeypatch.setattr(module, "num_sms", lambda: 7)
+    monkeypatch.setattr(
+        autograd, "tuning_of", lambda *key: tuning_of(*key)._replace(flat=True, fused_backward=True)
+    )
+    found = triton_form(problem, t)
+    monkeypatch.undo()
+    autograd._plans.clear()
+    return found
+
+
+FLAT = ("bias and dropout", "slots out of order", "one task", "odd sizes", "scattered rows",
+        "split reduction", "8 tasks")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_products_that_run_on_from_tile_to_tile(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu" and name in (*LARGE, "split reduction"):
+        pytest.skip("too large for the interpreter")
+    problem = (SMALL | LARGE)[name]._replace(rate=0.0, bias=False)
+    is_cpu = device.type == "cpu"
+    dtype = torch.float32 if is_cpu else torch.bfloat16
+    t = tensors_of(problem, device, dtype, torch.float32)
+    launched = []
+    from muxtune_kernels.multi_lora import launch
+
+    product = launch._flat_linear
+    monkeypatch.setattr(launch, "_flat_linear", lambda *a: launched.append(product(*a)))
+    found = flat(problem, t, monkeypatch)
+    assert launched or max(problem.ranks) > 16
+    for got, wanted in zip(found, reference(problem, t), strict=True):
+        assert error(got, wanted) < (2e-6 if is_cpu else 8e-3)
+
+
+@pytest.mark.parametrize("where", ["rows", "a", "b"])
+def test_nan_stays_in_its_slot_from_tile_to_tile(
+    where: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem((4, 3, 8), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 72, (128,))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    own = torch.ones(64, dtype=torch.bool)
+    own[21:40] = False
+
+    def run(poisoned: bool):
+        t = tensors_of(problem, device, dtype, torch.float32)
+        if poisoned:
+            target = {"rows": t.x[21:40], "a": t.a[4:7], "b": t.b[:, 4:7]}
+            target[where][..., -1:] = float("nan")
+        y, dx, da, db = flat(problem, t, monkeypatch)
+        return [y[own], dx[own], da[[0, 1, 2, 3, *range(7, 15)]], db[:, [0, 1, 2, 3, 7, 14]]], y
+
+    (clean, _), (dirty, y) = run(False), run(True)
+    assert all(torch.equal(p, q) for p, q in zip(clean, dirty, strict=True))
+    assert not y[21:40].isfinite().all()
+
+
 @pytest.mark.parametrize("own_shrink", [True, False], indirect=True)
 @pytest.mark.parametrize("where", ["rows", "a", "b", "scale"])
 def test_nan_stays_in_its_slot(where: str, own_shrink: bool, device: torch.device) -> None:
