@@ -8,7 +8,6 @@ same captured or eager runners, the same layout of micro-batches.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import time
 from collections import deque
@@ -35,7 +34,7 @@ from muxtune.runtime.bank import (
     grad_dtype_for,
 )
 from muxtune.runtime.batch import place_task
-from muxtune.runtime.memory import MemoryMeter
+from muxtune.runtime.memory import MemoryMeter, give_back_freed
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
 from muxtune.runtime.runners import Runners
@@ -155,8 +154,7 @@ class StepBench:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             return
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed()
 
     def _run(self, case: PlannedCase, budget_s: float, min_repeats: int) -> StepMeasurement:
         start_s = time.perf_counter()

@@ -27,6 +27,7 @@ from muxtune.runtime.bank import (
     AdapterPool,
     SlotPool,
     TaskState,
+    drop,
     grad_dtype_for,
     take_out,
 )
@@ -263,8 +264,11 @@ class RunningInstance:
 
     def _forget_ended(self, new_plan: Plan) -> None:
         for task_id in set(self.plan.task_ids if self.plan else ()) - set(new_plan.task_ids):
-            if self.host.tasks[task_id].phase is not Phase.LIVE:
+            task = self.host.tasks[task_id]
+            if task.phase is not Phase.LIVE:
                 self.host.library.discard(task_id)
+                if task.state is not None:
+                    drop(task.state)
 
     def _joined(self, task_id: str) -> RuntimeTask | None:
         """The task with its adapter state, or None for one that has ended."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from muxtune_kernels import multi_task_cross_entropy, multi_task_nll, slot_rows
-from muxtune_kernels.cross_entropy import multi_task_cross_entropy_reference
+from muxtune_kernels.cross_entropy import multi_task_cross_entropy_reference, reference
 
 T, D, V, S = 23, 8, 31, 4
 
@@ -30,6 +30,23 @@ def test_equals_the_naive_form(chunk_rows: int) -> None:
     (grad_expected,) = torch.autograd.grad(expected @ weight_S, hidden)
     torch.testing.assert_close(grad, grad_expected)
     assert (grad[3:6] == 0).all()
+
+
+def test_few_rows_of_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels, slots, scale = inputs()
+    expected = multi_task_cross_entropy(hidden, head, labels, slots, scale, S)
+    monkeypatch.setattr(reference, "MAX_CHUNK_ROWS", 3)
+    rows: list[int] = []
+    log_softmax = torch.log_softmax
+
+    def counted(logits_CV: torch.Tensor, dim: int) -> torch.Tensor:
+        rows.append(len(logits_CV))
+        return log_softmax(logits_CV, dim)
+
+    monkeypatch.setattr(torch, "log_softmax", counted)
+    loss = multi_task_cross_entropy(hidden, head, labels, slots, scale, S)
+    assert max(rows) == 3 and sum(rows) == 16
+    torch.testing.assert_close(loss, expected)
 
 
 def test_scaled_by_the_target_count_it_is_the_mean_loss() -> None:

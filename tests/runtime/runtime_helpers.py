@@ -14,8 +14,10 @@ from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.bank import TaskState, adapter_slot
 from muxtune.runtime.executor import TorchExecutor
+from muxtune.runtime.instance import RunningInstance
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
+from muxtune.runtime.tasks import RuntimeTask
 from muxtune.types import (
     AdapterSlot,
     AdapterSpec,
@@ -184,6 +186,23 @@ class CallClock:
         return self.calls
 
 
+class Keeping(TorchExecutor):
+    """Keeps what tasks had trained when they were done; the executor itself lets it go."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.final: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
+
+    def finish(self, task: RuntimeTask, instance: RunningInstance) -> None:
+        super().finish(task, instance)
+        if task.state is not None and task.state.tensors:
+            self.final[task.spec.task_id] = weights_of(task.state)
+
+
+def weights_of(state: TaskState) -> dict[tuple[str, str], torch.Tensor]:
+    return {key: values.param.clone() for key, values in state.tensors.items()}
+
+
 class Bench:
     """An executor with one instance (or more) and a recorder, driven by hand."""
 
@@ -201,7 +220,7 @@ class Bench:
         self.library = library or DrawnText()
         self.recorder = Recorder()
         settings = {"evaluate_tokens": 0, **options}
-        self.executor = TorchExecutor(
+        self.executor = Keeping(
             StepBuilder(),
             store,
             self.library,
@@ -262,7 +281,9 @@ class Bench:
         return state
 
     def weights(self, task: TaskSpec) -> dict[tuple[str, str], torch.Tensor]:
-        return {key: values.param.clone() for key, values in self.state(task).tensors.items()}
+        """Now, or when it was done."""
+        final = self.executor.final.get(task.task_id)
+        return weights_of(self.state(task)) if final is None else final
 
     def run(self, plan: Plan, *tasks: TaskSpec) -> None:
         self.prepare(*tasks)

@@ -18,7 +18,6 @@ from muxtune.planning.journal import Journal, JournalBatch, read_journal
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.captured_runner import CapturedRunner
-from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.memory import MemoryMeter, MemoryMonitor
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import StepListener
@@ -27,6 +26,7 @@ from tests.runtime.runtime_helpers import (
     TINY,
     Bench,
     DrawnText,
+    Keeping,
     make_htask,
     make_plan,
     make_store,
@@ -142,7 +142,7 @@ class Ballast(StepListener):
             self.held = None
 
 
-class Telling(TorchExecutor):
+class Telling(Keeping):
     """Hands its events to the ballast too."""
 
     ballast: Ballast
@@ -156,7 +156,7 @@ class Telling(TorchExecutor):
 
 def train(
     store: BackboneStore, folder: Path, at_step: int, step: str = "auto"
-) -> tuple[TorchExecutor, tuple[JournalBatch, ...]]:
+) -> tuple[Keeping, tuple[JournalBatch, ...]]:
     ballast = Ballast(at_step)
     options = TorchOptions(folder, evaluate_tokens=0, step=step)
     executor = Telling(StepBuilder(), store, DrawnText(), options, [ballast])
@@ -190,7 +190,7 @@ def test_pressure_makes_micro_batches_smaller_and_changes_no_adapter(
     plans = {plan.epoch: plan for batch in batches for plan in batch.plans}
     assert largest_pass_tokens(plans[event.epoch + 1]) < largest_pass_tokens(plans[event.epoch])
     for task in TASKS:
-        gap = worst_gap(weights(pressed, task.task_id), weights(calm, task.task_id))
+        gap = worst_gap(pressed.final[task.task_id], calm.final[task.task_id])
         assert gap <= 1e-5, task.task_id
     assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
 
@@ -217,7 +217,7 @@ def test_a_plan_that_does_not_fit_is_followed_by_a_smaller_one(
         plans = {plan.epoch: plan for batch in batches for plan in batch.plans}
         assert largest_pass_tokens(plans[event.epoch]) > most
     for task in TASKS:
-        gap = worst_gap(weights(pressed, task.task_id), weights(calm, task.task_id))
+        gap = worst_gap(pressed.final[task.task_id], calm.final[task.task_id])
         assert gap <= 1e-4, task.task_id
     assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
 
@@ -239,9 +239,3 @@ def test_a_task_that_does_not_fit_alone_ends(tmp_path: Path, monkeypatch: Any) -
 def told(batches: tuple[JournalBatch, ...]) -> list[Event]:
     events = [event for batch in batches for event in batch.events]
     return [event for event in events if event.kind is EventKind.MEMORY_PRESSURE]
-
-
-def weights(executor: TorchExecutor, task_id: str) -> dict[tuple[str, str], torch.Tensor]:
-    state = executor.tasks[task_id].state
-    assert state is not None
-    return {key: values.param for key, values in state.tensors.items()}

@@ -455,10 +455,14 @@ def test_idle_time_is_waited_for(store: BackboneStore, tmp_path: Path) -> None:
     assert executor.now_ns >= until_ns
 
 
-def test_data_of_tasks_that_ended_is_given_up(store: BackboneStore, tmp_path: Path) -> None:
+def test_data_and_state_of_tasks_that_ended_are_given_up(
+    store: BackboneStore, tmp_path: Path
+) -> None:
     bench = Bench(tmp_path, store)
     bench.run(make_plan([make_htask([A, B])]), A, B)
     assert bench.library.discarded == []
+    states = [task.state for task in bench.executor.tasks.values()]
     bench.executor.apply(make_plan([], 1))
     bench.until(EventKind.PLAN_APPLIED, 2)
     assert sorted(bench.library.discarded) == ["a", "b"]
+    assert [state and (len(state.tensors), state.place) for state in states] == [(0, None)] * 2

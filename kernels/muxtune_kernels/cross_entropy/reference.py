@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORED_LABEL = -100
+MAX_CHUNK_ROWS = 256  # of 49,152 words that is 96 MiB of logits; more rows are no faster on a CPU
 
 
 def multi_task_cross_entropy_reference(
@@ -43,8 +44,9 @@ def slot_losses(
     """float32 [S], and the gradient of its sum into grad_TD where one is given.
 
     Gathers a slot's target rows, then cuts them into chunks: rows without a target cost nothing,
-    and a chunk's shape depends on its own task alone.
+    and a chunk's shape depends on its own task alone. Two numbers a logit exist at once.
     """
+    chunk_rows = min(chunk_rows, MAX_CHUNK_ROWS)
     loss_S = torch.zeros(num_slots, dtype=torch.float32)
     for slot in range(num_slots):
         owned_T = (slot_of_row_T == slot) & (labels_T != IGNORED_LABEL)
@@ -53,6 +55,7 @@ def slot_losses(
                 continue
             logits_CV = (hidden_TD[index_C] @ lm_head_VD.T).float()
             log_prob_CV = torch.log_softmax(logits_CV, dim=1)
+            del logits_CV
             label_C1 = labels_T[index_C, None]
             loss_S[slot] -= log_prob_CV.gather(1, label_C1).sum() * scale_S[slot]
             if grad_TD is not None:
@@ -60,4 +63,6 @@ def slot_losses(
                 grad_CV.scatter_add_(1, label_C1, torch.full_like(grad_CV[:, :1], -1.0))
                 grad_CV *= scale_S[slot]
                 grad_TD[index_C] = grad_CV.to(lm_head_VD.dtype) @ lm_head_VD
+                del grad_CV
+            del log_prob_CV  # before the next chunk asks for as much
     return loss_S

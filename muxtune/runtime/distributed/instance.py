@@ -202,7 +202,11 @@ class DistributedInstance(RunningInstance):
 
     def _take_over(self, plan: Plan) -> None:
         _check_order(plan)
-        gone = [name for name in self.worker.states if self._is_gone(name)]
+        gone = [
+            name
+            for name in self.worker.states
+            if self._is_gone(name) or (self._has_ended(name) and name not in plan.task_ids)
+        ]
         if gone:
             self._command(Drop(tuple(gone)))
         super()._take_over(plan)
@@ -217,6 +221,9 @@ class DistributedInstance(RunningInstance):
         if len(plan.replicas) > 1:
             how = "replicas meet for every step: a pipeline's micro-batches follow one another"
         self.host.notice(f"{self.backbone.name}: {how}")
+
+    def _has_ended(self, task_id: str) -> bool:
+        return self.host.tasks[task_id].phase is not Phase.LIVE
 
     def _is_gone(self, task_id: str) -> bool:
         task = self.host.tasks.get(task_id)
