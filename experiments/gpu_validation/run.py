@@ -52,9 +52,9 @@ TINY_OTHERS = (
 )
 # Base models that are not profiled: of another width of the MLP, vocabulary and grouping of heads,
 # of another width altogether, and fewer blocks of the profiled one. A few blocks are enough.
-OTHERS = ("llama-3.1-8b:6", "llama-2-13b:4", "llama-2-7b:8")
+OTHERS = ("llama-3.1-8b:4", "llama-2-13b:3", "llama-2-7b:5")
 MIN_ROWS = 384
-OWN_EVERY = 24  # the profiled base model has many blocks: a case of it takes seconds
+OWN_EVERY = 36  # the profiled base model has many blocks: a case of it takes seconds
 PARTS, COMPILED, KILLED = "profile.parts.jsonl", "compiled.txt", "killed.txt"
 SHORT_S = 10.0
 MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 170.0, 3
@@ -69,10 +69,10 @@ def main() -> None:
     parser.add_argument("--model", default="llama-2-7b", help="NAME, NAME:LAYERS or tiny")
     parser.add_argument("--others", default=",".join(OTHERS), help="NAME or NAME:LAYERS, by commas")
     parser.add_argument("--budget", type=float, default=440.0, help="seconds for all of it")
-    parser.add_argument("--profile-budget", type=float, default=150.0)
-    parser.add_argument("--cases", type=int, default=220)
+    parser.add_argument("--profile-budget", type=float, default=140.0)
+    parser.add_argument("--cases", type=int, default=208)
     parser.add_argument("--case-s", type=float, default=0.0, help="for repeats beyond three")
-    parser.add_argument("--dynamic-s", type=float, default=22.0, help="of each; 0: none")
+    parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
