@@ -4,6 +4,7 @@
 #
 #     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150 [NAMES]]
 #
+# In two calls: WORK=a folder for both, first `side_by_side.py --work`, then this with 0 seconds for it.
 # First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
 # alone: the step throughput, the memory curve, joins, the kernel ratio, each as far as the time goes;
 # what is done is in $OUT at any time, in at most eight files.
@@ -12,7 +13,7 @@ budget=${1:?seconds}
 out=${OUT:?a folder for results}
 python=${PYTHON:-python3}
 here=$(dirname "$0")
-work=$(mktemp -d)
+work=${WORK:-$(mktemp -d)}
 mkdir -p "$out"
 export PYTHONPATH=.:sim:kernels${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=1
@@ -49,8 +50,8 @@ END
 }
 
 side_limit=${2:-$((budget / 4 > 200 ? 200 : budget / 4))}
-"$python" "$here/side_by_side.py" --out "$out" --work "$work" --seconds "$side_limit" \
-  ${3:+--only "$3"}
+[ "$side_limit" -eq 0 ] || "$python" "$here/side_by_side.py" --out "$out" --work "$work" \
+  --seconds "$side_limit" ${3:+--only "$3"}
 echo "==== $(left) s left"
 
 # Of what is left, beyond the step throughput: memory, joins, kernel ratio.
