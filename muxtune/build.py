@@ -135,6 +135,8 @@ def _profiles(cost: CostConfig) -> list[Profile]:
         raise ConfigError("cost.kind", f"'{cost.kind}' does not exist", remedy)
     if cost.kind == "profile" and not cost.path:
         remedy = "Give what `muxtune profile` wrote, with cost.path=FILE"
+        if shipped := shipped_profiles():
+            remedy += f", or the name of a shipped one: {', '.join(shipped)}"
         raise ConfigError("cost.path", "is empty", remedy)
     if cost.kind != "profile" and cost.path:
         problem = f"is given, but cost={cost.kind} reads no profile"
@@ -142,9 +144,18 @@ def _profiles(cost: CostConfig) -> list[Profile]:
     return [load_profile(profile_path(cost.path))] if cost.kind == "profile" else []
 
 
+def _shipped_folder() -> Path:
+    return Path(muxtune.__file__).parent / "cost" / "data" / "profiles"
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.json"))
+
+
 def profile_path(path: str, shipped_only: bool = False) -> Path:
     """A file, or the name of a profile that is shipped: ``h100-sxm_llama-2-7b``."""
-    shipped = Path(muxtune.__file__).parent / "cost" / "data" / "profiles" / f"{path}.json"
+    shipped = _shipped_folder() / f"{path}.json"
     if shipped_only or (not Path(path).exists() and shipped.exists()):
         return shipped
     return Path(path)

@@ -209,4 +209,6 @@ def facts_of(config: TrainConfig) -> dict[str, str]:
 
 
 def _profile_hash(cost: CostConfig) -> str:
-    return load_profile(cost.path).content_hash if cost.kind == "profile" else cost.kind
+    if cost.kind != "profile":
+        return cost.kind
+    return load_profile(build.profile_path(cost.path)).content_hash
