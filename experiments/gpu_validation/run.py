@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.child:
-        sys.exit(supervise(min(args.budget, REHEARSAL_S) if args.rehearse else args.budget))
+        budget_s = min(args.budget, REHEARSAL_S) if args.rehearse else args.budget
+        sys.exit(supervise(budget_s, args.out))
     args.out.mkdir(parents=True, exist_ok=True)
     device = checked_device(args.device)
     if args.rehearse:
@@ -97,21 +98,26 @@ def main() -> None:
         run(args, compilers)
 
 
-def supervise(budget_s: float) -> int:
+def supervise(budget_s: float, out: Path) -> int:
     """The work in a process of its own, which an error on a GPU ends: what has begun is recorded
     as failed then, and the next process goes on behind it."""
     end_s = time.monotonic() + budget_s
     for start in range(1, MAX_STARTS + 1):
-        begun_s = time.monotonic()
+        begun_s, written = time.monotonic(), _written(out)
         left_s = end_s - begun_s
         options = [*sys.argv[1:], "--child", "--budget", f"{left_s:.0f}"]
         done = subprocess.run([sys.executable, "-X", "faulthandler", __file__, *options])
         now_s = time.monotonic()
         is_over = done.returncode in (0, PARTS_FAILED) or end_s - now_s < LEAST_S
-        if is_over or now_s - begun_s < SHORT_S:  # so soon, it would end so again
+        ends_again = now_s - begun_s < SHORT_S and _written(out) == written
+        if is_over or ends_again:
             return done.returncode
         _say("process", 1.0, f"{start} ended with {done.returncode}")
     return 1
+
+
+def _written(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
