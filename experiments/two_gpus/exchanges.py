@@ -64,7 +64,7 @@ class Exchanges:
             memory = self.memory
             memory.give_back()
             target, flag = memory.take(tensor.shape, tensor.dtype), memory.flag()
-            pair = PairSum(memory, self.other, tensor.numel(), tensor.dtype)
+            pair = PairSum(memory, self.other, tensor.nbytes)
             found["sum by copies"] = lambda: pair(tensor)
 
             def transfer() -> None:
@@ -86,7 +86,7 @@ class Exchanges:
         if self.memory is None:
             return
         self.memory.give_back()
-        pair = PairSum(self.memory, self.other, rows * WIDTH, self.dtype)
+        pair = PairSum(self.memory, self.other, rows * WIDTH * self.dtype.itemsize)
         generator = torch.Generator(self.device).manual_seed(self.rank)
         for _ in range(20):
             mine = torch.randn(rows, WIDTH, generator=generator, device=self.device).to(self.dtype)

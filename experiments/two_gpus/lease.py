@@ -45,9 +45,10 @@ LIMITED = {
 SPARED = 4
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
-    Phase("NVLink, copies", "one,pp,tp", {}, 0.5, "copies"),
-    Phase("slow, NCCL limited", "tp-slow,pp-slow", {**SLOW, **LIMITED}, 0.6, spared=SPARED),
-    Phase("NVLink, NCCL limited", "tp-two", LIMITED, 0.5, spared=SPARED),
+    Phase("slow, copies", "tp-slow,pp-slow", SLOW, 0.5, "host"),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.7, "copies"),
+    Phase("slow, NCCL limited", "tp-three,pp-slow", {**SLOW, **LIMITED}, 0.6, spared=SPARED),
+    Phase("NVLink, NCCL limited", "tp-two,pp-late", LIMITED, 0.5, spared=SPARED),
     Phase("NVLink, NCCL", "tp-two", {}, 0.6),
     Phase("slow, NCCL", "tp-three", SLOW, 0.8),
     Phase("NVLink, copies", "pp-more,tp-three", {}, 1.0, "copies"),
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
     parser.add_argument("--only", default="", help="other sets of configurations for all phases")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
     parser.add_argument("--plain", action="store_true", help="see ``run``")

@@ -15,7 +15,7 @@ from typing import Any
 from muxtune.report.perfetto import Span, write_trace
 from muxtune.report.run_folder import RunFolder, provenance
 
-TRACED_ROUNDS = 8
+TRACED_ROUNDS = 6
 HIDDEN = ("spans", "htask_of_op", "label_of_op", "predicted_spans", "losses", "replica")
 Row = dict[str, Any]
 

@@ -48,8 +48,10 @@ from muxtune.runtime.static_step import AdapterPools, Sequence, SlotInput, SlotS
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
-KNOWN_ROUNDS, TRACED, SIZES = 8, 8, 3
-SHARED_BYTES = {"cuda": 3 << 30, "cpu": 1 << 24}  # for messages in memory, on each rank
+KNOWN_ROUNDS, TRACED, SIZES, REPEATS = 8, 6, 3, 1
+# For messages in memory, on each rank; what lies in the host's must be found there first.
+SHARED_BYTES = {"cuda": 3 << 30, "cpu": 1 << 24}
+HOST_BYTES = {"cuda": 640 << 20, "cpu": 1 << 24}
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
@@ -183,14 +185,15 @@ def run_config(
     began_s = time.perf_counter()
     runner.prepare()
     prepared_s = time.perf_counter() - began_s
-    runner.run(2)
+    runner.run(1)
     began_s = time.perf_counter()
     profile = profiled(runner, config, visits)
     profiled_s = time.perf_counter() - began_s
+    begin_anew(config, visits, weights)
     problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
     runner.run(1)
-    seconds = statistics.mean(runner.run(rounds) for _ in range(2))
+    seconds = statistics.mean(runner.run(rounds) for _ in range(REPEATS))
     runner.run(TRACED, trace=True)
     mine = (seconds, runner.spans(), last_metrics(visits, TRACED - 1))
     runner.close()
@@ -203,7 +206,7 @@ def run_config(
     tokens = sum(visits.tokens[at % KNOWN_ROUNDS] for at in range(rounds))
     row = {
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
-        "messages": "copies" if rank.memory is not None and links is not None else "nccl",
+        "messages": _way(rank.memory) if links is not None else "none",
         "prepared_s": prepared_s, "profiled_s": profiled_s,
         "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
         "rows_per_round": visits.rows(),
@@ -224,6 +227,24 @@ def run_config(
             for s in schedule_spans(play(order, problem, TRACED))
         ]
     return row
+
+
+@torch.no_grad()
+def begin_anew(config: Config, visits: Visits, weights: Weights) -> None:
+    """Untrained: what was timed by itself took steps on whatever gradients were there."""
+    for index, group in enumerate(config.groups):
+        pools = visits.programs[index * config.parts][0].pools
+        for _, a, b in (item for slot in range(len(group)) for item in pools.views(slot)):
+            for tensor in (*a[1:], *b[1:]):
+                tensor.zero_()
+        pools.settings.step_S.zero_()
+        weights.fill_adapters(pools, group)
+
+
+def _way(memory: PeerMemory | None) -> str:
+    if memory is None:
+        return "nccl"
+    return "copies by way of the host" if memory.through_host else "copies"
 
 
 def _peak_gb(device: torch.device) -> float | None:
@@ -342,30 +363,41 @@ def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
     """Every operation alone, in the mean over the known rounds' sizes: computing by replaying it on
     a device that does nothing else, exchanges and transfers between ranks that do nothing else.
     Of equal layers one is timed. The slowest rank counts."""
-    graph, known, own = runner.schedule.graph, {}, {}
-    for op in range(graph.num_ops):
-        is_compute = graph.stream_of[op] % 2 == 0
-        if is_compute and graph.stage_of[op] != runner.stage:
-            continue
-        taken = [sizes[graph.visit_of[op]] for sizes in visits.sizes]
-        times = {
-            size: _computed_s(runner, op, size, known)
-            if is_compute
-            else _moved_s(runner, op, size, known)
-            for size in sorted(set(taken))
-        }
-        own[op] = statistics.mean(times[size] for size in taken)
+    graph, known = runner.schedule.graph, {}
+    times: dict[int, dict[int, float]] = {op: {} for op in range(graph.num_ops)}
+    for visit in range(len(visits.programs)):
+        ops = [op for op in range(graph.num_ops) if graph.visit_of[op] == visit]
+        for size in sorted({sizes[visit] for sizes in visits.sizes}):
+            at = next(at for at, sizes in enumerate(visits.sizes) if sizes[visit] == size)
+            # Rows of tasks, not the empty ones that it was captured with.
+            runner._with_stream(lambda at=at, visit=visit, size=size: runner.load(at, visit, size))
+            for op in ops:
+                found = _op_s(runner, op, size, known)
+                if found is not None:
+                    times[op][size] = found
+    own = {
+        op: statistics.mean(by_size[sizes[graph.visit_of[op]]] for sizes in visits.sizes)
+        for op, by_size in times.items() if by_size
+    }  # fmt: skip
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
 
 
+def _op_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float | None:
+    """None for another stage's computation."""
+    graph = runner.schedule.graph
+    if graph.stream_of[op] % 2:
+        return _moved_s(runner, op, size, known)
+    if graph.stage_of[op] != runner.stage:
+        return None
+    return _computed_s(runner, op, size, known)
+
+
 def _computed_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
     key = (_alike(runner, op), size)
     if key not in known:
-        known[key] = _replayed_s(runner, op, 3, size)
-        if runner.meets(op):
-            known[key] += _seconds(runner, runner.meeting(op, size), 3)
+        known[key] = _replayed_s(runner, op, 2, size)
     return known[key]
 
 
@@ -380,8 +412,9 @@ def _alike(runner: OrderRunner, op: int) -> tuple[Any, ...]:
 
 def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
     """Transfers of one kind and size take the same."""
-    program, action = runner.program(op, size), runner.schedule.operation(op).action
-    key = (action, program.num_rows)
+    program, operation = runner.program(op, size), runner.schedule.operation(op)
+    summed = runner._reduced.get((op, size), ())
+    key = (operation.action, program.num_rows, *[tensor.nbytes for tensor in summed])
     if key not in known:
         known[key] = _transfer_seconds(runner, op, size)
     return known[key]
@@ -443,7 +476,7 @@ def wire_of(runner: OrderRunner, op: int, size: int, sends: bool) -> Wire:
     def receive() -> None:
         if flag is not None:
             assert runner.memory is not None
-            runner.memory.heed(flag)
+            runner.memory.heed(flag, *targets)
             return
         for target in targets:
             dist.recv(target, channel.rank, group=channel.group)
@@ -518,14 +551,13 @@ def _replayed_s(runner: OrderRunner, op: int, repeats: int, size: int = 0) -> fl
 
 
 def _transfer_seconds(runner: OrderRunner, op: int, size: int) -> float:
-    visit, action = runner.program(op, size), runner.schedule.operation(op).action
+    action = runner.schedule.operation(op).action
     if action is Action.REDUCE:
-        buffer = torch.zeros_like(visit.sent_TD)
-        return _seconds(runner, lambda: runner.add_up(buffer), 10)
+        return _seconds(runner, runner.summing(op, size), 4) if runner.on_cuda else _CPU_S
     assert action in TRANSFERS
     sends = runner.schedule.graph.stage_of[op] == runner.stage
     wire = wire_of(runner, op, size, sends)
-    return _seconds(runner, wire.send if sends else wire.receive, 10)
+    return _seconds(runner, wire.send if sends else wire.receive, 5)
 
 
 def busiest_ms(base: Schedule, profile: Profile) -> list[float]:
@@ -619,6 +651,9 @@ def shared_memory(rank: int, device: torch.device, args: Any) -> PeerMemory | No
     if args.messages == "nccl":
         return None
     try:
+        if args.messages == "host":
+            num_bytes = HOST_BYTES[device.type]
+            return PeerMemory(rank, range(2), device, num_bytes, through_host=True)
         return PeerMemory(rank, range(2), device, SHARED_BYTES[device.type])
     except Unavailable as reason:
         print(f"rank {rank}: messages go by NCCL, because {reason}", flush=True)
@@ -704,7 +739,10 @@ def main() -> None:
     parser.add_argument("--only", default="one,pp,tp", help=f"of {', '.join(SETS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--messages", choices=("copies", "nccl"), default="copies", help="how ranks' messages go"
+        "--messages",
+        choices=("copies", "host", "nccl"),
+        default="copies",
+        help="how ranks' messages go",
     )
     parser.add_argument(
         "--spared", type=int, default=0, help="multiprocessors that products leave to NCCL"

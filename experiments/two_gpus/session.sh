@@ -5,7 +5,8 @@
 #
 # Kernels are compiled first, side by side; the first of these processes also compares the two forms
 # of a stage, and where they do not agree the plain one is measured. Then come the phases of
-# ``lease``, alone on the machine. TRITON_CACHE_DIR: what was compiled before, if anything.
+# ``lease``, alone on the machine. TRITON_CACHE_DIR: what was compiled before, if anything. With
+# BESIDE=1 compiling what little is new goes on while the first phase draws its weights.
 set -u
 budget=${1:?seconds}
 out=${OUT:?a folder for results}
@@ -19,12 +20,15 @@ work=$(mktemp -d)
 left() { echo $((budget - SECONDS)); }
 
 timeout -k 5 $((compile_s + 5)) "$python" -m experiments.two_gpus.warm --device "$device" \
-  --limit-s "$compile_s" >"$work/warm.log" 2>&1
-echo "[warm] exit $? after $SECONDS s"
-grep -E '^\[|differ by|Error' "$work/warm.log"
+  --limit-s "$compile_s" ${WARM:-} >"$work/warm.log" 2>&1 &
 plain=""
-grep -q 'both forms of a stage differ' "$work/warm.log" &&
-  ! grep -q 'stages differ by' "$work/warm.log" || plain=--plain
+if [ -z "${BESIDE:-}" ]; then
+  wait $!
+  echo "[warm] exit $? after $SECONDS s"
+  grep -E '^\[|differ by|Error' "$work/warm.log"
+  grep -q 'both forms of a stage differ' "$work/warm.log" &&
+    ! grep -q 'stages differ by' "$work/warm.log" || plain=--plain
+fi
 echo "stages: ${plain:-as the whole step}"
 timeout -k 5 $(($(left) - 8)) "$python" -m experiments.two_gpus.lease --output "$work/measured" \
   --device "$device" --budget $(($(left) - 14)) $plain ${LEASE:-} 2>&1 | tee "$work/lease.log" |
@@ -34,5 +38,9 @@ tail -c 300000 "$work/lease.log" >"$out/lease.log"
 cp "$work/warm.log" "$out/"
 gzip -c "$work/measured/rows.jsonl" >"$out/rows.jsonl.gz"
 tar czf "$out/traces.tar.gz" -C "$work" --wildcards --exclude=rows.jsonl measured 2>/dev/null
+if [ -n "${TRITON_CACHE_DIR:-}" ]; then
+  tar cJf "$out/compiled.tar.xz" --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' \
+    --exclude='*.ptx' -C "$TRITON_CACHE_DIR" . 2>/dev/null
+fi
 ls -la "$out"
 echo "$(left) s left"

@@ -18,7 +18,7 @@ import torch
 
 from experiments.two_gpus.cases import SETS, Config
 from experiments.two_gpus.layouts import Weights
-from experiments.two_gpus.lease import PHASES
+from experiments.two_gpus.lease import chosen
 from experiments.two_gpus.run import (
     TINY,
     Rank,
@@ -39,11 +39,11 @@ from muxtune.types import ReplicaShape
 MOST_GAP = 0.02  # of losses and gradient norms in bfloat16
 
 
-def kinds() -> list[tuple[int, Config]]:
+def kinds(phases: str = "") -> list[tuple[int, Config]]:
     """Configurations that differ in their kernels, whose orders do not matter; before each, how
     many multiprocessors it spares."""
     found: dict[Any, tuple[int, Config]] = {}
-    for phase in PHASES:
+    for phase in chosen(phases):
         for config in (config for name in phase.sets.split(",") for config in SETS[name]):
             key = (phase.spared, config.replica.tp, config.groups, config.parts)
             found.setdefault(key, (phase.spared, config))
@@ -111,13 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-2-13b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--phases", default="", help="of ``lease``")
     parser.add_argument("--limit-s", type=float, default=90.0)
     args = parser.parse_args()
     end_s = time.monotonic() + args.limit_s
     context = multiprocessing.get_context("spawn")
     at_work = [
         context.Process(target=_main, args=(number, *kind, args))
-        for number, kind in enumerate(kinds())
+        for number, kind in enumerate(kinds(args.phases))
     ]
     for process in at_work:
         process.start()

@@ -46,6 +46,7 @@ def exchange(rank: int, folder: Path) -> None:
                 assert torch.equal(back.receive(shape, dtype), theirs)
                 assert torch.equal(host[other].receive(shape, dtype), theirs)
     add_up(rank, memory)
+    add_up(rank, PeerMemory(rank, range(2), CPU, 1 << 16, through_host=True))
     with pytest.raises(Unavailable, match="are not left"):
         memory.take((STAGE_BYTES * 100,), torch.uint8)
     assert not list(Path("/dev/shm").glob(f"muxtune-{os.getpid()}-*")), "it is left behind"
@@ -54,7 +55,7 @@ def exchange(rank: int, folder: Path) -> None:
 
 def add_up(rank: int, memory: PeerMemory) -> None:
     """Ranks that are late in turn: none may write over what the other has not read."""
-    pair = PairSum(memory, 1 - rank, 64, torch.float32)
+    pair = PairSum(memory, 1 - rank, 64 * 4)
     for number in range(ROUNDS):
         tensor = torch.full((64,), float(number + rank))
         if number % 2 == rank:

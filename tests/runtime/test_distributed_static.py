@@ -36,6 +36,8 @@ CONFIGS = {
     "late": Config(PIPELINE, "8", 1, "interleaved", early=False),
     "copied": Config(PIPELINE, "8", 1, "interleaved"),
     "copied tensor": Config(TENSOR, "8", 1, "sequential"),
+    "hosted": Config(PIPELINE, "8", 1, "interleaved"),
+    "hosted tensor": Config(TENSOR, "8", 1, "interleaved"),
     "copied both": Config(ReplicaShape(2, 2), "8", 1, "interleaved"),
 }
 
@@ -54,8 +56,9 @@ def train(rank: int, config: Config, path: Path) -> None:
     place = layout.places[0 if alone else rank]
     links = None if alone else Links(layout, place, me.device)
     memory = None
-    if path.name.startswith("copied"):
-        memory = PeerMemory(rank, range(layout.world_size), me.device, 1 << 22)
+    if path.name.startswith(("copied", "hosted")):
+        hosted = path.name.startswith("hosted")
+        memory = PeerMemory(rank, range(layout.world_size), me.device, 1 << 22, through_host=hosted)
     weights = Weights(TINY, config.replica, place.stage, place.part, me.device, me.dtype)
     part = weights.stage_part(*((links.tp, links.step) if links else (None, None)))
     visits = make_visits(config, me, weights, part)

@@ -31,6 +31,9 @@ COMPUTE, COMM = "compute", "comm"
 _MESSAGES = ("received_TD", "gradient_TD", "squares_S", "norm_S")
 
 
+_Message = tuple[int, tuple[Tensor, ...]]
+
+
 class Launch(NamedTuple):
     """One operation of one round, in the order in which the host launches them. ``waits``: nodes
     whose event is waited for; ``messages``: nodes of other stages whose transfer is."""
@@ -118,7 +121,9 @@ class OrderRunner:
         self.on_cuda = device.type == "cuda"
         self._graphs: dict[tuple[int, int], Captured] = {}  # by operation and size, as all four
         self._reduced: dict[tuple[int, int], Any] = {}
-        self._parting: dict[tuple[int, int], Captured] = {}  # after the ranks of a stage have met
+        self._parting: dict[
+            tuple[int, int], Captured
+        ] = {}  # when the ranks of a stage have summed all
         self._packed: dict[
             tuple[int, int], Captured
         ] = {}  # of a stage of several ranks, before a transfer
@@ -154,8 +159,8 @@ class OrderRunner:
                 self.flags[op] = memory.flag()
         assert self.links is not None
         if self.links.peer is not None:
-            widest = max((p.sent_TD for p in programs), key=lambda tensor: tensor.numel())
-            self._sum = PairSum(memory, self.links.peer, widest.numel(), widest.dtype)
+            most_bytes = max(tensor.nbytes for p in programs for tensor in p.summed)
+            self._sum = PairSum(memory, self.links.peer, most_bytes)
 
     # -- capturing
 
@@ -177,8 +182,7 @@ class OrderRunner:
         for program in (program for sizes in self.visits for program in sizes):
             if program.part.tp is not None:
                 self.add_up(program.sent_TD)
-            if program.part.step is not None:
-                program.meet()
+                self.add_up(program.own_S)
 
     def _each_visit(self, work: Callable[[int, int], None]) -> None:
         """``work(operation, size)``, on inputs without any row: nothing is trained."""
@@ -227,31 +231,37 @@ class OrderRunner:
         stream = self._streams[COMPUTE]
         if self.schedule.graph.stream_of[op] % 2 == 0:
             self._graphs[key] = capture(self._plain(op, size), program.memory, stream)
-            if self.meets(op):
-                self._parting[key] = capture(program.part_again, program.memory, stream)
         elif operation.action is Action.REDUCE:
             self._reduced[key] = program.exchanged(operation.backward)
+            if self.parts(op):
+                self._parting[key] = capture(program.part_again, program.memory, stream)
         else:
             pack = program.packing(operation)
             if pack is not None:
                 self._packed[key] = capture(pack, program.memory, stream)
 
-    def meets(self, op: int) -> bool:
-        """Whether the stage's ranks sum up gradients after this operation."""
-        operation = self.schedule.operation(op)
-        is_end = operation.action is Action.BACKWARD and operation.is_last
-        return is_end and self.program(op, 0).part.step is not None
+    def parts(self, op: int) -> bool:
+        """Whether the stage's ranks have summed all gradients with this exchange."""
+        if self.program(op, 0).part.step is None:
+            return False
+        first = self.schedule.graph.first_op[self.schedule.graph.visit_of[op]]
+        before = [self.schedule.operation(first + b)
+                  for b in self.schedule.graph.subgraphs[op].depends_on]  # fmt: skip
+        return any(item.action is Action.BACKWARD and item.is_last for item in before)
 
-    def meeting(self, op: int, size: int) -> Callable[[], None]:
-        """What the stage's ranks do then."""
-        visit = self.program(op, size)
+    def summing(self, op: int, size: int) -> Callable[[], None]:
+        """What the stage's ranks do in an exchange."""
+        visit, backward = self.program(op, size), self.schedule.operation(op).backward
+        known, is_final = self._reduced.get((op, size)), self.parts(op)
         part_again = self._parting.get((op, size), visit.part_again)
 
-        def meet() -> None:
-            visit.meet()
-            part_again()
+        def exchange() -> None:
+            for tensor in known or visit.exchanged(backward):
+                self.add_up(tensor)
+            if is_final:
+                part_again()
 
-        return meet
+        return exchange
 
     # -- running
 
@@ -339,31 +349,23 @@ class OrderRunner:
                  if (item.round, node) in tokens]  # fmt: skip
         if item.stream == COMPUTE:
             enters = operation.action is Action.FORWARD and visit._starts(operation.parts[0])
-            meet = self.meeting(item.op, size) if self.meets(item.op) else None
             compute, at = self.graph(item.op, size), self._first_round + item.round
 
             def work() -> None:
                 if enters:
                     self.load(at, visit_index, size)
                 compute()
-                if meet is not None:
-                    meet()
         else:
             work = self._communication(item.op, size)
         tokens[item.round, item.op] = self._on_stream(
             item.stream, work, waits, (item.round, item.op) if trace else None,
-            [self.flags[op] for op in item.messages if op in self.flags],
+            [(self.flags[op], self.targets(op, size)) for op in item.messages if op in self.flags],
         )  # fmt: skip
 
     def _communication(self, op: int, size: int) -> Callable[[], None]:
         visit, operation = self.program(op, size), self.schedule.operation(op)
         if operation.action is Action.REDUCE:
-            tensor = self._reduced.get((op, size))
-
-            def exchange() -> None:
-                self.add_up(visit.exchanged(operation.backward) if tensor is None else tensor)
-
-            return exchange
+            return self.summing(op, size)
         channel = self.links.sends[operation.to_stage]
         sources = {
             Action.SEND_ACTIVATIONS: lambda: (visit.sent_TD,),
@@ -405,17 +407,17 @@ class OrderRunner:
 
     def _on_stream(
         self, name: str, work: Callable[[], None], waits: Sequence[Any],
-        traced: tuple[int, int] | None = None, flags: Sequence[int] = (),
+        traced: tuple[int, int] | None = None, flags: Sequence[_Message] = (),
     ) -> Any:  # fmt: skip
-        """``flags``: of messages in shared memory that are waited for."""
+        """``flags``: of messages in shared memory that are waited for, and where they come to."""
         if not self.on_cuda:
             return self._on_thread(name, work, waits, traced, flags)
         stream = self._streams[name]
         with torch.cuda.stream(stream):
             for event in waits:
                 stream.wait_event(event)
-            for flag in flags:
-                self.memory.heed(flag)
+            for flag, targets in flags:
+                self.memory.heed(flag, *targets)
             start = self._event(traced)
             work()
             event = self._event(traced) or torch.cuda.Event()
@@ -433,13 +435,13 @@ class OrderRunner:
 
     def _on_thread(
         self, name: str, work: Callable[[], None], waits: Sequence[Any], traced: Any,
-        flags: Sequence[int],
+        flags: Sequence[_Message],
     ) -> Any:  # fmt: skip
         def timed() -> None:
             if name != COMPUTE:
                 self._wait(waits)
-            for flag in flags:
-                self.memory.heed(flag)
+            for flag, targets in flags:
+                self.memory.heed(flag, *targets)
             start_s = time.perf_counter()
             work()
             if traced is not None:

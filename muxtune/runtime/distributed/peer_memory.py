@@ -48,24 +48,30 @@ class _Reach(Protocol):
     def copy(self, source: Tensor, rank: int, address: int) -> None: ...
     def write(self, rank: int, address: int, value: int) -> None: ...
     def wait(self, address: int, value: int, limit_s: float = 0.0) -> None: ...
+    def fetch(self, own: Tensor) -> None: ...
     def close(self) -> None: ...
 
 
 class PeerMemory:
     """``num_bytes`` on each of ``ranks``, which all make it together.
 
-    Work is put on the current stream, or done at once on a CPU. Raises Unavailable on every rank
-    where one cannot reach another.
+    Work is put on the current stream, or done at once on a CPU. ``through_host``: by way of the
+    host's memory, where GPUs do not reach each other's. Raises Unavailable on every rank where one
+    cannot reach another.
     """
 
     def __init__(
         self, rank: int, ranks: Sequence[int], device: torch.device, num_bytes: int,
-        group: Any = None,
+        group: Any = None, through_host: bool = False,
     ) -> None:  # fmt: skip
-        make: Callable[[], _Reach] = (
-            (lambda: _CudaReach(device, num_bytes + _FLAG_BYTES)) if device.type == "cuda"
-            else lambda: _FileReach(num_bytes + _FLAG_BYTES)
-        )  # fmt: skip
+        size = num_bytes + _FLAG_BYTES
+
+        def make() -> _Reach:
+            if through_host:
+                return _HostReach(device, size)
+            return _CudaReach(device, size) if device.type == "cuda" else _FileReach(size)
+
+        self.through_host = through_host
         self.rank, self._num_flags, self._next = rank, 0, _FLAG_BYTES
         self._counts: dict[tuple[int, bool], int] = {}
         self._reach: Any = None  # a _Reach, once it is made
@@ -104,6 +110,8 @@ class PeerMemory:
         for rank in ranks:
             if rank != self.rank:
                 self._reach.wait(4 * flags[rank], 1, _TRIAL_S)
+                place = ranks.index(rank)
+                self._reach.fetch(inbox_R[place : place + 1])
         found = [value for place, value in enumerate(inbox_R.tolist()) if place != own]
         if found != [rank + 1 for rank in ranks if rank != self.rank]:
             raise Unavailable(f"a message came as {found}")
@@ -140,9 +148,12 @@ class PeerMemory:
         """Tell ``rank``, after all that was put before on this stream."""
         self._reach.write(rank, 4 * flag, self._count(flag, True))
 
-    def heed(self, flag: int) -> None:
-        """Wait until the other rank has announced once more."""
+    def heed(self, flag: int, *twins: Tensor) -> None:
+        """Wait until the other rank has announced once more that it has put something into
+        ``twins``."""
         self._reach.wait(4 * flag, self._count(flag, False))
+        for twin in twins:
+            self._reach.fetch(twin)
 
     def close(self) -> None:
         """No rank may be at work, nor use what it took any more."""
@@ -154,25 +165,25 @@ class PeerMemory:
 
 
 class PairSum:
-    """Sums of two ranks' tensors, for which each writes its own to the other: of two, no way
-    moves fewer bytes. Both call it for the same tensors in the same order.
+    """Sums of two ranks' tensors of at most ``most_bytes``, for which each writes its own to the
+    other: of two, no way moves fewer bytes. Both call it for the same tensors in the same order.
 
     Two buffers in turn suffice: a rank writes the message after next only when it has had the
     next, which the other sent when it was through with this one.
     """
 
-    def __init__(self, memory: PeerMemory, other: int, most: int, dtype: torch.dtype) -> None:
+    def __init__(self, memory: PeerMemory, other: int, most_bytes: int) -> None:
         self._memory, self._other = memory, other
-        self._buffers = [memory.take((most,), dtype) for _ in range(2)]
+        self._buffers = [memory.take((most_bytes,), torch.uint8) for _ in range(2)]
         self._flag = memory.flag()
 
     def __call__(self, tensor: Tensor) -> None:
         buffer = self._buffers[0]
         self._buffers.reverse()
-        theirs = buffer[: tensor.numel()].view_as(tensor)
+        theirs = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._memory.put(tensor, theirs, self._other)
         self._memory.announce(self._flag, self._other)
-        self._memory.heed(self._flag)
+        self._memory.heed(self._flag, theirs)
         tensor.add_(theirs)
 
 
@@ -202,6 +213,9 @@ class _Driver:
         "cuIpcGetMemHandle": (ctypes.POINTER(_Handle), _POINTER),
         "cuIpcOpenMemHandle_v2": (ctypes.POINTER(ctypes.c_uint64), _Handle, _U32),
         "cuIpcCloseMemHandle": (_POINTER,),
+        "cuMemHostGetDevicePointer_v2": (
+            ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p, ctypes.c_uint
+        ),
         "cuMemcpyAsync": (_POINTER, _POINTER, _SIZE, ctypes.c_void_p),
         "cuStreamWriteValue32_v2": (ctypes.c_void_p, _POINTER, _U32, _U32),
         "cuStreamWaitValue32_v2": (ctypes.c_void_p, _POINTER, _U32, _U32),
@@ -275,6 +289,9 @@ class _CudaReach:
                 raise Unavailable("a message that was announced did not come")
             time.sleep(_POLL_S)
 
+    def fetch(self, own: Tensor) -> None:
+        """It lies there already."""
+
     def close(self) -> None:
         while self._opened:
             self._call("cuIpcCloseMemHandle", self._opened.pop())
@@ -286,12 +303,36 @@ class _CudaReach:
 # -------------------------------------------------------------------------------------- CPU
 
 
+def _reserved_file(num_bytes: int) -> str:
+    """In memory where there is room, for who writes to a page that there is no room for is killed.
+    Raises OSError."""
+    folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if Path(folder).is_dir()]
+    for number, folder in enumerate(folders, 1):
+        descriptor, path = tempfile.mkstemp(prefix=f"muxtune-{os.getpid()}-", dir=folder)
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+            return path
+        except OSError:
+            Path(path).unlink()
+            if number == len(folders):
+                raise
+        finally:
+            os.close(descriptor)
+    raise OSError("there is no folder for what ranks share")
+
+
+def _await_flag(flag: Tensor, value: int, limit_s: float) -> None:
+    """The host looks again and again. 0: for ever."""
+    end_s = time.monotonic() + limit_s
+    while int(flag) < value:
+        if limit_s and time.monotonic() > end_s:
+            raise Unavailable("a message that was announced did not come")
+        time.sleep(_POLL_S)
+
+
 class _FileReach:
     def __init__(self, num_bytes: int) -> None:
-        shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        descriptor, self._path = tempfile.mkstemp(prefix=f"muxtune-{os.getpid()}-", dir=shared)
-        os.ftruncate(descriptor, num_bytes)
-        os.close(descriptor)
+        self._path = _reserved_file(num_bytes)
         self.own = self._mapped(self._path)
         self._others: dict[int, Tensor] = {}
 
@@ -315,15 +356,83 @@ class _FileReach:
         self._others[rank][address : address + 4].view(torch.int32).fill_(value)
 
     def wait(self, address: int, value: int, limit_s: float = 0.0) -> None:
-        flag = self.own[address : address + 4].view(torch.int32)
-        end_s = time.monotonic() + limit_s
-        while int(flag) < value:
-            if limit_s and time.monotonic() > end_s:
-                raise Unavailable("a message that was announced did not come")
-            time.sleep(_POLL_S)
+        _await_flag(self.own[address : address + 4].view(torch.int32), value, limit_s)
+
+    def fetch(self, own: Tensor) -> None:
+        """It lies there already."""
 
     def settle(self) -> None:
         Path(self._path).unlink(missing_ok=True)  # it is mapped, and goes with the last process
 
     def close(self) -> None:
         self.settle()
+
+
+# ------------------------------------------------------------------- by way of the host's memory
+
+
+class _HostReach(_FileReach):
+    """What is sent lies in a file's memory, which both have mapped, until the receiver fetches it.
+    Copy engines do both ways, where there is a GPU."""
+
+    _PORTABLE_MAPPED = 3
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self._stage, self._device = self.own.zero_(), device
+        self.own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._call = _Driver() if device.type == "cuda" else None
+        self._registered: list[Tensor] = []
+        self._own_address = self._reached(self._stage)
+        self._addresses: dict[int, int] = {}
+
+    def _reached(self, stage: Tensor) -> int:
+        """Where the device finds it."""
+        if self._call is None:
+            return 0
+        runtime: Any = torch.cuda.cudart()
+        code = int(runtime.cudaHostRegister(stage.data_ptr(), stage.numel(), self._PORTABLE_MAPPED))
+        if code:
+            raise Unavailable(f"cudaHostRegister: {code}")
+        self._registered.append(stage)
+        address = ctypes.c_uint64()
+        self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), stage.data_ptr(), 0)
+        return address.value
+
+    def open(self, rank: int, exported: str) -> None:
+        super().open(rank, exported)
+        self._addresses[rank] = self._reached(self._others[rank])
+
+    def copy(self, source: Tensor, rank: int, address: int) -> None:
+        data = source.flatten().view(torch.uint8)
+        target = self._others[rank][address : address + data.numel()]
+        target.copy_(data, non_blocking=True)
+
+    def fetch(self, own: Tensor) -> None:
+        address = own.data_ptr() - self.own.data_ptr()
+        part = slice(address, address + own.nbytes)
+        self.own[part].copy_(self._stage[part], non_blocking=True)
+
+    def write(self, rank: int, address: int, value: int) -> None:
+        if self._call is None:
+            super().write(rank, address, value)
+            return
+        target = self._addresses[rank] + address
+        self._call("cuStreamWriteValue32_v2", self._stream(), target, value, 0)
+
+    def wait(self, address: int, value: int, limit_s: float = 0.0) -> None:
+        flag = self._stage[address : address + 4].view(torch.int32)
+        if self._call is None or limit_s:
+            _await_flag(flag, value, limit_s)
+            return
+        own = self._own_address + address
+        self._call("cuStreamWaitValue32_v2", self._stream(), own, value, _CudaReach._AT_LEAST)
+
+    def close(self) -> None:
+        while self._registered:
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self._registered.pop().data_ptr())
+        super().close()
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream

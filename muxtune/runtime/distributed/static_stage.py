@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from muxtune.runtime.distributed.schedule import ATTENTION, Action, Operation, Part
@@ -125,13 +124,13 @@ class VisitProgram:
         self._side = _side_stream(model.device) if OVERLAP and on_cuda else None
         self._held: list[Any] = []  # is read there
         self._grads = [_slot_grads(pools, slot) for slot in range(num_slots)]
-        self._shared = [] if part.step is None else (
-            [_shared_grads(pools, slot) for slot in range(num_slots)])  # fmt: skip
-        # What the stage's ranks sum when a step closes: gradients that all of them hold, then
-        # the squares of those that each holds alone. One message, because hundreds of small
-        # launches would take longer than all of it.
-        num_shared = sum(grad.numel() for grads in self._shared for grad in grads)
-        self.met = torch.zeros(num_shared + num_slots if self._shared else 0, **sums)
+        # Of the stage's ranks: gradients that each holds alone, and that all of them hold.
+        self._own, self._shared = ([] if part.step is None else [
+            [_rank_grads(pools, slot, shared) for slot in range(num_slots)]
+            for shared in (False, True)
+        ]) or ([], [])  # fmt: skip
+        self.own_S = torch.zeros(num_slots, **sums)  # squares of the first, summed by the ranks
+        self._last_part: Part | None = None  # of the backward
         fields = inputs.fields
         self._settings = AdamWSlots(
             *fields["settings"], step_S=pools.settings.step_S, active_S=fields["active"]
@@ -224,6 +223,7 @@ class VisitProgram:
                 self._attention_backward(part)
             else:
                 self._mlp_backward(part)
+            self._last_part = part
         self._join_side()
         if operation.is_last:
             self._sum_squares()
@@ -298,28 +298,16 @@ class VisitProgram:
     # -- optimizer steps
 
     def _sum_squares(self) -> None:
-        """This stage's; where its ranks must meet for them, what each brings along."""
+        """This stage's; where its ranks must meet for them, of what each holds alone."""
         if self.part.step is None:
             self._total(torch.stack([_square_sum(grads) for grads in self._grads]))
-            return
-        shared_S = torch.stack([_square_sum(grads) for grads in self._shared])
-        all_S = torch.stack([_square_sum(grads) for grads in self._grads])
-        flat = [grad.flatten() for grads in self._shared for grad in grads]
-        torch.cat([*flat, all_S - shared_S], out=self.met)
-
-    def meet(self) -> None:
-        """The stage's ranks sum what they have brought. Not part of a graph."""
-        dist.all_reduce(self.met, group=self.part.step)
+        else:
+            torch.stack([_square_sum(grads) for grads in self._own], out=self.own_S)
 
     @torch.no_grad()
     def part_again(self) -> None:
-        """Everybody takes the sums home."""
-        grads = [grad for grads in self._shared for grad in grads]
-        *flat, own_S = self.met.split([*(grad.numel() for grad in grads), self.total_S.numel()])
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            grads, [part.view_as(grad) for part, grad in zip(flat, grads, strict=True)]
-        )
-        self._total(own_S + torch.stack([_square_sum(grads) for grads in self._shared]))
+        """The stage's squares, when its ranks have summed up all that they share."""
+        self._total(self.own_S + torch.stack([_square_sum(grads) for grads in self._shared]))
 
     def _total(self, own_S: Tensor) -> None:
         """With the stages after this one."""
@@ -341,14 +329,32 @@ class VisitProgram:
         free = self._settings._replace(max_grad_norm_S=torch.zeros_like(self._settings.lr_S))
         multi_task_adamw_(self.pools.optimizer_pools, free, zero_grads=False)
 
-    def exchanged(self, backward: bool) -> Tensor:
-        """What the next sum over the stage's ranks is of."""
-        found = self._added_TD
-        if backward:
-            assert self._unsettled is not None
-            found = self._unsettled.dnormed_TD
-        assert found is not None
-        return found
+    def exchanged(self, backward: bool) -> tuple[Tensor, ...]:
+        """What the ranks of the stage sum next. With the gradient of a half's input go those of
+        its factors that all ranks hold, so that summing them overlaps too; last the squares."""
+        if not backward:
+            assert self._added_TD is not None
+            return (self._added_TD,)
+        assert self._unsettled is not None and self._last_part is not None
+        grads = () if self.part.step is None else self._shared_grads(self._last_part)
+        if self._last_part != (self.part.layers[0], ATTENTION):
+            return (self._unsettled.dnormed_TD, *grads)
+        # Nobody asks for the gradient of the embedding's output.
+        passed = () if self.part.is_first else (self._unsettled.dnormed_TD,)
+        return (*passed, *grads, self.own_S)
+
+    def _shared_grads(self, part: Part) -> tuple[Tensor, ...]:
+        """Of all slots: A of the half's column-parallel linears, B of its row-parallel one."""
+        layer = self.pools.layers[part[0] - self.part.layers[0]]
+        column, row = layer[:2] if part[1] == ATTENTION else layer[2:]
+        return tuple(grad for grad in (column.a[1], row.b[1]) if grad.numel())
+
+    @property
+    def summed(self) -> list[Tensor]:
+        """As large as whatever the stage's ranks sum at once."""
+        grads = [grad for layer in self.part.layers for half in (ATTENTION, "mlp")
+                 for grad in self._shared_grads((layer, half))]  # fmt: skip
+        return [self.sent_TD, self.own_S, *grads]
 
     @property
     def _rows(self) -> Any:
@@ -375,12 +381,14 @@ def _slot_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
     return [g for _, a, b in pools.views(slot) for g in (a[1], b[1])]
 
 
-def _shared_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
-    """Of the factors that all ranks of a stage hold: A of column-parallel linears, B of others."""
+def _rank_grads(pools: AdapterPools, slot: int, shared: bool) -> list[Tensor]:
+    """``shared``: of the factors that all ranks of a stage hold, which are A of column-parallel
+    linears and B of others; else of those that each holds a part of."""
     from muxtune.runtime.distributed.layout import ROW_PARALLEL
 
     return [
-        (b if name.rsplit(".", 1)[-1] in ROW_PARALLEL else a)[1] for name, a, b in pools.views(slot)
+        (b if (name.rsplit(".", 1)[-1] in ROW_PARALLEL) is shared else a)[1]
+        for name, a, b in pools.views(slot)
     ]
 
 
