@@ -252,14 +252,11 @@ def ours_explicitly(case: Case, **changes: Any) -> Step:
     return step
 
 
-# Forms that are not the default; in graphs only.
+# What was chosen by number of rows and slots, at every size; in graphs only.
 TRIALS: dict[str, dict[str, Any]] = {
-    "trial_flat": {"flat": True},
-    "trial_flat_fused_backward": {"flat": True, "fused_backward": True},
-    "trial_flat_whole_fused_backward": {
-        "flat": True, "flat_halves": False, "fused_backward": True
-    },
-}  # fmt: skip
+    "trial_fused_backward": {"fused_backward": True},
+    "trial_library_backward": {"fused_backward": False},
+}
 
 
 def methods_of(case: Case) -> dict[str, Step]:
@@ -271,6 +268,7 @@ def methods_of(case: Case) -> dict[str, Step]:
         "concatenated": concatenated(case),
         "grouped_mm": grouped_mm(case),
     }
+    methods["muxtune_explicit_calls"] = ours_explicitly(case)
     if case.has_room:
         methods["muxtune_with_room"] = ours_with_room(case)
     methods |= {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}

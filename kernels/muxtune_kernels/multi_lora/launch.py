@@ -25,7 +25,7 @@ from ..lasting import lasting
 from ..launching import Launcher, Tiles, add_product, empty
 from ..rows import slot_offsets
 from .flags import ReadyFlags
-from .gemm import flat_linear_kernel, linear_kernel
+from .gemm import linear_kernel
 from .kernels import (
     dh_db_kernel,
     expand_kernel,
@@ -48,7 +48,7 @@ from .tuning import (
 
 _shrink, _expand, _linear = map(Launcher, (shrink_kernel, expand_kernel, linear_kernel))
 _dh_db, _sum, _outer = map(Launcher, (dh_db_kernel, sum_parts_kernel, outer_kernel))
-_add_up, _flat = map(Launcher, (total_kernel, flat_linear_kernel))
+_add_up = Launcher(total_kernel)
 
 
 class Adapters(NamedTuple):
@@ -142,7 +142,7 @@ def lora_forward(
     """(y_TO, h_TJ); h carries scale / (1 - rate)."""
     layout = layout_of(adapters, x_TD.device)
     fused = tuning.fused and fits_fused(x_TD, weight_OD)
-    blocks = _blocks(x_TD.shape[0], adapters.out_features, tuning) if fused else None
+    blocks = gemm_blocks(x_TD.shape[0], adapters.out_features) if fused else None
     if blocks is None:
         h_TJ = shrink(x_TD, a_RD, rows, layout, tuning._replace(shrink_splits=1))
         y_TO = expand(h_TJ, b_OR, bias_O, rows, adapters.out_features, layout, tuning, False)
@@ -161,7 +161,7 @@ def lora_backward(
     """(dx_TD, dA [M * R, D], dB [R, O])."""
     layout = layout_of(adapters, x_TD.device)
     fused = needs_dx and _is_fused_backward(dy_TO, weight_OD, rows, tuning)
-    blocks = _blocks(x_TD.shape[0], (x_TD.shape[1],), tuning) if fused else None
+    blocks = gemm_blocks(x_TD.shape[0], (x_TD.shape[1],)) if fused else None
     dh_TJ, db_RO = dh_db(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning)
     dx_TD = None
     if blocks is not None:
@@ -184,18 +184,11 @@ def lora_input_grad(
     if not needs_dx:
         return None, dh_TJ
     fused = _is_fused_backward(dy_TO, weight_OD, rows, tuning)
-    blocks = _blocks(x_shape[0], (x_shape[1],), tuning) if fused else None
+    blocks = gemm_blocks(x_shape[0], (x_shape[1],)) if fused else None
     if blocks is not None:
         return linear(dy_TO, weight_OD, None, dh_TJ, a_RD, rows, layout, blocks, False)[0], dh_TJ
     dx_TD = expand(dh_TJ, a_RD.t(), None, rows, (x_shape[1],), layout, tuning, True)
     return add_product(dx_TD, dy_TO, weight_OD), dh_TJ
-
-
-def _blocks(num_rows: int, widths: tuple[int, ...], tuning: Tuning) -> GemmBlocks | None:
-    blocks = gemm_blocks(num_rows, widths)
-    if blocks is None or not (tuning.flat and blocks.halves):
-        return blocks
-    return blocks._replace(flat=True, halves=tuning.flat_halves)
 
 
 def _is_fused_backward(dy_TO: Tensor, weight_OD: Tensor, rows: RowTensors, tuning: Tuning) -> bool:
@@ -229,11 +222,6 @@ def linear(
     programs = 1 if own is not None and INTERPRETED else num_sms()
     tail = has_half_tail(blocks, num_rows, num_out)
     members = layout.num_members
-    plain = own is None and bias_O is None and members == 1 and layout.rank_pad == 16
-    if blocks.flat and plain and num_in > blocks.k:
-        _flat_linear(x_TK, weight_OD, out_TN, h_parts, h_TJ, factor_RN, rows, layout, blocks,
-                     weight_nk)  # fmt: skip
-        return out_TN, h_TJ
     in_factor_RK, ready = own or (factor_RN, rows.slot_of_row_T)
 
     def weight_tiles(width: int) -> Tiles:
@@ -263,35 +251,6 @@ def linear(
         ),
     )  # fmt: skip
     return out_TN, h_TJ
-
-
-def _flat_linear(
-    x_TK: Tensor, weight_OD: Tensor, out_TN: Tensor, h_parts: Tensor, h_TJ: Tensor,
-    factor_RN: Tensor, rows: RowTensors, layout: Layout, blocks: GemmBlocks, weight_nk: bool,
-) -> None:  # fmt: skip
-    (num_rows, num_in), num_out = x_TK.shape, out_TN.shape[1]
-    splits = h_parts.shape[0] if h_parts.dim() == 3 else 1
-    weight_tile = (blocks.n, blocks.k) if weight_nk else (blocks.k, blocks.n)
-    _flat(
-        (num_sms(), 1, 1),
-        (
-            h_parts, factor_RN, h_TJ, rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S,
-            layout.rank_S,
-        ),
-        (
-            num_rows, num_out, num_in, layout.total_rank, layout.j_width, h_parts.stride(0),
-            *factor_RN.stride(),
-        ),
-        (
-            weight_nk, layout.rank_pad, splits, blocks.t, blocks.n, blocks.k, 8, blocks.halves,
-            num_sms(),
-        ),
-        blocks.warps, blocks.stages,
-        (
-            Tiles(x_TK, blocks.t, blocks.k), Tiles(weight_OD, *weight_tile),
-            Tiles(out_TN, blocks.t, blocks.n // (2 if blocks.halves else 1)),
-        ),
-    )  # fmt: skip
 
 
 def _new_h(like_TK: Tensor, layout: Layout, splits: int) -> Tensor:

@@ -46,8 +46,6 @@ class Tuning(NamedTuple):
     warps: int = 4
     fused: bool = True
     fused_backward: bool = True
-    flat: bool = False  # fused products as one loop over the steps of all of a program's tiles
-    flat_halves: bool = True
     own_shrink: bool = False  # of the operator under autograd: the forward makes its own h
 
 
@@ -59,7 +57,6 @@ class GemmBlocks(NamedTuple):
     stages: int
     halves: bool
     efficiency: float
-    flat: bool = False
 
 
 # Efficiency: relative speed of a full tile; smaller tiles reread more, larger ones fill fewer SMs.
