@@ -7,6 +7,7 @@ python -m experiments.two_gpus.run --device cpu --out /tmp/rows.jsonl  # tiny, g
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -666,6 +667,8 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
         if not affordable(config, args, held is None):
             continue
         start_s = time.perf_counter()
+        # Ranks that hang end here, not with the budget: what comes after has its time.
+        faulthandler.dump_traceback_later(patience_s(config, args, held is None), exit=True)
         held = held or hold(replica, me)
         row = run_config(config, me, *held, args.rounds)
         if me.device.type == "cuda":
@@ -679,6 +682,12 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
                 f"{row['effective_tokens_per_s']:,.0f} tok/s, bubble {row['steady_bubble']:.1%}",
                 flush=True,
             )
+
+
+def patience_s(config: Config, args: Any, is_first: bool) -> float:
+    if args.device == "cpu":
+        return 600.0
+    return 20.0 + 2.0 * config.expected_s(args.rounds, is_first, args.layers)
 
 
 def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
