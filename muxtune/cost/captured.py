@@ -192,11 +192,11 @@ class CapturedCostModel(ProfiledCostModel):
         return fused_sites(self.profile.model_shape)[part].size
 
     def _excess_ratio(self, kind: str, site: FusedSite, measured: FusedSite) -> float:
-        """Forward, h is made of as many numbers as there are inputs, and h B of as many as there
-        are outputs; backward, most is the one read of the outputs' gradient."""
+        """Forward, h is a sum over the inputs that others wait for, and h B is added to the outputs;
+        backward, most is the one read of the outputs' gradient. Shares are judged."""
         inputs = site.in_features / measured.in_features
         outputs = sum(site.out_features) / sum(measured.out_features)
-        share = 0.5 if kind.endswith("forward") else 0.7
+        share = 0.3 if kind.endswith("forward") else 0.9
         return share * outputs + (1.0 - share) * inputs
 
     def _site(self, size: str) -> FusedSite:
