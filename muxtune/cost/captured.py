@@ -192,7 +192,7 @@ class CapturedCostModel(ProfiledCostModel):
         return fused_sites(self.profile.model_shape)[part].size
 
     def _excess_ratio(self, kind: str, site: FusedSite, measured: FusedSite) -> float:
-        """Forward, h is a sum over the inputs that others wait for, and h B is added to the outputs;
+        """Forward, h is a sum over inputs that others wait for, and h B is added to the outputs;
         backward, most is the one read of the outputs' gradient. Shares are judged."""
         inputs = site.in_features / measured.in_features
         outputs = sum(site.out_features) / sum(measured.out_features)
