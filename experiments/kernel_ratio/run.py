@@ -196,15 +196,16 @@ def ours(
     dropout: RowDropout | None = None, deterministic: bool = False,
 ) -> Step:  # fmt: skip
     a_RD = case.a_RD.detach().to(dtype).requires_grad_()
-    b_RO = case.b_RO.detach().to(dtype).requires_grad_()
+    b_OR = case.b_RO.detach().to(dtype).t().requires_grad_()
     ranks, rows = (RANK,) * len(case.scale_S), rows or case.rows
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
         y_TO = multi_lora_linear(
-            inputs.x_TD, inputs.weight_OD, None, a_RD, b_RO.t(), ranks, case.scale_S, rows,
+            inputs.x_TD, inputs.weight_OD, None, a_RD, b_OR, ranks, case.scale_S, rows,
             dropout, 1, deterministic,
         )  # fmt: skip
-        return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_RO), inputs.dy_TO)
+        dx, da, db = torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_OR), inputs.dy_TO)
+        return y_TO, dx, da, db.t()
 
     return step
 

@@ -12,11 +12,13 @@ import operator
 import threading
 from collections.abc import Sequence
 from functools import reduce
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -104,15 +106,16 @@ def _run(
     compiled: Any, grid: tuple[int, int, int], stream: int,
     based: list[tuple[dict[str, Any], Tensor]], addresses: list[int], rest: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    descriptors = []
-    for fields, tensor in based:
-        made = object.__new__(TensorDescriptor)  # what was checked once is not checked again
-        made.__dict__ = {**fields, "base": tensor}
-        descriptors.append(made)
     compiled.run(
         *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *descriptors, *addresses, *rest,
+        *[_descriptor(fields, tensor) for fields, tensor in based], *addresses, *rest,
     )  # fmt: skip
+
+
+def _descriptor(fields: dict[str, Any], tensor: Tensor) -> TensorDescriptor:
+    made = object.__new__(TensorDescriptor)  # what was checked once is not checked again
+    made.__dict__ = {**fields, "base": tensor}
+    return made
 
 
 def _is_hooked() -> bool:
@@ -147,14 +150,64 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, transposed: bool = Fal
     return out
 
 
+class _Entry(NamedTuple):
+    """The C function at the end of Triton's launches, and what it takes between the stream and the
+    kernel's arguments. metas: how each descriptor is encoded. in_one: arguments are one list."""
+
+    function: Any
+    before: tuple[Any, ...]
+    metas: tuple[Any, ...]
+    in_one: bool
+
+
+def _entry_of(compiled: Any, num_tiles: int) -> _Entry | None:
+    """None where the launcher is not the one that is known."""
+    run = compiled.run
+    is_known = all(hasattr(run, name) for name in ("launch", "launch_pdl", "global_scratch_size"))
+    if not is_known or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    around = [cell.cell_contents for cell in getattr(run.launch, "__closure__", None) or ()]
+    functions = [f for f in (run.launch, *around) if isinstance(f, BuiltinFunctionType)]
+    metas = [tuple(found) for found in around if isinstance(found, list)] or [()]
+    if len(functions) != 1 or len(metas) != 1 or len(metas[0]) != num_tiles or None in metas[0]:
+        return None
+    first = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    if hasattr(run, "arg_annotations"):  # Triton 3.7
+        before = (*first, compiled.packed_metadata, *(None,) * 5, run.arg_annotations)
+        return _Entry(functions[0], (*before, run.kernel_signature), metas[0], True)
+    before = (*first, None, None, compiled.packed_metadata, *(None,) * 3)
+    return _Entry(functions[0], before, metas[0], False)
+
+
 class _Launch(NamedTuple):
-    """descriptors: fields and buffer. places: buffer and bytes from its start."""
+    """descriptors: fields, buffer, and what was encoded by address. places: buffer and bytes from
+    its start."""
 
     compiled: Any
     grid: tuple[int, int, int]
-    descriptors: tuple[tuple[dict[str, Any], int], ...]
+    descriptors: tuple[tuple[dict[str, Any], int, dict[int, list[Any]]], ...]
     places: tuple[tuple[int, int], ...]
     rest: tuple[Any, ...]
+    entry: _Entry | None
+
+    def run(self, stream: int, buffers: list[Any], addresses: list[int]) -> None:
+        values = [addresses[at] + offset for at, offset in self.places]
+        if self.entry is None:
+            based = [(fields, buffers[at]) for fields, at, _ in self.descriptors]
+            _run(self.compiled, self.grid, stream, based, values, self.rest)
+            return
+        function, before, metas, in_one = self.entry
+        encoded: list[Any] = []
+        for (fields, at, known), meta in zip(self.descriptors, metas, strict=True):
+            found = known.get(addresses[at])
+            if found is None:
+                if len(known) >= _MOST_KEPT:
+                    known.clear()
+                found = make_tensordesc_arg(_descriptor(fields, buffers[at]), meta)
+                known[addresses[at]] = found
+            encoded += found
+        arguments = [*encoded, *values, *self.rest]
+        function(*self.grid, stream, *before, *([arguments] if in_one else arguments))
 
 
 class _Product(NamedTuple):
@@ -189,11 +242,7 @@ class Plan(NamedTuple):
         stream = driver.active.get_current_stream(driver.active.get_current_device())
         for step in self.steps:
             if isinstance(step, _Launch):
-                _run(
-                    step.compiled, step.grid, stream,
-                    [(fields, buffers[at]) for fields, at in step.descriptors],
-                    [addresses[at] + offset for at, offset in step.places], step.rest,
-                )  # fmt: skip
+                step.run(stream, buffers, addresses)
             else:
                 right = buffers[step.right].t() if step.transposed else buffers[step.right]
                 buffers[step.out].addmm_(buffers[step.left], right)
@@ -233,12 +282,13 @@ class Tape:
             self.is_whole = False
             return
         descriptors = tuple(
-            (fields, place[0])
+            (fields, place[0], {})
             for fields, place in zip(known.descriptors, based, strict=True)
             if place is not None
         )
         found = tuple(place for place in places if place is not None)
-        self._steps.append(_Launch(known.compiled, grid, descriptors, found, rest))
+        entry = _entry_of(known.compiled, len(tiles))
+        self._steps.append(_Launch(known.compiled, grid, descriptors, found, rest, entry))
 
     def add_product(self, out: Tensor, left: Tensor, right: Tensor, transposed: bool) -> None:
         """Of whole buffers."""

@@ -143,3 +143,37 @@ def test_no_plan_where_an_address_is_not_certain(launcher: Any) -> None:
             with launching.Tape(inputs, ()) as tape:
                 launcher((2, 1, 1), (used,), (5,), (), 4)
         assert tape.plan(()) is None
+
+
+def test_the_end_of_a_launch_is_called_as_triton_calls_it(monkeypatch: Any) -> None:
+    """Triton's own launcher and the short way, with a stand-in for the C function at their end."""
+    from triton.backends.nvidia import driver
+
+    calls: list[Any] = []
+    run = object.__new__(driver.CudaLauncher)
+    for name in ("global_scratch", "profile_scratch"):
+        setattr(run, f"{name}_size", 0)
+        setattr(run, f"{name}_align", 1)
+    run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, False, False
+    if "arg_annotations" in driver.CudaLauncher.__init__.__code__.co_names:
+        run.arg_annotations, run.kernel_signature = ["annotation"], b"signature"
+    signature = {"x": "tensordesc<bf16[2,4]>", "p": "*fp32", "n": "i32", "c": "constexpr"}
+    meta = [{"block_size": [2, 4]}]
+    run.launch = driver.wrap_handle_tensordesc(lambda *a: calls.append(a), signature, meta)
+    compiled = SimpleNamespace(run=run, function="f", packed_metadata="m")
+    assert launching._entry_of(compiled, 1) is None  # a stand-in is not the C function
+    wrapper, run.launch = run.launch, SimpleNamespace(__closure__=run.launch.__closure__)
+    monkeypatch.setattr(launching, "BuiltinFunctionType", type(lambda: None))
+    entry = launching._entry_of(compiled, 1)
+    assert entry is not None and entry.metas == tuple(meta)
+    run.launch = wrapper
+    for module in (driver, launching):
+        monkeypatch.setattr(module, "make_tensordesc_arg", lambda *a: ["map", 4, 8])
+    tensor = torch.zeros(4, 8)
+    descriptor = launching.TensorDescriptor.from_tensor(tensor, [2, 4])
+    run(2, 1, 1, 7, "f", "m", None, None, None, descriptor, 16, 5, True)
+    fields = {**vars(descriptor), "base": None}
+    step = launching._Launch(compiled, (2, 1, 1), ((fields, 0, {}),), ((1, 0),), (5, True), entry)
+    for _ in range(2):  # encoded, then known
+        step.run(7, [tensor, None], [tensor.data_ptr(), 16])
+    assert calls[0] == calls[1] == calls[2]

@@ -149,7 +149,9 @@ def tuning_of(
         db_t=db_t, db_n=db_n, da_t=da_t, da_n=da_n,
         shrink_splits=_shrink_splits(cdiv(num_rows, shrink_t), width // shrink_k),
         db_splits=1 if deterministic else _row_splits(db_programs, 2 * num_sms(), rows_of_slot),
-        da_splits=1 if deterministic else _row_splits(da_programs, num_sms(), rows_of_slot),
+        da_splits=1 if deterministic or da_programs >= 96 else _row_splits(
+            da_programs, 2 * num_sms(), rows_of_slot
+        ),
         db_warps=8 if db_n > 128 else 4, db_stages=3, sum_t=2 if num_rows < 4096 else 4,
         da_stages=3 if da_n == 128 else 4,
         fused_backward=deterministic or _is_fused_faster(num_rows, num_slots),
