@@ -24,6 +24,9 @@ from muxtune.types import PackRule, Sample, SequenceSlice
 
 # Bins tried before an exact search for fewer micro-batches gives up and keeps best fit.
 _SEARCH_LIMIT = 2_000
+# More units than these keep best fit: the search's time grows with their square, to seconds at 400,
+# and a planner asks for hundreds of packings.
+_MAX_SEARCHED_UNITS = 96
 
 
 class StepPack(NamedTuple):
@@ -188,18 +191,22 @@ def _fill_micro_batches(units: list[_Unit], quota: int) -> list[list[_Unit]]:
     """
     micro_batches: list[list[_Unit]] = []
     rest = sorted(units, key=lambda unit: -unit.num_chunks)  # stable: ties keep their order
+    best_fit = _best_fit(rest, quota)
     while rest:
-        best_fit = _best_fit(rest, quota)
         fewest = -(-sum(unit.num_chunks for unit in rest) // quota)
         if len(best_fit) == fewest:
             return micro_batches + best_fit
-        split, proven = _better_split(rest, quota, fewest, len(best_fit) - 1)
+        split, proven = None, False
+        if len(rest) <= _MAX_SEARCHED_UNITS:
+            split, proven = _better_split(rest, quota, fewest, len(best_fit) - 1)
         if split is None and proven:
             return micro_batches + best_fit
         first = best_fit[0] if split is None else split
         micro_batches.append(first)
         taken = {id(unit) for unit in first}
         rest = [unit for unit in rest if id(unit) not in taken]
+        # Without its first micro-batch, best fit is best fit of the rest.
+        best_fit = best_fit[1:] if split is None else _best_fit(rest, quota)
     return micro_batches
 
 

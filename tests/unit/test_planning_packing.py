@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muxtune.errors import ConfigError
+from muxtune.planning import packing
 from muxtune.planning.packing import StepPack, min_quota, pack_loads, pack_step
 from muxtune.types import PackRule, Sample, SequenceSlice
 
@@ -150,10 +151,11 @@ def test_padded_rows_keep_the_order_of_the_batch() -> None:
     assert packs[0].chunks == ((SequenceSlice(0, 0, 9),), (SequenceSlice(1, 0, 3),))
 
 
-def test_an_exhausted_search_is_still_valid_and_suffix_stable(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("limit", "value"), [("_SEARCH_LIMIT", 3), ("_MAX_SEARCHED_UNITS", 8)])
+def test_a_search_that_ends_early_is_still_valid_and_suffix_stable(
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr("muxtune.planning.packing._SEARCH_LIMIT", 3)
+    monkeypatch.setattr(packing, limit, value)
     rng = random.Random(3)
     for _ in range(200):
         samples = samples_of([10 * rng.randint(1, 9) for _ in range(rng.randint(3, 20))])
@@ -162,6 +164,24 @@ def test_an_exhausted_search_is_still_valid_and_suffix_stable(
         rest = [position for pack in packs[1:] for position in pack.positions]
         if rest:
             assert pack_step(samples, rest, 10, 11, PackRule.CHUNK) == packs[1:]
+
+
+def test_a_batch_of_thousands_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    search = packing._better_split
+
+    def counted(units: list[packing._Unit], *rest: int) -> tuple[list[packing._Unit] | None, bool]:
+        searched.append(len(units))
+        return search(units, *rest)
+
+    monkeypatch.setattr(packing, "_better_split", counted)
+    rng = random.Random(3)
+    samples = samples_of([rng.randint(21, 90) for _ in range(3000)])
+    packs = pack_step(samples, None, 10, 11, PackRule.CHUNK)
+    assert sorted(p for pack in packs for p in pack.positions) == list(range(3000))
+    assert searched and max(searched) <= packing._MAX_SEARCHED_UNITS
+    rest = [position for pack in packs[400:] for position in pack.positions]
+    assert pack_step(samples, rest, 10, 11, PackRule.CHUNK) == packs[400:]
 
 
 def test_a_quota_below_the_longest_sequence_is_refused_with_the_remedy() -> None:
