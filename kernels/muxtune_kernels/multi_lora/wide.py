@@ -100,10 +100,12 @@ def wide_shrink(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, layout: Layout, tuning: Tuning
 ) -> Tensor:
     num_rows = x_TW.shape[0]
+    # The library cannot add up parts of h: few rows are cut into more tiles instead.
+    shrink_t, shrink_k = (16, 256) if num_rows < 6144 else (tuning.shrink_t, tuning.shrink_k)
     h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
     factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
     _shrink(
-        (cdiv(num_rows, tuning.shrink_t), 1, 1),
+        (cdiv(num_rows, shrink_t), 1, 1),
         (
             x_TW, factor_RD, h_TJ, behind, wide.bad_SB, rows.slot_of_row_T, rows.slot_bounds_S3,
             layout.offset_S, layout.rank_S, rows.scale_S,
@@ -113,7 +115,7 @@ def wide_shrink(
             layout.j_width, wide.columns, wide.bad_SB.shape[1], x_TW.stride(0),
         ),
         (
-            layout.num_members, layout.rank_pad, tuning.shrink_t, tuning.shrink_k,
+            layout.num_members, layout.rank_pad, shrink_t, shrink_k,
             next_power_of_2(layout.j_width), next_power_of_2(wide.columns),
             next_power_of_2(wide.bad_SB.shape[1]),
         ),
