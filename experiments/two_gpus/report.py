@@ -8,15 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muxtune.report.perfetto import Span, write_trace
+from muxtune.planning.orchestration.spans import ScheduleSpan
+from muxtune.report.gantt import gantt_panels, schedule_trace
 from muxtune.report.run_folder import RunFolder, provenance
+from muxtune.types import SubgraphKind
 
 TRACED_ROUNDS = 6
-HIDDEN = ("spans", "htask_of_op", "label_of_op", "predicted_spans", "losses", "replica")
+HIDDEN = ("spans", "htask_of_op", "label_of_op", "kind_of_op", "backward_of_op", "predicted_spans",
+          "losses", "replica")  # fmt: skip
+DRAWN_ROUNDS = 3
 Row = dict[str, Any]
 
 
@@ -136,18 +140,32 @@ def _overlap(row: Row, without: Row) -> str:
     )
 
 
-def measured_trace(row: Row) -> Iterator[Span]:
-    for rank, spans in enumerate(row["spans"]):
-        for stream, at, op, start_s, stop_s in spans:
-            yield Span(
-                f"rank {rank}", stream, f"hTask {row['htask_of_op'][op]}: {row['label_of_op'][op]}",
-                round(1e9 * start_s), round(1e9 * (stop_s - start_s)), {"round": at},
-            )  # fmt: skip
+def measured_spans(row: Row) -> list[ScheduleSpan]:
+    """Ranks in the place of stages."""
+    return [
+        ScheduleSpan(
+            rank, stream, row["htask_of_op"][op], f"hTask {row['htask_of_op'][op]}",
+            row["label_of_op"][op], SubgraphKind[row["kind_of_op"][op]], row["backward_of_op"][op],
+            at, 0, round(1e9 * start_s), round(1e9 * (stop_s - start_s)),
+        )
+        for rank, spans in enumerate(row["spans"])
+        for stream, at, op, start_s, stop_s in spans
+    ]  # fmt: skip
 
 
-def predicted_trace(row: Row) -> Iterator[Span]:
-    for stage, stream, htask, label, start_ns, duration_ns in row["predicted_spans"]:
-        yield Span(f"stage {stage}", stream, f"hTask {htask}: {label}", start_ns, duration_ns)
+def predicted_spans(row: Row) -> list[ScheduleSpan]:
+    found = (ScheduleSpan(*fields) for fields in row["predicted_spans"])
+    return [span._replace(kind=SubgraphKind[str(span.kind)]) for span in found]
+
+
+def draw(path: Path, row: Row) -> None:
+    """The first rounds as they were, above the same as they were predicted."""
+    window = (0, round(1e6 * DRAWN_ROUNDS * row["round_ms"]))
+    panels = [
+        (f"measured, {row['round_ms']:.0f} ms a round", measured_spans(row), window),
+        (f"predicted, {row['predicted_round_ms']:.0f} ms", predicted_spans(row), window),
+    ]
+    gantt_panels(path, panels, f"{row['name']}, {row['label']}")
 
 
 def loss_gaps(rows: Sequence[Row]) -> dict[str, float]:
@@ -164,10 +182,10 @@ def loss_gaps(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def traced(rows: Sequence[Row]) -> dict[str, Row]:
-    """The fastest interleaved row of each layout and label, by file name."""
+    """The fastest interleaved row of each layout and label that was traced, by file name."""
     found = {}
     for row in sorted(rows, key=tokens_per_s):
-        if row.get("spans"):
+        if row.get("kind_of_op"):
             words = f"{row['name'].split(',')[0]} {row['label']}".lower().replace(",", "")
             found["-".join(words.split())] = row
     return found
@@ -189,8 +207,9 @@ def main() -> None:
         })  # fmt: skip
         folder.write_text("table.md", "\n".join([*lines, "", *(f"- {s}" for s in said)]) + "\n")
     for name, row in traced(rows).items():
-        write_trace(args.output / f"trace-{name}-measured.json", measured_trace(row))
-        write_trace(args.output / f"trace-{name}-predicted.json", predicted_trace(row))
+        schedule_trace(args.output / f"trace-{name}-measured.json", measured_spans(row), "rank")
+        schedule_trace(args.output / f"trace-{name}-predicted.json", predicted_spans(row))
+        draw(args.output / f"trace-{name}.png", row)
 
 
 if __name__ == "__main__":

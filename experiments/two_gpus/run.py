@@ -223,9 +223,10 @@ def run_config(
         row["spans"] = [[list(span) for span in item[1]] for item in every]
         row["htask_of_op"] = [base.graph.visits[v].htask for v in base.graph.visit_of]
         row["label_of_op"] = [item.label for item in base.graph.subgraphs]
+        row["kind_of_op"] = [item.kind.name for item in base.graph.subgraphs]
+        row["backward_of_op"] = [item.backward for item in base.graph.subgraphs]
         row["predicted_spans"] = [
-            (s.stage, s.stream, s.htask, s.label, s.start_ns, s.duration_ns)
-            for s in schedule_spans(play(order, problem, TRACED))
+            (*s._replace(kind=s.kind.name),) for s in schedule_spans(play(order, problem, TRACED))
         ]
     return row
 
