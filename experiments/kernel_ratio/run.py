@@ -12,7 +12,6 @@ Shape suffixes: T rows, D input features, O output features, R the sum of the ra
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -443,10 +442,13 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     results, start_s = [], time.monotonic()
     sizes = [size for size in SIZES if size[1] in arguments.out_features]
-    for (width, num_out), num_rows, num_tasks in itertools.product(
-        sizes, arguments.tokens, arguments.tasks
-    ):
-        shape = (num_rows, width, num_out, num_tasks)
+    shapes: list[tuple[int, int, int, int]] = [
+        (num_rows, width, num_out, num_tasks)
+        for width, num_out in sizes
+        for num_rows in arguments.tokens
+        for num_tasks in arguments.tasks
+    ]
+    for shape in shapes:
         if time.monotonic() - start_s > arguments.seconds:
             print(f"left out for want of time: {shape}", flush=True)
             continue

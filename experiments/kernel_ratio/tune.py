@@ -91,7 +91,7 @@ class Bench:
             self.tuning.db_splits,)  # fmt: skip
         for name, tuning in self._variants(
             db_t=(32, 64, 128), db_n=(128, 256), db_stages=(2, 3, 4),
-            db_warps=(4, 8), db_splits=sorted(set(splits)),
+            db_warps=(4, 8), db_splits=tuple(sorted(set(splits))),
         ):  # fmt: skip
             block = tuning.db_t * tuning.db_n
             wide_enough = block >= 8192 and (tuning.db_warps == 4) == (tuning.db_n == 128)

@@ -7,6 +7,9 @@ depends on is one key, looked up once, and what it gives is launched directly, a
 recorded the first time and repeated by its buffers' addresses alone (`Tape`, `Plan`).
 """
 
+# Triton makes its drivers and settings as it starts, out of the type checker's sight.
+# pyright: reportAttributeAccessIssue=false
+
 import itertools
 import operator
 import threading
@@ -296,7 +299,7 @@ class Tape:
         at = [i for o in operands for i, buffer in enumerate(self._buffers) if buffer is o]
         self.is_whole &= len(at) == 3
         if self.is_whole:
-            self._steps.append(_Product(*at, transposed))
+            self._steps.append(_Product(at[0], at[1], at[2], transposed))
 
     def plan(self, outputs: Sequence[Tensor | None]) -> Plan | None:
         """What was recorded; None where not all of it could be."""

@@ -61,8 +61,9 @@ class _MultiLoraLinear(torch.autograd.Function):
         dy_TO = grad_outputs[0]
         dy_TO = dy_TO if dy_TO.stride(1) == 1 else dy_TO.contiguous()
         needs_dx, needs_a, needs_b, _ = ctx.needs_input_grad
+        x_TD, a_RD, b_OR, h_TJ = ctx.saved_tensors
         dx_TD, da_RD, db_RO = _backward(
-            ctx.plans, dy_TO, *ctx.saved_tensors, ctx.given, needs_dx, needs_a or needs_b
+            ctx.plans, dy_TO, x_TD, a_RD, b_OR, h_TJ, ctx.given, needs_dx, needs_a or needs_b
         )
         return dx_TD, da_RD, None if db_RO is None else db_RO.t(), None
 
