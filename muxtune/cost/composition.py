@@ -178,6 +178,14 @@ class ComposedCostModel(ABC):
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         """Making one adapter and its optimizer state ready on an instance."""
 
+    @property
+    def charges_moves(self) -> bool:
+        return False
+
+    def move_s(self, slot: AdapterSlot) -> Estimate:
+        """Moving a task from one pool of slots to another; see ``charges_moves``."""
+        return Estimate(0.0, 0.0, 0.0)
+
     @abstractmethod
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Preparing one shape that has not run before (graph capture, compilation)."""
@@ -300,6 +308,8 @@ class ComposedCostModel(ABC):
                     for task_id, slot in htask.slot_of.items()
                     if task_id not in old_tasks
                 ]
+        if self.charges_moves and previous:
+            costs += self._moves_s(previous, new)
         for htask in new.htasks:
             captures, together = self._captures(htask.shapes, new.replicas[0])
             if known.isdisjoint(captures):
@@ -308,6 +318,16 @@ class ComposedCostModel(ABC):
                 costs += [cost for shape_id, cost in captures.items() if shape_id not in known]
             known.update(captures)
         return _sum_of(costs)
+
+    def _moves_s(self, previous: Plan, new: Plan) -> list[Estimate]:
+        """Of tasks whose hTask has other slots now, so another pool."""
+        old = {task_id: h.shapes[-1].slots for h in previous.htasks for task_id in h.slot_of}
+        return [
+            self.move_s(htask.shapes[-1].slots[slot])
+            for htask in new.htasks
+            for task_id, slot in htask.slot_of.items()
+            if old.get(task_id, htask.shapes[-1].slots) != htask.shapes[-1].slots
+        ]
 
     def _from_nothing_s(self, htask: HTask, replica: ReplicaShape) -> Estimate:
         """``transition_s`` of an instance that held no task. Remembered by the identity of the

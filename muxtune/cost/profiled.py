@@ -229,8 +229,17 @@ class ProfiledCostModel(ComposedCostModel):
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         """Measured: making a task and putting it in its place, by trained numbers; where a
         profile has no steps, its tensors and optimizer state only."""
+        return self._by_parameters("join" if "join" in self.profile.ops else "adapter_load", slot)
+
+    @property
+    def charges_moves(self) -> bool:
+        return "move" in self.profile.ops
+
+    def move_s(self, slot: AdapterSlot) -> Estimate:
+        return self._by_parameters("move", slot)
+
+    def _by_parameters(self, name: str, slot: AdapterSlot) -> Estimate:
         size = (float(ops.adapter_parameters(self.model, slot)),)
-        name = "join" if "join" in self.profile.ops else "adapter_load"
         value, width, outside = self._table(name).at(size)
         return Estimate(value, max(value - width, 0.0), value + width, outside)
 

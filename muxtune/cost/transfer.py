@@ -19,7 +19,7 @@ _BY_BYTES = (
     "add_norm", "norm", "swiglu", "gated_activation", "plain_activation", "add", "embedding",
     "rotary", "adamw", "adamw_idle", "adamw_active", "extra_ia3", "adapter_load", "adapter_dropout",
 )  # fmt: skip
-_UNCHANGED = ("capture", "join", "layer_overhead", "pass_overhead")
+_UNCHANGED = ("capture", "join", "move", "layer_overhead", "pass_overhead")
 
 
 def carried_over(profile: Profile, source: DeviceFigures, target: DeviceFigures) -> Profile:

@@ -296,24 +296,29 @@ def _whole_steps(
 def _add_joins(
     ops: dict[str, Any], bench: StepBench, kept: captured_profile.Kept | None
 ) -> list[str]:
-    """Making a task and putting it in its place, by trained numbers. What went wrong."""
-    if kept is not None and kept.has("joins"):
-        row = next(row for row in kept.rows if row["name"] == "joins")
-        ops |= row.get("ops", {})
-        return [f"joins: {row['error']}"] if row.get("error") else []
-    if kept is not None:
-        kept.begin({"name": "joins"})
-    try:
-        found = [bench.joins(rank) for rank in JOIN_RANKS]
-    except Exception as error:
-        if is_lost(bench.device):
-            raise
-        return [f"joins: {type(error).__name__}: {' '.join(str(error).split())}"]
-    points = [{"parameters": float(count), **summarise(seconds)} for count, seconds in found]
-    ops["join"] = {"unit": "s", "axes": ["parameters"], "points": points}
-    if kept is not None:
-        kept.add({"name": "joins", "ops": {"join": ops["join"]}})
-    return []
+    """Making a task and putting it in its place, and moving it, by trained numbers. What went
+    wrong."""
+    wrong = []
+    for name, measure in (("join", bench.joins), ("move", bench.moves)):
+        if kept is not None and kept.has(name):
+            row = next(row for row in kept.rows if row["name"] == name)
+            ops |= row.get("ops", {})
+            wrong += [f"{name}: {row['error']}"] if row.get("error") else []
+            continue
+        if kept is not None:
+            kept.begin({"name": name})
+        try:
+            found = [measure(rank) for rank in JOIN_RANKS]
+        except Exception as error:
+            if is_lost(bench.device):
+                raise
+            wrong.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            continue
+        points = [{"parameters": float(count), **summarise(seconds)} for count, seconds in found]
+        ops[name] = {"unit": "s", "axes": ["parameters"], "points": points}
+        if kept is not None:
+            kept.add({"name": name, "ops": {name: ops[name]}})
+    return wrong
 
 
 def _capture_op(shape: ModelShape, seconds: Sequence[float]) -> dict[str, Any]:

@@ -222,6 +222,29 @@ class StepBench:
                 drop(state)
         return numbers, seconds
 
+    def moves(self, rank: int, repeats: int = 3) -> tuple[int, list[float]]:
+        """(trained numbers, seconds that a task takes from one pool to another)."""
+        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
+        spec = StepTask(rank=rank).spec("new", self.shape.name, 0)
+        slot = adapter_slot(spec)
+        alone, beside = plan_of_one(slot), plan_of_one(slot, slot)
+        seconds = []
+        with on_stream:
+            runners = Runners(self.backbone, self.options, self._notices.append)
+            exact = grad_dtype_for(self.device, self.options.deterministic)
+            bank = AdapterBank(self.backbone, exact, runners)
+            state = blank_state(bank, spec, 1)
+            bank.arrange([alone], {"new": state})
+            for number in range(repeats):
+                start_s = self._clock()
+                bank.arrange([alone if number % 2 else beside], {"new": state})
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(self._clock() - start_s)
+            numbers = sum(tensors.param.numel() for tensors in state.tensors.values())
+            drop(state)
+        return numbers, seconds
+
     def _pass_over(
         self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
     ) -> float:
@@ -255,9 +278,9 @@ def blank_state(bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
     return TaskState(spec, adapter_slot(spec), num_steps, tensors)
 
 
-def plan_of_one(slot: AdapterSlot) -> HTask:
-    """One slot for the task ``new``."""
-    return HTask((ShapeKey(64, 1, (slot,)),), {"new": 0}, {"new": 1})
+def plan_of_one(*slots: AdapterSlot) -> HTask:
+    """The task ``new`` in the first of these slots."""
+    return HTask((ShapeKey(64, len(slots), slots),), {"new": 0}, {"new": 1})
 
 
 def _arranged(

@@ -80,7 +80,7 @@ def test_operations_are_never_a_block_or_a_step(raw) -> None:
     known |= {op.name for op in ops.loss_ops(TINY, 8, 4)}
     slot = AdapterSlot("lora", 2, ALL, dropout=True)
     known |= {op.name for op in ops.adapter_ops(TINY, slot, 8, 4)}
-    assert set(raw["ops"]) <= known | {"adamw", "adapter_load", "join"}
+    assert set(raw["ops"]) <= known | {"adamw", "adapter_load", "join", "move"}
     assert raw["steps"], "apart from these, which no validation draws"
     assert all(step["name"].startswith("calibration ") for step in raw["steps"])
 

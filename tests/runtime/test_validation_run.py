@@ -15,7 +15,8 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ProfileError
 from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
-from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
+from muxtune.profiling.step_cases import plan_of
+from muxtune.types import AdapterSlot, HTask, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation.dynamic import Log, first_difference
 from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, validate
@@ -59,6 +60,24 @@ def test_the_model_reads_what_was_measured(profile_path: Path) -> None:
     assert model.pass_coefficients(inside._replace(chunk_tokens=4096)).extrapolated
     narrow = TINY._replace(name="other", hidden=64)
     assert profiled_model(narrow, profile).pass_coefficients(inside).extrapolated
+
+
+def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
+    profile = load_profile(profile_path)
+    slot = AdapterSlot("lora", 8, ALL)
+
+    def htask(*names: str) -> HTask:
+        shape = ShapeKey(32, len(names), (slot,) * len(names))
+        return HTask((shape,), {n: i for i, n in enumerate(names)}, dict.fromkeys(names, 1))
+
+    apart, together = plan_of([htask("a"), htask("b")]), plan_of([htask("a", "b")], 1)
+    ops = {name: op for name, op in profile.ops.items() if name != "move"}
+    model, without = (
+        CapturedCostModel(TINY, item) for item in (profile, profile._replace(ops=ops))
+    )
+    more_s = model.transition_s(apart, together).value - without.transition_s(apart, together).value
+    assert more_s == pytest.approx(2 * model.move_s(slot).value) and more_s > 0
+    assert model.transition_s(apart, apart._replace(epoch=2)).value == 0
 
 
 def test_a_validation_writes_what_it_measured(report: dict[str, Any]) -> None:
