@@ -688,7 +688,7 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
 def patience_s(config: Config, args: Any, is_first: bool) -> float:
     if args.device == "cpu":
         return 600.0
-    return 20.0 + 2.0 * config.expected_s(args.rounds, is_first, args.layers)
+    return 30.0 + 2.0 * config.expected_s(args.rounds, is_first, args.layers)
 
 
 def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
