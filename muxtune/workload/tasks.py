@@ -229,9 +229,13 @@ def check_targets(task: TaskSpec, module_names: Collection[str]) -> tuple[str, .
         return tuple(suffixes)
     for target in task.adapter.targets:
         if not any(name == target or name.endswith(f".{target}") for name in module_names):
+            *path, leaf = target.split(".")
+            of_one_block = leaf in suffixes and any(part.isdigit() for part in path)
             raise ConfigError(
                 f"task '{task.task_id}': targets",
-                f"model '{task.model}' has no linear module '{target}'",
+                f"'{target}' is of one block, and a target is adapted in every block"
+                if of_one_block
+                else f"model '{task.model}' has no linear module '{target}'",
                 f"{closest(target, suffixes)}Choose from: {', '.join(suffixes)}, or {ALL_LINEAR}",
             )
     return task.adapter.targets

@@ -43,7 +43,8 @@ class SeededDropout(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch = self.run.batch
         assert batch is not None
-        rows, tokens, features = x.shape
+        rows, tokens = batch.input_ids.shape
+        features = x.shape[-1]  # of [rows, tokens, features], flattened in OPT's MLP
         sample = torch.tensor(batch.positions)[:, None].expand(rows, tokens).flatten()
         token = torch.arange(tokens).repeat(rows)
         keys = row_keys(self.run.task.seed, self.run.step, sample, token)

@@ -8,21 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from muxtune.cost.shapes import GPT2, GPT_NEOX, LAYERNORM, OPT, from_hf_config
 from muxtune.errors import ConfigError
+from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.attention import pack_rows
 from muxtune.runtime.backbone import Backbone, BackboneStore, Loaded, check_model, random_weights
 from muxtune.runtime.bank import AdapterBank
 from muxtune.runtime.tokenizers import ByteTokenizer
 from muxtune.types import TaskSpec
-from tests.runtime.peft_reference import plain_copy
+from tests.runtime.peft_reference import Batch, plain_copy
 from tests.runtime.runtime_helpers import TINY, Bench, make_htask, make_plan, make_task, worst_gap
 from tests.runtime.test_runtime_methods import (
     PeftTraining,
     as_saved,
     folder_of,
+    hand_made,
     logits_of,
     our_names,
 )
@@ -150,7 +153,17 @@ def tasks_of(kind: str) -> list[TaskSpec]:
         make_task("ia3", **common, targets=ia3, lr=3e-2, method="ia3", options=forward),
         make_task("prefix", **common, targets=(), lr=3e-2, method="prefix", rank=3),
         make_task("prompt", **common, targets=(), lr=3e-2, method="prompt", rank=5),
-    ]
+        make_task(
+            "rslora", **common, targets=lora, lr=3e-3, rank=3, alpha=7.5, dropout=0.2,
+            options={"use_rslora": True},
+        ),
+    ]  # fmt: skip
+
+
+def one_layer_task(backbone: Backbone) -> TaskSpec:
+    """Targets by their whole names: two linears of the second block alone."""
+    sites = [name for name in backbone.sites if ".1." in name]
+    return make_task("one-layer", num_steps=3, batch_size=2, targets=(sites[0], sites[-1]), lr=3e-3)
 
 
 def test_mixed_methods_train_as_peft_alone_and_peft_loads_them(
@@ -160,6 +173,7 @@ def test_mixed_methods_train_as_peft_alone_and_peft_loads_them(
     from peft import PeftModel
 
     backbone, tasks = backbones.get("tiny"), tasks_of(family_of(backbones))
+    tasks.append(one_layer_task(backbone))
     bench = Bench(tmp_path, backbones)
     bench.run(make_plan([make_htask(tasks, chunk_tokens=24)]), *tasks)
     assert bench.done() == {task.task_id for task in tasks}, bench.events
@@ -177,6 +191,35 @@ def test_mixed_methods_train_as_peft_alone_and_peft_loads_them(
         with torch.no_grad():
             theirs = loaded(input_ids=ids[None]).logits[0][-len(ids) :]
         torch.testing.assert_close(logits_of(bench, task, ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bottleneck_equals_two_linears_by_hand(backbones: BackboneStore, tmp_path: Path) -> None:
+    """In every family: losses of two steps, and the folder that is saved."""
+    targets = tuple(name.rpartition(".")[2] for name in TARGETS[family_of(backbones)][0][-2:])
+    task = make_task("it", num_steps=2, batch_size=2, targets=targets, lr=3e-3, method="bottleneck")
+    bench = Bench(tmp_path, backbones)
+    bench.run(make_plan([make_htask([task], chunk_tokens=24)]), task)
+    start = AdapterBank(backbones.get("tiny"), torch.float32).create(task, 2).parameters()
+    method = adapter_method("bottleneck")
+    tensors = {k: v for site in start for k, v in method.to_peft(site, start[site]).items()}
+    model = hand_made(backbones, task, tensors)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.optimizer.lr, weight_decay=0.0)
+    for step, record in enumerate(bench.recorder.steps):
+        batch = Batch(bench.library.step_sequences("it", step), range(2))
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record.loss == pytest.approx(loss.item(), abs=1e-4), step
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), step
+    saved = load_file(Path(folder_of(bench, "it")) / "adapter_model.safetensors")
+    ids = torch.from_numpy(bench.library.validation("it")[0].tokens).long()
+    with torch.no_grad():
+        theirs = hand_made(backbones, task, saved).eval()(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(bench, task, ids), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_conv1d_is_kept_once_and_under_its_own_name() -> None:

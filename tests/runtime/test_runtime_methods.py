@@ -346,7 +346,7 @@ class HandMadeBottleneck(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.frozen, self.dropout = frozen, dropout or torch.nn.Identity()
-        width: Any = frozen.out_features
+        width: Any = getattr(frozen, "out_features", None) or frozen.nf  # Conv1D names it so
         self.bottleneck_down = torch.nn.Linear(width, rank)
         self.bottleneck_up = torch.nn.Linear(rank, width)
 

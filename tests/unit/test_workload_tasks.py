@@ -296,6 +296,11 @@ def test_target_that_matches_no_module(target: str) -> None:
     assert "k_proj, q" in message
 
 
+def test_a_target_of_one_block_is_refused_where_blocks_are_alike() -> None:
+    with pytest.raises(ConfigError, match="is of one block, and a target is adapted"):
+        check_targets(one(targets=["layers.1.self_attn.q"]), ["self_attn.q", "self_attn.k_proj"])
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_methods_of_virtual_tokens_take_the_rank_and_no_targets(method: str) -> None:
     (task,) = tasks_from_mapping(
