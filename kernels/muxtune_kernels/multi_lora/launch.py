@@ -373,11 +373,17 @@ def _sum_parts(
         (
             layout.num_members, layout.rank_pad, partials.shape[0], rows.dropout is not None,
             layout.align, tuning.db_n, tuning.sum_t,
-            max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
+            parts_at_once(parts, layout, tuning), 1024,
         ),
         2,
     )  # fmt: skip
     return dh_TJ, db_RO
+
+
+def parts_at_once(parts: Tensor, layout: Layout, tuning: Tuning) -> int:
+    """All of a row's, if they are few: the sum waits for the memory once, not for each few."""
+    most = max(1, 2048 // (layout.rank_pad * tuning.sum_t))
+    return min(next_power_of_2(parts.shape[0]), most)
 
 
 def new_sums(

@@ -379,7 +379,7 @@ def sum_parts_tile(
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
     factor_T = _slot_factor(scale_ptr, rate_ptr, slot_T, RATED)
     own_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0) > 0
-    for member in range(NUM_MEMBERS):
+    for member in tl.static_range(NUM_MEMBERS):
         start, stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
         num_parts = tl.cdiv(stop - start, BLOCK_N)
         j_J = member * RANK_PAD + tl.arange(0, RANK_PAD)

@@ -29,6 +29,7 @@ from .launch import (
     layout_of,
     new_sums,
     outer,
+    parts_at_once,
 )
 from .tuning import Tuning, cdiv, next_power_of_2
 from .wide_kernels import wide_shrink_kernel, wide_sum_kernel, widen_weight_kernel
@@ -164,7 +165,7 @@ def _wide_sum(
         ),
         (
             layout.num_members, layout.rank_pad, partials.shape[0], layout.align, tuning.db_n,
-            tuning.sum_t, max(1, 512 // (layout.rank_pad * tuning.sum_t)), 1024,
+            tuning.sum_t, parts_at_once(parts, layout, tuning), 1024,
             next_power_of_2(wide.columns), next_power_of_2(wide.bad_SB.shape[1]),
         ),
         2,
