@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 
 METHODS = {
     "muxtune_fp32_adapters": ("MuxTune", "C0", "o-"),
+    "muxtune_with_room": ("MuxTune, buffers with room", "C3", "d-."),
     "concatenated": ("concatenated, masked (cuBLAS)", "C1", "s--"),
     "grouped_mm": ("torch._grouped_mm", "C2", "^:"),
 }
@@ -23,11 +24,12 @@ def draw(axis, rows: list[dict], title: str, top: float) -> None:
     rows = sorted(rows, key=lambda row: row["tasks"])
     tasks = [row["tasks"] for row in rows]
     for name, (label, color, style) in METHODS.items():
-        found = [row["methods"][name] for row in rows]
+        having = [row for row in rows if name in row["methods"]]
+        found, at = [row["methods"][name] for row in having], [row["tasks"] for row in having]
         ratio = [m["ratio"] for m in found]
-        axis.plot(tasks, ratio, style, color=color, label=label, markersize=4)
+        axis.plot(at, ratio, style, color=color, label=label, markersize=4)
         lows, highs = ([m[key] for m in found] for key in ("ratio_min", "ratio_max"))
-        axis.fill_between(tasks, lows, highs, color=color, alpha=0.15)
+        axis.fill_between(at, lows, highs, color=color, alpha=0.15)
     axis.axhline(1.0, color="0.5", linewidth=0.8)
     axis.set(title=title, xscale="log", xticks=tasks, ylim=(0.95, top))
     axis.set_xticklabels(tasks)
