@@ -45,9 +45,9 @@ LIMITED = {
 SPARED = 4
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
+    Phase("slow, NCCL limited", "tp-three,pp-slow", {**SLOW, **LIMITED}, 0.5, spared=SPARED),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.8, "copies"),
     Phase("slow, copies", "tp-slow,pp-slow", SLOW, 0.6, "host"),
-    Phase("NVLink, copies", "one,pp,tp", {}, 1.0, "copies"),
-    Phase("slow, NCCL limited", "tp-three,pp-slow", {**SLOW, **LIMITED}, 0.6, spared=SPARED),
     Phase("NVLink, NCCL limited", "tp-two,pp-late", LIMITED, 0.5, spared=SPARED),
     Phase("NVLink, NCCL", "tp-two", {}, 0.6),
     Phase("slow, NCCL", "tp-three", SLOW, 0.8),

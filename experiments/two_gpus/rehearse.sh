@@ -40,7 +40,7 @@ beside warm $((budget - 30)) "$python" -m experiments.two_gpus.warm --device "$d
   --limit-s $((budget - 35))
 beside tests $((budget - 12)) "$python" -m pytest -m gpu -q -rA --tb=short \
   -p no:cacheprovider -n 4 tests/gpu/test_ranks_cuda.py
-for phase in 0 1 2 3 4; do  # the last differs in its configurations only
+for phase in 0 1 2 3 4; do  # the others differ in their configurations only
   beside "phase$phase" $((budget - 15)) "$python" -m experiments.two_gpus.lease \
     --output "$work/phases/$phase" --device "$device" --layers "$layers" --rounds 2 \
     --phases "$phase" --only tp-rehearsal,pp-rehearsal --budget $((budget - 20))

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +51,12 @@ from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
 KNOWN_ROUNDS, TRACED, SIZES, REPEATS = 8, 6, 3, 1
+HEAT_S = 0.7
 # For messages in memory, on each rank; what lies in the host's must be found there first.
 SHARED_BYTES = {"cuda": 3 << 30, "cpu": 1 << 24}
 HOST_BYTES = {"cuda": 640 << 20, "cpu": 1 << 24}
+# For a configuration after it is captured, which took 10 to 25 s, and before.
+HUNG_S, COMPILING_S = {"cuda": 40.0, "cpu": 600.0}, 90.0
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
@@ -186,6 +190,7 @@ def run_config(
     began_s = time.perf_counter()
     runner.prepare()
     prepared_s = time.perf_counter() - began_s
+    faulthandler.dump_traceback_later(HUNG_S[rank.device.type], exit=True)
     runner.run(1)
     began_s = time.perf_counter()
     profile = profiled(runner, config, visits)
@@ -367,16 +372,24 @@ def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
     Of equal layers one is timed. The slowest rank counts."""
     graph, known = runner.schedule.graph, {}
     times: dict[int, dict[int, float]] = {op: {} for op in range(graph.num_ops)}
-    for visit in range(len(visits.programs)):
-        ops = [op for op in range(graph.num_ops) if graph.visit_of[op] == visit]
-        for size in sorted({sizes[visit] for sizes in visits.sizes}):
-            at = next(at for at, sizes in enumerate(visits.sizes) if sizes[visit] == size)
-            # Rows of tasks, not the empty ones that it was captured with.
-            runner._with_stream(lambda at=at, visit=visit, size=size: runner.load(at, visit, size))
-            for op in ops:
-                found = _op_s(runner, op, size, known)
-                if found is not None:
-                    times[op][size] = found
+    heat(runner)
+    # Computing first and without a pause: a GPU that waits for the other between its operations
+    # runs at higher clocks than one that trains.
+    for is_message in (False, True):
+        for visit in range(len(visits.programs)):
+            ops = [
+                op for op in range(graph.num_ops)
+                if graph.visit_of[op] == visit and (graph.stream_of[op] % 2 == 1) is is_message
+            ]  # fmt: skip
+            for size in sorted({sizes[visit] for sizes in visits.sizes}):
+                at = next(at for at, sizes in enumerate(visits.sizes) if sizes[visit] == size)
+                # Rows of tasks, not the empty ones that it was captured with.
+                load = partial(runner.load, at, visit, size)
+                runner._with_stream(load)
+                for op in ops:
+                    found = _op_s(runner, op, size, known)
+                    if found is not None:
+                        times[op][size] = found
     own = {
         op: statistics.mean(by_size[sizes[graph.visit_of[op]]] for sizes in visits.sizes)
         for op, by_size in times.items() if by_size
@@ -384,6 +397,19 @@ def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
+
+
+def heat(runner: OrderRunner) -> None:
+    """As warm as a GPU is that has trained for a while."""
+    graph, end_s = runner.schedule.graph, time.perf_counter() + HEAT_S
+    ops = [
+        op for op in range(graph.num_ops)
+        if graph.stage_of[op] == runner.stage
+        and runner.schedule.operation(op).action in (Action.FORWARD, Action.BACKWARD)
+    ]  # fmt: skip
+    while runner.on_cuda and time.perf_counter() < end_s:
+        for op in ops:
+            _replayed_s(runner, op, 1)
 
 
 def _op_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float | None:
@@ -669,7 +695,8 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
             continue
         start_s = time.perf_counter()
         # Ranks that hang end here, not with the budget: what comes after has its time.
-        faulthandler.dump_traceback_later(patience_s(config, args, held is None), exit=True)
+        patience_s = HUNG_S[args.device]
+        faulthandler.dump_traceback_later(COMPILING_S + patience_s, exit=True)
         held = held or hold(replica, me)
         row = run_config(config, me, *held, args.rounds)
         if me.device.type == "cuda":
@@ -683,12 +710,6 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
                 f"{row['effective_tokens_per_s']:,.0f} tok/s, bubble {row['steady_bubble']:.1%}",
                 flush=True,
             )
-
-
-def patience_s(config: Config, args: Any, is_first: bool) -> float:
-    if args.device == "cpu":
-        return 600.0
-    return 30.0 + 2.0 * config.expected_s(args.rounds, is_first, args.layers)
 
 
 def hold(replica: ReplicaShape, me: Rank) -> tuple[Weights, Any, Links | None]:
