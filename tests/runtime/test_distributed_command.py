@@ -22,11 +22,12 @@ from muxtune.runtime.distributed.launch import RankInfo, agree
 from tests.runtime.distributed_helpers import free_port, run_world
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away"]
+# The second task ends before the first, which goes on under another plan.
 TASKS = """
 defaults: {{model: tiny, steps: {steps}, lr: 3e-3, max_length: 32, batch_size: 2, data: {data}}}
 tasks:
   - {{id: first, rank: 4, targets: all-linear}}
-  - {{id: second, rank: 2, batch_size: 3, seed: 1, accumulation: 2}}
+  - {{id: second, rank: 2, batch_size: 3, seed: 1, accumulation: 2, steps: {fewer}}}
 """
 NOTICE_S, STEPS = 30.0, 40
 PIPELINE = ("cluster.pp=2", "cluster.num_gpus=2")
@@ -51,9 +52,13 @@ def whole(data: Path) -> Path:
     return output
 
 
+def fewer(steps: int) -> int:
+    return steps // 2
+
+
 def words(data: Path, output: Path, steps: int, *more: str) -> list[str]:
     tasks = data.with_name(f"tasks-{steps}.yaml")
-    tasks.write_text(TASKS.format(data=data, steps=steps))
+    tasks.write_text(TASKS.format(data=data, steps=steps, fewer=fewer(steps)))
     return [
         *("train", "model=tiny", f"workload.tasks_file={tasks}", f"output_dir={output}"),
         *("backend.checkpoint_steps=2", "backend.evaluate_tokens=0"),
@@ -132,10 +137,9 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
     assert main(["train", f"resume={output}", *layout]) == 0
     assert worst(output, whole) <= 1e-3
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for task in ("first", "second"):
-        assert [line["step"] for line in steps if line["task_id"] == task] == list(
-            range(1, STEPS + 1)
-        )
+    for task, count in (("first", STEPS), ("second", fewer(STEPS))):
+        found = [line["step"] for line in steps if line["task_id"] == task]
+        assert found == list(range(1, count + 1))
 
 
 def test_unequal_replicas_train_what_one_process_trains(

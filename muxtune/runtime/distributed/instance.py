@@ -210,7 +210,7 @@ class DistributedInstance(RunningInstance):
         if gone:
             self._command(Drop(tuple(gone)))
         super()._take_over(plan)
-        self._ahead = {}
+        self._ahead, self._next_number = {}, 0  # ranks count a plan's rounds from 0
         self._tell_how(plan)
 
     def _tell_how(self, plan: Plan) -> None:
