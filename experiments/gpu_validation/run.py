@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-2-7b", help="NAME, NAME:LAYERS or tiny")
     parser.add_argument("--others", default=",".join(OTHERS), help="NAME or NAME:LAYERS, by commas")
     parser.add_argument("--budget", type=float, default=440.0, help="seconds for all of it")
-    parser.add_argument("--profile-budget", type=float, default=140.0)
+    parser.add_argument("--profile-budget", type=float, default=170.0)
     parser.add_argument("--cases", type=int, default=208)
     parser.add_argument("--case-s", type=float, default=0.0, help="for repeats beyond three")
     parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")

@@ -18,7 +18,7 @@ ROWS = (128, 512, 1024, 2048, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
 RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 3
-COMPILING_SHARE = 0.6  # of the operations' budget at most
+COMPILING_SHARE = 0.7  # of the operations' budget at most
 REFINE_ERROR = 0.04
 PRODUCT_STEP = 256
 # From the shortest sequences to long ones; packed attention's time depends on how they fill tiles.

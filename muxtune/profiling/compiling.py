@@ -28,7 +28,7 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.step_cases import plan_of
 from muxtune.types import AdapterSlot, HTask, Plan, TaskSpec
 
-MAX_WORKERS = 14  # each has a context and up to some GB of the device's memory
+MAX_WORKERS = 12  # each has a context and up to some GB of the device's memory
 MAX_STARTS = 4  # of workers, which a kernel's error ends
 RELEASE_S = 10.0
 NUM_BLOCKS = 2  # the first one's backward lacks a product that all others have
