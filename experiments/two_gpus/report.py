@@ -17,7 +17,6 @@ from muxtune.report.gantt import gantt_panels, schedule_trace
 from muxtune.report.run_folder import RunFolder, provenance
 from muxtune.types import SubgraphKind
 
-TRACED_ROUNDS = 6
 HIDDEN = ("spans", "htask_of_op", "label_of_op", "kind_of_op", "backward_of_op", "predicted_spans",
           "losses", "replica")  # fmt: skip
 DRAWN_ROUNDS = 3
@@ -103,8 +102,8 @@ def _bubbles(row: Row) -> str:
     )  # fmt: skip
     return (
         f"PP2 steady bubble by stage (goal 5%): {by_rank} (predicted, of the busier one: "
-        f"{row['predicted_steady_bubble']:.1%}); of {TRACED_ROUNDS} rounds, measured (predicted): "
-        f"{kinds}"
+        f"{row['predicted_steady_bubble']:.1%}); of {row['traced_rounds']} rounds, measured "
+        f"(predicted): {kinds}"
     )
 
 
@@ -150,12 +149,16 @@ def measured_spans(row: Row) -> list[ScheduleSpan]:
         )
         for rank, spans in enumerate(row["spans"])
         for stream, at, op, start_s, stop_s in spans
+        if at < DRAWN_ROUNDS
     ]  # fmt: skip
 
 
 def predicted_spans(row: Row) -> list[ScheduleSpan]:
     found = (ScheduleSpan(*fields) for fields in row["predicted_spans"])
-    return [span._replace(kind=SubgraphKind[str(span.kind)]) for span in found]
+    return [
+        span._replace(kind=SubgraphKind[str(span.kind)]) for span in found
+        if span.round < DRAWN_ROUNDS
+    ]  # fmt: skip
 
 
 def draw(path: Path, row: Row) -> None:

@@ -225,6 +225,7 @@ def run_config(
     row |= predicted(problem, order, config, rounds, profile)
     row["prediction_error"] = row["predicted_round_ms"] / row["round_ms"] - 1
     if config.order == "interleaved":
+        row["traced_rounds"] = TRACED
         row["spans"] = [[list(span) for span in item[1]] for item in every]
         row["htask_of_op"] = [base.graph.visits[v].htask for v in base.graph.visit_of]
         row["label_of_op"] = [item.label for item in base.graph.subgraphs]

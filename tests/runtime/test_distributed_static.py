@@ -24,6 +24,8 @@ from muxtune.runtime.distributed.links import Links
 from muxtune.runtime.distributed.order_runner import OrderRunner
 from muxtune.runtime.distributed.peer_memory import PeerMemory
 from muxtune.runtime.distributed.schedule import sequential_schedule
+from muxtune.runtime.distributed.static_stage import _split_grads, _Squares
+from muxtune.runtime.static_step import AdapterPools, SlotSpec
 from muxtune.types import ReplicaShape
 from tests.runtime.distributed_helpers import run_world
 
@@ -110,3 +112,16 @@ def test_stages_give_what_one_rank_gives(folder: Path, name: str) -> None:
     for mine, theirs in zip(seen(folder / name, CONFIGS[name]), one, strict=True):
         torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(mine.norms, theirs.norms, rtol=1e-5, atol=0)
+
+
+def test_squares_are_those_of_each_task() -> None:
+    """Of slots of other ranks and targets."""
+    part = Weights(TINY, SOLO, 0, 0, torch.device("cpu"), torch.float32).stage_part()
+    slots = (SlotSpec(2), SlotSpec(5, ("q_proj", "down_proj")), SlotSpec(3, ("o_proj",)))
+    pools = AdapterPools(part.model, slots, deterministic=True)
+    grads = [[g for _, a, b in pools.views(slot) for g in (a[1], b[1])] for slot in range(3)]
+    for grad in (grad for own in grads for grad in own):
+        grad.normal_()
+    expected = torch.stack([sum((g.square().sum() for g in own), torch.zeros(())) for own in grads])
+    found = sum((_Squares(half, 3, expected.device)() for half in _split_grads(pools)), 0)
+    torch.testing.assert_close(found, expected)

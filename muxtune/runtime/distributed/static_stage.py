@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from muxtune.runtime.distributed.schedule import ATTENTION, Action, Operation, Part
-from muxtune.runtime.static_step.adapters import AdapterPools
+from muxtune.runtime.static_step.adapters import AdapterPools, FusedPool
 from muxtune.runtime.static_step.attention import (
     Packing,
     Rotary,
@@ -124,11 +124,10 @@ class VisitProgram:
         self._side = _side_stream(model.device) if OVERLAP and on_cuda else None
         self._held: list[Any] = []  # is read there
         self._grads = [_slot_grads(pools, slot) for slot in range(num_slots)]
-        # Of the stage's ranks: gradients that each holds alone, and that all of them hold.
-        self._own, self._shared = ([] if part.step is None else [
-            [_rank_grads(pools, slot, shared) for slot in range(num_slots)]
-            for shared in (False, True)
-        ]) or ([], [])  # fmt: skip
+        # Of gradients that each of the stage's ranks holds alone, and of those that all hold.
+        own, shared = _split_grads(pools)
+        held = (own, shared) if part.step is not None else ([*own, *shared], [])
+        self._own, self._shared = (_Squares(grads, num_slots, model.device) for grads in held)
         self.own_S = torch.zeros(num_slots, **sums)  # squares of the first, summed by the ranks
         self._last_part: Part | None = None  # of the backward
         fields = inputs.fields
@@ -300,14 +299,14 @@ class VisitProgram:
     def _sum_squares(self) -> None:
         """This stage's; where its ranks must meet for them, of what each holds alone."""
         if self.part.step is None:
-            self._total(torch.stack([_square_sum(grads) for grads in self._grads]))
+            self._total(self._own())
         else:
-            torch.stack([_square_sum(grads) for grads in self._own], out=self.own_S)
+            self.own_S.copy_(self._own())
 
     @torch.no_grad()
     def part_again(self) -> None:
         """The stage's squares, when its ranks have summed up all that they share."""
-        self._total(self.own_S + torch.stack([_square_sum(grads) for grads in self._shared]))
+        self._total(self.own_S + self._shared())
 
     def _total(self, own_S: Tensor) -> None:
         """With the stages after this one."""
@@ -381,20 +380,59 @@ def _slot_grads(pools: AdapterPools, slot: int) -> list[Tensor]:
     return [g for _, a, b in pools.views(slot) for g in (a[1], b[1])]
 
 
-def _rank_grads(pools: AdapterPools, slot: int, shared: bool) -> list[Tensor]:
-    """``shared``: of the factors that all ranks of a stage hold, which are A of column-parallel
-    linears and B of others; else of those that each holds a part of."""
-    from muxtune.runtime.distributed.layout import ROW_PARALLEL
+class _Rows(NamedTuple):
+    """A gradient of which every slot has its rows: as many as its rank, once for each of
+    ``num_blocks``."""
 
-    return [
-        (b if (name.rsplit(".", 1)[-1] in ROW_PARALLEL) is shared else a)[1]
-        for name, a, b in pools.views(slot)
-    ]
+    grad_RW: Tensor
+    slot_ranks: tuple[int, ...]
+    num_blocks: int
 
 
-def _square_sum(grads: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(list(grads))  # pyright: ignore[reportPrivateImportUsage]
-    return torch.stack(norms).square().sum()
+def _split_grads(pools: AdapterPools) -> tuple[list[_Rows], list[_Rows]]:
+    """(each rank's own, those that all ranks of a stage hold): the latter are of A of
+    column-parallel linears and of B of the others."""
+    own, shared = [], []
+    for qkv, out, gate_up, down in pools.layers:
+        for column, row in ((qkv, out), (gate_up, down)):
+            a, b = _rows_of(column)
+            shared.append(a)
+            own.append(b)
+            a, b = _rows_of(row)
+            own.append(a)
+            shared.append(b)
+    return own, shared
+
+
+def _rows_of(pool: FusedPool) -> tuple[_Rows, _Rows]:
+    return (
+        _Rows(pool.a[1], pool.slot_ranks, len(pool.linear.names)),
+        _Rows(pool.b[1], pool.slot_ranks, 1),
+    )
+
+
+class _Squares:
+    """Sums of squares by slot [S], always in the same order. A kernel a gradient, not one for each
+    slot and linear: those were a fifth of a round of eight tasks."""
+
+    def __init__(self, grads: Sequence[_Rows], num_slots: int, device: torch.device) -> None:
+        self._grads = [rows.grad_RW for rows in grads if rows.grad_RW.numel()]
+        places: list[list[int]] = [[] for _ in range(num_slots)]
+        start = 0
+        for rows in grads:
+            for _ in range(rows.num_blocks):
+                for slot, rank in enumerate(rows.slot_ranks):
+                    places[slot].extend(range(start, start + rank))
+                    start += rank
+        most = max(map(len, places), default=0)
+        padded = [own + [start] * (most - len(own)) for own in places]  # where there is a zero
+        self._rows_SN = torch.tensor(padded, dtype=torch.int64, device=device).view(num_slots, most)
+        self._zero_1 = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def __call__(self) -> Tensor:
+        norms = [torch.linalg.vector_norm(grad_RW, dim=1) for grad_RW in self._grads]
+        squares_N = torch.cat([*norms, self._zero_1]).square()
+        return squares_N[self._rows_SN].sum(1)
 
 
 Captured = Callable[[], None]
