@@ -119,8 +119,9 @@ def _await(ready_ptr, wanted):
 
 
 @triton.jit
-def _load_factor(factor_ptr, offset, rank, column, n_N, in_N, total_rank, stride_row, stride_n,
-                 RANK_PAD: tl.constexpr):  # fmt: skip
+def _load_factor(factor_ptr, offset_ptr, rank_ptr, slot, column, n_N, in_N, total_rank,
+                 stride_row, stride_n, RANK_PAD: tl.constexpr):  # fmt: skip
+    offset, rank = tl.load(offset_ptr + slot), tl.load(rank_ptr + slot)
     j_J = column % RANK_PAD + tl.arange(0, RANK_STEP)
     row_J = (column // RANK_PAD) * total_rank + offset + j_J
     return tl.load(
@@ -158,42 +159,21 @@ def _mixed_low_rank(h_TJ, slot_T, slot, after, factor_ptr, offset_ptr, rank_ptr,
 
 
 @triton.jit
-def _tile_place(tile, tiles_t, tiles_n, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-                GROUP_T: tl.constexpr):  # fmt: skip
-    """(first row, first feature) of a tile; those of the last tile for what comes after it."""
-    tile = tl.minimum(tile, tiles_t * tiles_n - 1)
-    group = tile // (GROUP_T * tiles_n)
-    size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
-    within = tile % (GROUP_T * tiles_n)
-    return (group * GROUP_T + within % size) * BLOCK_T, (within // size) * BLOCK_N
-
-
-@triton.jit
-def _owner(slot, bounds_ptr, offset_ptr, rank_ptr):
-    """(first row, stop row, rows, first pool row, rank) of a slot."""
-    slot = tl.maximum(slot, 0)
-    at = bounds_ptr + 3 * slot
-    return (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(offset_ptr + slot),
-            tl.load(rank_ptr + slot))  # fmt: skip
-
-
-@triton.jit
 def _linear_tile(
-    t_0, n_0, is_first, slot_0, start_0, stop_0, count_0, offset_0, rank_0, x_desc, w_desc, y_desc,
-    h_ptr, factor_ptr, bias_ptr, h_out_ptr, ready_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
-    edges_ptr, num_rows, num_out, num_in,
+    t_0, n_0, is_first, x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, ready_ptr,
+    slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in,
     total_rank, h_stride, h_stride_split, factor_stride_row, factor_stride_n,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, H_SPLITS: tl.constexpr, SHRINK: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """is_first: the program's first tile, whose h may still be in the making. slot_0: of the first
-    row, and its owner: asked for a tile before, so that nothing here waits for them."""
+    """is_first: the program's first tile, whose h may still be in the making."""
     dtype = y_desc.dtype
     steps_k = tl.cdiv(num_in, BLOCK_K)
     # What the low-rank step of a tile of one slot needs is asked for before the product.
-    stop_row = tl.minimum(t_0 + BLOCK_T, num_rows)
-    uniform = (slot_0 >= 0) & (stop_0 >= stop_row) & (count_0 == stop_0 - start_0)
+    slot_0, uniform = uniform_slot(
+        slot_of_row_ptr, bounds_ptr, t_0, tl.minimum(t_0 + BLOCK_T, num_rows)
+    )
     row_T = t_0 + tl.arange(0, BLOCK_T)
     in_T = row_T < num_rows
     n_N = n_0 + tl.arange(0, BLOCK_N)
@@ -209,8 +189,8 @@ def _linear_tile(
         if is_first == 0:
             _await(ready_ptr + t_0 // BLOCK_T, NUM_MEMBERS * INNER)
     h_TJ = _load_h(h_ptr, row_T, here_T, column_0, h_stride, h_stride_split, dtype, H_SPLITS)
-    f_JN = _load_factor(factor_ptr, offset_0, rank_0, 0, n_N, in_N, total_rank, factor_stride_row,
-                        factor_stride_n, RANK_PAD)  # fmt: skip
+    f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, tl.maximum(slot_0, 0), 0, n_N, in_N,
+                        total_rank, factor_stride_row, factor_stride_n, RANK_PAD)  # fmt: skip
     acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for k in range(steps_k):
         x_TK = x_desc.load([t_0, k * BLOCK_K])
@@ -226,13 +206,15 @@ def _linear_tile(
     if uniform:
         acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
         # What a slot does not have it does not pay for; the loop's loads are issued ahead.
-        steps = tl.maximum(tl.cdiv(rank_0, RANK_STEP), 1)
-        for step in range(1, tl.where(rank_0 > 0, INNER * steps, 1)):
+        rank = tl.load(rank_ptr + slot_0)
+        steps = tl.maximum(tl.cdiv(rank, RANK_STEP), 1)
+        for step in range(1, tl.where(rank > 0, INNER * steps, 1)):
             column = (step // steps) * RANK_PAD + (step % steps) * RANK_STEP
             h_TJ = _load_h(h_ptr, row_T, in_T, column_0 + column, h_stride, h_stride_split,
                            dtype, H_SPLITS)  # fmt: skip
-            f_JN = _load_factor(factor_ptr, offset_0, rank_0, column, n_N, in_N, total_rank,
-                                factor_stride_row, factor_stride_n, RANK_PAD)  # fmt: skip
+            f_JN = _load_factor(factor_ptr, offset_ptr, rank_ptr, slot_0, column, n_N, in_N,
+                                total_rank, factor_stride_row, factor_stride_n,
+                                RANK_PAD)  # fmt: skip
             acc_TN = tl.dot(h_TJ, f_JN.to(dtype), acc_TN, input_precision="ieee")
     else:
         slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
@@ -304,45 +286,31 @@ def linear_kernel(
     whole = num_tiles
     if TAIL:
         whole = (num_tiles // NUM_PROGRAMS) * NUM_PROGRAMS
-    # Whose rows a tile's are is known a tile ahead, its slot two.
-    t_1, _ = _tile_place(program, tiles_t, tiles_n, BLOCK_T, BLOCK_N, GROUP_T)
-    slot_0 = tl.load(slot_of_row_ptr + t_1)
-    start_0, stop_0, count_0, offset_0, rank_0 = _owner(slot_0, bounds_ptr, offset_ptr, rank_ptr)
-    t_1, _ = _tile_place(program + NUM_PROGRAMS, tiles_t, tiles_n, BLOCK_T, BLOCK_N, GROUP_T)
-    slot_1 = tl.load(slot_of_row_ptr + t_1)
     for tile in tl.range(program, whole, NUM_PROGRAMS, flatten=False):
-        t_0, n_0 = _tile_place(tile, tiles_t, tiles_n, BLOCK_T, BLOCK_N, GROUP_T)
-        start_1, stop_1, count_1, offset_1, rank_1 = _owner(
-            slot_1, bounds_ptr, offset_ptr, rank_ptr
-        )
-        t_2, _ = _tile_place(tile + 2 * NUM_PROGRAMS, tiles_t, tiles_n, BLOCK_T, BLOCK_N, GROUP_T)
-        slot_2 = tl.load(slot_of_row_ptr + t_2)
+        group = tile // (GROUP_T * tiles_n)
+        size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+        t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
+        n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
         _linear_tile(
-            t_0, n_0, tile < NUM_PROGRAMS, slot_0, start_0, stop_0, count_0, offset_0, rank_0,
-            x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, ready_ptr,
-            slot_of_row_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in,
-            total_rank, h_stride, h_stride_split, factor_stride_row, factor_stride_n, WEIGHT_NK,
-            NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, SHRINK, BIAS, BLOCK_T, BLOCK_N, BLOCK_K,
-            HALVES,
+            t_0, n_0, tile < NUM_PROGRAMS, x_desc, w_desc, y_desc, h_ptr, factor_ptr, bias_ptr,
+            h_out_ptr, ready_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, edges_ptr,
+            num_rows, num_out, num_in, total_rank, h_stride, h_stride_split, factor_stride_row,
+            factor_stride_n, WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, SHRINK, BIAS,
+            BLOCK_T, BLOCK_N, BLOCK_K, HALVES,
         )  # fmt: skip
-        slot_0, start_0, stop_0, count_0 = slot_1, start_1, stop_1, count_1
-        offset_0, rank_0, slot_1 = offset_1, rank_1, slot_2
     if TAIL:  # noqa: SIM102 (a constexpr branch of its own: what is inside must not compile)
         if program < 2 * (num_tiles - whole):
-            t_0, n_0 = _tile_place(
-                whole + program // 2, tiles_t, tiles_n, BLOCK_T, BLOCK_N, GROUP_T
-            )
+            tile = whole + program // 2
+            group = tile // (GROUP_T * tiles_n)
+            size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+            t_0 = (group * GROUP_T + (tile % (GROUP_T * tiles_n)) % size) * BLOCK_T
+            n_0 = ((tile % (GROUP_T * tiles_n)) // size) * BLOCK_N
             n_0 += (program % 2) * (BLOCK_N // 2)
-            slot_0 = tl.load(slot_of_row_ptr + t_0)
-            start_0, stop_0, count_0, offset_0, rank_0 = _owner(
-                slot_0, bounds_ptr, offset_ptr, rank_ptr
-            )
             if n_0 < num_out:
                 _linear_tile(
-                    t_0, n_0, 0, slot_0, start_0, stop_0, count_0, offset_0, rank_0, x_desc,
-                    w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr, h_out_ptr, ready_ptr,
-                    slot_of_row_ptr, offset_ptr, rank_ptr, edges_ptr, num_rows, num_out, num_in,
-                    total_rank, h_stride, h_stride_split, factor_stride_row, factor_stride_n,
-                    WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD, H_SPLITS, SHRINK, BIAS, BLOCK_T,
-                    BLOCK_N // 2, BLOCK_K, False,
+                    t_0, n_0, 0, x_desc, w_half_desc, y_desc, h_ptr, factor_ptr, bias_ptr,
+                    h_out_ptr, ready_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+                    edges_ptr, num_rows, num_out, num_in, total_rank, h_stride, h_stride_split,
+                    factor_stride_row, factor_stride_n, WEIGHT_NK, NUM_MEMBERS, INNER, RANK_PAD,
+                    H_SPLITS, SHRINK, BIAS, BLOCK_T, BLOCK_N // 2, BLOCK_K, False,
                 )  # fmt: skip

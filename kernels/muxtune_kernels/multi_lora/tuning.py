@@ -67,10 +67,10 @@ _GEMM_BLOCKS = (
 )
 
 
-# From so many rows on the library's product, which adds to an expansion that is there, gives the
-# input gradient sooner than the fused one, unless hardly any of its tiles can hold two slots. Its
-# bits may depend on the number of rows, though, so not where they must not.
-_LIBRARY_BACKWARD_ROWS, _MANY_ROWS = 3072, 8192
+# Between so many rows the library's product, which adds to an expansion that is there, gives the
+# input gradient sooner than the fused one, because many tiles hold two slots. Its bits may depend
+# on the number of rows, though, so not where they must not.
+_LIBRARY_BACKWARD_ROWS = range(3072, 8192)
 LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
@@ -154,13 +154,8 @@ def tuning_of(
         ),
         db_warps=8 if db_n > 128 else 4, db_stages=3, sum_t=2 if num_rows < 4096 else 4,
         da_stages=3 if da_n == 128 else 4,
-        fused_backward=deterministic or _is_fused_faster(num_rows, num_slots),
+        fused_backward=deterministic or num_rows not in _LIBRARY_BACKWARD_ROWS,
     )  # fmt: skip
-
-
-def _is_fused_faster(num_rows: int, num_slots: int) -> bool:
-    most_mixed_rows = 128 * (num_slots - 1)
-    return num_rows < _LIBRARY_BACKWARD_ROWS or num_rows >= max(_MANY_ROWS, 8 * most_mixed_rows)
 
 
 def shrunk_members(num_members: int, rank_pad: int) -> int:
