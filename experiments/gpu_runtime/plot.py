@@ -1,12 +1,18 @@
 """Plots of ``gpu_runtime.json``: peak memory against the number of tasks, and joins and leaves.
 
-python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png [--hf-peft OTHER.json]
+    python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png \\
+        [--runs step_throughput.json ...]
+
+``--runs``: results of ``experiments/step_throughput``, whose LoRA tasks of rank 16 are points of
+the curve too; they are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from muxtune.cost.memory import MIB
+
+CONTEXT = 1024 * MIB  # of CUDA, in the ledger; the allocator does not know it
 CHANGES = {
     "join_same_shape": "join, free slot", "leave_same_shape": "leave, same shape",
     "join_new_shape": "join, new shape", "leave_new_shape": "leave, new shape",
@@ -25,30 +34,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--hf-peft", type=Path, help="results with HF PEFT's instances, if apart")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
     )
     memory, joins = data.get("memory") or {}, data.get("joins") or {}
-    apart = json.loads(args.hf_peft.read_text("utf-8"))["memory"] if args.hf_peft else memory
-    _memory(left, memory, apart.get("hf_peft", []))
+    _memory(left, memory, whole_runs(args.runs))
     _joins(right, joins)
     about = (memory or joins)["environment"]
     figure.suptitle(f"muxtune train, Llama-2-7B shape, {about['device']}, {about['date']}")
     figure.savefig(args.target, dpi=130)
 
 
-def _memory(axes: Any, memory: dict[str, Any], hf_peft: list[dict[str, Any]]) -> None:
-    curve = memory.get("curve", [])
+def whole_runs(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of the curve; of one number of tasks the first one that is found."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in paths:
+        for name, result in json.loads(path.read_text("utf-8")).items():
+            if not re.fullmatch(r"lora_\d+", name) or result["num_tasks"] in found:
+                continue
+            peak, predicted = result["peak_memory_bytes"], result["predicted_peak_bytes"] - CONTEXT
+            row = {
+                "tasks": result["num_tasks"], "peak_bytes": peak, "predicted_bytes": predicted,
+                "prediction_error": predicted / peak - 1,
+            }  # fmt: skip
+            found[row["tasks"]] = row
+            print(path.name, json.dumps(row))
+    return [found[number] for number in sorted(found)]
+
+
+def _memory(axes: Any, memory: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    curve = sorted([*memory.get("curve", []), *runs], key=lambda row: row["tasks"])
     tasks = [row["tasks"] for row in curve]
     for key, label, style in (
         ("peak_bytes", "measured, one backbone", "o-"),
         ("predicted_bytes", "predicted by the ledger", "x--"),
     ):
         axes.plot(tasks, [row[key] / 2**30 for row in curve], style, label=label)
-    fits = [row for row in hf_peft if row["fits"]]
+    fits = [row for row in memory.get("hf_peft", []) if row["fits"]]
     count, gib = ([row[key] for row in fits] for key in ("instances", "peak_bytes"))
     axes.plot(count, [value / 2**30 for value in gib], "s-", label="HF PEFT instances")
     if memory:
@@ -66,8 +91,6 @@ def _joins(axes: Any, joins: dict[str, Any]) -> None:
     axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.invert_yaxis()
     axes.set(xlabel="stall of the other tasks, ms")
-    if any(stall > 0 for stall in stalls):
-        axes.set_xscale("log")
     axes.margins(x=0.2)
 
 
