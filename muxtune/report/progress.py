@@ -107,7 +107,8 @@ class TaskProgress(_Display, QuietObserver):
         self._task_bars: dict[str, Any] = {}
         self._states: dict[str, str] = {}
         self._changed: set[str] = set()
-        self._started_s: dict[str, float] = {}
+        # When a task was first heard of, and with which step: a resumed one does not begin at 1.
+        self._started: dict[str, tuple[float, int]] = {}
         self._tokens: dict[str, int] = {}
         # (epoch, s) of each instance's last plans: a drift is told after the plan that it led to.
         self._predicted: dict[str, deque[tuple[int, float]]] = {}
@@ -121,10 +122,13 @@ class TaskProgress(_Display, QuietObserver):
     ) -> None:
         """``step`` optimizer steps of ``num_steps`` are done; ``tokens`` of this one."""
         now_s = time.monotonic()
-        started_s = self._started_s.setdefault(task_id, now_s)
+        started_s, first_step = self._started.setdefault(task_id, (now_s, step))
         total = self._tokens[task_id] = self._tokens.get(task_id, 0) + tokens
         rate = (total - tokens) / (now_s - started_s) if now_s > started_s else 0.0
-        self._states[task_id] = self._state(step, num_steps, loss, rate, now_s - started_s)
+        left_s = 0.0
+        if step > first_step:
+            left_s = (now_s - started_s) / (step - first_step) * (num_steps - step)
+        self._states[task_id] = self._state(step, num_steps, loss, rate, left_s)
         self._changed.add(task_id)
         if self.live:
             self._bar(task_id, step, num_steps)
@@ -132,11 +136,10 @@ class TaskProgress(_Display, QuietObserver):
             self.flush()
 
     def _state(
-        self, step: int, num_steps: int, loss: float | None, rate: float, spent_s: float
+        self, step: int, num_steps: int, loss: float | None, rate: float, left_s: float
     ) -> str:
         loss_text = "" if loss is None else f" loss {loss:.4f}"
         rate_text = f" {rate:,.0f} tok/s" if rate else ""
-        left_s = spent_s / (step - 1) * (num_steps - step) if step > 1 else 0.0
         eta = f" ETA {format_seconds(left_s)}" if left_s and not self.live else ""
         return f"step {step}/{num_steps}{loss_text}{rate_text}{eta}"
 
@@ -165,10 +168,12 @@ class TaskProgress(_Display, QuietObserver):
         for event in events:
             if event.kind is EventKind.DRIFT and isinstance(event.data, ProgressData):
                 measured = format_seconds(event.data.duration_ns / NS_PER_S / event.data.rounds)
-                predicted_s = dict(self._predicted.get(event.instance_id, ())).get(event.epoch, 0.0)
+                predicted_s = dict(self._predicted.get(event.instance_id, ())).get(event.epoch)
+                # A plan of before a resumption was told to nobody here.
+                told = f" in place of {format_seconds(predicted_s)}" if predicted_s else ""
                 self.line(
-                    f"{event.instance_id}: drift: a round of plan {event.epoch} takes {measured} in"
-                    f" place of {format_seconds(predicted_s)}; times are corrected from now on"
+                    f"{event.instance_id}: drift: a round of plan {event.epoch} takes {measured}"
+                    f"{told}; times are corrected from now on"
                 )
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
