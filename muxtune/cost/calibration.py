@@ -24,6 +24,7 @@ from muxtune.types import PassLoad
 
 PRIOR = (1.0, 1.0, 0.0)
 LEAST = (0.3, 0.2, 0.0)  # a fit to noise may not make operations vanish
+MOST_ADAPTERS = 1.5  # nor may the few adapters stand for what others take
 # One calibration step that is off by this share weighs as much as a factor that is off by one.
 STIFFNESS = 0.03
 MIN_RELATIVE_ERROR = 0.01
@@ -105,8 +106,18 @@ def fit_composition(steps: Sequence[WholeStep], features_of: Features) -> Compos
 
 
 def _fit(features: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
-    """Relative least squares from ``LEAST`` on, drawn towards ``PRIOR``. A pass's constant is
-    measured in twentieths of the mean pass."""
+    """Relative least squares between ``LEAST`` and ``MOST_ADAPTERS``, drawn towards ``PRIOR``."""
+    work, adapters, pass_s = _fit_from_least(features, times)
+    if adapters <= MOST_ADAPTERS:
+        return work, adapters, pass_s
+    known = features * (0.0, 1.0, 0.0)
+    rest = np.maximum(times - MOST_ADAPTERS * known[:, 1], 0.1 * times)
+    work, _, pass_s = _fit_from_least(features - known, rest)
+    return work, MOST_ADAPTERS, pass_s
+
+
+def _fit_from_least(features: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
+    """A pass's constant is measured in twentieths of the mean pass."""
     unit = np.array([1.0, 1.0, 0.05 * times.sum() / features[:, 2].sum()])
     rows = features * unit / times[:, None]
     prior, floor = np.array(PRIOR) / unit, np.array(LEAST) / unit

@@ -25,7 +25,7 @@ rows have a label; these are taken as the rows in use, so that adapters are char
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ MIN_RANK = 16
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
+_TILE_ROWS = 128
 _LEAST_OF_TILES = 0.5  # of what a product's tiles take, however far beyond what was measured
 
 
@@ -105,6 +106,52 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
 
 def _whole_chunks(rows: float) -> int:
     return -(-int(rows) // STATIC_LOSS_ROWS)
+
+
+class Excess(NamedTuple):
+    """What products with adapters take besides their tiles, from measured points of (slots, rank,
+    rows): ``crowded`` by how many slots meet in a tile of rows, measured at the fewest rows; more
+    for each row, measured at the most; and how far points between are off that."""
+
+    crowded: Grid
+    slopes: Grid
+    rest: Grid
+    least_rows: float
+
+    @classmethod
+    def of(cls, name: str, points: Mapping[tuple[float, float, float], Leaf]) -> Excess:
+        """Raises ProfileError when the grid has holes."""
+        all_rows = sorted({rows for _, _, rows in points})
+        least, most = all_rows[0], all_rows[-1]
+        first = {(_met(s, n), k): leaf for (s, k, n), leaf in points.items() if n == least}
+        crowded = Grid.of(name, first)
+        slopes = {}
+        for (slots, rank, rows), (value, width) in points.items():
+            if rows == most:
+                more = value - crowded.at((_met(slots, rows), rank)).value_s
+                slopes[slots, rank] = Leaf(more / max(1.0, most - least), width / most)
+        made = cls(crowded, Grid.of(name, slopes), Grid.of(name, {(): Leaf(0.0, 0.0)}), least)
+        rest = {
+            key: Leaf(leaf.value_s - made._value_s(*key), leaf.half_width_s)
+            for key, leaf in points.items()
+        }
+        return made._replace(rest=Grid.of(name, rest))
+
+    def at(self, sizes: Sequence[float]) -> Time:
+        value, width, outside = self.rest.at(sizes)
+        return Time(self._value_s(*sizes) + value, width, outside)
+
+    def per_row(self, slots: float, rank: float) -> float:
+        return self.slopes.at((slots, rank)).value_s
+
+    def _value_s(self, slots: float, rank: float, rows: float) -> float:
+        crowded_s = self.crowded.at((_met(slots, rows), rank)).value_s
+        return crowded_s + max(0.0, rows - self.least_rows) * self.per_row(slots, rank)
+
+
+def _met(slots: float, rows: float) -> float:
+    """Slots that meet in a tile of a product's rows."""
+    return min(slots, 1.0 + slots * _TILE_ROWS / rows)
 
 
 class CapturedCostModel(ProfiledCostModel):
@@ -170,7 +217,7 @@ class CapturedCostModel(ProfiledCostModel):
             if point["rows"] >= most / 2
         ]
 
-    def _excess(self, name: str) -> Grid:
+    def _excess(self, name: str) -> Excess:
         """What a product with adapters takes besides its tiles, by slots, rank and rows."""
         key = ("excess", name)
         if key not in self._memo:
@@ -180,8 +227,8 @@ class CapturedCostModel(ProfiledCostModel):
             for point in op["points"]:
                 value, width = leaf_of(point)
                 more = value - self._tiles_s(kind, site, int(point["rows"]))
-                found[tuple(float(point[axis]) for axis in op["axes"])] = Leaf(more, width)
-            self._remember(key, Grid.of(name, found))
+                found[point["slots"], point["rank"], point["rows"]] = Leaf(more, width)
+            self._remember(key, Excess.of(name, found))
         return self._memo[key]  # type: ignore[return-value]
 
     def _measured_like(self, size: str) -> str:
@@ -268,21 +315,45 @@ class CapturedCostModel(ProfiledCostModel):
         return float(np.interp(rank, ranks, seconds)) if ranks else 0.0
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
-        side, _, size = name.partition(".")
-        ratio = 1.0
-        if f"part_{name}" not in self.profile.ops:
-            nearest = WorkRatio.of(f"part_{side}", self.profile.ops).nearest(f"part_{name}")
-            if nearest is None:
-                return [], []
-            size, ratio = nearest.name.partition(".")[2], nearest.ratio
-        whole = f"site_{side}.{size}"
+        """Where it was not measured: what a row more takes of a call with all rows in use."""
+        side = name.partition(".")[0]
+        found = WorkRatio.of(f"part_{side}", self.profile.ops).nearest(f"part_{name}")
+        if found is None:
+            return self._slopes_by_rank(f"site_{name}")
+        whole = f"site_{side}.{found.name.partition('.')[2]}"
         spared: dict[float, list[float]] = {}
-        for point in self.profile.ops[f"part_{side}.{size}"]["points"]:
+        for point in self.profile.ops[found.name]["points"]:
             sizes = (point["slots"], point["rank"], point["rows"])
             more_s = self._of_sizes(whole, sizes) - point["median_s"]
             spared.setdefault(point["rank"], []).append(max(0.0, more_s) / (point["rows"] / 2))
         ranks = sorted(spared)
-        return ranks, [ratio * float(np.mean(spared[rank])) for rank in ranks]
+        return ranks, [found.ratio * float(np.mean(spared[rank])) for rank in ranks]
+
+    def _slopes_by_rank(self, name: str) -> tuple[list[float], list[float]]:
+        if self._tiling is None:
+            return [], []
+        kind, _, size = name.partition(".")
+        like = self._measured_like(size)
+        points = self.profile.ops.get(f"{kind}.{like}", {}).get("points", ())
+        ends = sorted({point["rows"] for point in points})
+        if len(ends) < 2:
+            return [], []
+        slopes: dict[float, list[float]] = {}
+        for slots, rank in {(point["slots"], point["rank"]) for point in points}:
+            if kind in _PRODUCTS:
+                slope = self._excess(f"{kind}.{like}").per_row(slots, rank)
+            else:
+                low, high = (
+                    self._of_sizes(f"{kind}.{like}", (slots, rank, rows))
+                    for rows in (ends[0], ends[-1])
+                )
+                slope = (high - low) / (ends[-1] - ends[0])
+            slopes.setdefault(rank, []).append(max(0.0, slope))
+        ratio = 1.0
+        if like != size:
+            ratio = self._excess_ratio(kind, self._site(size), self._site(like))
+        ranks = sorted(slopes)
+        return ranks, [ratio * float(np.mean(slopes[rank])) for rank in ranks]
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
         """See the base class; what rows in use cost is the adapters'."""

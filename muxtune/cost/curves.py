@@ -149,10 +149,12 @@ def _monotone(values: np.ndarray) -> np.ndarray:
 
 class Grid(NamedTuple):
     """Values over a full grid, multilinear between its points and not monotone. Below an axis its
-    first value holds, above the last segment goes on; both are flagged as extrapolated."""
+    first value holds, above the last segment goes on; both are flagged as extrapolated.
+    ``leaves``: the last axis runs fastest; ``strides``: of each axis in them."""
 
     axes: tuple[tuple[float, ...], ...]
-    leaves: Mapping[tuple[float, ...], Leaf]
+    strides: tuple[int, ...]
+    leaves: tuple[Leaf, ...]
 
     @classmethod
     def of(cls, name: str, leaves: Mapping[tuple[float, ...], Leaf]) -> Grid:
@@ -163,32 +165,27 @@ class Grid(NamedTuple):
                 f"profile op '{name}': {len(leaves)} points do not form a full grid."
                 " Measure again with `muxtune profile`"
             )
-        return cls(axes, leaves)
+        strides = tuple(math.prod(map(len, axes[place + 1 :])) for place in range(len(axes)))
+        return cls(axes, strides, tuple(leaves[key] for key in sorted(leaves)))
 
     def at(self, sizes: Sequence[float]) -> Time:
-        corners: list[tuple[tuple[float, ...], float]] = [((), 1.0)]
-        outside = False
-        for size, xs in zip(sizes, self.axes, strict=True):
-            outside |= not xs[0] <= size <= xs[-1]
-            corners = [
-                ((*place, x), weight * share)
-                for place, weight in corners
-                for x, share in _neighbours(size, xs)
-            ]
-        value = sum(weight * self.leaves[place].value_s for place, weight in corners)
-        width = sum(abs(weight) * self.leaves[place].half_width_s for place, weight in corners)
+        places, weights, outside = [0], [1.0], False
+        for x, xs, stride in zip(sizes, self.axes, self.strides, strict=True):
+            if x <= xs[0] or len(xs) == 1:
+                outside |= x != xs[0]
+                continue
+            upper = min(bisect_right(xs, x), len(xs) - 1)
+            share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
+            outside |= share > 1.0
+            low, high = (upper - 1) * stride, upper * stride
+            weights = [w * (1.0 - share) for w in weights] + [w * share for w in weights]
+            places = [p + low for p in places] + [p + high for p in places]
+        value = width = 0.0
+        for place, weight in zip(places, weights, strict=True):
+            leaf = self.leaves[place]
+            value += weight * leaf[0]
+            width += abs(weight) * leaf[1]
         return Time(value, width, outside)
-
-
-def _neighbours(x: float, xs: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Points of the grid with their weights."""
-    if x <= xs[0] or len(xs) == 1:
-        return ((xs[0], 1.0),)
-    upper = min(bisect_right(xs, x), len(xs) - 1)
-    share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
-    if share == 1.0:
-        return ((xs[upper], 1.0),)
-    return (xs[upper - 1], 1.0 - share), (xs[upper], share)
 
 
 class AffineFit(NamedTuple):

@@ -48,6 +48,11 @@ class Work(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+def rows_up_to(most: int) -> tuple[int, ...]:
+    """Row counts to measure where micro-batches have at most so many."""
+    return tuple(sorted({min(rows, most) for rows in ROWS}))
+
+
 def measure_captured(
     shape: ModelShape,
     device: torch.device,

@@ -131,7 +131,7 @@ def profile_machine(
         elif style == CAPTURED:
             ops, left_out = captured_profile.measure_captured(
                 shape, target, dtype, budget_s=ops_budget_s, deterministic=exact,
-                rows=rows or captured_profile.ROWS, slots=slots,
+                rows=rows or captured_profile.rows_up_to(most), slots=slots,
                 ranks=ranks or captured_profile.RANKS,
                 compilers=helpers,
                 steps=_step_jobs(shape, most) if steps else (),
