@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from muxtune.cost.shapes import ModelShape
 from muxtune.types import (
     AdapterSlot,
@@ -22,6 +24,7 @@ from muxtune.types import (
     ShapeKey,
     TaskSpec,
 )
+from muxtune.workload.synthetic import histogram
 
 # What each method is trained on; prefixes sit on no linear.
 TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -93,6 +96,12 @@ class StepCase(NamedTuple):
         shape = ShapeKey(self.chunk_tokens, quota * len(members), slots)
         slot_of = {task_name(index): slot for slot, index in enumerate(members)}
         return HTask((shape,), slot_of, dict.fromkeys(slot_of, quota), PackRule(self.packing))
+
+
+def mean_tokens(name: str, longest: int) -> float:
+    """Of a histogram's sequences, cut to ``longest`` tokens."""
+    table = histogram(name)
+    return float(np.average(np.minimum(table.lengths_tokens, longest), weights=table.counts))
 
 
 def task_name(index: int) -> str:

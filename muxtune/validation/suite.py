@@ -16,7 +16,7 @@ import numpy as np
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
-from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask
+from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask, mean_tokens
 
 PLANS_PER_WORKLOAD = 12
 NUM_WORKLOADS = 3
@@ -25,6 +25,7 @@ MAX_LENGTH_TOKENS = 1024  # longer ones take another form of attention, which pr
 _MAX_DRAWS = 200
 _HISTOGRAMS = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge", "code_alpaca_2k")
 _GRID_RANKS, _OTHER_RANKS = (16, 64), (8, 12, 24, 32, 40, 48)
+_FILLED = 0.4, 1.1  # of a task's share of a micro-batch, by the sequences of a step
 _TASKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 Fits = Callable[[StepCase], bool]
 
@@ -123,6 +124,7 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
             max(chunk, min(MAX_LENGTH_TOKENS, share)),
             options.methods if mixed else (),
             off_grid,
+            share,
         )
         for _ in range(count)
     )
@@ -136,22 +138,22 @@ def _single(random: np.random.Generator, options: SuiteOptions, number: int) -> 
 
 
 def _task(
-    random: np.random.Generator, longest: int, methods: Sequence[str], off_grid: bool
+    random: np.random.Generator,
+    longest: int,
+    methods: Sequence[str],
+    off_grid: bool,
+    share_rows: int,
 ) -> StepTask:
     method = _pick(random, ("lora", *methods)) if methods else "lora"
     rank = int(_pick(random, _OTHER_RANKS if off_grid else _GRID_RANKS))
     targets = TARGETS[method]
     if method == "lora":
         targets = _pick(random, (targets, targets, ("q_proj", "v_proj"), ("q_proj", "o_proj")))
-    return StepTask(
-        method,
-        rank,
-        str(_pick(random, _HISTOGRAMS)),
-        int(longest if random.random() < 0.5 else max(32, longest // 2)),
-        int(_pick(random, (1, 2, 4, 8))),
-        0.0,
-        targets,
-    )
+    name, most = str(_pick(random, _HISTOGRAMS)), longest
+    if random.random() >= 0.5:
+        most = max(32, longest // 2)
+    filled = random.uniform(*_FILLED) * share_rows / mean_tokens(name, most)
+    return StepTask(method, rank, name, int(most), max(1, round(filled)), 0.0, targets)
 
 
 def _split(count: int, groups: int) -> tuple[tuple[int, ...], ...]:
@@ -166,7 +168,7 @@ def _plans(
     count = min(options.max_tasks, (4, 6, 8)[workload % 3])
     shape, rows = options.workload_shape(workload), options.grid_rows[-1]
     longest = max(32, min(256, rows // count))
-    tasks = tuple(_task(random, longest, (), False) for _ in range(count))
+    tasks = tuple(_task(random, longest, (), False, rows // count) for _ in range(count))
     found: list[StepCase] = []
     variants = [
         (groups, chunk, part)
