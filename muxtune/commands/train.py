@@ -189,7 +189,14 @@ def _launch(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
         assert os.getpid() != main_process
         return ranks.follow(config) if ranks.is_follower() else run(config, folder)
 
-    return launch(ranks.num_ranks(config), work)
+    try:
+        return launch(ranks.num_ranks(config), work)
+    except BaseException as error:
+        if has_journal(folder.path):  # rank 0 began the run, and this process wrote its settings
+            folder.keep()
+            if isinstance(error, SystemExit):  # of anything else rank 0 tells
+                _tell_how_to_go_on(folder.path)
+        raise
 
 
 def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | None = None) -> None:

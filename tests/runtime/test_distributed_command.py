@@ -132,6 +132,7 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
     assert process.exitcode not in (0, None)
     said = log.read_text()
     assert "error:" in said and "resume" in said
+    assert {"config.yaml", "run.json"} <= {path.name for path in output.iterdir()}
     layout = {0: (), 1: TENSOR}[rank] if stop == signal.SIGKILL else PIPELINE
     layout = layout or ("cluster.pp=1", "cluster.num_gpus=1")
     assert main(["train", f"resume={output}", *layout]) == 0
