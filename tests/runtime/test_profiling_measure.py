@@ -69,7 +69,8 @@ def test_profile_describes_device_software_and_model(raw) -> None:
     assert raw["schema_version"] == 1
     assert raw["device"]["threads"] == torch.get_num_threads()
     assert raw["device"]["memory_bytes"] > 0
-    assert raw["software"]["torch"] == torch.__version__
+    # A package's own version may leave the build out, which torch tells: 2.13.0+cu130.
+    assert torch.__version__.partition("+")[0] == raw["software"]["torch"].partition("+")[0]
     assert ModelShape(**raw["model"]) == TINY
     assert all(p["repeats"] >= 3 for op in raw["ops"].values() for p in op["points"])
 

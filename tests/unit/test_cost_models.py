@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_time_grows_with_rows_ranks_slots_and_targets(make) -> None:
         return model.pass_coefficients(shape, SOLO).base_s
 
     by_rows = [base(ShapeKey(16, n, (slot(),))) for n in (1, 2, 4, 8, 16)]
-    assert by_rows == sorted(by_rows)
+    # Where launches hide all, the same numbers are added up in another order.
+    assert all(few <= many * (1 + 1e-12) for few, many in pairwise(by_rows))
     if isinstance(model, AnalyticCostModel) and model.options.style == "eager":
         return  # launches hide the adapters' own work
     by_rank = [base(ShapeKey(64, 4, (slot(rank),))) for rank in (4, 8, 16)]
