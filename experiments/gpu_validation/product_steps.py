@@ -4,7 +4,8 @@
 
 The measurements are those of ``validation/step_throughput`` (other runs, in fast mode, kernels of
 the same day), of which no profile knows anything; rows that are no filler are taken as all. What is
-predicted is the replay of each size by itself, with the optimizer. Writes ``product_steps.json``.
+predicted is the replay of each size by itself, with the optimizer. Writes ``product_steps.json``
+and its plot.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import model_shape
+from muxtune.report.plots import DOTS_PER_INCH, MARKERS, PALETTE
 from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation.models import Models
 
@@ -91,12 +95,31 @@ def _errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure((6.4, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, case in enumerate(sorted({row["case"] for row in rows})):
+        chosen = [row for row in rows if row["case"] == case]
+        axes.plot(
+            [row["rows"] for row in chosen],
+            [100 * (row["composed_ms"] / row["measured_ms"] - 1) for row in chosen],
+            MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)], alpha=0.8, label=case,
+        )  # fmt: skip
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set(xlabel="rows of the captured step", ylabel="error of its predicted time (%)")
+    axes.legend(fontsize=8)
+    axes.grid(True, alpha=0.3)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of a validation")
     folder = parser.parse_args().folder
     found = compare(folder)
     (folder / "product_steps.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found["replays"], folder / "product_steps.png")
     for case, errors in found["errors"].items():
         told = {
             how: f"{errors[how]['mean']:.1%} ({errors[how]['bias']:+.1%})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from muxtune.cost.analytic import EAGER as ANALYTIC_EAGER
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.composition import ComposedCostModel
@@ -68,8 +69,11 @@ class CostBook:
         )
 
     def with_options(self, options: AnalyticOptions) -> CostBook:
-        """The same book with other analytic options, for baselines that run eagerly."""
-        return CostBook(self.models, self.devices, self.profiles, options, self.memory)
+        """The same book with other analytic options, for baselines. Of what runs eagerly, a
+        profile of captured steps says nothing."""
+        eager = options.style == ANALYTIC_EAGER
+        profiles = [item for item in self.profiles if not (eager and item.style == CAPTURED)]
+        return CostBook(self.models, self.devices, profiles, options, self.memory)
 
     def _build(self, model: str, device: str) -> ComposedCostModel:
         shape = self.shape(model)

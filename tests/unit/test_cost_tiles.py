@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
+from muxtune.cost.book import CostBook
 from muxtune.cost.captured import CapturedCostModel, fused_sites
 from muxtune.cost.curves import Grid, Leaf
 from muxtune.cost.ops import BACKBONE, Op
-from muxtune.cost.schema import SCHEMA_VERSION, content_hash
+from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.cost.tiles import Tiling
 from muxtune.errors import ProfileError
@@ -158,4 +160,16 @@ def test_rows_of_filler_spare_what_was_measured_of_them(tiling: Tiling) -> None:
     ratio = (other.in_features + sum(other.out_features)) / (4096 + 3 * 4096)
     assert wider._row_of_adapters_s(f"forward.{other.size}", 16) == pytest.approx(
         ratio * 0.1 * seconds / 1024
+    )
+
+
+def test_eager_baselines_are_not_those_of_captured_steps(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    profile = parse_profile({**raw, "content_hash": content_hash(raw)})
+    book = CostBook(profiles=[profile])
+    assert isinstance(book("llama-2-7b", "H100-SXM"), CapturedCostModel)
+    eager = book.with_options(AnalyticOptions.eager())
+    assert isinstance(eager("llama-2-7b", "H100-SXM"), AnalyticCostModel)
+    assert isinstance(
+        book.with_options(AnalyticOptions())("llama-2-7b", "H100-SXM"), CapturedCostModel
     )
