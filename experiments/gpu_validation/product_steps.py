@@ -104,7 +104,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(
             [row["rows"] for row in chosen],
             [100 * (row["composed_ms"] / row["measured_ms"] - 1) for row in chosen],
-            MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)], alpha=0.8, label=case,
+            MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)], label=case,
         )  # fmt: skip
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set(xlabel="rows of the captured step", ylabel="error of its predicted time (%)")
