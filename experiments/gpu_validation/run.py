@@ -127,6 +127,7 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     path = args.out / "profile.json"
     if not path.exists():
         _say("profiling", 0.0, f"{shape.name} on {args.device}")
+        grid: dict[str, Any] = TINY_GRID if is_tiny else REHEARSAL_GRID if args.rehearse else {}
         profile = profile_machine(
             shape,
             args.profile_budget,
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
             tell=lambda share, text: _say("profiling", share, text),
             compilers=compilers,
             kept=Records(args.out / PARTS),
-            **(TINY_GRID if is_tiny else REHEARSAL_GRID if args.rehearse else {}),
+            **grid,
         )
         write_profile(profile, path)
         if not args.rehearse:
