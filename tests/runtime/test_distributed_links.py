@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 import torch.distributed as dist
 
 from muxtune.runtime.distributed import peer_memory
-from muxtune.runtime.distributed.links import Channel, CopiedWire, HostWire
+from muxtune.runtime.distributed.links import (
+    Arrival,
+    Channel,
+    CopiedWire,
+    HostWire,
+    Patience,
+)
 from muxtune.runtime.distributed.peer_memory import PairSum, PeerMemory, Unavailable
 from tests.runtime.distributed_helpers import run_world
 
@@ -22,7 +29,8 @@ STAGE_BYTES, ROUNDS = 1000, 30
 def drawn(sender: int, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * sender + number)
     dtype = torch.float64 if number % 3 == 0 else torch.bfloat16
-    return torch.randn(1 + 37 * number, generator=generator).to(dtype)
+    numbers = torch.randn(1 + 37 * number, generator=generator).to(dtype)
+    return numbers.repeat_interleave(2)[::2] if number % 2 else numbers  # a column, not a row
 
 
 def exchange(rank: int, folder: Path) -> None:
@@ -67,6 +75,13 @@ def add_up(rank: int, memory: PeerMemory) -> None:
 def test_copies_bring_what_was_sent(tmp_path: Path) -> None:
     run_world(2, exchange, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_ranks_own_lack_of_memory_is_not_laid_on_another() -> None:
+    future: Future[Arrival] = Future()
+    future.set_exception(torch.OutOfMemoryError("no room for the message"))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        Patience(1.0).wait(future, "the gradients")
 
 
 def unreachable(rank: int, folder: Path) -> None:

@@ -71,7 +71,8 @@ class HostWire:
         self._channel, self._device = channel, device
 
     def send(self, tensor: Tensor) -> None:
-        dist.send(tensor.to("cpu"), self._channel.rank, group=self._channel.group)
+        host = tensor.to("cpu").contiguous()
+        dist.send(host, self._channel.rank, group=self._channel.group)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
@@ -314,5 +315,7 @@ class Patience:
                         f"{what} did not come within {limit_s:.0f} s: another rank hangs or "
                         "has died. Look at its last lines, then resume from the last checkpoint"
                     ) from None
+            except torch.OutOfMemoryError:
+                raise  # this rank's own
             except RuntimeError as error:
                 raise lost(f"another rank, which owes {what},", error) from None
