@@ -15,17 +15,20 @@ import torch
 import yaml
 
 from muxtune import build
+from muxtune.commands.plan import view_of
 from muxtune.commands.train import JOURNAL_FILE, Outcomes
 from muxtune.config import conf_dir, register_schemas
-from muxtune.cost.shapes import ModelShape
+from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.engine import Engine
+from muxtune.fleet import task_view
 from muxtune.planning.journal import Journal
 from muxtune.report.recording import Troubles
 from muxtune.runtime import random_models
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
-from muxtune.types import Plan
+from muxtune.types import Plan, TaskSpec
+from muxtune.workload.random_texts import RandomTexts
 
 MIX = ("sst2", "sst2", "sst2", "openbookqa", "openbookqa", "openbookqa", "rte", "rte")
 WARM_UP = 5
@@ -196,6 +199,27 @@ def configured(case: Case, folder: Path, steps: int, device: str) -> Any:
         return OmegaConf.to_object(compose("train", overrides=words))
 
 
+def planned(
+    case: Case, folder: Path, rounds: int
+) -> tuple[ModelShape, Plan, dict[str, TaskSpec], RandomTexts]:
+    """(shape, plan, its tasks, their data) of a case on one GPU, without one."""
+    config = configured(case, folder, _steps(rounds), "cuda")
+    costs = build.cost_book(config)
+    tasks = list(build.tasks(config, costs))
+    library = RandomTexts(model_shape(case.model).vocab, config.seed)
+    views = [task_view(task, library.add(task)) for task in tasks]
+    instance = view_of(build.instances(config, costs, tasks)[0], views)
+    plan = build.planner(config.planner, costs).plan(instance, None)
+    if not isinstance(plan, Plan):
+        raise RuntimeError(f"no plan for all tasks: {plan.reason}")
+    return model_shape(case.model), plan, {task.task_id: task for task in tasks}, library
+
+
+def _steps(rounds: int) -> int:
+    """Tasks take several rounds a step at most, never several steps a round."""
+    return WARM_UP + rounds + 20
+
+
 def store_of(name: str, shape: ModelShape, device: str) -> BackboneStore:
     """Random weights, drawn where they are used and loaded once for all cases of a model."""
     random_models.LARGE_PARAMETERS = 0
@@ -226,8 +250,7 @@ def _fast_folder() -> str | None:
 
 
 def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds: int) -> Run:
-    # Tasks take several rounds a step at most, never several steps a round.
-    config = configured(case, folder, WARM_UP + rounds + 20, device)
+    config = configured(case, folder, _steps(rounds), device)
     costs = build.cost_book(config)
     tasks = build.tasks(config, costs)
     outcomes, troubles = Outcomes(), Troubles()

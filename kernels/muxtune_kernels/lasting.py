@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,9 @@ import torch
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
+
+# Within what tables are built; see ``without_gpu``.
+around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
 def lasting(build: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
@@ -24,7 +28,8 @@ def lasting(build: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     @functools.wraps(build)
     def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         if not torch.cuda.is_initialized():
-            return build(*args, **kwargs)
+            with around():
+                return build(*args, **kwargs)
         device = torch.cuda.current_device()  # a thread's own
         with ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device)) as thread:
             return thread.submit(build, *args, **kwargs).result()

@@ -83,6 +83,14 @@ class Launcher:
         if tape is not None:
             tape.add(known, grid, tiles, addresses, (*numbers, *constants))
 
+    def _plainly_only(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...],
+        constants: tuple[Any, ...], num_warps: int, num_stages: int = 3,
+        tiles: tuple[Tiles, ...] = (),
+    ) -> None:  # fmt: skip
+        """As the call, remembering nothing."""
+        self._plainly(grid, tensors, numbers, constants, num_warps, num_stages, tiles)
+
     def _plainly(
         self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...],
         constants: tuple[Any, ...], num_warps: int, num_stages: int, tiles: tuple[Tiles, ...],

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.protocols import LengthSource
 from muxtune.runtime.adapters import adapter_method
-from muxtune.runtime.bank import TaskState
 from muxtune.runtime.optimizer import StepOutcome, learning_rate
 from muxtune.runtime.pass_runner import PassResult, PassWork, PendingPass, state_of
 from muxtune.runtime.static_step import (
@@ -30,8 +31,9 @@ from muxtune.runtime.static_step import Sequence as Rows
 from muxtune.runtime.static_step.captured import CaptureMemory, Pending
 from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.pool import StaticPool
+from muxtune.runtime.tasks import TaskDataFailure
 from muxtune.runtime.training import Mark
-from muxtune.types import HTask, PackRule
+from muxtune.types import Cursor, HTask, PackRule, Plan, TaskSpec
 from muxtune.workload.encoding import EncodedSequence
 
 DEPTH = 2  # results are read this many passes late
@@ -47,6 +49,7 @@ _MAX_LATER_SIZES, _LEAST_LATER_GAIN = 2, 0.03
 _SIZE_STEP = 64
 _MIN_SEQLEN = 512
 _BOUNDS_STEP = 64
+_ROUNDS_AHEAD = 32  # looked at for the sizes of micro-batches to be captured with a plan
 
 
 class Capacity(NamedTuple):
@@ -65,8 +68,15 @@ class Capacity(NamedTuple):
             and other.blocks.items() <= self.blocks.items()
         )
 
+    def close_sizes(
+        self, tokens: Collection[int], given: Collection[int], is_later: bool, most: int
+    ) -> list[int]:
+        """Sizes for micro-batches with so many tokens, besides those ``given``."""
+        rows = {count + self.layout.prompt_rows for count in tokens}
+        return close_sizes(rows, given, self.layout.max_rows, is_later, most)
 
-def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) -> Capacity:
+
+def capacity_of(htask: HTask, tasks: Iterable[TaskSpec], longest_tokens: int) -> Capacity:
     """Generous in what joining tasks may change: the number and the length of sequences (to at
     most ``longest_tokens``, beyond which they are refused)."""
     slots = htask.shapes[0].slots
@@ -76,7 +86,7 @@ def capacity_of(htask: HTask, states: Iterable[TaskState], longest_tokens: int) 
     )
     blocks = dict(by_size)  # of shapes of one size the one that recomputes least
     shapes = sorted(blocks)
-    specs = [state.task for state in states]
+    specs = list(tasks)
     longest = max([_MIN_SEQLEN, *prompts, *(spec.data.max_length_tokens for spec in specs)])
     max_seqlen = min(1 << (longest - 1).bit_length(), longest_tokens)
     sequences = sum(spec.sequences_per_step for spec in specs)
@@ -129,6 +139,35 @@ def _rows_taken(rows: Collection[int], sizes: Collection[int]) -> int:
     return sum(min((size for size in sizes if size >= count), default=0) for count in rows)
 
 
+def rows_ahead(
+    plan: Plan, cursors: Mapping[str, Cursor], builder: StepBuilder, lengths: LengthSource
+) -> dict[int, set[int]]:
+    """Tokens of the micro-batches of the next rounds, by hTask."""
+    rows: dict[int, set[int]] = {}
+    for _ in range(_ROUNDS_AHEAD):
+        try:
+            micro_batches, cursors = builder.next_round(plan, cursors, lengths)
+        except TaskDataFailure:
+            break  # the round itself will tell
+        for item in micro_batches:
+            if item.packing is PackRule.PAD:
+                continue  # runs in the rows of its shape
+            pieces = [piece for chunk in item.chunks for piece in chunk.pieces]
+            tokens = sum(piece.stop - piece.start for piece in pieces)
+            rows.setdefault(item.htask, set()).add(tokens)
+    return rows
+
+
+def program_of(
+    model: StaticModel, pool: StaticPool, layout: StepLayout, deterministic: bool
+) -> StepProgram:
+    """What is captured."""
+    inputs = StepInputs(layout, model.device)
+    return StepProgram(
+        model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
+    )
+
+
 class CapturedRunner:
     """See ``PassRunner``. ``capture_s``: seconds spent on preparing sizes."""
 
@@ -145,10 +184,7 @@ class CapturedRunner:
     ) -> None:
         self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
         self.is_prepared = False
-        inputs = StepInputs(capacity.layout, model.device)
-        program = StepProgram(
-            model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
-        )
+        program = program_of(model, pool, capacity.layout, deterministic)
         self.steps = CapturedSteps(program, capacity.blocks, pad_id, memory, capacity.blocks)
 
     @property
@@ -167,9 +203,9 @@ class CapturedRunner:
         is_later, self.is_prepared = self.is_prepared, True
         self.steps.capture(self.capacity.blocks)
         if not self.deterministic:
-            rows = {count + self.capacity.layout.prompt_rows for count in rows_ahead}
-            known = self.steps.row_counts
-            close = close_sizes(rows, known, self.max_rows, is_later, most_close)
+            close = self.capacity.close_sizes(
+                rows_ahead, self.steps.row_counts, is_later, most_close
+            )
             with contextlib.suppress(torch.OutOfMemoryError):  # the shapes' own sizes will do
                 self.steps.capture(close)
         return len(self.steps.capture_s) > before
@@ -244,4 +280,6 @@ class _Captured:
         return PassResult(losses, outcomes)
 
 
-__all__ = ["DEPTH", "Capacity", "CapturedRunner", "capacity_of", "close_sizes"]
+__all__ = [
+    "DEPTH", "Capacity", "CapturedRunner", "capacity_of", "close_sizes", "program_of", "rows_ahead",
+]  # fmt: skip

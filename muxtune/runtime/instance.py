@@ -32,6 +32,7 @@ from muxtune.runtime.bank import (
     take_out,
 )
 from muxtune.runtime.batch import PassTensors, Placed, TextLibrary, place_task
+from muxtune.runtime.captured_runner import rows_ahead
 from muxtune.runtime.checkpoint import HostCopy, copy_to_host
 from muxtune.runtime.optimizer import StepOutcome
 from muxtune.runtime.options import TorchOptions
@@ -47,7 +48,6 @@ from muxtune.types import (
     EventKind,
     InstanceSpec,
     MicroBatch,
-    PackRule,
     Plan,
     PressureData,
     ProgressData,
@@ -55,7 +55,6 @@ from muxtune.types import (
 )
 
 FILLER_CHUNK = Chunk("", -1, ())
-ROUNDS_AHEAD = 32  # looked at for the sizes of micro-batches to be captured with a plan
 # What a plan that could not be prepared is taken to use at least, over the limit that it kept.
 _LEAST_EXCESS = 1.05
 
@@ -309,24 +308,8 @@ class RunningInstance:
         return True
 
     def _rows_ahead(self, plan: Plan) -> dict[int, set[int]]:
-        """Tokens of the micro-batches of the next rounds, by hTask."""
-        rows: dict[int, set[int]] = {}
         cursors = {task_id: self.host.tasks[task_id].cursor for task_id in plan.task_ids}
-        for _ in range(ROUNDS_AHEAD):
-            try:
-                micro_batches, after = self.host.builder.next_round(
-                    plan, cursors, self.host.lengths
-                )
-            except TaskDataFailure:
-                break  # the round itself will tell
-            cursors = dict(after)
-            for item in micro_batches:
-                if item.packing is PackRule.PAD:
-                    continue  # runs in the rows of its shape
-                pieces = [piece for chunk in item.chunks for piece in chunk.pieces]
-                tokens = sum(piece.stop - piece.start for piece in pieces)
-                rows.setdefault(item.htask, set()).add(tokens)
-        return rows
+        return rows_ahead(plan, cursors, self.host.builder, self.host.lengths)
 
     # -- rounds
 

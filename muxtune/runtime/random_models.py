@@ -56,6 +56,16 @@ def random_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype), longest
 
 
+def blank_model(shape: ModelShape, dtype: torch.dtype) -> Any:
+    """A model whose weights hold anything; where tensors have no memory, it takes none."""
+    config, _ = _config(shape)
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False)
+
+
 def _config(shape: ModelShape) -> tuple[Any, int]:
     from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 

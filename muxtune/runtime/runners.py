@@ -146,10 +146,10 @@ class Runners:
                 self._notice(f"{self.backbone.name}: runs eagerly, which recomputes nothing")
             return EagerRunner(self.backbone, pool, self.options.deterministic)
         assert isinstance(pool, StaticPool)
-        states: list[TaskState] = [state for state in pool.occupants if state is not None]
+        tasks = [state.task for state in pool.occupants if state is not None]
         virtual_tokens = 0 if pool.extras is None else pool.extras.max_virtual_tokens
-        longest = _longest(self.backbone.model.config) - virtual_tokens
-        wanted = capacity_of(htask, states, longest)
+        longest = longest_tokens(self.backbone.model.config) - virtual_tokens
+        wanted = capacity_of(htask, tasks, longest)
         known = self._captured.get(id(pool))
         if known is not None and known.capacity.holds(wanted):
             return known
@@ -172,7 +172,7 @@ class Runners:
             backbone = self.backbone
             if backbone.device.type == "cuda" and backbone.dtype not in _HALF:
                 raise Unsupported(f"the static step computes no {backbone.dtype} on CUDA")
-            self._model = StaticModel.of(backbone.model, _longest(backbone.model.config))
+            self._model = StaticModel.of(backbone.model, longest_tokens(backbone.model.config))
         return self._model
 
 
@@ -182,7 +182,7 @@ def _largest_new(runners: Sequence[PassRunner]) -> int:
     return max((item.max_rows for item in captured if not item.is_prepared), default=0)
 
 
-def _longest(config: Any) -> int:
+def longest_tokens(config: Any) -> int:
     """Tokens of a sequence beyond which positions or a sliding window would come out wrong."""
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return min(_MAX_POSITIONS, *(int(limit) for limit in limits if limit))

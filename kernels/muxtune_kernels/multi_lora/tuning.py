@@ -3,9 +3,10 @@
 Chosen from experiments/kernel_ratio/tune.py on one H100.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ LEAST_BLOCK_T = min(blocks.t for blocks in _GEMM_BLOCKS)
 
 
 _spared = 0
+_told: int | None = None
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,7 +84,8 @@ def num_sms() -> int:
     """That products count on."""
     if INTERPRETED:
         return 4
-    return torch.cuda.get_device_properties(0).multi_processor_count - _spared
+    count = _told or torch.cuda.get_device_properties(0).multi_processor_count
+    return count - _spared
 
 
 def spare_sms(count: int) -> None:
@@ -91,6 +94,23 @@ def spare_sms(count: int) -> None:
     and the product takes twice as long. What was captured before is as it was."""
     global _spared
     _spared = count
+    _forget()
+
+
+@contextlib.contextmanager
+def counting_on(count: int) -> Iterator[None]:
+    """Within, as on a GPU with so many multiprocessors, whatever is here."""
+    global _told
+    before, _told = _told, count
+    _forget()
+    try:
+        yield
+    finally:
+        _told = before
+        _forget()
+
+
+def _forget() -> None:
     num_sms.cache_clear()
     tuning_of.cache_clear()
 

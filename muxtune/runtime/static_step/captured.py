@@ -191,7 +191,7 @@ class CapturedSteps:
         self.replays[num_rows] = self.replays.get(num_rows, 0) + 1
         if not self._on_cuda:
             self._load(host)
-            self._run(num_rows)
+            self.compute(num_rows)
             metrics_3S.copy_(self.program.metrics)
             return Pending(metrics_3S.clone(), None)
         if not self.is_ready(num_rows):
@@ -204,7 +204,8 @@ class CapturedSteps:
             metrics_3S.copy_(self.program.metrics, non_blocking=True)
             return Pending(metrics_3S, _recorded())
 
-    def _run(self, num_rows: int) -> None:
+    def compute(self, num_rows: int) -> None:
+        """The program itself, as it is captured."""
         larger = [size for size in self.recompute if size >= num_rows]
         self.program.run(num_rows, self.recompute[min(larger)] if larger else 0)
 
@@ -223,10 +224,10 @@ class CapturedSteps:
         with torch.cuda.stream(self.stream):
             self._load(host)
             with self._memory.lent():
-                self._run(num_rows)  # compiles kernels, uploads tables
+                self.compute(num_rows)  # compiles kernels, uploads tables
             self._memory.stream.synchronize()
             with self._memory.capturing(graph):
-                self._run(num_rows)
+                self.compute(num_rows)
         self._memory.stream.synchronize()
         self._kept.append(adamw_tables(self.program.pools.optimizer_pools))
         self._graphs[num_rows] = graph

@@ -14,6 +14,12 @@ from torch import Tensor
 Four = tuple[Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, first and second moment
 
 
+def owners(slot_rows: Sequence[int]) -> Tensor:
+    """int64 [U]: whose each row is, of slots that have so many."""
+    slots = [slot for slot, count in enumerate(slot_rows) for _ in range(count)]
+    return torch.tensor(slots, dtype=torch.int64)
+
+
 class Pool(NamedTuple):
     """One parameter at one site. ``row_of_slot_S``, int64 [S + 1]: a slot's first row, or the
     number of rows where its task has none, as filler's."""
@@ -30,8 +36,7 @@ class Pool(NamedTuple):
             torch.zeros((rows, width), dtype=torch.float32, device=device) for _ in range(4)
         )
         row_of_slot_S = torch.full((len(slot_rows) + 1,), rows, dtype=torch.int64, device=device)
-        slots, counts = torch.arange(len(slot_rows)), torch.tensor(slot_rows)
-        slot_of_row_U = torch.repeat_interleave(slots, counts).to(device)
+        slot_of_row_U = owners(slot_rows).to(device)
         four = param, grad, exp_avg, exp_avg_sq
         return cls(four, tuple(slot_rows), row_of_slot_S, slot_of_row_U)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from muxtune.runtime.prepended import Stretches
-from muxtune.runtime.static_step.extra_pool import Pool
+from muxtune.runtime.static_step.extra_pool import Pool, owners
 from muxtune.types import AdapterSlot
 from muxtune_kernels.block import Heads
 from muxtune_kernels.multi_lora import StepRows
@@ -49,11 +49,10 @@ class VirtualTable(NamedTuple):
         cls, prompts: Sequence[int], prefixes: Sequence[int], device: torch.device
     ) -> VirtualTable:
         """From the slots' ranks; a slot has one or the other."""
-        num_prompt_rows, slots = sum(prompts), torch.arange(len(prompts))
+        num_prompt_rows = sum(prompts)
         pairs = zip(prompts, slot_offsets(prompts), slot_offsets(prefixes), strict=False)
         first_S = tuple(own if rank else num_prompt_rows + other for rank, own, other in pairs)
-        owners = [torch.repeat_interleave(slots, torch.tensor(n)) for n in (prompts, prefixes)]
-        slot_of_row_U = torch.cat(owners).to(device)
+        slot_of_row_U = torch.cat([owners(ranks) for ranks in (prompts, prefixes)]).to(device)
         return cls(
             num_prompt_rows, max((*prompts, *prefixes)), first_S, slot_of_row_U,
             torch.zeros_like(slot_of_row_U),

@@ -1,0 +1,127 @@
+"""Kernels compiled on a machine without the GPU that they are for.
+
+What calls them runs on tensors that have a shape, a type and an alignment but no memory (torch's
+FakeTensorMode), as if they lay on the GPU; every launch ends where Triton has compiled the kernel.
+So a kernel gets the very arguments that it gets in training, and what Triton keeps on disk is found
+there by a machine with the same versions of Python and Triton.
+"""
+
+# Triton makes its drivers and settings as it starts, out of the type checker's sight.
+# pyright: reportAttributeAccessIssue=false
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from . import lasting
+from .launching import Launcher
+from .multi_lora import tuning
+
+_ADDRESS = 1 << 20  # the GPU's allocator gives none that is less aligned than to 512 bytes
+
+
+class Target(NamedTuple):
+    """``capability``: 90 of 9.0. ``num_sms``: multiprocessors, by which tiles are chosen."""
+
+    capability: int
+    num_sms: int
+
+
+TARGETS = {"h100": Target(90, 132), "h200": Target(90, 132)}
+
+
+class Compiled:
+    """``folders``: of the kernels that were launched, in Triton's cache, by the kernels' names."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, set[str]] = {}
+
+    def add(self, kernel: Any) -> None:
+        folder = base64.b32encode(bytes.fromhex(kernel.hash)).decode().rstrip("=")
+        self.folders.setdefault(kernel.name, set()).add(folder)
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.folders.values()))
+
+
+class _Driver:
+    """Of a GPU that is not there. The device is a name that no other has, for kernels that were
+    compiled are kept by device."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = GPUTarget("cuda", target.capability, 32)
+        self.device = f"without_gpu {target}"
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[Compiled]:
+    """Within, tensors that are made are on that GPU in name, on no device in truth: an operator of
+    torch gives shapes only, a launch compiles only. Nothing else of the process may use torch or
+    Triton meanwhile. Afterwards all is as it was."""
+    compiled, at, launched = Compiled(), _Driver(target), set()
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        launched.add(self)
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.add(kernel)
+        return kernel
+
+    patches = (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(Launcher, "__call__", Launcher._plainly_only),
+        mock.patch.object(FakeTensor, "data_ptr", _address),
+        mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True)),
+        mock.patch.object(driver, "_active", at),
+        # Tables outlive the context in caches.
+        mock.patch.object(lasting, "around", unset_fake_temporarily),
+    )
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.callback(lambda: [kernel.device_caches.pop(at.device, None) for kernel in launched])
+        stack.enter_context(tuning.counting_on(target.num_sms))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield compiled
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Of a view, as far from the allocation's as on the GPU."""
+    return _ADDRESS + int(tensor.storage_offset()) * tensor.element_size()
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Within ``compiling_for``: tensors that are made have memory, for the host reads them."""
+    return unset_fake_temporarily()
+
+
+def move_cache(folder: Path, place: Path) -> None:
+    """Triton's cache in ``folder`` is to be used as ``place``: the files of a kernel are told by
+    their whole paths in it."""
+    for group in folder.glob("*/__grp__*"):
+        paths = json.loads(group.read_text())["child_paths"]
+        moved = {name: str(place / group.parent.name / name) for name in paths}
+        if moved != paths:
+            group.write_text(json.dumps({"child_paths": moved}))
+
+
+__all__ = ["TARGETS", "Compiled", "Target", "compiling_for", "move_cache", "on_host"]

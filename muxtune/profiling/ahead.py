@@ -1,0 +1,116 @@
+"""The captured steps of a plan, compiled on a machine without the GPU that they are for.
+
+Pools, sizes and programs are made by the code that trains, with all blocks of the model, so every
+kernel gets the arguments that it will get there; see ``muxtune_kernels.without_gpu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from muxtune.cost.shapes import ModelShape
+from muxtune.planning.step_builder import StepBuilder
+from muxtune.protocols import LengthSource
+from muxtune.runtime.captured_runner import (
+    Capacity,
+    capacity_of,
+    program_of,
+    rows_ahead,
+    sizes_left,
+)
+from muxtune.runtime.random_models import blank_model
+from muxtune.runtime.runners import longest_tokens
+from muxtune.runtime.static_step import CapturedSteps, StaticModel
+from muxtune.runtime.static_step.pool import StaticPool
+from muxtune.runtime.static_step.virtual import VIRTUAL
+from muxtune.types import Cursor, HTask, Plan, TaskSpec
+from muxtune_kernels.without_gpu import Compiled, Target, compiling_for, on_host
+
+Report = Callable[[float, str], None]
+
+
+def compile_plan(
+    shape: ModelShape,
+    plan: Plan,
+    tasks: Mapping[str, TaskSpec],
+    lengths: LengthSource,
+    target: Target,
+    deterministic: bool = False,
+    report: Report = lambda _share, _text: None,
+) -> Compiled:
+    """Into Triton's cache, what an instance with this plan launches when all its tasks begin: the
+    sizes of its shapes, and those that its first rounds are best off with.
+
+    Raises ``static_step.Unsupported`` for what no step can be captured of.
+    """
+    sizes = _sizes(plan, tasks, lengths, longest_tokens(_on_host(shape).config), deterministic)
+    done, total = 0, sum(len(item) for _, item in sizes)
+    with compiling_for(target) as compiled:
+        model = blank_static_model(shape)
+        for htask, (capacity, row_counts) in zip(plan.htasks, sizes, strict=True):
+            steps = _steps(model, htask, capacity, deterministic)
+            for num_rows in row_counts:
+                steps.compute(num_rows)
+                done += 1
+                text = f"{num_rows} rows, {compiled.count} kernels"
+                report(done / total, text)
+    return compiled
+
+
+def blank_static_model(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> StaticModel:
+    """Within ``compiling_for``."""
+    with on_host():
+        model = blank_model(shape, dtype)
+    model = model.to_empty(device="cpu")
+    return StaticModel.of(model, longest_tokens(model.config))
+
+
+def _on_host(shape: ModelShape) -> Any:
+    return blank_model(shape._replace(num_layers=1), torch.bfloat16)
+
+
+def _steps(
+    model: StaticModel, htask: HTask, capacity: Capacity, deterministic: bool
+) -> CapturedSteps:
+    pool = StaticPool(model, htask.shapes[0].slots, deterministic)
+    program = program_of(model, pool, capacity.layout, deterministic)
+    with on_host():
+        return CapturedSteps(program, capacity.blocks, recompute=capacity.blocks)
+
+
+def _sizes(
+    plan: Plan,
+    tasks: Mapping[str, TaskSpec],
+    lengths: LengthSource,
+    longest: int,
+    deterministic: bool,
+) -> list[tuple[Capacity, list[int]]]:
+    """Of each hTask, what ``CapturedRunner.prepare`` captures, the largest first."""
+    capacities = [_capacity(htask, tasks, longest) for htask in plan.htasks]
+    ahead: Mapping[int, Collection[int]] = {}
+    if not deterministic:
+        cursors = {task_id: Cursor() for task_id in plan.task_ids}
+        ahead = rows_ahead(plan, cursors, StepBuilder(), lengths)
+    most = sizes_left([len(capacity.blocks) for capacity in capacities])
+    return [
+        (
+            capacity,
+            sorted(
+                {
+                    *capacity.blocks,
+                    *capacity.close_sizes(ahead.get(index, ()), capacity.blocks, False, most),
+                },
+                reverse=True,
+            ),
+        )
+        for index, capacity in enumerate(capacities)
+    ]
+
+
+def _capacity(htask: HTask, tasks: Mapping[str, TaskSpec], longest: int) -> Capacity:
+    slots = htask.shapes[0].slots
+    virtual = max((slot.rank for slot in slots if slot.method in VIRTUAL), default=0)
+    return capacity_of(htask, [tasks[task_id] for task_id in htask.slot_of], longest - virtual)
