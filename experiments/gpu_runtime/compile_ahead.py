@@ -14,64 +14,107 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from muxtune_kernels.without_gpu import Compiled, Target
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "step_throughput"))
 
 
-class Done(NamedTuple):
-    """What a worker has compiled for one case; ``new``: what was not there yet."""
+PROFILE, PROFILE_PARTS = "profile", 12
+PROFILED, MAX_ROWS = "llama-2-7b", 4096  # as experiments/gpu_validation/run.py has them
+
+
+class Job(NamedTuple):
+    """Every ``parts``-th of a case's pieces, from ``part`` on."""
 
     name: str
+    part: int = 0
+    parts: int = 1
+
+
+class Done(NamedTuple):
+    """What a worker has compiled; ``new``: what was not there yet."""
+
+    job: Job
     kernels: int
     new: int
     seconds: float
     error: str = ""
 
 
-def case_names() -> list[str]:
+def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return list(CASES)
+    return [*CASES, PROFILE]
 
 
-def compile_case(name: str, target: str, deterministic: bool) -> Done:
-    """Runs in a worker: a case of the step throughput, as it is planned and captured there."""
+def jobs_of(names: list[str]) -> list[Job]:
+    return [
+        Job(name, part, parts)
+        for name in names
+        for parts in (PROFILE_PARTS if name == PROFILE else 1,)
+        for part in range(parts)
+    ]
+
+
+def compile_job(job: Job, target: str, deterministic: bool) -> Done:
+    """Runs in a worker."""
+    from muxtune_kernels.without_gpu import TARGETS
+
     start_s, folder = time.monotonic(), Path(os.environ["TRITON_CACHE_DIR"])
     before = {item.name for item in folder.iterdir()}
+    found: set[str] = set()
+    compiled = _of_profile if job.name == PROFILE else _of_case
     try:
-        compiled = _compiled(name, target, deterministic)
+        for item in compiled(job, TARGETS[target], deterministic):
+            found |= {each for folders in item.folders.values() for each in folders}
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Done(name, 0, 0, time.monotonic() - start_s, text)
-    found = {each for folders in compiled.folders.values() for each in folders}
-    return Done(name, compiled.count, len(found - before), time.monotonic() - start_s)
+        return Done(job, 0, 0, time.monotonic() - start_s, text)
+    return Done(job, len(found), len(found - before), time.monotonic() - start_s)
 
 
-def _compiled(name: str, target: str, deterministic: bool) -> Any:
+def _of_case(job: Job, target: Target, deterministic: bool) -> Iterator[Compiled]:
+    """A case of the step throughput, as it is planned and captured there."""
     import product  # type: ignore[import-not-found]
     from run import CASES  # type: ignore[import-not-found]
 
     from muxtune.profiling.ahead import compile_plan
-    from muxtune_kernels.without_gpu import TARGETS
 
     with tempfile.TemporaryDirectory() as place:
-        shape, plan, tasks, lengths = product.planned(CASES[name], Path(place), rounds=50)
-    return compile_plan(shape, plan, tasks, lengths, TARGETS[target], deterministic)
+        shape, plan, tasks, lengths = product.planned(CASES[job.name], Path(place), rounds=50)
+    yield compile_plan(shape, plan, tasks, lengths, target, deterministic)
+
+
+def _of_profile(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
+    """Operations and steps of a profile, which is of deterministic ones."""
+    from muxtune.cost.shapes import model_shape
+    from muxtune.profiling.ahead import compile_ops, compile_plan
+    from muxtune.profiling.calibration_cases import calibration_cases, shallow, shallow_cases
+    from muxtune.profiling.captured_profile import op_jobs, rows_up_to
+
+    shape, mine = model_shape(PROFILED), slice(job.part, None, job.parts)
+    yield compile_ops(shape, op_jobs(shape, rows_up_to(MAX_ROWS))[mine], target)
+    few = shallow(shape)
+    cases = [*(shallow_cases(few, MAX_ROWS) if few else ()), *calibration_cases(shape, MAX_ROWS)]
+    for case in cases[mine]:
+        yield compile_plan(case.shape, case.plan(), case.specs(), None, target, True)
 
 
 def compile_all(args: Any) -> list[Done]:
     from rich.progress import Progress
 
     done: list[Done] = []
+    jobs = jobs_of(args.cases)
     pool = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"))
-    futures = [
-        pool.submit(compile_case, name, args.target, args.deterministic) for name in args.cases
-    ]
+    futures = [pool.submit(compile_job, job, args.target, args.deterministic) for job in jobs]
     try:
         with Progress(disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("compiling", total=len(futures))
@@ -80,7 +123,7 @@ def compile_all(args: Any) -> list[Done]:
                 progress.update(bar, advance=1)
                 print(_line(done[-1]), flush=True)
     except TimeoutError:
-        left = ", ".join(sorted(set(args.cases) - {item.name for item in done}))
+        left = ", ".join(_title(job) for job in jobs if job not in {item.job for item in done})
         print(f"the time was up: not, or not wholly, compiled: {left}", flush=True)
     finally:
         for process in list((pool._processes or {}).values()):
@@ -89,9 +132,13 @@ def compile_all(args: Any) -> list[Done]:
     return done
 
 
+def _title(job: Job) -> str:
+    return job.name if job.parts == 1 else f"{job.name} {job.part + 1}/{job.parts}"
+
+
 def _line(item: Done) -> str:
     what = item.error or f"{item.kernels} kernels, {item.new} of them new"
-    return f"{item.name:16} {item.seconds:6.1f} s   {what}"
+    return f"{_title(item.job):16} {item.seconds:6.1f} s   {what}"
 
 
 def main() -> None:
@@ -104,12 +151,12 @@ def main() -> None:
     move_cache(out, out)  # what an earlier call has moved
     done = compile_all(args)
     move_cache(out, args.at or out)
-    failed = [item.name for item in done if item.error]
-    sys.exit(1 if failed or len(done) < len(args.cases) else 0)
+    failed = any(item.error for item in done)
+    sys.exit(1 if failed or len(done) < len(jobs_of(args.cases)) else 0)
 
 
 def arguments() -> Any:
-    names = case_names()
+    names = all_names()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="Triton's cache folder to fill")
     parser.add_argument("--at", type=Path, help="the folder's path where it will be used")

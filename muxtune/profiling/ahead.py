@@ -6,13 +6,15 @@ kernel gets the arguments that it will get there; see ``muxtune_kernels.without_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder
+from muxtune.profiling.captured_ops import MAX_POSITIONS, NUM_BLOCKS, CapturedOps
+from muxtune.profiling.compiling import OpJob
 from muxtune.protocols import LengthSource
 from muxtune.runtime.captured_runner import (
     Capacity,
@@ -24,6 +26,7 @@ from muxtune.runtime.captured_runner import (
 from muxtune.runtime.random_models import blank_model
 from muxtune.runtime.runners import longest_tokens
 from muxtune.runtime.static_step import CapturedSteps, StaticModel
+from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.runtime.static_step.virtual import VIRTUAL
 from muxtune.types import Cursor, HTask, Plan, TaskSpec
@@ -36,13 +39,14 @@ def compile_plan(
     shape: ModelShape,
     plan: Plan,
     tasks: Mapping[str, TaskSpec],
-    lengths: LengthSource,
+    lengths: LengthSource | None,
     target: Target,
     deterministic: bool = False,
     report: Report = lambda _share, _text: None,
 ) -> Compiled:
     """Into Triton's cache, what an instance with this plan launches when all its tasks begin: the
-    sizes of its shapes, and those that its first rounds are best off with.
+    sizes of its shapes, and those that its first rounds are best off with (``lengths``: their
+    data; None: no more sizes).
 
     Raises ``static_step.Unsupported`` for what no step can be captured of.
     """
@@ -60,12 +64,48 @@ def compile_plan(
     return compiled
 
 
-def blank_static_model(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> StaticModel:
-    """Within ``compiling_for``."""
+def compile_ops(
+    shape: ModelShape,
+    jobs: Sequence[OpJob],
+    target: Target,
+    deterministic: bool = True,
+    report: Report = lambda _share, _text: None,
+) -> Compiled:
+    """The same of operations that a profile or a suite times by themselves."""
+    with compiling_for(target) as compiled:
+        bench = BlankOps(shape, deterministic)
+        for done, job in enumerate(jobs):
+            report(done / len(jobs), f"{job.method}, {compiled.count} kernels")
+            getattr(bench, job.method)(*job.arguments)
+    return compiled
+
+
+class BlankOps(CapturedOps):
+    """Within ``compiling_for``: calls everything once, on tensors without values."""
+
+    def __init__(self, shape: ModelShape, deterministic: bool) -> None:
+        cpu, dtype = torch.device("cpu"), torch.bfloat16
+        small = shape._replace(num_layers=NUM_BLOCKS)
+        super().__init__(
+            shape, cpu, dtype, deterministic=deterministic, num_blocks=NUM_BLOCKS,
+            compiles_only=True, model=blank_static_model(small, dtype, MAX_POSITIONS),
+        )  # fmt: skip
+
+    def _fill(self, pool: StaticPool, inputs: StepInputs, of_slot: Any) -> None:
+        pass
+
+    def _fresh(self, rows: int, features: int) -> torch.Tensor:
+        return torch.empty((rows, features), dtype=self.model.dtype, device=self.device)
+
+
+def blank_static_model(
+    shape: ModelShape, dtype: torch.dtype = torch.bfloat16, max_positions: int = 0
+) -> StaticModel:
+    """Within ``compiling_for``. ``max_positions``: 0: as in training."""
     with on_host():
         model = blank_model(shape, dtype)
     model = model.to_empty(device="cpu")
-    return StaticModel.of(model, longest_tokens(model.config))
+    return StaticModel.of(model, max_positions or longest_tokens(model.config))
 
 
 def _on_host(shape: ModelShape) -> Any:
@@ -84,14 +124,14 @@ def _steps(
 def _sizes(
     plan: Plan,
     tasks: Mapping[str, TaskSpec],
-    lengths: LengthSource,
+    lengths: LengthSource | None,
     longest: int,
     deterministic: bool,
 ) -> list[tuple[Capacity, list[int]]]:
     """Of each hTask, what ``CapturedRunner.prepare`` captures, the largest first."""
     capacities = [_capacity(htask, tasks, longest) for htask in plan.htasks]
     ahead: Mapping[int, Collection[int]] = {}
-    if not deterministic:
+    if lengths is not None and not deterministic:
         cursors = {task_id: Cursor() for task_id in plan.task_ids}
         ahead = rows_ahead(plan, cursors, StepBuilder(), lengths)
     most = sizes_left([len(capacity.blocks) for capacity in capacities])

@@ -67,6 +67,8 @@ from muxtune_kernels.multi_lora import (
     tuning,
 )
 
+# Of a 7B's so many leave any cache, and are so large that they are drawn on the GPU.
+NUM_BLOCKS = 4
 MAX_POSITIONS = 4096
 MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
@@ -102,15 +104,16 @@ class CapturedOps:
         num_blocks: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         compiles_only: bool = False,
+        model: StaticModel | None = None,
     ) -> None:
-        """``compiles_only``: everything runs once and is not timed."""
+        """``compiles_only``: everything runs once and is not timed. ``model``: of so many blocks,
+        instead of a random one."""
         self.shape, self.device, self.deterministic = shape, device, deterministic
         self._compiles_only = compiles_only
-        # Four of a 7B's leave any cache, and are so large that they are drawn on the GPU.
-        small = shape._replace(num_layers=num_blocks or (4 if device.type == "cuda" else 2))
-        model, _ = random_model(small, 0, device, dtype)
-        model.to(device=device, dtype=dtype).requires_grad_(False)
-        self.model = StaticModel.of(model, MAX_POSITIONS)
+        small = shape._replace(
+            num_layers=num_blocks or (NUM_BLOCKS if device.type == "cuda" else 2)
+        )
+        self.model = _random_blocks(small, device, dtype) if model is None else model
         self.small, self._clock = small, clock
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.points: list[Point] = []
@@ -208,7 +211,7 @@ class CapturedOps:
     def _with_flags(self, rows: StepRows, count: int) -> tuple[StepRows, Callable[..., Any]]:
         """Rows as the step program has them, and who calls a block's work: where products make
         their own low-rank h, they count in flags, which are cleared once a pass."""
-        if not program.OWN_SHRINK or self.device.type != "cuda":
+        if not program.OWN_SHRINK or not self.model.embedding_VD.is_cuda:
             return rows, lambda _, work: work()
         tiles = count // program._LEAST_TILE_ROWS + 1
         flags = ReadyFlags(len(self.model.blocks) * tiles, self.device)
@@ -395,29 +398,32 @@ class CapturedOps:
         slot's sequences; without them ``used_rows`` (0: all) are spread nearly evenly over the
         slots, in sequences of one tile of the attention."""
         pool = StaticPool(self.model, slots, self.deterministic)
-        if pool.extras is not None:
-            for slot in range(len(slots)):
-                rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
-                pool.extras.take(slot, rows_of)
         of_slot = [lengths] if lengths else uneven_lengths(used_rows or num_rows, len(slots))
         count, most = sum(map(len, of_slot)), max(MIN_SEQLEN, *map(max, of_slot))
         filler = num_rows // MIN_SEQLEN + len(slots) + 64
         layout = StepLayout(num_rows, len(slots), count + filler, most)
         inputs = StepInputs(layout, self.device)
-        host = HostBuffer(layout, False)
+        self._fill(pool, inputs, of_slot)
+        pairs = sum(n * (n + 1) / 2 for items in of_slot for n in items)
+        return pool, inputs, pairs
+
+    def _fill(self, pool: StaticPool, inputs: StepInputs, of_slot: Sequence[Sequence[int]]) -> None:
+        """A task in every slot, with random tokens in sequences of these lengths."""
+        if pool.extras is not None:
+            for slot in range(len(of_slot)):
+                rows_of = {key: views[0].shape[0] for key, views in pool.extras.views(slot)}
+                pool.extras.take(slot, rows_of)
+        host = HostBuffer(inputs.layout, False)
         random = np.random.default_rng(0)
         sequences = [
             Rows(slot, random.integers(1, self.shape.vocab, n), np.ones(n, bool), position)
             for slot, items in enumerate(of_slot)
             for position, n in enumerate(items)
         ]
-        host.fill(
-            num_rows, sequences, {i: SlotInput(sum(items)) for i, items in enumerate(of_slot)}
-        )
+        slots = {i: SlotInput(sum(items)) for i, items in enumerate(of_slot)}
+        host.fill(inputs.layout.max_rows, sequences, slots)
         inputs.buffer.copy_(host.buffer)
         inputs.spans = host.spans
-        pairs = sum(n * (n + 1) / 2 for items in of_slot for n in items)
-        return pool, inputs, pairs
 
     def _fresh(self, rows: int, features: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(rows + features)
@@ -502,6 +508,12 @@ class CapturedOps:
             if not name.startswith("attention"):
                 op["points"] = full_grid(op["axes"], op["points"])
         return dict(sorted(found.items()))
+
+
+def _random_blocks(small: ModelShape, device: torch.device, dtype: torch.dtype) -> StaticModel:
+    model, _ = random_model(small, 0, device, dtype)
+    model.to(device=device, dtype=dtype).requires_grad_(False)
+    return StaticModel.of(model, MAX_POSITIONS)
 
 
 def mixed_lengths(mix: str, num_rows: int, seed: int = 0) -> list[int]:

@@ -116,6 +116,16 @@ def _name(work: Work) -> str:
     return f"point {work.method}{work.arguments}"
 
 
+def op_jobs(
+    shape: ModelShape,
+    rows: Sequence[int] = ROWS,
+    slots: Sequence[int] = SLOTS,
+    ranks: Sequence[int] = RANKS,
+) -> list[OpJob]:
+    """What a profile of these sizes has compiled."""
+    return _jobs(shape, list(_works(sorted(rows), sorted(slots), sorted(ranks))))
+
+
 def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
     """Products without adapters are a library's."""
     of_kernels = (work for work in works if work.method != "products")

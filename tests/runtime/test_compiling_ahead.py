@@ -125,6 +125,14 @@ def test_all_kernels_of_a_step(methods: tuple[str, ...], names: set[str], not_co
     assert done.count == len(not_compiled)
 
 
+def test_all_kernels_of_a_profile(not_compiled) -> None:
+    from muxtune.profiling.ahead import compile_ops
+    from muxtune.profiling.captured_profile import op_jobs
+
+    done = compile_ops(tiny(), op_jobs(tiny(), (64, 256), (1, 4), (16,)), H100)
+    assert set(done.folders) >= PLAIN | PACKED | ROTATED | OTHERS
+
+
 def test_sizes_and_addresses_are_those_of_training(not_compiled) -> None:
     """What a size rounds up to and where a view begins decide the kernels."""
     lora = {"lora": ALL}
