@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "step_throughput"))
 
 
-PROFILE, PROFILE_PARTS = "profile", 12
+PROFILE, RATIO = "profile", "kernel_ratio"
+PARTS = {PROFILE: 12, RATIO: 8}  # of others: one
 PROFILED, MAX_ROWS = "llama-2-7b", 4096  # as experiments/gpu_validation/run.py has them
 
 
@@ -52,16 +55,12 @@ class Done(NamedTuple):
 def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return [*CASES, PROFILE]
+    return [*CASES, *PARTS]
 
 
 def jobs_of(names: list[str]) -> list[Job]:
-    return [
-        Job(name, part, parts)
-        for name in names
-        for parts in (PROFILE_PARTS if name == PROFILE else 1,)
-        for part in range(parts)
-    ]
+    counts = {name: PARTS.get(name, 1) for name in names}
+    return [Job(name, part, parts) for name, parts in counts.items() for part in range(parts)]
 
 
 def compile_job(job: Job, target: str, deterministic: bool) -> Done:
@@ -71,7 +70,7 @@ def compile_job(job: Job, target: str, deterministic: bool) -> Done:
     start_s, folder = time.monotonic(), Path(os.environ["TRITON_CACHE_DIR"])
     before = {item.name for item in folder.iterdir()}
     found: set[str] = set()
-    compiled = _of_profile if job.name == PROFILE else _of_case
+    compiled = {PROFILE: _of_profile, RATIO: _of_ratio}.get(job.name, _of_case)
     try:
         for item in compiled(job, TARGETS[target], deterministic):
             found |= {each for folders in item.folders.values() for each in folders}
@@ -106,6 +105,22 @@ def _of_profile(job: Job, target: Target, _deterministic: bool) -> Iterator[Comp
     cases = [*(shallow_cases(few, MAX_ROWS) if few else ()), *calibration_cases(shape, MAX_ROWS)]
     for case in cases[mine]:
         yield compile_plan(case.shape, case.plan(), case.specs(), None, target, True)
+
+
+def _of_ratio(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
+    """Ours of the methods that experiments/kernel_ratio times."""
+    from muxtune_kernels.without_gpu import compiling_for
+
+    path = HERE.parent / "kernel_ratio" / "run.py"  # not the module ``run`` of the other folder
+    ratio = SimpleNamespace(**runpy.run_path(str(path)))
+    shapes = ratio.all_shapes(ratio.SIZES, ratio.TOKENS, ratio.TASKS)
+    for shape in shapes[job.part :: job.parts]:
+        with compiling_for(target) as compiled:
+            case = ratio.Case(*shape, device="cpu")
+            extras = ratio.extras_of(case) if ratio.has_extras(shape) else {}
+            for step in (ratio.own_methods(case) | extras).values():
+                step(case.sets[0])
+        yield compiled
 
 
 def compile_all(args: Any) -> list[Done]:

@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +65,14 @@ class Wide(NamedTuple):
 class Case:
     """One size: its rotating inputs, rows, and adapters in the forms that the methods want."""
 
-    def __init__(self, num_rows: int, width: int, num_out: int, num_tasks: int) -> None:
-        self.shape = (num_rows, width, num_out, num_tasks)
-        generator = torch.Generator(device="cuda").manual_seed(num_rows + num_out + num_tasks)
+    def __init__(
+        self, num_rows: int, width: int, num_out: int, num_tasks: int, device: str = "cuda"
+    ) -> None:
+        self.shape, self.device = (num_rows, width, num_out, num_tasks), device
+        generator = torch.Generator(device=device).manual_seed(num_rows + num_out + num_tasks)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda", generator=generator)
+            return torch.randn(*shape, device=device, generator=generator)
 
         set_bytes = 2 * (num_rows * (width + num_out) + width * num_out)
         self.num_sets = max(2, int(MIN_ROTATED_BYTES / set_bytes) + 1)
@@ -85,8 +87,8 @@ class Case:
         rank = RANK * num_tasks
         self.a_RD = (normal(rank, width) * width**-0.5).requires_grad_()
         self.b_RO = (normal(rank, num_out) * RANK**-0.5).requires_grad_()
-        self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, "cuda")
-        self.scale_S = torch.full((num_tasks,), SCALE, device="cuda")
+        self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, device)
+        self.scale_S = torch.full((num_tasks,), SCALE, device=device)
         self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
         self.has_room = rank <= MOST_COLUMNS
         self._wide: dict[int, Wide] = {}
@@ -262,17 +264,8 @@ TRIALS: dict[str, dict[str, Any]] = {
 
 def methods_of(case: Case) -> dict[str, Step]:
     """Plain, ours and the baselines; a baseline that this torch cannot run is left out, aloud."""
-    methods = {
-        "plain": plain(case),
-        "muxtune_fp32_adapters": ours(case, torch.float32),
-        "muxtune_bf16_adapters": ours(case, torch.bfloat16),
-        "concatenated": concatenated(case),
-        "grouped_mm": grouped_mm(case),
-    }
-    methods["muxtune_explicit_calls"] = ours_explicitly(case)
-    if case.has_room:
-        methods["muxtune_with_room"] = ours_with_room(case)
-    methods |= {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
+    baselines = {"concatenated": concatenated(case), "grouped_mm": grouped_mm(case)}
+    methods = {"plain": plain(case), **own_methods(case), **baselines}
     for name in ("concatenated", "grouped_mm", *TRIALS):
         try:
             methods[name](case.sets[0])
@@ -282,11 +275,37 @@ def methods_of(case: Case) -> dict[str, Step]:
     return methods
 
 
+def own_methods(case: Case) -> dict[str, Step]:
+    methods = {
+        "muxtune_fp32_adapters": ours(case, torch.float32),
+        "muxtune_bf16_adapters": ours(case, torch.bfloat16),
+        "muxtune_explicit_calls": ours_explicitly(case),
+    }
+    if case.has_room:
+        methods["muxtune_with_room"] = ours_with_room(case)
+    return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
+
+
+def has_extras(shape: tuple[int, int, int, int]) -> bool:
+    return shape[3] == 8 and shape[0] == 8192
+
+
+def all_shapes(
+    sizes: Sequence[tuple[int, int]], tokens: Sequence[int], tasks: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    return [
+        (num_rows, width, num_out, num_tasks)
+        for width, num_out in sizes
+        for num_rows in tokens
+        for num_tasks in tasks
+    ]
+
+
 def extras_of(case: Case) -> dict[str, Step]:
     num_rows, _, _, num_tasks = case.shape
-    ragged = slot_rows(ragged_spans(num_rows, num_tasks), num_rows, num_tasks, "cuda")
-    keys_T = row_keys(0, 0, 0, torch.arange(num_rows)).cuda()
-    dropout = RowDropout(keys_T, torch.full((num_tasks,), 0.05, device="cuda"))
+    ragged = slot_rows(ragged_spans(num_rows, num_tasks), num_rows, num_tasks, case.device)
+    keys_T = row_keys(0, 0, 0, torch.arange(num_rows)).to(case.device)
+    dropout = RowDropout(keys_T, torch.full((num_tasks,), 0.05, device=case.device))
     return {
         "muxtune_ragged_rows": ours(case, torch.float32, rows=ragged),
         "muxtune_dropout": ours(case, torch.float32, dropout=dropout),
@@ -413,7 +432,7 @@ def run_case(shape: tuple[int, int, int, int], repeats: int, steps: int) -> list
     case = Case(*shape)
     methods = methods_of(case)
     errors = check(case, methods)
-    if shape[3] == 8 and shape[0] == 8192:
+    if has_extras(shape):
         methods |= extras_of(case)
     results = []
     for mode in ("graph", "eager"):
@@ -442,12 +461,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     results, start_s = [], time.monotonic()
     sizes = [size for size in SIZES if size[1] in arguments.out_features]
-    shapes: list[tuple[int, int, int, int]] = [
-        (num_rows, width, num_out, num_tasks)
-        for width, num_out in sizes
-        for num_rows in arguments.tokens
-        for num_tasks in arguments.tasks
-    ]
+    shapes = all_shapes(sizes, arguments.tokens, arguments.tasks)
     for shape in shapes:
         if time.monotonic() - start_s > arguments.seconds:
             print(f"left out for want of time: {shape}", flush=True)
