@@ -172,7 +172,7 @@ def main() -> None:
 
 def arguments() -> Any:
     names = all_names()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="Triton's cache folder to fill")
     parser.add_argument("--at", type=Path, help="the folder's path where it will be used")
     parser.add_argument("--cases", default="", help=f"of {', '.join(names)}; default: all")

@@ -114,7 +114,7 @@ def test_a_trial_leaves_nothing_in_the_memory_of_graphs(static: StaticModel) -> 
     later = CapturedSteps(program_of(static, 5, 1024, True), [1024], memory=memory)
     before = bytes_alive(memory)
     with torch.cuda.stream(memory.stream), memory.lent():
-        later._run(1024)
+        later.compute(1024)
     memory.stream.synchronize()
     assert bytes_alive(memory) == before
 
