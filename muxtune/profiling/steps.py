@@ -140,12 +140,19 @@ class StepBench:
         cannot be had; the bench can go on with another case.
         """
         self._give_back()  # what an error before held on to
-        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
         try:
-            with on_stream:
+            with self._on_stream():
                 return self._run(case, budget_s, min_repeats)
         finally:
             self._give_back()
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._stream is None else _stream(self._stream)
+
+    def _empty_bank(self) -> tuple[AdapterBank, Runners]:
+        runners = Runners(self.backbone, self.options, self._notices.append)
+        grad_dtype = grad_dtype_for(self.device, self.options.deterministic)
+        return AdapterBank(self.backbone, grad_dtype, runners), runners
 
     def _give_back(self) -> None:
         """Freed memory to the system, so that the next peak does not contain it."""
@@ -160,9 +167,7 @@ class StepBench:
         start_s = time.perf_counter()
         meter = MemoryMeter(self.device)
         self._notices.clear()
-        runners = Runners(self.backbone, self.options, self._notices.append)
-        grad_dtype = grad_dtype_for(self.device, self.options.deterministic)
-        bank = AdapterBank(self.backbone, grad_dtype, runners)
+        bank, runners = self._empty_bank()
         library, plan, specs = RandomTexts(self.shape.vocab), case.plan(), case.specs()
         states = {
             key: blank_state(bank, spec, library.add(spec).num_steps) for key, spec in specs.items()
@@ -202,48 +207,44 @@ class StepBench:
 
     def joins(self, rank: int, repeats: int = 3) -> tuple[int, list[float]]:
         """(trained numbers, seconds from a task's specification to its place in a pool)."""
-        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
         spec = StepTask(rank=rank).spec("new", self.shape.name, 0)
         htask = plan_of_one(adapter_slot(spec))
         seconds = []
-        with on_stream:
-            runners = Runners(self.backbone, self.options, self._notices.append)
-            exact = grad_dtype_for(self.device, self.options.deterministic)
-            bank = AdapterBank(self.backbone, exact, runners)
+        with self._on_stream():
+            bank, _ = self._empty_bank()
             bank.arrange([htask], {})  # the pool is there, as where tasks join others
             for _ in range(repeats):
                 start_s = self._clock()
                 state = bank.create(spec, 1)
                 bank.arrange([htask], {"new": state})
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(self._clock() - start_s)
-                numbers = sum(tensors.param.numel() for tensors in state.tensors.values())
+                seconds.append(self._since(start_s))
+                numbers = _num_trained(state)
                 drop(state)
         return numbers, seconds
 
     def moves(self, rank: int, repeats: int = 3) -> tuple[int, list[float]]:
         """(trained numbers, seconds that a task takes from one pool to another)."""
-        on_stream = contextlib.nullcontext() if self._stream is None else _stream(self._stream)
         spec = StepTask(rank=rank).spec("new", self.shape.name, 0)
         slot = adapter_slot(spec)
         alone, beside = plan_of_one(slot), plan_of_one(slot, slot)
         seconds = []
-        with on_stream:
-            runners = Runners(self.backbone, self.options, self._notices.append)
-            exact = grad_dtype_for(self.device, self.options.deterministic)
-            bank = AdapterBank(self.backbone, exact, runners)
+        with self._on_stream():
+            bank, _ = self._empty_bank()
             state = blank_state(bank, spec, 1)
             bank.arrange([alone], {"new": state})
             for number in range(repeats):
                 start_s = self._clock()
                 bank.arrange([alone if number % 2 else beside], {"new": state})
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(self._clock() - start_s)
-            numbers = sum(tensors.param.numel() for tensors in state.tensors.values())
+                seconds.append(self._since(start_s))
+            numbers = _num_trained(state)
             drop(state)
         return numbers, seconds
+
+    def _since(self, start_s: float) -> float:
+        """Seconds, with what the device still has to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock() - start_s
 
     def _pass_over(
         self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
@@ -328,6 +329,10 @@ def _work(batch: MicroBatch, pool: AdapterPool, library: RandomTexts) -> PassWor
     placed = {task_id: place_task(batch, task_id, library, slot_of) for task_id in slot_of}
     closing = tuple(task_id for task_id in slot_of if task_id in batch.closes_step)
     return PassWork(batch, {key: items for key, items in placed.items() if items}, slot_of, closing)
+
+
+def _num_trained(state: TaskState) -> int:
+    return sum(tensors.param.numel() for tensors in state.tensors.values())
 
 
 @contextlib.contextmanager

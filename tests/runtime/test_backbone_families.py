@@ -24,6 +24,7 @@ from tests.runtime.runtime_helpers import TINY, Bench, make_htask, make_plan, ma
 from tests.runtime.test_runtime_methods import (
     PeftTraining,
     as_saved,
+    check_steps_by_hand,
     folder_of,
     hand_made,
     logits_of,
@@ -203,18 +204,12 @@ def test_a_bottleneck_equals_two_linears_by_hand(backbones: BackboneStore, tmp_p
     method = adapter_method("bottleneck")
     tensors = {k: v for site in start for k, v in method.to_peft(site, start[site]).items()}
     model = hand_made(backbones, task, tensors)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=task.optimizer.lr, weight_decay=0.0)
-    for step, record in enumerate(bench.recorder.steps):
-        batch = Batch(bench.library.step_sequences("it", step), range(2))
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert record.loss == pytest.approx(loss.item(), abs=1e-4), step
-        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), step
+    check_steps_by_hand(
+        model,
+        task.optimizer.lr,
+        bench.recorder.steps,
+        lambda step: Batch(bench.library.step_sequences("it", step), range(2)),
+    )
     saved = load_file(Path(folder_of(bench, "it")) / "adapter_model.safetensors")
     ids = torch.from_numpy(bench.library.validation("it")[0].tokens).long()
     with torch.no_grad():

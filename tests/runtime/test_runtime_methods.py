@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -376,6 +376,24 @@ def hand_made(
     return model
 
 
+def check_steps_by_hand(
+    model: Any, lr: float, records: Sequence[Any], batch_of: Callable[[int], Batch]
+) -> None:
+    """AdamW on the whole model gives the losses and the norms of ``records``."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    for step, record in enumerate(records):
+        batch = batch_of(step)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record.loss == pytest.approx(loss.item(), abs=1e-4), step
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), step
+
+
 @pytest.mark.parametrize("task_id", ["houlsby", "after some", "dropped"])
 def test_a_bottleneck_equals_two_linears_by_hand(
     store: BackboneStore, tmp_path: Path, task_id: str
@@ -388,20 +406,14 @@ def test_a_bottleneck_equals_two_linears_by_hand(
     tensors = {k: v for site in start for k, v in method.to_peft(site, start[site]).items()}
     now = SimpleNamespace(task=task, step=0, batch=None)
     model = hand_made(store, task, tensors, now)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=task.optimizer.lr, weight_decay=0.0)
-    for step, record in enumerate(r for r in bench.recorder.steps if r.task_id == task_id):
+
+    def batch_of(step: int) -> Batch:
         sequences = bench.library.step_sequences(task_id, step)
         now.step, now.batch = step, Batch(sequences, range(len(sequences)))
-        batch = now.batch
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert record.loss == pytest.approx(loss.item(), abs=1e-4), step
-        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), step
+        return now.batch
+
+    records = [record for record in bench.recorder.steps if record.task_id == task_id]
+    check_steps_by_hand(model, task.optimizer.lr, records, batch_of)
     folder = Path(folder_of(bench, task_id))
     loaded = hand_made(store, task, load_file(folder / "adapter_model.safetensors")).eval()
     for tokens, _ in bench.library.validation(task_id):

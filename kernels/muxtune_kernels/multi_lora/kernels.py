@@ -10,6 +10,7 @@ from .tiles import (
     outer_tile,
     shrink_tile,
     sum_parts_tile,
+    sum_splits_tile,
 )
 
 
@@ -102,12 +103,7 @@ def sum_parts_kernel(
             NUM_MEMBERS, RANK_PAD, RATED, ALIGN, BLOCK_N, BLOCK_T, BLOCK_P,
         )  # fmt: skip
     elif SPLITS > 1:
-        at_N = (pid - num_tiles) * BLOCK_DB + tl.arange(0, BLOCK_DB)
-        total_N = tl.zeros((BLOCK_DB,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
-            total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
-        tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)
+        sum_splits_tile(pid - num_tiles, db_part_ptr, db_ptr, num_db, SPLITS, BLOCK_DB)
 
 
 @triton.jit

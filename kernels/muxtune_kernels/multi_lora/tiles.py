@@ -394,3 +394,16 @@ def sum_parts_tile(
         dh_TJ = tl.sum(total_PTJ, 0) * factor_T[:, None]
         dh_TJ = tl.where(own_T[:, None], dh_TJ, 0.0)
         tl.store(dh_ptr + at_TJ, dh_TJ.to(dh_ptr.dtype.element_ty), mask=in_T[:, None])
+
+
+@triton.jit
+def sum_splits_tile(
+    block, part_ptr, out_ptr, num_values, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out = the sum of the SPLITS float32 parts that lie `num_values` apart."""
+    at_N = block * BLOCK + tl.arange(0, BLOCK)
+    total_N = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        part_N = part_ptr + split * num_values.to(tl.int64) + at_N
+        total_N += tl.load(part_N, mask=at_N < num_values, other=0.0)
+    tl.store(out_ptr + at_N, total_N.to(out_ptr.dtype.element_ty), mask=at_N < num_values)

@@ -9,7 +9,7 @@ Shape suffixes: T rows of a tile, J rank columns of one slot, N features of a bl
 import triton
 import triton.language as tl
 
-from .tiles import shrink_tile, sum_parts_tile
+from .tiles import shrink_tile, sum_parts_tile, sum_splits_tile
 
 
 @triton.jit
@@ -136,9 +136,4 @@ def wide_sum_kernel(
             BLOCK_T, BLOCK_W, BLOCK_C,
         )  # fmt: skip
     elif SPLITS > 1:
-        at_N = (pid - num_tiles) * BLOCK_DB + tl.arange(0, BLOCK_DB)
-        total_N = tl.zeros((BLOCK_DB,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
-            total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
-        tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)
+        sum_splits_tile(pid - num_tiles, db_part_ptr, db_ptr, num_db, SPLITS, BLOCK_DB)
