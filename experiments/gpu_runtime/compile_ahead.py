@@ -96,13 +96,14 @@ def _of_profile(job: Job, target: Target, _deterministic: bool) -> Iterator[Comp
     """Operations and steps of a profile, which is of deterministic ones."""
     from muxtune.cost.shapes import model_shape
     from muxtune.profiling.ahead import compile_ops, compile_plan
-    from muxtune.profiling.calibration_cases import calibration_cases, shallow, shallow_cases
+    from muxtune.profiling.calibration_cases import shallow
+    from muxtune.profiling.captured_cases import few_block_cases, whole_cases
     from muxtune.profiling.captured_profile import op_jobs, rows_up_to
 
     shape, mine = model_shape(PROFILED), slice(job.part, None, job.parts)
     yield compile_ops(shape, op_jobs(shape, rows_up_to(MAX_ROWS))[mine], target)
     few = shallow(shape)
-    cases = [*(shallow_cases(few, MAX_ROWS) if few else ()), *calibration_cases(shape, MAX_ROWS)]
+    cases = [*(few_block_cases(few, MAX_ROWS) if few else ()), *whole_cases(shape, MAX_ROWS)]
     for case in cases[mine]:
         yield compile_plan(case.shape, case.plan(), case.specs(), None, target, True)
 

@@ -6,6 +6,9 @@ Needs one CUDA device (``--device cpu --model tiny`` tries the script out). Ever
 it comes, so that a run that is cut off leaves what it has; run again with the same folder, it goes
 on. Eight files at most. What it leaves is a validation's folder: see README.md.
 
+``--only profile`` and ``--only suite`` part it in two, which may run on two machines of a kind;
+``--ahead``: kernels were compiled before (``compile_ahead.py``), no processes compile them here.
+
 ``--rehearse``: every part once, on few layers and sizes, beside other work; its times mean nothing.
 Its first process is killed where the suite's steps begin, so that the next one goes on. It then
 scores without the device, and lets damaged profiles be refused; ends with 3 where a part failed.
@@ -75,6 +78,8 @@ def main() -> None:
     parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
+    parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
+    parser.add_argument("--ahead", action="store_true", help="kernels are compiled already")
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -91,11 +96,19 @@ def main() -> None:
         args.cases, args.case_s, args.dynamic_s = 30, 0.05, 4.0
         args.profile_budget = 20.0 if is_tiny else args.profile_budget
         args.max_rows = 256 if is_tiny else 1024
-    done = args.out / COMPILED
-    with Compilers(device, deterministic=True, workers=args.workers, done=done) as compilers:
+    done, before = args.out / COMPILED, _kernels_there()
+    helpers = torch.device("cpu") if args.ahead else device  # where there are no helpers
+    with Compilers(helpers, deterministic=True, workers=args.workers, done=done) as compilers:
         if args.rehearse:
             sys.exit(rehearse(args, compilers))
         run(args, compilers)
+    print(f"kernels compiled here: {_kernels_there() - before} of {_kernels_there()}", flush=True)
+
+
+def _kernels_there() -> int:
+    """In Triton's cache."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
 def supervise(budget_s: float, out: Path) -> int:
@@ -125,12 +138,14 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     is_tiny = args.model == "tiny"
     shape = TINY if is_tiny else shapes_named([args.model], model_shape)[0]
     path = args.out / "profile.json"
+    if args.only == "suite" and not path.exists():
+        raise SystemExit(f"{path} is not there: measure it with --only profile")
     if not path.exists():
         _say("profiling", 0.0, f"{shape.name} on {args.device}")
         grid: dict[str, Any] = TINY_GRID if is_tiny else REHEARSAL_GRID if args.rehearse else {}
         profile = profile_machine(
             shape,
-            args.profile_budget,
+            min(args.profile_budget, args.budget),
             device=args.device,
             program="captured",
             clock=args.clock,
@@ -144,6 +159,9 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
         if not args.rehearse:
             (args.out / PARTS).unlink(missing_ok=True)
         _say("profiling", 1.0, f"{time.perf_counter() - start_s:.0f} s, {profile['quality']}")
+    if args.only == "profile":
+        print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
+        return {}
     options = ValidationOptions(
         max(1.0, args.budget - (time.perf_counter() - start_s)),
         args.cases,

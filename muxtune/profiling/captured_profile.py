@@ -14,13 +14,14 @@ from muxtune.profiling.captured_ops import CapturedOps, Point
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob
 from muxtune.profiling.steps import is_lost
 
-ROWS = (128, 512, 1024, 2048, 4096, 8192)
+ROWS = (128, 256, 512, 1024, 2048, 3072, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
 RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 3
 COMPILING_SHARE = 0.7  # of the operations' budget at most
 REFINE_ERROR = 0.04
-PRODUCT_STEP = 256
+# Of what runs without adapters: up to so many rows in steps of a tile, then of two.
+PRODUCT_STEP, FINE_ROWS = 128, 2048
 # From the shortest sequences to long ones; packed attention's time depends on how they fill tiles.
 MIXES = ("sst2", "sst2+openbookqa", "openbookqa", "rte+arc_easy", "gsm8k", "code_alpaca_2k+gsm8k")
 METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
@@ -135,7 +136,7 @@ def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
 def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> Iterator[Work]:
     for count in rows:
         yield Work(True, f"{count} rows", "rows", (count,))
-    for count in (rows[len(rows) // 3], rows[2 * len(rows) // 3], rows[-1]):
+    for count in sorted({*rows[1::2], rows[-1]}):
         for mix in MIXES:
             yield Work(True, f"attention of {count} rows, {mix}", "attention", (count, mix))
     for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
@@ -154,11 +155,12 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
             for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:
                 name = f"{method} of rank {rank}, {count} rows"
                 yield Work(False, name, "extra", (method, 2, rank, count))
+    yield from _sites([x for x in rows[1:-1] if x != many][::-1], slots, ranks, False)
     # Of what runs without adapters: another library's tiles, whose waves nobody tells.
     for low, high in pairwise(rows):
-        for count in range(low + PRODUCT_STEP, high, PRODUCT_STEP):
+        step = PRODUCT_STEP if high <= FINE_ROWS else 2 * PRODUCT_STEP
+        for count in range(low + step, high, step):
             yield Work(False, f"products of {count} rows", "products", (count,))
-    yield from _sites([x for x in rows[1:-1] if x != many][::-1], slots, ranks, False)
 
 
 def _sites(

@@ -43,6 +43,7 @@ from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
 from muxtune.profiling.calibration_cases import calibration_cases, shallow, shallow_cases
+from muxtune.profiling.captured_cases import few_block_cases, whole_cases
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
 from muxtune.profiling.step_cases import StepCase
@@ -65,6 +66,8 @@ SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
 STEPS_SHARE = 0.4  # of the budget
 LEAST_STEPS_SHARE = 0.25  # also where the operations took longer than theirs
 SHALLOW_SHARE = 0.35  # of the time for steps, at most, for those of a few blocks
+# Of captured steps more is measured: how they overlap is in no operation.
+CAPTURED_STEPS_SHARE, CAPTURED_SHALLOW_SHARE = 0.5, 0.55
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
 
@@ -114,7 +117,9 @@ def profile_machine(
     now = clock_of(clock, target)
     exact = True if deterministic is None else deterministic
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-    ops_budget_s = budget_s * (1.0 - STEPS_SHARE) if steps else budget_s
+    is_captured = style == CAPTURED
+    steps_share = CAPTURED_STEPS_SHARE if is_captured else STEPS_SHARE
+    ops_budget_s = budget_s * (1.0 - steps_share) if steps else budget_s
     clocks, left_out, whole = [clocks_now(target)], [], []
     most = max_rows or MAX_ROWS[target.type]
     share, begun_s = ops_budget_s / budget_s, time.perf_counter()
@@ -155,14 +160,15 @@ def profile_machine(
                 # First, for they are short, and nothing else tells what a pass costs once from
                 # what every block costs.
                 bench = StepBench(few, target, dtype, step=style, deterministic=exact, clock=now)
-                until_s = now_s + SHALLOW_SHARE * (end_s - now_s)
-                wanted = shallow_cases(few, most)
+                shallow_share = CAPTURED_SHALLOW_SHARE if is_captured else SHALLOW_SHARE
+                until_s = now_s + shallow_share * (end_s - now_s)
+                wanted = (few_block_cases if is_captured else shallow_cases)(few, most)
                 more, _, failed = _whole_steps(bench, wanted, until_s, report, kept)
                 whole += [step._replace(num_layers=few.num_layers) for step in more]
                 left_out += failed
                 bench.close()
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
-            wanted = calibration_cases(shape, most)
+            wanted = (whole_cases if is_captured else calibration_cases)(shape, most)
             more, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
             whole += more
             left_out += failed
@@ -237,9 +243,10 @@ def _adapter_loads(bench: Bench) -> dict[str, Any]:
 
 
 def _step_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
+    """Of captured steps."""
     wanted = [
-        *calibration_cases(shape, max_rows),
-        *(shallow_cases(few, max_rows) if (few := shallow(shape)) else ()),
+        *whole_cases(shape, max_rows),
+        *(few_block_cases(few, max_rows) if (few := shallow(shape)) else ()),
     ]
     return [job for case in wanted for job in step_jobs(shape, case.plan(), case.specs())]
 
@@ -271,7 +278,7 @@ def _whole_steps(
         if number and about_s > max(left_s, spared_s):
             missing.append(f"{case.name}: the budget was used up")
             continue
-        report(1.0 - STEPS_SHARE * (1 - number / len(wanted)), case.name)
+        report(1.0 - LEAST_STEPS_SHARE * (1 - number / len(wanted)), case.name)
         if kept is not None:
             kept.begin({"name": case.name})
         try:

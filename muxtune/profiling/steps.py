@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -178,13 +179,8 @@ class StepBench:
         _draw(states.values())
         num_rounds, batches = whole_rounds(plan, library, StepBuilder())
         works = [(batch.htask, _work(batch, pools[batch.htask], library)) for batch in batches]
-        if min_repeats:
-            self._pass_over(ready, works)  # warms up, and compiles where that is not done by then
-        setup_s = time.perf_counter() - start_s
-        repeats: list[float] = []
-        end_s = time.perf_counter() + budget_s
-        while len(repeats) < min_repeats or (time.perf_counter() < end_s and len(repeats) < 16):
-            repeats.append(self._pass_over(ready, works))
+        repeats, ready_s = self._repeated(ready, works, budget_s, min_repeats)
+        setup_s = ready_s - start_s
         peak = meter.peak_bytes() - self._others_bytes
         captured = [runner for runner in ready if runner.depth]
         sizes = {
@@ -246,21 +242,45 @@ class StepBench:
             torch.cuda.synchronize()
         return self._clock() - start_s
 
-    def _pass_over(
+    def _repeated(
+        self,
+        runners: Sequence[PassRunner],
+        works: Sequence[tuple[int, PassWork]],
+        budget_s: float,
+        min_repeats: int,
+    ) -> tuple[list[float], float]:
+        """(seconds of all passes, again and again without a pause, as in training, when the first
+        time was over by ``time.perf_counter``: it warms up, and compiles what is not there yet)."""
+        ends = self._ends(runners, works)
+        if not min_repeats:
+            return [], time.perf_counter()
+        last_s, ready_s, repeats = next(ends), time.perf_counter(), []
+        end_s = ready_s + budget_s
+        while len(repeats) < min_repeats or (time.perf_counter() < end_s and len(repeats) < 16):
+            now_s = next(ends)
+            repeats.append(now_s - last_s)
+            last_s = now_s
+        ends.close()  # reads what was started ahead
+        return repeats, ready_s
+
+    def _ends(
         self, runners: Sequence[PassRunner], works: Sequence[tuple[int, PassWork]]
-    ) -> float:
-        """Seconds of all passes, each started ahead of results as far as its runner allows."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start_s = self._clock()
-        started: deque[PendingPass] = deque()
-        for htask, work in works:
-            started.append(runners[htask].start(work, lambda _name: None))
-            while len(started) > runners[htask].depth:
-                started.popleft().result()
-        while started:
-            started.popleft().result()
-        return self._clock() - start_s
+    ) -> Generator[float, None, None]:
+        """When the last of the passes was over, each time; each is started ahead of results as far
+        as its runner allows, so that the device has no pause between two times either."""
+        started: deque[tuple[int, PendingPass]] = deque()
+        try:
+            for number in itertools.count():
+                htask, work = works[number % len(works)]
+                started.append((number, runners[htask].start(work, lambda _name: None)))
+                while len(started) > runners[htask].depth:
+                    first, pending = started.popleft()
+                    pending.result()
+                    if (first + 1) % len(works) == 0:
+                        yield self._clock()
+        finally:
+            while started:
+                started.popleft()[1].result()
 
 
 def blank_state(bank: AdapterBank, spec: TaskSpec, num_steps: int) -> TaskState:
