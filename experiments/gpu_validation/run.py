@@ -65,7 +65,7 @@ TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16, 64)}
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--profile-budget", type=float, default=170.0)
     parser.add_argument("--cases", type=int, default=208)
     parser.add_argument("--case-s", type=float, default=0.0, help="for repeats beyond three")
-    parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
+    parser.add_argument("--dynamic-s", type=float, default=25.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
@@ -83,7 +83,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
     if not args.child:
         budget_s = min(args.budget, REHEARSAL_S) if args.rehearse else args.budget
         sys.exit(supervise(budget_s, args.out))
@@ -162,8 +166,22 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     if args.only == "profile":
         print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
         return {}
-    options = ValidationOptions(
-        max(1.0, args.budget - (time.perf_counter() - start_s)),
+    left_s = max(1.0, args.budget - (time.perf_counter() - start_s))
+    options = options_of(args, left_s)
+    report = validate(args.out, path, options, _say_and_die if args.rehearse else _say, compilers)
+    if not args.rehearse and not any(report["left"].values()):
+        (args.out / COMPILED).unlink(missing_ok=True)
+    shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}
+    print(json.dumps(shown, indent=1), flush=True)
+    print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
+    return report
+
+
+def options_of(args: argparse.Namespace, budget_s: float) -> ValidationOptions:
+    """Of the suite that a profile draws; the budget does not change it."""
+    is_tiny = args.model == "tiny"
+    return ValidationOptions(
+        budget_s,
         args.cases,
         TINY_OTHERS if is_tiny else shapes_named(args.others.split(","), model_shape),
         256 if is_tiny else args.max_rows,
@@ -174,13 +192,6 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
         own_every=OWN_EVERY,
         steps_first=0.25 if args.rehearse else 0.6,
     )
-    report = validate(args.out, path, options, _say_and_die if args.rehearse else _say, compilers)
-    if not args.rehearse and not any(report["left"].values()):
-        (args.out / COMPILED).unlink(missing_ok=True)
-    shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}
-    print(json.dumps(shown, indent=1), flush=True)
-    print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
-    return report
 
 
 def rehearse(args: argparse.Namespace, compilers: Compilers) -> int:

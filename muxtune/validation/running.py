@@ -17,7 +17,7 @@ import torch
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.errors import ConfigError
-from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
+from muxtune.profiling.compiling import Compilers, OpJob, StepJob, step_jobs
 from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import is_lost, short_collections
@@ -139,17 +139,13 @@ def _run(
     clock = options.clock or profile_clock(profile)
     now, end_s = clock_of(clock, device), time.perf_counter() + options.budget_s
     of: Callable[[str], Report] = lambda what: lambda share, text: report(what, share, text)  # noqa: E731
-    cases, left = suite_of(models, options), {}
-    try:
-        runs = _dynamic_cases(attempt, options)
-        of_runs = _jobs_of_runs(runs, profile)
-    except Exception as error:  # a profile that nobody can plan with has operations and steps
-        report("dynamic runs", 0.0, f"none: {error}")
-        runs, of_runs, left = [], [], {"dynamic": NUM_DYNAMIC}
-    todo = [case for case in cases if not records["steps"].has(case.name)]
-    jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *of_runs]
+    drawn, left = drawn_of(attempt, options), {}
+    cases, runs = drawn.cases, drawn.runs
+    if drawn.no_runs:
+        report("dynamic runs", 0.0, f"none: {drawn.no_runs}")
+        left = {"dynamic": NUM_DYNAMIC}
     limit_s = COMPILING_SHARE * options.budget_s
-    for text in compilers.compile(jobs, of("compiling"), limit_s):
+    for text in compilers.compile(jobs_of(attempt, drawn), of("compiling"), limit_s):
         report("compiling", 1.0, text)
     start_s = time.perf_counter()
     left |= {
@@ -173,6 +169,33 @@ def _run(
         )
     left["steps"] = steps_until(end_s)
     return left
+
+
+class Drawn(NamedTuple):
+    """A suite: all step cases, the dynamic runs that are left and their plans' steps; why there are
+    no runs."""
+
+    cases: list[StepCase]
+    runs: list[DynamicCase]
+    of_runs: list[StepJob]
+    no_runs: str = ""
+
+
+def drawn_of(attempt: Attempt, options: ValidationOptions) -> Drawn:
+    """What the profile's hash draws. Needs no device."""
+    cases = suite_of(attempt.models, options)
+    try:
+        runs = _dynamic_cases(attempt, options)
+        return Drawn(cases, runs, _jobs_of_runs(runs, attempt.profile))
+    except Exception as error:  # a profile that nobody can plan with has operations and steps
+        return Drawn(cases, [], [], str(error))
+
+
+def jobs_of(attempt: Attempt, drawn: Drawn) -> list[OpJob | StepJob]:
+    """All that has to be compiled for what is left of a suite."""
+    records = attempt.records
+    todo = [case for case in drawn.cases if not records["steps"].has(case.name)]
+    return [*op_jobs(attempt.profile, records["ops"]), *_jobs_of(todo), *drawn.of_runs]
 
 
 @contextmanager
