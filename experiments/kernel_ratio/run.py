@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
-from muxtune_kernels.multi_lora import launch, wide
+from muxtune_kernels.multi_lora import launch, wide, window
 from muxtune_kernels.multi_lora.tuning import tuning_of
 
 RANK = 16
@@ -62,6 +62,14 @@ class Wide(NamedTuple):
         return self.dy_TW[:, :used] @ self.weight.weight_PW[:used, : self.weight.width]
 
 
+class Windowed(NamedTuple):
+    """One of the rotating sets, as `Wide`, with room for a window of ranks behind x and dy."""
+
+    weight: window.WideWeight
+    x_TW: Tensor
+    dy_TW: Tensor
+
+
 class Case:
     """One size: its rotating inputs, rows, and adapters in the forms that the methods want."""
 
@@ -92,6 +100,11 @@ class Case:
         self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
         self.has_room = rank <= MOST_COLUMNS
         self._wide: dict[int, Wide] = {}
+        self._windowed: dict[int, Windowed] = {}
+        bounds_S3 = self.rows.slot_bounds_S3
+        assert bounds_S3 is not None
+        self.row_tensors = launch.RowTensors(self.rows.slot_of_row_T, bounds_S3, self.scale_S, None)
+        self.window = window.window_of(self.row_tensors, self.adapters)
 
     def wide_of(self, index: int) -> Wide:
         """The set's weight, x and dy in wider buffers."""
@@ -106,6 +119,19 @@ class Case:
             x_TW[:, : weight.width], dy_TW[:, : weight.num_out] = inputs.x_TD.detach(), inputs.dy_TO
             self._wide[index] = Wide(weight, x_TW, dy_TW)
         return self._wide[index]
+
+    def windowed(self, index: int) -> Windowed:
+        if index not in self._windowed:
+            inputs = self.sets[index]
+            weight = window.wide_weight(inputs.weight_OD, self.adapters)
+            window.widen_weight(weight, self.a_RD.detach(), self.b_RO.detach(), self.adapters)
+            x_TW, dy_TW = (
+                window.wide_buffer(len(v), v.shape[1], self.window.room, v.detach())
+                for v in (inputs.x_TD, inputs.dy_TO)
+            )
+            x_TW[:, : weight.width], dy_TW[:, : weight.num_out] = inputs.x_TD.detach(), inputs.dy_TO
+            self._windowed[index] = Windowed(weight, x_TW, dy_TW)
+        return self._windowed[index]
 
 
 def even_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
@@ -234,6 +260,29 @@ def ours_with_room(case: Case) -> Step:
     return step
 
 
+def ours_with_a_window(case: Case, beside: str = "h dA", **changes: Any) -> Step:
+    """As `ours_with_room`, for any number of tasks. beside: what is made beside the products."""
+    num_rows, width, num_out, num_tasks = case.shape
+    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
+    tuning = tuning_of(num_rows, width, (num_out,), num_tasks, RANK, 2, False)._replace(**changes)
+    index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
+    forward, backward = (window.blocks_of(num_rows, n) for n in (num_out, width))
+    forward = forward if "h" in beside else forward._replace(side=0)
+    backward = backward if "dA" in beside else backward._replace(side=0)
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        weight, x_TW, dy_TW = case.windowed(index_of[id(inputs)])
+        y_TO, h_TJ = window.window_forward(
+            x_TW, weight, case.row_tensors, case.window, case.adapters, tuning, forward
+        )
+        return y_TO, *window.window_backward(
+            dy_TW, x_TW, h_TJ, weight, a_RD, b_RO, case.row_tensors, case.window, case.adapters,
+            tuning, backward,
+        )  # fmt: skip
+
+    return step
+
+
 def ours_explicitly(case: Case, **changes: Any) -> Step:
     """Explicit calls instead of autograd, with another tuning."""
     num_rows, width, num_out, num_tasks = case.shape
@@ -281,6 +330,7 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_bf16_adapters": ours(case, torch.bfloat16),
         "muxtune_explicit_calls": ours_explicitly(case),
     }
+    methods["muxtune_window"] = ours_with_a_window(case)
     if case.has_room:
         methods["muxtune_with_room"] = ours_with_room(case)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}

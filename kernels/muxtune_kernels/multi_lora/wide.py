@@ -79,8 +79,9 @@ def widen_weight(wide: WideWeight, a_RD: Tensor, b_RO: Tensor, adapters: Adapter
             a_RD, b_RO, wide.weight_PW, wide.bad_SB, layout.offset_S, layout.rank_S, layout.edges,
         ),
         (
-            wide.width, wide.num_out, layout.total_rank, cdiv(wide.width, _BLOCK_N), blocks,
-            a_RD.stride(0), b_RO.stride(0), wide.weight_PW.stride(0),
+            wide.width, wide.num_out, layout.total_rank, layout.total_rank,
+            cdiv(wide.width, _BLOCK_N), blocks, a_RD.stride(0), b_RO.stride(0),
+            wide.weight_PW.stride(0),
         ),
         (layout.num_members, layout.rank_pad, _BLOCK_N),
         4,

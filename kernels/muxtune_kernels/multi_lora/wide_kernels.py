@@ -23,7 +23,7 @@ def _store_finite(to_ptr, value_JN, mask_JN):
 @triton.jit
 def widen_weight_kernel(
     a_ptr, b_ptr, weight_ptr, bad_ptr, offset_ptr, rank_ptr, edges_ptr, width, num_out, total_rank,
-    blocks_a, num_blocks, a_stride, b_stride, weight_stride,
+    member_columns, blocks_a, num_blocks, a_stride, b_stride, weight_stride,
     NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A below the weight, B^T beside it, in its dtype. A factor that is not finite would reach
@@ -50,7 +50,7 @@ def widen_weight_kernel(
         b_JN = tl.load(b_ptr + (offset + j_J).to(tl.int64)[:, None] * b_stride + n_N[None, :],
                        mask=mask_JN, other=0.0)  # fmt: skip
         to_JN = (weight_ptr + n_N.to(tl.int64)[None, :] * weight_stride + width
-                 + member_N[None, :] * total_rank + offset + j_J[:, None])  # fmt: skip
+                 + member_N[None, :] * member_columns + offset + j_J[:, None])  # fmt: skip
         is_bad = _store_finite(to_JN, b_JN, mask_JN)
     tl.store(bad_ptr + slot * num_blocks + block, is_bad)
 

@@ -1,0 +1,297 @@
+"""The multi-task low-rank linear as two products that are a few steps longer than the weight.
+
+Packed rows come slot by slot, so the ranks of the slots that meet in a tile of rows are neighbours
+among all ranks: a window. Behind x lies h of each row's own ranks at their places in its tile's
+window, behind the weight lie all slots' factors,
+
+    y  = [x | h] [W | B]^T          dx = [dy | dh] [W ; A]
+
+and a tile's product runs on over its window (64 ranks a step), wherever that lies among the
+factors. So it has no epilogue of its own, and its cost does not grow with the number of tasks. dA
+is made beside the second product, by multiprocessors that its waves of tiles leave idle.
+
+It needs room: weight, x and dy are the first columns (and rows) of wider buffers.
+
+Shape suffixes: T rows, D input features, O output features, W columns of a buffer, P rows of a
+buffer, J columns of the compact h, R pool rows, S slots, I tiles of rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launching import Launcher, Tiles, empty
+from .launch import (
+    Adapters,
+    Layout,
+    RowTensors,
+    dh_db,
+    layout_of,
+    new_sums,
+    outer,
+    parts_at_once,
+)
+from .tuning import Tuning, cdiv, next_power_of_2, num_sms
+from .wide_kernels import widen_weight_kernel
+from .window_kernels import (
+    window_linear_kernel,
+    window_shrink_kernel,
+    window_sum_kernel,
+    window_table_kernel,
+)
+
+_widen, _table, _shrink = map(
+    Launcher, (widen_weight_kernel, window_table_kernel, window_shrink_kernel)
+)
+_sum, _linear = map(Launcher, (window_sum_kernel, window_linear_kernel))
+_BLOCK_N = 512
+WINDOW = 64  # ranks a step, as many as reduced features
+TILE_T = 128
+
+
+class Blocks(NamedTuple):
+    """Of the product. side: programs that make dA; side_*: their blocks."""
+
+    programs: int
+    stages: int = 3
+    halves: bool = True
+    n: int = 256
+    warps: int = 8
+    group: int = 8
+    side: int = 0
+    side_t: int = 32
+    side_n: int = 512
+    side_stages: int = 4
+
+
+class WideWeight(NamedTuple):
+    """A frozen weight with room for the slots' factors, and which of these are not finite."""
+
+    weight_PW: Tensor
+    bad_S: Tensor
+    num_out: int
+    width: int
+
+
+class Window(NamedTuple):
+    """The first rank and the steps of each tile of rows; the same for all linears whose slots have
+    these ranks. room: columns behind x (for each member) that hold any tile's."""
+
+    table_I2: Tensor
+    ready_I: Tensor
+    room: int
+
+
+def window_room(adapters: Adapters) -> int:
+    return cdiv(sum(adapters.slot_ranks), WINDOW) * WINDOW
+
+
+def window_of(rows: RowTensors, adapters: Adapters) -> Window:
+    """Once a micro-batch."""
+    layout = layout_of(adapters, rows.slot_of_row_T.device)
+    num_rows = rows.slot_of_row_T.numel()
+    tiles = cdiv(num_rows, TILE_T)
+    table_I2 = rows.slot_of_row_T.new_empty((tiles, 2))
+    ready_I = rows.slot_of_row_T.new_empty((tiles + 1,))
+    _table(
+        (tiles, 1, 1), (rows.slot_of_row_T, layout.offset_S, layout.rank_S, table_I2, ready_I),
+        (num_rows,), (TILE_T, WINDOW), 4,
+    )  # fmt: skip
+    return Window(table_I2, ready_I, window_room(adapters))
+
+
+def wide_buffer(num_rows: int, width: int, room: int, like: Tensor) -> Tensor:
+    """[rows, width + room or a few more]: rows start at multiples of 128 bytes."""
+    return like.new_zeros((num_rows, cdiv(width + room, 64) * 64))
+
+
+def wide_weight(weight_OD: Tensor, adapters: Adapters) -> WideWeight:
+    """A copy of the weight with room; before the first use, `widen_weight`."""
+    num_out, width = weight_OD.shape
+    members, ranks = len(adapters.out_features), sum(adapters.slot_ranks)
+    weight_PW = wide_buffer(num_out + members * ranks, width, ranks, weight_OD)
+    weight_PW[:num_out, :width] = weight_OD
+    bad_S = torch.zeros((len(adapters.slot_ranks),), dtype=torch.int32, device=weight_OD.device)
+    return WideWeight(weight_PW, bad_S, num_out, width)
+
+
+def widen_weight(wide: WideWeight, a_RD: Tensor, b_RO: Tensor, adapters: Adapters) -> None:
+    """Copies the factors behind the weight: once after each of their changes."""
+    layout = layout_of(adapters, a_RD.device)
+    blocks = cdiv(wide.width, _BLOCK_N) + cdiv(wide.num_out, _BLOCK_N)
+    bad_SB = wide.bad_S.new_empty((len(adapters.slot_ranks), blocks))
+    _widen(
+        (blocks, len(adapters.slot_ranks), 1),
+        (
+            a_RD, b_RO, wide.weight_PW, bad_SB, layout.offset_S, layout.rank_S, layout.edges,
+        ),
+        (
+            wide.width, wide.num_out, layout.total_rank, 0, cdiv(wide.width, _BLOCK_N), blocks,
+            a_RD.stride(0), b_RO.stride(0), wide.weight_PW.stride(0),
+        ),
+        (layout.num_members, layout.rank_pad, _BLOCK_N),
+        4,
+    )  # fmt: skip
+    torch.amax(bad_SB, 1, out=wide.bad_S)
+
+
+def window_shrink(
+    x_TW: Tensor, wide: WideWeight, rows: RowTensors, window: Window, layout: Layout,
+    tuning: Tuning,
+) -> Tensor:  # fmt: skip
+    """h_TJ, compact; and behind x."""
+    num_rows = x_TW.shape[0]
+    h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
+    factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
+    _shrink(
+        (cdiv(num_rows, tuning.shrink_t), layout.num_members, 1),
+        (
+            x_TW, factor_RD, h_TJ, behind, wide.bad_S, rows.slot_of_row_T, rows.slot_bounds_S3,
+            layout.offset_S, layout.rank_S, rows.scale_S, window.table_I2,
+        ),
+        (
+            num_rows, wide.width, layout.total_rank, x_TW.stride(0), factor_RD.stride(0),
+            layout.j_width, x_TW.stride(0), window.room,
+        ),
+        (
+            1, layout.rank_pad, tuning.shrink_t, tuning.shrink_k, TILE_T, WINDOW,
+        ),
+        tuning.warps, tuning.shrink_stages,
+    )  # fmt: skip
+    return h_TJ
+
+
+class Side(NamedTuple):
+    """What further programs do beside a product: h of [T, J] and x; where dA goes, or None: they
+    make h, behind x."""
+
+    h_TJ: Tensor
+    x_TW: Tensor
+    da_RD: Tensor | None = None
+    keep_S: Tensor | None = None
+
+
+def window_linear(
+    x_TW: Tensor, wide: WideWeight, window: Window, layout: Layout, blocks: Blocks,
+    weight_nk: bool, rows: RowTensors, side: Side | None = None,
+) -> Tensor:  # fmt: skip
+    num_rows, num_slots = x_TW.shape[0], rows.scale_S.numel()
+    num_in, num_out = (wide.width, wide.num_out) if weight_nk else (wide.num_out, wide.width)
+    out_TN = empty((num_rows, num_out), x_TW.dtype, x_TW.device)
+    tiles_t = cdiv(num_rows, TILE_T)
+    tiles = tiles_t * cdiv(num_out, blocks.n)
+    members, count = layout.num_members, blocks.side if side else 0
+    kind, pad = NO_SIDE, 1
+    h_TJ, v_TW, da_RD, keep_S = side or Side(x_TW, x_TW)
+    if side is not None and da_RD is None:
+        kind, pad = SIDE_SHRINK, next_power_of_2(cdiv(tiles_t, count))
+        v_TW = v_TW[:, wide.width :]
+    elif side is not None:
+        kind, pad = SIDE_OUTER, next_power_of_2(num_slots)
+    da_RD = out_TN if da_RD is None else da_RD
+    _linear(
+        (blocks.programs + count, 1, 1),
+        (
+            window.table_I2, window.ready_I, layout.edges, h_TJ, v_TW, da_RD, wide.bad_S,
+            rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S, rows.scale_S,
+            layout.rank_S if keep_S is None else keep_S,
+        ),
+        (
+            num_rows, num_out, num_in, layout.total_rank, window.room, num_slots,
+            h_TJ.stride(0), v_TW.stride(0), da_RD.stride(0),
+        ),
+        (
+            weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
+            TILE_T, blocks.n, WINDOW, blocks.group, blocks.halves, blocks.programs,
+            next_power_of_2(cdiv(tiles, blocks.programs)), blocks.stages, kind, count,
+            keep_S is not None, pad, blocks.side_t, blocks.side_n, blocks.side_stages,
+            next_power_of_2(layout.j_width),
+        ),
+        blocks.warps, blocks.stages,
+        (
+            Tiles(x_TW, TILE_T, WINDOW),
+            Tiles(wide.weight_PW, *((blocks.n, WINDOW) if weight_nk else (WINDOW, blocks.n))),
+            Tiles(out_TN, TILE_T, blocks.n // (2 if blocks.halves else 1)),
+            Tiles(wide.weight_PW, WINDOW, WINDOW),
+        ),
+    )  # fmt: skip
+    return out_TN
+
+
+NO_SIDE, SIDE_OUTER, SIDE_SHRINK = 0, 1, 2  # as the kernel has them
+
+
+def blocks_of(num_rows: int, num_out: int) -> Blocks:
+    tiles = cdiv(num_rows, TILE_T) * cdiv(num_out, 256)
+    programs = cdiv(tiles, cdiv(tiles, num_sms()))
+    return Blocks(programs, side=num_sms() - programs)
+
+
+def window_forward(
+    x_TW: Tensor, wide: WideWeight, rows: RowTensors, window: Window, adapters: Adapters,
+    tuning: Tuning, blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_TO, h_TJ). x_TW: x in its first columns; those behind are overwritten."""
+    layout = layout_of(adapters, x_TW.device)
+    blocks = blocks or blocks_of(x_TW.shape[0], wide.num_out)
+    if not blocks.side:
+        h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning)
+        return window_linear(x_TW, wide, window, layout, blocks, True, rows), h_TJ
+    h_TJ = empty((x_TW.shape[0], layout.j_width), x_TW.dtype, x_TW.device)
+    side = Side(h_TJ, x_TW)
+    return window_linear(x_TW, wide, window, layout, blocks, True, rows, side), h_TJ
+
+
+def window_backward(
+    dy_TW: Tensor, x_TW: Tensor, h_TJ: Tensor, wide: WideWeight, a_RD: Tensor, b_RO: Tensor,
+    rows: RowTensors, window: Window, adapters: Adapters, tuning: Tuning,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx_TD, dA [M * R, D], dB [R, O]). dy_TW: dy in its first columns; those behind are
+    overwritten."""
+    layout = layout_of(adapters, x_TW.device)
+    blocks = blocks or blocks_of(x_TW.shape[0], wide.width)
+
+    def sum_parts(
+        parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, *_: object
+    ) -> tuple[Tensor, Tensor]:
+        return _window_sum(parts, partials, h_TJ, b_OR, dy_TW, wide, rows, window, layout, tuning)
+
+    dh_TJ, db_RO = dh_db(
+        dy_TW[:, : wide.num_out], h_TJ, b_RO.t(), rows, adapters, layout, tuning,
+        sum_parts=sum_parts,
+    )  # fmt: skip
+    if not blocks.side:
+        dx_TD = window_linear(dy_TW, wide, window, layout, blocks, False, rows)
+        da_RD = outer(dh_TJ, x_TW[:, : wide.width], a_RD, rows, adapters, layout, tuning)
+        return dx_TD, da_RD, db_RO
+    da_RD = empty(a_RD.shape, a_RD.dtype, a_RD.device)
+    side = Side(dh_TJ, x_TW, da_RD)
+    dx_TD = window_linear(dy_TW, wide, window, layout, blocks, False, rows, side)
+    return dx_TD, da_RD, db_RO
+
+
+def _window_sum(
+    parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, dy_TW: Tensor, wide: WideWeight,
+    rows: RowTensors, window: Window, layout: Layout, tuning: Tuning,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dh_TJ, db_RO, tiles, sums = new_sums(h_TJ, b_OR, partials, tuning)
+    _sum(
+        (tiles + sums, 1, 1),
+        (
+            parts, dh_TJ, dy_TW[:, wide.num_out :], wide.bad_S, partials, db_RO,
+            rows.slot_of_row_T, layout.offset_S, layout.rank_S, rows.scale_S, layout.edges,
+            window.table_I2,
+        ),
+        (
+            tiles, h_TJ.shape[0], b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),
+            dy_TW.stride(0), window.room,
+        ),
+        (
+            layout.num_members, layout.rank_pad, partials.shape[0], layout.align, tuning.db_n,
+            tuning.sum_t, parts_at_once(parts, layout, tuning), 1024, TILE_T, WINDOW,
+        ),
+        2,
+    )  # fmt: skip
+    return dh_TJ, db_RO

@@ -1,0 +1,445 @@
+"""Kernels of the form whose low-rank ranks are a few more of the product's reduced features.
+
+Shape suffixes: T rows of a tile, J rank columns of one slot, W columns of a window, N features of
+a tile or block, K reduced features, I tiles of a program, S slots.
+"""
+
+# Triton's constexpr annotations are values, not types.
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from . import tuning
+from .tiles import _factor_rows, _member_range, _shrink_slot, slot_range, uniform_slot
+
+# Its programs run one after the other, those that are waited for first.
+INTERPRETED = tl.constexpr(tuning.INTERPRETED)
+
+
+@triton.jit
+def window_table_kernel(
+    slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, ready_ptr, num_rows,
+    TILE_T: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(first rank, steps of WINDOW ranks) of each tile of rows; and zeros to count in."""
+    tl.store(ready_ptr + tl.program_id(0), 0)
+    tl.store(ready_ptr + tl.num_programs(0), 0)
+    row_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    slot_T = tl.load(slot_of_row_ptr + row_T, mask=row_T < num_rows, other=-1)
+    rank_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0)
+    offset_T = tl.load(offset_ptr + slot_T, mask=rank_T > 0, other=0)
+    stop = tl.max(offset_T + rank_T)
+    first = tl.min(tl.where(rank_T > 0, offset_T, stop))
+    tl.store(window_ptr + 2 * tl.program_id(0), first)
+    tl.store(window_ptr + 2 * tl.program_id(0) + 1, tl.cdiv(stop - first, WINDOW))
+
+
+@triton.jit
+def _store_window(
+    h_TJ, row_T, in_T, rank_T, shift_T, steps, to_ptr, stride, RANK_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """h of the rows where the window has their slots' ranks, zeros in the rest of it."""
+    at_T = to_ptr + row_T.to(tl.int64) * stride
+    j_J, w_W = tl.arange(0, RANK_PAD), tl.arange(0, WINDOW)
+    h_TJ = h_TJ.to(to_ptr.dtype.element_ty)
+    tl.store(at_T[:, None] + shift_T[:, None] + j_J[None, :], h_TJ,
+             mask=in_T[:, None] & (j_J[None, :] < rank_T[:, None]))  # fmt: skip
+    for step in range(steps):
+        column_W = step * WINDOW + w_W
+        is_own_TW = ((column_W[None, :] >= shift_T[:, None])
+                     & (column_W[None, :] < (shift_T + rank_T)[:, None]))  # fmt: skip
+        zeros_TW = tl.zeros_like(is_own_TW.to(to_ptr.dtype.element_ty))
+        tl.store(at_T[:, None] + column_W[None, :], zeros_TW, mask=in_T[:, None] & ~is_own_TW)
+
+
+@triton.jit
+def _rows_of_slots(slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first):
+    """(ranks, columns in the window, scale, NaN where the slot's factors are not finite)."""
+    rank_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0)
+    offset_T = tl.load(offset_ptr + slot_T, mask=slot_T >= 0, other=0)
+    scale_T = tl.load(scale_ptr + slot_T, mask=slot_T >= 0, other=0.0)
+    is_bad_T = tl.load(bad_ptr + slot_T, mask=slot_T >= 0, other=0) != 0
+    return rank_T, tl.where(rank_T > 0, offset_T - first, 0), scale_T, is_bad_T
+
+
+@triton.jit
+def window_shrink_kernel(
+    x_ptr, factor_ptr, h_ptr, to_ptr, bad_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+    scale_ptr, window_ptr, num_rows, width, total_rank, x_stride, factor_stride, h_stride,
+    to_stride, room,
+    INNER: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_T: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """h of a tile of rows and one member, compact, and in its window behind x."""
+    first_row, member = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    row_T = first_row + tl.arange(0, BLOCK_T)
+    in_T = row_T < num_rows
+    slot_0, uniform = uniform_slot(
+        slot_of_row_ptr, bounds_ptr, first_row, tl.minimum(first_row + BLOCK_T, num_rows)
+    )
+    slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+    x_row_T = x_ptr + row_T.to(tl.int64) * x_stride
+    factor_ptr += member.to(tl.int64) * total_rank * factor_stride
+    if uniform:
+        h_TJ = _shrink_slot(
+            slot_0, x_row_T, in_T, row_T, row_T, factor_ptr, offset_ptr, rank_ptr, 0, width,
+            total_rank, factor_stride, 1, 1, RANK_PAD, False, BLOCK_T, BLOCK_K, RANK_PAD,
+        )  # fmt: skip
+    else:
+        h_TJ = tl.zeros((BLOCK_T, RANK_PAD), tl.float32)
+        start, after = slot_range(slot_T)
+        for slot in range(start, after):
+            if tl.max((slot_T == slot).to(tl.int32)) > 0:
+                part_TJ = _shrink_slot(
+                    slot, x_row_T, in_T, row_T, row_T, factor_ptr, offset_ptr, rank_ptr, 0, width,
+                    total_rank, factor_stride, 1, 1, RANK_PAD, False, BLOCK_T, BLOCK_K, RANK_PAD,
+                )  # fmt: skip
+                h_TJ = tl.where((slot_T == slot)[:, None], part_TJ, h_TJ)
+    window_ptr += 2 * (first_row // TILE_T)
+    first, steps = tl.load(window_ptr), tl.load(window_ptr + 1)
+    rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
+        slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
+    )
+    j_J = tl.arange(0, RANK_PAD)
+    # Filler rows hold zeros whatever lies in x.
+    h_TJ = tl.where((slot_T >= 0)[:, None], h_TJ * scale_T[:, None], 0.0)
+    h_TJ = tl.where(is_bad_T[:, None] & (j_J[None, :] < rank_T[:, None]), float("nan"), h_TJ)
+    at_TJ = h_ptr + row_T.to(tl.int64)[:, None] * h_stride + member * RANK_PAD + j_J[None, :]
+    tl.store(at_TJ, h_TJ.to(h_ptr.dtype.element_ty), mask=in_T[:, None])
+    _store_window(h_TJ, row_T, in_T, rank_T, shift_T, steps, to_ptr + member * room, to_stride,
+                  RANK_PAD, WINDOW)  # fmt: skip
+
+
+@triton.jit
+def window_sum_kernel(
+    part_ptr, dh_ptr, to_ptr, bad_ptr, db_part_ptr, db_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
+    scale_ptr, edges_ptr, window_ptr, num_tiles, num_rows, width, num_db, h_stride, part_stride,
+    to_stride, room,
+    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DB: tl.constexpr,
+    TILE_T: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """dh from its parts, compact, and in its window behind dy; where dB was cut over rows, dB
+    from its own."""
+    pid = tl.program_id(0)
+    if pid < num_tiles:
+        row_T = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+        in_T = row_T < num_rows
+        slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+        at_window = window_ptr + 2 * (pid * BLOCK_T // TILE_T)
+        first, steps = tl.load(at_window), tl.load(at_window + 1)
+        rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
+            slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
+        )
+        for member in tl.static_range(NUM_MEMBERS):
+            start, stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
+            num_parts = tl.cdiv(stop - start, BLOCK_N)
+            j_J = tl.arange(0, RANK_PAD)
+            own_TJ = j_J[None, :] < rank_T[:, None]
+            at_TJ = row_T.to(tl.int64)[:, None] * h_stride + member * RANK_PAD + j_J[None, :]
+            total_PTJ = tl.zeros((BLOCK_P, BLOCK_T, RANK_PAD), tl.float32)
+            for part in range(0, num_parts, BLOCK_P):
+                p_P = part + tl.arange(0, BLOCK_P)
+                total_PTJ += tl.load(
+                    part_ptr + p_P.to(tl.int64)[:, None, None] * part_stride + at_TJ[None, :, :],
+                    mask=(p_P < num_parts)[:, None, None] & own_TJ[None, :, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+            dh_TJ = tl.where(own_TJ, tl.sum(total_PTJ, 0) * scale_T[:, None], 0.0)
+            dh_TJ = tl.where(own_TJ & is_bad_T[:, None], float("nan"), dh_TJ)
+            tl.store(dh_ptr + at_TJ, dh_TJ.to(dh_ptr.dtype.element_ty), mask=in_T[:, None])
+            _store_window(dh_TJ, row_T, in_T, rank_T, shift_T, steps, to_ptr + member * room,
+                          to_stride, RANK_PAD, WINDOW)  # fmt: skip
+    elif SPLITS > 1:
+        at_N = (pid - num_tiles) * BLOCK_DB + tl.arange(0, BLOCK_DB)
+        total_N = tl.zeros((BLOCK_DB,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
+            total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
+        tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)
+
+
+@triton.jit
+def _place(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
+    """(tile of rows, tile of features); those of the last tile for what comes after it."""
+    tile = tl.minimum(tile, tiles_t * tiles_n - 1)
+    group = tile // (GROUP_T * tiles_n)
+    size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+    within = tile % (GROUP_T * tiles_n)
+    return group * GROUP_T + within % size, within // size
+
+
+@triton.jit
+def _await(ready_ptr, wanted):
+    """0, when as many have counted there. What they wrote before, the copy engine can read."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred is_over;
+            .reg .u32 count;
+            mov.u32 $0, 0;
+            setp.eq.u32 is_over, $2, 0;
+            @is_over bra over;
+        again:
+            ld.acquire.gpu.global.u32 count, [$1];
+            setp.lt.u32 is_over, count, $2;
+            @is_over bra again;
+            fence.proxy.async;
+        over:
+        }
+        """,
+        "=r,l,r",
+        [ready_ptr.to(tl.int64), wanted],
+        dtype=tl.int32,
+        is_pure=True,  # a loop is pipelined with nothing else in it
+        pack=1,
+    )
+
+
+@triton.jit
+def _product(
+    program, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows, num_out, num_in,
+    total_rank, room,
+    WAIT: tl.constexpr,
+    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One loop over the steps of all of a program's tiles, so that loads run on into the next tile
+    while one is finished; the last steps of a tile are its window of ranks."""
+    dtype = y_desc.dtype
+    tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
+    num_tiles = tiles_t * tiles_n
+    steps_k = num_in // BLOCK_K
+    i_I = program + tl.arange(0, TILES_PAD) * NUM_PROGRAMS
+    t_I, _ = _place(i_I, tiles_t, tiles_n, GROUP_T)
+    steps_I = steps_k + INNER * tl.load(window_ptr + 2 * t_I + 1)
+    total = tl.sum(tl.where(i_I < num_tiles, steps_I, 0))
+    next_t, _ = _place(program, tiles_t, tiles_n, GROUP_T)
+    next_first = tl.load(window_ptr + 2 * next_t)
+    next_count = tl.load(window_ptr + 2 * next_t + 1)
+    tile = program - NUM_PROGRAMS
+    step, stop, first, count, t_0, n_0, column_0 = -1, 0, 0, 0, 0, 0, 0
+    acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for _ in tl.range(0, total, num_stages=STAGES):
+        step = tl.where(step == stop - 1, 0, step + 1)
+        if step == 0:
+            tile += NUM_PROGRAMS
+            tile_t, tile_n = _place(tile, tiles_t, tiles_n, GROUP_T)
+            t_0, n_0 = tile_t * BLOCK_T, tile_n * BLOCK_N
+            first, count = next_first, next_count
+            stop = steps_k + INNER * count
+            next_t, _ = _place(tile + NUM_PROGRAMS, tiles_t, tiles_n, GROUP_T)
+            next_first = tl.load(window_ptr + 2 * next_t)
+            next_count = tl.load(window_ptr + 2 * next_t + 1)
+            if NUM_MEMBERS > 1:
+                column_0 = 0
+                for other in tl.static_range(1, NUM_MEMBERS):
+                    column_0 += tl.where(n_0 >= tl.load(edges_ptr + other), room, 0)
+        k_x = step * BLOCK_K
+        k_w = k_x
+        if INNER > 1:
+            behind = step - steps_k
+            member = behind // tl.maximum(count, 1)
+            within = (behind - member * count) * BLOCK_K
+            k_x = tl.where(behind >= 0, num_in + member * room + within, k_x)
+            k_w = tl.where(behind >= 0, num_in + member * total_rank + first + within, k_w)
+        else:
+            k_x += tl.where(step >= steps_k, column_0, 0)
+            k_w += tl.where(step >= steps_k, first, 0)
+        if WAIT and not INTERPRETED:
+            k_x += _await(ready_ptr + t_0 // BLOCK_T, tl.where(step >= steps_k, 1, 0))
+        x_TK = x_desc.load([t_0, k_x])
+        if WEIGHT_NK:  # noqa: SIM108
+            w_KN = w_desc.load([n_0, k_w]).T
+        else:
+            w_KN = w_desc.load([k_w, n_0])
+        acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
+        if step == stop - 1:
+            if HALVES:
+                pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
+                left, right = tl.split(pairs)
+                y_desc.store([t_0, n_0], left.to(dtype))
+                y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
+            else:
+                y_desc.store([t_0, n_0], acc_TN.to(dtype))
+            acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def _side_outer(
+    side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, keep_ptr,
+    width, total_rank, num_slots, h_stride, v_stride, out_stride,
+    NUM_SIDE: tl.constexpr, INNER: tl.constexpr, RANK_PAD: tl.constexpr, DENSE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dA of a few blocks of features, one slot after another in one loop: every row of x comes
+    once, without a pause between slots. A slot without rows takes one step. DENSE: each slot owns
+    all rows between its first and its last; else other slots' rows are not loaded."""
+    s_S = tl.arange(0, SLOTS_PAD)
+    start_S = tl.load(bounds_ptr + 3 * s_S, mask=s_S < num_slots, other=0)
+    stop_S = tl.load(bounds_ptr + 3 * s_S + 1, mask=s_S < num_slots, other=0)
+    steps_S = tl.maximum(tl.cdiv(stop_S - start_S, BLOCK_T), 1)
+    total = tl.sum(tl.where(s_S < num_slots, steps_S, 0))
+    j_J = tl.arange(0, BLOCK_J)
+    in_J = j_J < INNER * RANK_PAD
+    own = tl.cdiv(tl.cdiv(width, BLOCK_N) - side, NUM_SIDE)
+    block = side - NUM_SIDE
+    slot = num_slots - 1
+    t, stop, start = 0, 0, 0
+    next_start, next_stop = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    acc_JN = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
+    for _ in tl.range(0, own * total, num_stages=STAGES):
+        t += BLOCK_T
+        if t >= stop:
+            block += tl.where(slot == num_slots - 1, NUM_SIDE, 0)
+            slot = tl.where(slot == num_slots - 1, 0, slot + 1)
+            start, stop = next_start, next_stop
+            t = start
+            after = tl.where(slot == num_slots - 1, 0, slot + 1)
+            next_start = tl.load(bounds_ptr + 3 * after)
+            next_stop = tl.load(bounds_ptr + 3 * after + 1)
+        row_T = t + tl.arange(0, BLOCK_T)
+        n_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        own_T, in_N = row_T < stop, n_N < width
+        if not DENSE:
+            own_T &= tl.load(slot_of_row_ptr + row_T, mask=own_T, other=-1) == slot
+        h_TJ = tl.load(h_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
+                       mask=own_T[:, None] & in_J[None, :], other=0.0)  # fmt: skip
+        v_TN = tl.load(v_ptr + row_T.to(tl.int64)[:, None] * v_stride + n_N[None, :],
+                       mask=own_T[:, None] & in_N[None, :], other=0.0)  # fmt: skip
+        # So few rows of the result that the compiler takes no asynchronous products: where a
+        # kernel has any whose sums something else defines, it makes all of them wait.
+        acc_JN = tl.dot(tl.trans(h_TJ), v_TN, acc_JN, input_precision="ieee")
+        if t + BLOCK_T >= stop:
+            row_J, real_J = _factor_rows(
+                tl.load(offset_ptr + slot), tl.load(rank_ptr + slot), total_rank, INNER, RANK_PAD,
+                BLOCK_J,
+            )  # fmt: skip
+            out_JN = out_ptr + row_J.to(tl.int64)[:, None] * out_stride + n_N[None, :]
+            real_JN = in_N[None, :] & real_J[:, None]
+            if ACCUMULATE:
+                keeps = tl.load(keep_ptr + slot) != 0
+                if keeps & (start < stop):
+                    acc_JN += tl.load(out_JN, mask=real_JN, other=0.0).to(tl.float32)
+                # Nothing is added to what an idle slot keeps, so it is not even touched.
+                real_JN = real_JN & ((start < stop) | (keeps == 0))
+            tl.store(out_JN, acc_JN.to(out_ptr.dtype.element_ty), mask=real_JN)
+            acc_JN = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def _side_shrink(
+    side, x_desc, a_desc, h_ptr, to_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
+    scale_ptr, window_ptr, num_rows, num_in, row_0, total_rank, h_stride, to_stride, room,
+    NUM_SIDE: tl.constexpr, NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, TILES_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """h of every NUM_SIDE-th tile of rows, of all ranks in its window at once, in one loop."""
+    tiles_t, steps_k = tl.cdiv(num_rows, BLOCK_T), num_in // BLOCK_K
+    i_I = side + tl.arange(0, TILES_PAD) * NUM_SIDE
+    count_I = tl.load(window_ptr + 2 * i_I + 1, mask=i_I < tiles_t, other=0)
+    parts_I = tl.where(i_I < tiles_t, NUM_MEMBERS * tl.maximum(count_I, 1), 0)
+    total = tl.sum(parts_I) * steps_k
+    next_t = tl.minimum(side, tiles_t - 1)
+    next_first = tl.load(window_ptr + 2 * next_t)
+    next_count = tl.load(window_ptr + 2 * next_t + 1)
+    tile = side - NUM_SIDE
+    step, part, first, count = steps_k - 1, NUM_MEMBERS - 1, 0, 1
+    acc_TW = tl.zeros((BLOCK_T, WINDOW), tl.float32)
+    for _ in tl.range(0, total, num_stages=STAGES):
+        step = tl.where(step == steps_k - 1, 0, step + 1)
+        if step == 0:
+            part += 1
+            if part == NUM_MEMBERS * count:
+                part = 0
+                tile += NUM_SIDE
+                first, count = next_first, tl.maximum(next_count, 1)
+                next_t = tl.minimum(tile + NUM_SIDE, tiles_t - 1)
+                next_first = tl.load(window_ptr + 2 * next_t)
+                next_count = tl.load(window_ptr + 2 * next_t + 1)
+        member = part // count
+        within = (part - member * count) * WINDOW
+        x_TK = x_desc.load([tile * BLOCK_T, step * BLOCK_K])
+        a_WK = a_desc.load([row_0 + member * total_rank + first + within, step * BLOCK_K])
+        acc_TW = tl.dot(x_TK, a_WK.T, acc_TW, input_precision="ieee")
+        if step == steps_k - 1:
+            row_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+            in_T = row_T < num_rows
+            slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+            rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
+                slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
+            )
+            j_TW = within + tl.arange(0, WINDOW)[None, :] - shift_T[:, None]
+            own_TW = (j_TW >= 0) & (j_TW < rank_T[:, None])
+            h_TW = tl.where(is_bad_T[:, None], float("nan"), acc_TW * scale_T[:, None])
+            h_TW = tl.where(own_TW, h_TW, 0.0).to(h_ptr.dtype.element_ty)
+            at_T = to_ptr + row_T.to(tl.int64) * to_stride + member * room + within
+            tl.store(at_T[:, None] + tl.arange(0, WINDOW)[None, :], h_TW, mask=in_T[:, None])
+            at_T = h_ptr + row_T.to(tl.int64) * h_stride + member * RANK_PAD
+            tl.store(at_T[:, None] + j_TW, h_TW, mask=own_TW)
+            if part == NUM_MEMBERS * count - 1:
+                tl.debug_barrier()  # all of the program's stores come before the count
+                tl.atomic_add(ready_ptr + tile, 1, sem="release")
+            acc_TW = tl.zeros((BLOCK_T, WINDOW), tl.float32)
+
+
+NO_SIDE, SIDE_OUTER, SIDE_SHRINK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def window_linear_kernel(
+    x_desc, w_desc, y_desc, a_desc, window_ptr, ready_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
+    bad_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, scale_ptr, keep_ptr, num_rows,
+    num_out, num_in, total_rank, room, num_slots, h_stride, v_stride, out_stride,
+    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
+    RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr, HALVES: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+    TILES_PAD: tl.constexpr, STAGES: tl.constexpr, SIDE: tl.constexpr, NUM_SIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, SIDE_T: tl.constexpr, SIDE_N: tl.constexpr,
+    SIDE_STAGES: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The first NUM_SIDE programs are on multiprocessors that the product's waves of tiles leave
+    idle. SIDE_OUTER: they make dA = dh^T x. SIDE_SHRINK: h, which the others wait for; these start
+    later, for programs start in the order of their numbers, so that all wait for one that runs."""
+    side = tl.program_id(0)
+    if side >= NUM_SIDE:
+        _product(
+            side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows,
+            num_out, num_in, total_rank, room, SIDE == SIDE_SHRINK, WEIGHT_NK, NUM_MEMBERS, INNER,
+            BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, HALVES, NUM_PROGRAMS, TILES_PAD, STAGES,
+        )  # fmt: skip
+    elif SIDE == SIDE_OUTER:
+        s_S = tl.arange(0, SLOTS_PAD)
+        start_S = tl.load(bounds_ptr + 3 * s_S, mask=s_S < num_slots, other=0)
+        stop_S = tl.load(bounds_ptr + 3 * s_S + 1, mask=s_S < num_slots, other=0)
+        count_S = tl.load(bounds_ptr + 3 * s_S + 2, mask=s_S < num_slots, other=0)
+        if tl.max((count_S != stop_S - start_S).to(tl.int32)) == 0:
+            _side_outer(
+                side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+                keep_ptr, num_out, total_rank, num_slots, h_stride, v_stride, out_stride, NUM_SIDE,
+                INNER, RANK_PAD, True, ACCUMULATE, SLOTS_PAD, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
+            )  # fmt: skip
+        else:
+            _side_outer(
+                side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+                keep_ptr, num_out, total_rank, num_slots, h_stride, v_stride, out_stride, NUM_SIDE,
+                INNER, RANK_PAD, False, ACCUMULATE, SLOTS_PAD, SIDE_T, SIDE_N, BLOCK_J, 2,
+            )  # fmt: skip
+    elif SIDE == SIDE_SHRINK:
+        _side_shrink(
+            side, x_desc, a_desc, h_ptr, v_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr,
+            rank_ptr, scale_ptr, window_ptr, num_rows, num_in, num_out, total_rank, h_stride,
+            v_stride, room, NUM_SIDE, NUM_MEMBERS, RANK_PAD, BLOCK_T, BLOCK_K, BLOCK_K, SLOTS_PAD,
+            SIDE_STAGES,
+        )  # fmt: skip
+    if SIDE == SIDE_SHRINK:
+        # Whoever ends last clears the counts for the next call.
+        tiles_t = tl.cdiv(num_rows, BLOCK_T)
+        tl.debug_barrier()
+        if tl.atomic_add(ready_ptr + tiles_t, 1) == NUM_PROGRAMS + NUM_SIDE - 1:
+            for tile in range(tiles_t + 1):
+                tl.store(ready_ptr + tile, 0)
