@@ -9,6 +9,7 @@ Shape suffixes: T rows, D input features, O output features, R the sum of the ra
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import time
@@ -167,7 +168,7 @@ def steps_of(case: Case) -> dict[str, Any]:
     return steps
 
 
-def checks(shape: Shape, device: str) -> Iterator[tuple[str, float]]:
+def checks(shape: Shape, device: str, h_apart: bool = False) -> Iterator[tuple[str, float]]:
     """(what, largest relative error of y, dx, dA, dB): even spans, ragged ones with filler and an
     empty slot, and the same with a slot of NaN, all others of which must be as without."""
     num_rows, _, _, num_tasks = shape
@@ -179,7 +180,7 @@ def checks(shape: Shape, device: str) -> Iterator[tuple[str, float]]:
         assert bounds_S3 is not None
         case.row_tensors = launch.RowTensors(case.rows.slot_of_row_T, bounds_S3, case.scale_S, None)
         case.window = window.window_of(case.row_tensors, case.adapters)
-        for label, sides in (("beside", "h dA"), ("apart", "")):
+        for label, sides in (("beside", "dA" if h_apart else "h dA"), ("apart", "")):
             step = ours_with_a_window(case, sides)
             got = step(case.sets[0])
             if device == "cpu":
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=Path)
     parser.add_argument("--at", type=Path)
     parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--h-apart", action="store_true", help="without products that wait for h")
     arguments = parser.parse_args()
     if arguments.ahead:
         ahead(arguments.ahead, arguments.at)
@@ -273,20 +275,24 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(found, indent=1))
 
+    faulthandler.dump_traceback_later(35, exit=True)  # if whoever waits for h waits forever
     for shape in CHECKED:
-        for text, error in checks(shape, "cuda"):
+        for text, error in checks(shape, "cuda", arguments.h_apart):
             found["checks"].append([shape, text, error])
             print("ok   " if error < 1.2e-2 else "WRONG", shape, text, flush=True)
         torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
     keep()
     for shape in RATIOS[:3]:
-        found["ratios"].append([shape, ratios(shape)])
+        found["ratios"].append([shape, ratios(shape, arguments.h_apart)])
         keep()
     for shape in TUNED:
         bench = Bench(shape, "cuda")
         for name, run in bench.variants():
             if time.monotonic() > stop_s:
                 break
+            if arguments.h_apart and name.startswith("forward") and "side" in name:
+                continue
             try:
                 us = time_us(run, bench.case.num_sets)
             except Exception as error:
@@ -299,13 +305,16 @@ def main() -> None:
         keep()
     for shape in RATIOS[3:]:
         if time.monotonic() < stop_s:
-            found["ratios"].append([shape, ratios(shape)])
+            found["ratios"].append([shape, ratios(shape, arguments.h_apart)])
             keep()
 
 
-def ratios(shape: Shape) -> dict[str, Any]:
+def ratios(shape: Shape, h_apart: bool) -> dict[str, Any]:
     case = Case(*shape)
-    measured = measure(case, steps_of(case), True, 3, 4)
+    steps = steps_of(case)
+    if h_apart:
+        del steps["window"]
+    measured = measure(case, steps, True, 3, 4)
     line = "  ".join(
         f"{name} {m['ratio']:.3f} ({m['step_us']:.0f})" for name, m in measured.items()
     )
