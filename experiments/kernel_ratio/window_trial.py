@@ -3,7 +3,8 @@ kernel alone, then the whole operator, after a check against float32.
 
     PYTHONPATH=kernels python3 experiments/kernel_ratio/window_trial.py --out trial.json
 
-`--ahead FOLDER` compiles all of it into a cache folder on a machine without a GPU.
+`--ahead FOLDER` compiles all of it into a cache folder on a machine without a GPU; `move_cache`
+afterwards says where it will lie.
 
 Shape suffixes: T rows, D input features, O output features, R the sum of the ranks.
 """
@@ -232,13 +233,12 @@ def time_us(run: Callable[[int], Any], num_sets: int, calls: int = 6, repeats: i
     return sorted(times[1:])[repeats // 2]
 
 
-def ahead(folder: Path, at: Path | None) -> None:
+def ahead(folder: Path, part: int, parts: int) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    from muxtune_kernels.without_gpu import TARGETS, compiling_for, move_cache
+    from muxtune_kernels.without_gpu import TARGETS, compiling_for
 
-    move_cache(folder, folder)
-    for shape in dict.fromkeys((*CHECKED, *TUNED, *RATIOS)):
+    for shape in list(dict.fromkeys((*CHECKED, *TUNED, *RATIOS)))[part::parts]:
         start_s = time.monotonic()
         with compiling_for(TARGETS["h100"]) as compiled:
             if shape in CHECKED:
@@ -254,19 +254,18 @@ def ahead(folder: Path, at: Path | None) -> None:
                 for step in steps_of(case).values():
                     step(case.sets[0])
         print(shape, compiled.count, f"{time.monotonic() - start_s:.0f} s", flush=True)
-    move_cache(folder, at or folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ahead", type=Path)
-    parser.add_argument("--at", type=Path)
+    parser.add_argument("--part", default="0/1", help="of the sizes, as 0/2")
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--h-apart", action="store_true", help="without products that wait for h")
     arguments = parser.parse_args()
     if arguments.ahead:
-        ahead(arguments.ahead, arguments.at)
+        ahead(arguments.ahead, *map(int, arguments.part.split("/")))
         return
     stop_s = time.monotonic() + arguments.seconds
     found: dict[str, Any] = {"checks": [], "alone": [], "ratios": []}

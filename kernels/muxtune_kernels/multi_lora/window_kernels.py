@@ -382,8 +382,10 @@ def _side_shrink(
             at_T = h_ptr + row_T.to(tl.int64) * h_stride + member * RANK_PAD
             tl.store(at_T[:, None] + j_TW, h_TW, mask=own_TW)
             if part == NUM_MEMBERS * count - 1:
-                tl.debug_barrier()  # all of the program's stores come before the count
-                tl.atomic_add(ready_ptr + tile, 1, sem="release")
+                # A reduction waits for all of the program's threads, hence for their stores, which
+                # its load follows. (With a barrier in it the loop would not be pipelined.)
+                zero = tl.max(tl.load(ready_ptr + tile + tl.arange(0, 256) // 256))
+                tl.atomic_add(ready_ptr + tile, 1 + tl.minimum(zero, 0), sem="release")
             acc_TW = tl.zeros((BLOCK_T, WINDOW), tl.float32)
 
 
