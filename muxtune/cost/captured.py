@@ -31,12 +31,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost import ops
-from muxtune.cost.calibration import Composition, WholeStep
-from muxtune.cost.composition import PassParts, Rates, Tally
+from muxtune.cost.calibration import EXTRAPOLATED_WIDENING, Composition, WholeStep
+from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
 from muxtune.cost.curves import Grid, Leaf, Time, fit_affine
-from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, widened
+from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, stage_layers, widened
 from muxtune.cost.ops import Op
 from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
+from muxtune.cost.residuals import (
+    MIN_RELATIVE_ERROR,
+    Adding,
+    PassSums,
+    StepSums,
+    fit_adding,
+)
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
@@ -49,10 +56,17 @@ _PRODUCTS = ("site_forward", "site_backward")
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
+SITE, FACTOR = "site", "factor"  # causes: products with adapters, and A's gradients beside them
+_CATEGORY_OF: Mapping[str, str] = dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS)
+_NORMAL_90 = 1.645
+_ATTENTION_ERROR = 0.08  # of calls of other mixes, 90% of them
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
 _TILE_ROWS = 128
+_WHOLE_ROWS = {
+    "frozen_forward": _TILE_ROWS, "frozen_backward": _TILE_ROWS, "full_loss": STATIC_LOSS_ROWS
+}  # fmt: skip
 _LEAST_OF_TILES = 0.5  # of what a product's tiles take, however far beyond what was measured
 
 
@@ -104,8 +118,9 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
     return ops.adapter_parameters(model, widened(slot))
 
 
-def _whole_chunks(rows: float) -> int:
-    return -(-int(rows) // STATIC_LOSS_ROWS)
+def _whole(rows: float, step: int) -> float:
+    """A multiple of ``step``; fewer than that are computed as they are."""
+    return rows if rows <= step else float(-(-int(rows) // step) * step)
 
 
 class Excess(NamedTuple):
@@ -154,16 +169,33 @@ def _met(slots: float, rows: float) -> float:
     return min(slots, 1.0 + slots * _TILE_ROWS / rows)
 
 
+class StageSums(NamedTuple):
+    """A pass on one stage by cause (``SITE``, ``FACTOR``, methods of ``EXTRA_METHODS``, else
+    categories of ``ops``), as its operations alone say. ``pairs_s``, ``used_s``: of a query-key
+    pair and a row in use, forward and backward."""
+
+    blocks: Tally
+    edges: Tally
+    pairs_s: tuple[float, float]
+    used_s: tuple[float, float]
+    optimizer_s: tuple[float, ...]
+    pair_error: float
+    num_blocks: int
+
+
+def _unchanged(_cause: str) -> float:
+    return 1.0
+
+
 class CapturedCostModel(ProfiledCostModel):
     """``CostModel`` of captured steps, from a profile of their operations.
 
     Adapters cost what a site takes beyond its frozen product, and A's gradients, which run beside
-    the products of the backward: how much of these shows is the composition's ``adapters``.
+    the products of the backward: how operations add up is fitted (``muxtune.cost.residuals``).
     Methods that no captured step knows count as LoRA of their rank, and as extrapolated.
     """
 
-    _apart = ""
-    _beside = 1.0  # share of A's gradients that shows
+    adding: Adding | None = None  # how operations add up; None: as they are
 
     def __init__(
         self, model: ModelShape, profile: Any, memory: MemoryOptions | None = None
@@ -175,8 +207,11 @@ class CapturedCostModel(ProfiledCostModel):
 
     def op_time(self, op: Op) -> Time:
         """Products with adapters take what their tiles take in waves (``muxtune.cost.tiles``), and
-        besides what was measured of them, which changes slowly with their sizes."""
+        besides what was measured of them, which changes slowly with their sizes. A library's
+        products take whole tiles of rows, the loss whole chunks."""
         kind, _, size = op.name.partition(".")
+        if kind in _WHOLE_ROWS:
+            return super().op_time(op._replace(size=(_whole(op.size[0], _WHOLE_ROWS[kind]),)))
         if self._tiling is None or kind not in _PRODUCTS:
             return super().op_time(op)
         site, like = self._site(size), self._measured_like(size)
@@ -255,56 +290,133 @@ class CapturedCostModel(ProfiledCostModel):
         return self._site_of_size[size]
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
-        found = super()._fitted_composition(steps)
-        self._beside = found.adapters / found.work
-        return found
+        models: dict[int, CapturedCostModel] = {}
+        sums = []
+        for step in steps:
+            if step.num_layers not in models:
+                found = self._of_depth(step)
+                assert isinstance(found, CapturedCostModel)
+                models[step.num_layers] = found
+            passes = tuple(models[step.num_layers].pass_sums(load) for load in step.loads)
+            sums.append(StepSums(passes, step.median_s))
+        self.adding = fit_adding(sums)
+        error = _NORMAL_90 * self.adding.typical_error
+        return Composition(
+            pass_s=self.adding.pass_s,
+            relative_error=max(MIN_RELATIVE_ERROR, error),
+            num_steps=len(steps),
+        )
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
-        self._beside = other._beside if isinstance(other, CapturedCostModel) else 1.0
+        self.adding = other.adding if isinstance(other, CapturedCostModel) else None
         super()._compose_as(other)
 
-    def _features(self, loads: Sequence[PassLoad]) -> tuple[float, float, float]:
-        seconds = []
-        for self._beside in (0.0, 1.0):
-            self._forget()
-            seconds.append(sum(sum(self.breakdown_s(load).values()) for load in loads))
-        return seconds[0], seconds[1] - seconds[0], float(len(loads))
+    def pass_sums(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> PassSums:
+        """A pass on a single stage as its operations alone say."""
+        sums = self._sums_of(load.shape, replica)
+        seconds: dict[str, float] = {}
+        for tally in (sums.blocks, sums.edges):
+            for side in (tally.forward_s, tally.backward_s):
+                for cause, value in side.items():
+                    seconds[cause] = seconds.get(cause, 0.0) + value
+        attended_s = load.attention_pairs * sum(sums.pairs_s)
+        used_s = load.loss_rows * sum(sums.used_s)
+        seconds[ops.ATTENTION] = seconds.get(ops.ATTENTION, 0.0) + attended_s
+        if used_s:
+            seconds[SITE] = seconds.get(SITE, 0.0) + used_s
+        closing_s = sum(sums.optimizer_s[slot] for slot in load.optimizer_slots)
+        seconds[ops.OPTIMIZER] = seconds.get(ops.OPTIMIZER, 0.0) + closing_s
+        blocks_s = sums.blocks.total_s + attended_s + used_s
+        return PassSums(seconds, blocks_s, sums.num_blocks, self._place(load.shape))
+
+    def _place(self, shape: ShapeKey) -> tuple[float, ...]:
+        """Among shapes: rows, slots, ranks, and how much of the linears is adapted."""
+        kinds = Counter(shape.slots)
+        ranks, adapted = 0.0, 0.0
+        for slot, count in kinds.items():
+            sites = sum(self._has_factors(slot, site) for site in self._sites(1))
+            ranks += count * sites * float(np.log2(padded_rank([slot.rank])))
+            adapted += count * sites
+        share = adapted / (len(MEMBERS) * max(1, kinds.total()))
+        rank = ranks / adapted if adapted else float(np.log2(MIN_RANK))
+        rows = float(np.log2(max(1, shape.padded_tokens)))
+        return rows, float(np.log2(max(1, kinds.total()))), rank, share
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
     ) -> PassParts:
-        rows, tally = float(shape.padded_tokens), Tally()
+        """Adds up as the profile's whole steps say."""
+        sums, adding = self._stage_sums(shape, replica, layers, first, last), self.adding
+        blocks = 1.0 if adding is None else adding.blocks_factor(self._place(shape))
+        of = _unchanged if adding is None else adding.factor
+        tally = Tally()
+        for part, times in ((sums.blocks, blocks), (sums.edges, 1.0)):
+            for side, backward in ((part.forward_s, False), (part.backward_s, True)):
+                for cause, seconds in side.items():
+                    tally.put(_CATEGORY_OF.get(cause, cause), backward, times * of(cause) * seconds)
+            tally.half_width_s += part.half_width_s
+            tally.extrapolated |= part.extrapolated
+        if adding is not None:
+            constant_s = adding.pass_s + sums.num_blocks * adding.block_s
+            tally.put(ops.OVERHEAD, False, constant_s)
+        again = self._add_recompute(tally, shape)
+        pair = [blocks * of(ops.ATTENTION) * value for value in sums.pairs_s]
+        used = [blocks * of(SITE) * value for value in sums.used_s]
+        parts = PassParts(
+            tally.forward_s,
+            tally.backward_s,
+            (pair[0], pair[1] + again * pair[0]),
+            (used[0], used[1] + again * used[0]),
+            tuple(of(ops.OPTIMIZER) * value for value in sums.optimizer_s),
+            tally.half_width_s,
+            sums.pair_error,
+            0.0,
+            tally.extrapolated,
+        )
+        if adding is None:
+            return parts
+        error = adding.relative_error(self.pass_sums(nominal_load(shape), replica))
+        error *= EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0
+        return parts._replace(half_width_s=error * parts.base_s, pair_error=error, loss_error=error)
+
+    def _sums_of(self, shape: ShapeKey, replica: ReplicaShape) -> StageSums:
+        """Of all blocks."""
+        key = ("sums", *shape[:2], self._slots_number(shape.slots), shape.recompute, replica)
+        if key not in self._memo:
+            layers = stage_layers(self.model, replica.pp)[0]
+            self._remember(key, self._stage_sums(shape, replica, layers, True, True))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _stage_sums(
+        self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
+    ) -> StageSums:
+        rows, blocks, edges = float(shape.padded_tokens), Tally(), Tally()
         block, per_used_s = Tally(), [0.0, 0.0]
         for op, time in self._block_of(shape, rows, replica.tp, per_used_s):
             block.add(op, time)
-        tally.merge(block, layers)
+        blocks.merge(block, layers)
         if first:
             lacking = Tally()
             for op, time in self._first_block_lacks(rows, replica.tp):
                 lacking.add(op, time)
-            tally.merge(lacking, -1)
+            blocks.merge(lacking, -1)
         if first or last:
             for op, time in self._edge_of(rows, replica):
-                tally.add(op, time)
+                edges.add(op, time)
         pair_rates = self.attention_rates(replica.tp)
         for rate, backward in zip(pair_rates, (False, True), strict=True):
-            tally.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
-            tally.extrapolated |= shape.padded_tokens > rate.max_size
-        optimizer_s = self._optimizers(tally, shape.slots)
-        again = self._add_recompute(tally, shape)
-        forward, backward = (layers * rate.per_unit_s for rate in pair_rates)
-        parts = PassParts(
-            tally.forward_s,
-            tally.backward_s,
-            (forward, backward + again * forward),
-            (layers * per_used_s[0], layers * (per_used_s[1] + again * per_used_s[0])),
+            blocks.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
+            blocks.extrapolated |= shape.padded_tokens > rate.max_size
+        optimizer_s = self._optimizers(edges, shape.slots)
+        return StageSums(
+            blocks,
+            edges,
+            (layers * pair_rates[0].per_unit_s, layers * pair_rates[1].per_unit_s),
+            (layers * per_used_s[0], layers * per_used_s[1]),
             optimizer_s,
-            tally.half_width_s,
             max(rate.relative_error for rate in pair_rates),
-            0.0,
-            tally.extrapolated,
+            layers,
         )
-        return self.composed(parts)
 
     def _row_of_adapters_s(self, name: str, rank: float) -> float:
         """What a row of filler spares, by rank: measured where half of the rows were filler."""
@@ -385,7 +497,7 @@ class CapturedCostModel(ProfiledCostModel):
             size = extra_size(self.model, tuple(kinds), method)
             for side in ("forward", "backward") if size else ():
                 name = f"extra_{method}_{side}.{hidden}"
-                yield self._timed(name, ops.ADAPTERS, side == "backward", (size, rows))
+                yield self._timed(name, method, side == "backward", (size, rows))
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -420,10 +532,10 @@ class CapturedCostModel(ProfiledCostModel):
             """The last: seconds that are spared where all rows are filler."""
             rank = self._rank_paid(f"{side}.{site.size}", ranks)
             size = (float(count), rank, rows)
-            op, time = self._timed(f"site_{side}.{site.size}", ops.ADAPTERS, backward, size)
-            shown = self._beside if side == "factor" else 1.0
-            time = Time(time[0] * shown, time[1] * shown, time[2] or not known)
-            per_row_s = shown * self._row_of_adapters_s(f"{side}.{site.size}", rank)
+            cause = FACTOR if side == "factor" else SITE
+            op, time = self._timed(f"site_{side}.{site.size}", cause, backward, size)
+            time = Time(time[0], time[1], time[2] or not known)
+            per_row_s = self._row_of_adapters_s(f"{side}.{site.size}", rank)
             per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
             per_used_s[backward] += per_row_s * count / kinds.total()
             return op, time, per_row_s * rows
@@ -491,9 +603,7 @@ class CapturedCostModel(ProfiledCostModel):
         yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
         yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
         vocab = self.model.vocab // replica.tp
-        # Logits are computed in whole chunks.
-        whole = rows if rows <= STATIC_LOSS_ROWS else _whole_chunks(rows) * STATIC_LOSS_ROWS
-        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (float(whole),))
+        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (rows,))
         if replica.pp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -531,6 +641,25 @@ class CapturedCostModel(ProfiledCostModel):
         per_pass, per_row, per_pair = (ratio * number for number in fit.coefficients)
         most = NOTHING_MEASURED if extrapolated else fit.max_size
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
+
+    def attention_time(self, name: str, rows: float, pairs: float) -> Time:
+        """Of one call by itself. Passes need a form that is affine in pairs; alone, a row's time
+        follows how far rows look back on average, between the mixes that were measured: short
+        sequences leave their tiles empty, long ones have more to look at."""
+        name, ratio, outside = self._measured(name)
+        by_rows: dict[float, list[tuple[float, float]]] = {}
+        for point in self.profile.ops[name]["points"]:
+            back = float(np.log2(point["pairs"] / point["rows"]))
+            by_rows.setdefault(point["rows"], []).append((back, point["median_s"]))
+        sizes, back = sorted(by_rows), float(np.log2(pairs / rows))
+        seconds = []
+        for mixes in (sorted(by_rows[size]) for size in sizes):
+            known = [at for at, _ in mixes], [time_s for _, time_s in mixes]
+            seconds.append(float(np.interp(back, *known)))
+        # Below what was measured a call has a least time; above, its rows' share.
+        value = float(np.interp(rows, sizes, seconds)) * max(1.0, rows / sizes[-1])
+        outside |= not sizes[0] <= rows <= sizes[-1]
+        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
 
     def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing here."""

@@ -78,12 +78,12 @@ def whole_cases(shape: ModelShape, max_rows: int) -> list[StepCase]:
 
 def _cases(shape: ModelShape, steps: tuple[_Step, ...], max_rows: int, note: str) -> list[StepCase]:
     """Where fewer rows are wanted, each has as many fewer, down to the least; none comes twice."""
-    found: dict[object, StepCase] = {}
+    found: dict[str, StepCase] = {}
     for step in steps:
         scale = max(1, _MOST_ROWS // max_rows)
         rows = max(min(step.rows, _LEAST_ROWS), step.rows // scale)
         case = _case(shape, step._replace(rows=rows), note)
-        found.setdefault((step._replace(rows=rows), case.chunk_tokens), case)
+        found.setdefault(case.name, case)
     return list(found.values())
 
 

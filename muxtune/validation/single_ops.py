@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from muxtune.cost import ops
-from muxtune.cost.captured import padded_rank
+from muxtune.cost.captured import CapturedCostModel, padded_rank
 from muxtune.cost.profiled import ProfiledCostModel
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.profiling import cases
@@ -102,6 +102,8 @@ def _scored(
 def _attention_time(
     model: ProfiledCostModel, name: str, size: tuple[float, ...]
 ) -> tuple[float, float, bool]:
+    if isinstance(model, CapturedCostModel):
+        return model.attention_time(name, *size)
     rate = model.attention_rates(1)[name.startswith("attention_backward")]
     rows, pairs = size if len(size) == 2 else (size[0], size[0] * (size[0] + 1) / 2)
     value = rate.per_call_s + rows * rate.per_row_s + pairs * rate.per_unit_s

@@ -1,0 +1,92 @@
+"""How captured passes' operations add up: what was planted comes out of whole steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from muxtune.cost.residuals import PassSums, StepSums, fit_adding
+
+PLANTED = {"site": 1.3, "backbone": 0.97}
+PASS_S = 3e-4
+
+
+def place(rows: int, slots: int) -> tuple[float, ...]:
+    return float(np.log2(rows)), float(np.log2(slots)), 4.0, 1.0
+
+
+def sums(rows: int, slots: int, num_blocks: int) -> PassSums:
+    seconds = {
+        "backbone": 1.5e-6 * rows * num_blocks,
+        "site": (2e-5 * slots + 1e-7 * rows) * num_blocks,
+        "loss": 7e-7 * rows,
+    }
+    blocks_s = seconds["backbone"] + seconds["site"]
+    return PassSums(seconds, blocks_s, num_blocks, place(rows, slots))
+
+
+def waste(rows: int) -> float:
+    """Of blocks with few rows, as kernels that wait for each other have it."""
+    return 0.1 * np.exp(-rows / 400)
+
+
+def measured_s(item: PassSums, rows: int) -> float:
+    blocks_s = sum(PLANTED.get(c, 1.0) * item.seconds[c] for c in ("backbone", "site"))
+    return (1 + waste(rows)) * blocks_s + item.seconds["loss"] + PASS_S
+
+
+def steps(noise: float) -> list[StepSums]:
+    random, found = np.random.default_rng(5), []
+    for num_blocks in (4, 32):
+        for rows in (128, 256, 512, 1024, 2048, 4096):
+            for slots in (1, 4, 12):
+                item = sums(rows, slots, num_blocks)
+                time_s = 3 * measured_s(item, rows) * (1 + noise * random.standard_normal())
+                found.append(StepSums((item,) * 3, time_s))
+    return found
+
+
+def predicted_s(fit, item: PassSums) -> float:
+    blocks = fit.blocks_factor(item.place)
+    blocks_s = sum(fit.factor(cause) * item.seconds[cause] for cause in ("backbone", "site"))
+    rest_s = fit.factor("loss") * item.seconds["loss"]
+    return blocks * blocks_s + rest_s + fit.pass_s + item.num_blocks * fit.block_s
+
+
+@pytest.mark.parametrize("num_blocks", [4, 5, 32])
+def test_shapes_between_those_that_were_measured_come_out(num_blocks: int):
+    fit = fit_adding(steps(0.0))
+    errors = []
+    for rows, slots in ((180, 1), (700, 2), (1500, 8), (3000, 4)):
+        item = sums(rows, slots, num_blocks)
+        wanted_s = measured_s(item, rows)
+        times = predicted_s(fit, item), sum(item.seconds.values())
+        errors.append([abs(time_s / wanted_s - 1) for time_s in times])
+    fitted, alone = np.mean(errors, axis=0)
+    assert fitted < 0.02 and fitted < 0.4 * alone, errors
+
+
+def test_the_interval_grows_with_noise_and_covers():
+    quiet, noisy = fit_adding(steps(0.001)), fit_adding(steps(0.05))
+    item = sums(700, 2, 4)
+    assert quiet.relative_error(item) < 0.03 < noisy.relative_error(item) < 0.3
+    inside = []
+    for rows in (150, 300, 700, 1500, 3000):
+        item, random = sums(rows, 3, 8), np.random.default_rng(rows)
+        times = measured_s(item, rows) * (1 + 0.05 * random.standard_normal(40))
+        off = np.abs(predicted_s(noisy, item) / times - 1)
+        inside += list(off <= noisy.relative_error(item))
+    assert 0.8 <= np.mean(inside) <= 1.0
+
+
+def test_a_shape_far_from_all_is_less_certain():
+    fit = fit_adding([s for s in steps(0.0) if s.passes[0].place[0] <= 10])
+    near, far = (sums(rows, 4, 4) for rows in (512, 65536))
+    assert fit.relative_error(far) > fit.relative_error(near)
+
+
+def test_few_steps_hardly_change_anything():
+    one = fit_adding(steps(0.0)[:1])
+    assert one.factor("backbone") == pytest.approx(1.0, abs=0.1)
+    with pytest.raises(ValueError):
+        fit_adding([])
