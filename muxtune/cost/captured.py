@@ -31,7 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost import ops
-from muxtune.cost.calibration import EXTRAPOLATED_WIDENING, Composition, WholeStep
+from muxtune.cost.calibration import (
+    EXTRAPOLATED_WIDENING,
+    Composition,
+    WholeStep,
+    spread_of,
+)
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
 from muxtune.cost.curves import Grid, Leaf, Time, fit_affine
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, stage_layers, widened
@@ -47,7 +52,7 @@ from muxtune.cost.residuals import (
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
-from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKey
+from muxtune.types import AdapterSlot, Estimate, PassLoad, Plan, ReplicaShape, ShapeKey
 
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
@@ -298,7 +303,7 @@ class CapturedCostModel(ProfiledCostModel):
                 assert isinstance(found, CapturedCostModel)
                 models[step.num_layers] = found
             passes = tuple(models[step.num_layers].pass_sums(load) for load in step.loads)
-            sums.append(StepSums(passes, step.median_s))
+            sums.append(StepSums(passes, step.median_s, spread_of(step.repeats_s)))
         self.adding = fit_adding(sums)
         error = _NORMAL_90 * self.adding.typical_error
         return Composition(
@@ -674,3 +679,15 @@ class CapturedCostModel(ProfiledCostModel):
             return Estimate(0.0, 0.0, 0.0, False) if is_cpu else UNKNOWN_CAPTURE
         value, width, outside = self._table("capture").at((float(self.model.num_layers),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
+
+    def captures_anew(self, previous: Plan, new: Plan) -> bool:
+        """Graphs of an instance share a memory as large as the largest pass, which must come
+        first: one that is larger has all captured anew."""
+        before = [htask.shapes for htask in previous.htasks]
+        most = max((_most_rows(shapes) for shapes in before), default=0)
+        added = (h.shapes for h in new.htasks if _most_rows(h.shapes) > most > 0)
+        return any(shapes not in before for shapes in added)
+
+
+def _most_rows(shapes: Sequence[ShapeKey]) -> int:
+    return max(shape.padded_tokens for shape in shapes)

@@ -186,6 +186,10 @@ class ComposedCostModel(ABC):
         """Moving a task from one pool of slots to another; see ``charges_moves``."""
         return Estimate(0.0, 0.0, 0.0)
 
+    def captures_anew(self, previous: Plan, new: Plan) -> bool:
+        """Whether shapes that the instance has run must be prepared again."""
+        return False
+
     @abstractmethod
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Preparing one shape that has not run before (graph capture, compilation)."""
@@ -298,7 +302,9 @@ class ComposedCostModel(ABC):
         known: set[int] = set()
         if previous:
             old_tasks.update(*[htask.slot_of for htask in previous.htasks])
-            known.update(*[self._captures(h.shapes, new.replicas[0])[0] for h in previous.htasks])
+            if not self.captures_anew(previous, new):
+                shapes = [htask.shapes for htask in previous.htasks]
+                known.update(*[self._captures(item, new.replicas[0])[0] for item in shapes])
         costs: list[Estimate] = []
         for htask in new.htasks:
             if not htask.slot_of.keys() <= old_tasks:

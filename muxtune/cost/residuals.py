@@ -29,6 +29,7 @@ _G_SPREADS, _STRETCHES, _NOISES = (0.01, 0.03, 0.06), (0.7, 1.2, 2.5), (0.004, 0
 # Over what distance of each coordinate of a place g changes, times a stretch.
 _DISTANCES = np.array([1.5, 2.0, 1.5, 0.6])
 _WIDEN = 1.0, 3.0
+_LEAST = 0.3  # a fit to noise may not make operations vanish
 _NORMAL_90 = 1.645
 MIN_RELATIVE_ERROR = 0.01
 
@@ -44,8 +45,11 @@ class PassSums(NamedTuple):
 
 
 class StepSums(NamedTuple):
+    """``spread``: of the repeats, over the time: a busy device's steps say little."""
+
     passes: tuple[PassSums, ...]
     measured_s: float
+    spread: float = 0.0
 
 
 class Adding(NamedTuple):
@@ -81,7 +85,7 @@ class Adding(NamedTuple):
 
     def blocks_factor(self, place: Sequence[float]) -> float:
         """1 + g."""
-        return 1.0 + float(self._near(place) @ self.weights)
+        return max(_LEAST, 1.0 + float(self._near(place) @ self.weights))
 
     def _near(self, place: Sequence[float]) -> np.ndarray:
         apart = (self.places - np.asarray(place)) / self.distances
@@ -115,7 +119,8 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     owner = np.array([index for index, _, _ in placed])
     places = np.array([place for _, place, _ in placed], dtype=float)
     shares = np.array([share for _, _, share in placed])
-    known = linear @ linear.T
+    spreads = np.array([step.spread for step in steps])
+    known = linear @ linear.T + np.diag(spreads**2)
     best, found = np.inf, None
     for stretch in _STRETCHES:
         distances = _DISTANCES[: places.shape[1]] * stretch
@@ -134,9 +139,10 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     off = np.abs(errors) / (_NORMAL_90 * np.sqrt(1.0 / np.diag(inverse)))
     moved = _spreads(causes) * (linear.T @ alpha)
     return Adding(
-        {cause: 1.0 + float(moved[place]) for place, cause in enumerate(causes)},
-        float(moved[-2]), float(moved[-1]), places, shares * alpha[owner], distances, g_spread,
-        noise, causes, linear, owner, shares, inverse,
+        {cause: max(_LEAST, 1.0 + float(moved[place])) for place, cause in enumerate(causes)},
+        max(0.0, float(moved[-2])), max(0.0, float(moved[-1])),
+        places, shares * alpha[owner], distances, g_spread, noise, causes, linear, owner,
+        shares, inverse,
         float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
     )  # fmt: skip
 
