@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from muxtune_kernels.without_gpu import Compiled, Target
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "step_throughput"))
+sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE.parent.parent)]
 
 
-PROFILE, RATIO = "profile", "kernel_ratio"
-PARTS = {PROFILE: 12, RATIO: 8}  # of others: one
+PROFILE, RATIO, STAGES = "profile", "kernel_ratio", "two_gpus"
+PARTS = {PROFILE: 12, RATIO: 8, STAGES: 10}  # of others: one
 PROFILED, MAX_ROWS = "llama-2-7b", 4096  # as experiments/gpu_validation/run.py has them
 
 
@@ -70,7 +70,7 @@ def compile_job(job: Job, target: str, deterministic: bool) -> Done:
     start_s, folder = time.monotonic(), Path(os.environ["TRITON_CACHE_DIR"])
     before = {item.name for item in folder.iterdir()}
     found: set[str] = set()
-    compiled = {PROFILE: _of_profile, RATIO: _of_ratio}.get(job.name, _of_case)
+    compiled = {PROFILE: _of_profile, RATIO: _of_ratio, STAGES: _of_stages}.get(job.name, _of_case)
     try:
         for item in compiled(job, TARGETS[target], deterministic):
             found |= {each for folders in item.folders.values() for each in folders}
@@ -122,6 +122,15 @@ def _of_ratio(job: Job, target: Target, _deterministic: bool) -> Iterator[Compil
             for step in (ratio.own_methods(case) | extras).values():
                 step(case.sets[0])
         yield compiled
+
+
+def _of_stages(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
+    """Of the first phases that experiments/two_gpus measures."""
+    from experiments.two_gpus.ahead import STAGE_PHASES, compile_stages
+    from experiments.two_gpus.warm import kinds
+
+    for spared, config in kinds(STAGE_PHASES)[job.part :: job.parts]:
+        yield compile_stages(config, spared, target)
 
 
 def compile_all(args: Any) -> list[Done]:
@@ -176,13 +185,14 @@ def arguments() -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="Triton's cache folder to fill")
     parser.add_argument("--at", type=Path, help="the folder's path where it will be used")
-    parser.add_argument("--cases", default="", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--cases", default="", help=f"of {', '.join(names)}; default: of one GPU")
     parser.add_argument("--target", choices=("h100", "h200"), default="h100")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--limit-s", type=float, default=3600.0)
     args = parser.parse_args()
-    args.cases = args.cases.split(",") if args.cases else names
+    of_one_gpu = [name for name in names if name != STAGES]
+    args.cases = args.cases.split(",") if args.cases else of_one_gpu
     unknown = sorted(set(args.cases) - set(names))
     if unknown:
         parser.error(f"--cases: no {', '.join(unknown)}; choose of {', '.join(names)}")

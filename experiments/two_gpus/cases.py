@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.step_throughput.workload import BATCH_SIZE, MAX_LENGTH_TOKENS, MIX
+from experiments.step_throughput.workload import BATCH_SIZE, MAX_LENGTH_TOKENS, MIX, Workload
+from experiments.two_gpus.grouping import Groups, tiled_groups
 from muxtune.cost.book import CostBook
+from muxtune.cost.shapes import model_shape
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.types import AdapterSlot, InstanceView, Plan, ReplicaShape, TaskView
 from muxtune.workload.lengths import summarise
@@ -18,43 +20,52 @@ from muxtune.workload.synthetic import histogram
 NUM_TASKS, RANK = 8, 16
 MODEL, DEVICE = "llama-2-13b", "H200-SXM"
 SOLO, PIPELINE, TENSOR = ReplicaShape(1, 1), ReplicaShape(1, 2), ReplicaShape(2, 1)
-Groups = tuple[tuple[int, ...], ...]
+KNOWN_ROUNDS = 8
 
-# Seconds on two H200, after the run of 2026-11-22: loading a layout; a configuration beside its
-# rounds, kernels being compiled, of any model and of 40 layers; of those a round, and one of a
-# pipeline that drains.
-FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 5.0, 1.0, 4.0, 0.3, 0.6, 40
+# Seconds on two H200, after the runs of 2026-11-22: loading a layout; a configuration beside its
+# rounds, of any model and of 40 layers; of those a round, and one of a pipeline that drains.
+FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 5.0, 1.0, 6.0, 0.25, 0.5, 40
+OTHER_ROUNDS = 10  # that are not measured, or are traced
+# A pipeline that is not flushed between rounds fills and drains once, however many there are.
+UNFLUSHED_ROUNDS = 3
 
 
 class Config(NamedTuple):
     """``grouping``: into how many hTasks of about equal size tasks are fused; or ``planned``: as
     the planner does. ``parts``: micro-batches of a step. ``order``:
     interleaved, sequential (one micro-batch after another), or 1f1b (each hTask's step by itself).
-    ``early``: see ``OrderRunner``."""
+    ``early``: see ``OrderRunner``. ``by_nccl``: messages go by NCCL where others are copied."""
 
     replica: ReplicaShape
     grouping: str
     parts: int
     order: str
     early: bool = True
+    by_nccl: bool = False
 
     @property
     def name(self) -> str:
         shape = f"tp{self.replica.tp} pp{self.replica.pp}"
         several = "hTask" if self.grouping == "1" else "hTasks"
-        tasks = self.grouping if self.grouping == "planned" else f"{self.grouping} {several}"
+        tasks = f"{self.grouping} {several}" if self.grouping.isdigit() else self.grouping
         late = "" if self.early else ", late receives"
-        return f"{shape}, {tasks}, {self.parts} parts, {self.order}{late}"
+        way = ", by NCCL" if self.by_nccl else ""
+        return f"{shape}, {tasks}, {self.parts} parts, {self.order}{late}{way}"
 
     @property
     def groups(self) -> Groups:
         return groups_of(self.replica, self.grouping)
 
+    def rounds(self, least: int) -> int:
+        """To be measured."""
+        is_unflushed = self.order == "interleaved" and self.replica.pp > 1
+        return least * (UNFLUSHED_ROUNDS if is_unflushed else 1)
+
     def expected_s(self, rounds: int, is_first: bool, layers: int = 0) -> float:
         """Of a run on two H200: a measured one, warm-ups and a traced one."""
         drains = self.replica.pp > 1 and self.order != "interleaved"
         round_s = DRAINED_ROUND_S if drains else ROUND_S
-        layers_s = LAYERS_S + round_s * (rounds + 8)
+        layers_s = LAYERS_S + round_s * (self.rounds(rounds) + OTHER_ROUNDS)
         return FIRST_S * is_first + EACH_S + layers_s * (layers or LAYERS) / LAYERS
 
 
@@ -62,7 +73,20 @@ class Config(NamedTuple):
 def groups_of(replica: ReplicaShape, grouping: str) -> Groups:
     if grouping == "planned":
         return planned_groups(replica)
+    if grouping == "tiles":
+        return tiled_groups(tokens_by_round(), model_shape(MODEL))
     return balanced_groups(int(grouping))
+
+
+@lru_cache(maxsize=1)
+def tokens_by_round() -> np.ndarray:
+    """Of each task [rounds, tasks]."""
+    tokens = np.zeros((KNOWN_ROUNDS, NUM_TASKS), dtype=int)
+    rounds = Workload(NUM_TASKS, (RANK,) * NUM_TASKS, 1 << 10, NUM_TASKS).rounds(0)
+    for at, (micro_batch,) in zip(range(KNOWN_ROUNDS), rounds, strict=False):
+        for sequence in micro_batch.sequences:
+            tokens[at, sequence.slot] += len(sequence.tokens_n)
+    return tokens
 
 
 def _lengths_tokens(dataset: str) -> np.ndarray:
@@ -111,12 +135,16 @@ def _tensor(grouping: str, order: str) -> Config:
 # Of one layout each. What matters most comes first: a run that is cut off has it.
 SETS: dict[str, Sequence[Config]] = {
     "one": [Config(SOLO, "1", 1, "sequential")],
-    "pp": [_pipeline("planned"), _pipeline("8", "1f1b", 2), _pipeline("1", "1f1b", 4)],
-    "tp": [_tensor("2", "interleaved"), _tensor("2", "sequential"), _tensor("1", "sequential")],
-    "pp-slow": [_pipeline("planned"), _pipeline("8", "1f1b", 2)],
-    "tp-slow": [
-        _tensor("3", "interleaved"), _tensor("3", "sequential"), _tensor("2", "interleaved"),
+    "pp": [
+        _pipeline("tiles"), _pipeline("planned"), _pipeline("1", "1f1b", 4),
+        _pipeline("8", "1f1b", 2),
     ],
+    "tp": [
+        _tensor("2", "interleaved"), _tensor("2", "sequential"), _tensor("1", "sequential"),
+        _tensor("2", "interleaved")._replace(by_nccl=True),
+    ],
+    "pp-slow": [_pipeline("tiles"), _pipeline("8", "1f1b", 2)],
+    "tp-slow": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
     "tp-three": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
     "tp-two": [_tensor("2", "interleaved"), _tensor("2", "sequential")],
     "pp-late": [_pipeline("planned", early=False)],

@@ -15,15 +15,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.two_gpus.cases import SETS
+from experiments.two_gpus.cases import KNOWN_ROUNDS, SETS
 
 ROWS = "rows.jsonl"
-GRACE_S = 15.0
+GRACE_S = 8.0
 
 
 class Phase(NamedTuple):
@@ -45,9 +46,9 @@ LIMITED = {
 SPARED = 4
 SLOW = {"NCCL_P2P_DISABLE": "1"}
 PHASES = (
-    Phase("slow, NCCL limited", "tp-three,pp-slow", {**SLOW, **LIMITED}, 0.5, spared=SPARED),
-    Phase("NVLink, copies", "one,pp,tp", {}, 0.8, "copies"),
+    Phase("NVLink, copies", "one,pp,tp", {}, 0.75, "copies"),
     Phase("slow, copies", "tp-slow,pp-slow", SLOW, 0.6, "host"),
+    Phase("slow, NCCL limited", "tp-three,pp-slow", {**SLOW, **LIMITED}, 1.0, spared=SPARED),
     Phase("NVLink, NCCL limited", "tp-two,pp-late", LIMITED, 0.5, spared=SPARED),
     Phase("NVLink, NCCL", "tp-two", {}, 0.6),
     Phase("slow, NCCL", "tp-three", SLOW, 0.8),
@@ -63,23 +64,39 @@ def expected_s(phase: Phase, args: Any) -> float:
     )
 
 
-def run_phase(phase: Phase, args: Any, left_s: float) -> int:
-    """The exit status; a phase that outlasts its time is ended with all of its ranks."""
+class Started(NamedTuple):
+    """A phase whose processes have loaded what they need and wait."""
+
+    process: subprocess.Popen[bytes]
+    gate: Path
+
+    def run(self, left_s: float) -> int:
+        """The exit status; a phase that outlasts its time is ended with all of its ranks."""
+        ready = self.gate.with_suffix(".new")
+        ready.write_text(str(time.time() + left_s))
+        ready.rename(self.gate)
+        try:
+            return self.process.wait(left_s + GRACE_S)
+        except subprocess.TimeoutExpired:
+            return self.end()
+
+    def end(self) -> int:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+
+def started(number: int, phase: Phase, args: Any, folder: Path) -> Started:
+    gate = folder / f"gate-{number}"
     command = [
         *(sys.executable, "-m", "experiments.two_gpus.run", "--only", phase.sets),
         *("--label", phase.label, "--out", str(args.output / ROWS), "--shape", args.shape),
-        *("--rounds", str(args.rounds), "--device", args.device, "--budget", str(left_s)),
+        *("--rounds", str(args.rounds), "--device", args.device, "--gate", str(gate)),
         *("--layers", str(args.layers), "--messages", phase.messages),
         *("--spared", str(phase.spared), *(["--plain"] if args.plain else [])),
     ]
-    process = subprocess.Popen(
-        command, env={**os.environ, **phase.environment}, start_new_session=True
-    )
-    try:
-        return process.wait(left_s + GRACE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
+    environment = {**os.environ, **phase.environment}
+    return Started(subprocess.Popen(command, env=environment, start_new_session=True), gate)
 
 
 def warm(args: Any) -> None:
@@ -105,7 +122,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
     parser.add_argument("--only", default="", help="other sets of configurations for all phases")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=KNOWN_ROUNDS)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")
     parser.add_argument("--plain", action="store_true", help="see ``run``")
@@ -116,12 +133,21 @@ def main() -> None:
     end_s, failed = time.monotonic() + args.budget - GRACE_S, []
     if args.compile_s:
         warm(args)
-    for phase in chosen(args.phases, args.only):
-        left_s = phase.share * (end_s - time.monotonic())
-        wanted_s = expected_s(phase, args)
-        print(f"== {phase.label}: {wanted_s:.0f} s expected, {left_s:.0f} s given", flush=True)
-        if left_s <= 0 or run_phase(phase, args, left_s):
-            failed.append(phase.label)
+    phases = chosen(args.phases, args.only)
+    with tempfile.TemporaryDirectory() as place:
+        waiting = [started(*item, args, Path(place)) for item in enumerate(phases)]
+        try:
+            for phase, ready in zip(phases, waiting, strict=True):
+                left_s = phase.share * (end_s - time.monotonic())
+                wanted_s = expected_s(phase, args)
+                print(
+                    f"== {phase.label}: {wanted_s:.0f} s expected, {left_s:.0f} s given", flush=True
+                )
+                if left_s <= 0 or ready.run(left_s):
+                    failed.append(phase.label)
+        finally:
+            for ready in waiting:
+                ready.end()
     report = [sys.executable, "-m", "experiments.two_gpus.report", str(args.output / ROWS)]
     code = subprocess.run([*report, "--output", str(args.output)]).returncode
     if failed:

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.step_throughput.workload import Workload
-from experiments.two_gpus.cases import NUM_TASKS, RANK, SETS, Config
+from experiments.two_gpus.cases import KNOWN_ROUNDS, NUM_TASKS, RANK, SETS, Config
+from experiments.two_gpus.grouping import ROW_STEP, rows_taken
 from experiments.two_gpus.layouts import Weights
 from experiments.two_gpus.ranks import start_ranks
 from muxtune.cost.shapes import ModelShape, model_shape
@@ -50,13 +50,12 @@ from muxtune.runtime.static_step import AdapterPools, Sequence, SlotInput, SlotS
 from muxtune.runtime.static_step.inputs import HostBuffer, StepInputs
 from muxtune.types import ReplicaShape
 
-KNOWN_ROUNDS, TRACED, SIZES, REPEATS = 8, 6, 3, 1
-HEAT_S = 0.7
+TRACED = 6
 # For messages in memory, on each rank; what lies in the host's must be found there first.
 SHARED_BYTES = {"cuda": 3 << 30, "cpu": 1 << 24}
 HOST_BYTES = {"cuda": 640 << 20, "cpu": 1 << 24}
 # For a configuration after it is captured, which took 10 to 25 s, and before.
-HUNG_S, COMPILING_S = {"cuda": 40.0, "cpu": 600.0}, 90.0
+HUNG_S, COMPILING_S = {"cuda": 30.0, "cpu": 600.0}, 90.0
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
@@ -128,42 +127,56 @@ def _part(
 
 
 def make_visits(config: Config, rank: Rank, weights: Weights, stage_part: Any) -> Visits:
-    if config.replica.tp > 1 and config.parts > 1:
-        raise ValueError("ranks of a stage meet after every micro-batch: give one part")
     on_cuda = rank.device.type == "cuda"
     rounds = known_rounds(config, rank.shape.vocab, 512 if on_cuda else 10)
-    pools = []
-    for group in config.groups:
-        slots = (SlotSpec(RANK),) * len(group)
-        pools.append(AdapterPools(stage_part.model, slots, deterministic=False))
-        weights.fill_adapters(pools[-1], group)
-    multiple = 64 if on_cuda else 4
-    found = Visits([], [[] for _ in rounds], [[] for _ in rounds], [], [])
-    for index in range(len(config.groups) * config.parts):
-        pool, num_slots = pools[index // config.parts], len(config.groups[index // config.parts])
-        tokens = [sum(len(s.tokens_n) for s in known[index][0]) for known in rounds]
-        needed = [-(-count // multiple) * multiple for count in tokens]
-        ladder = size_ladder(needed)
-        bounds = max(len(known[index][0]) for known in rounds) + 4
-        layouts = [StepLayout(num_rows, num_slots, bounds, 512) for num_rows in ladder]
-        found.programs.append([
-            VisitProgram(stage_part, pool, StepInputs(layout, rank.device), layout.max_rows)
-            for layout in layouts
-        ])  # fmt: skip
-        found.empty.append([_filled(layout, on_cuda, [], {}) for layout in layouts])
+    layouts, sizes = visit_layouts(config, rounds, ROW_STEP if on_cuda else 4)
+    programs = make_programs(config, layouts, stage_part)
+    for index, group in enumerate(config.groups):
+        weights.fill_adapters(programs[index * config.parts][0].pools, group)
+    found = Visits(programs, sizes, [[] for _ in rounds], [], [])
+    for index, own in enumerate(layouts):
+        found.empty.append([_filled(layout, on_cuda, [], {}) for layout in own])
         for at, known in enumerate(rounds):
-            size = next(i for i, num_rows in enumerate(ladder) if num_rows >= needed[at])
-            found.sizes[at].append(size)
-            found.hosts[at].append(_filled(layouts[size], on_cuda, *known[index]))
+            found.hosts[at].append(_filled(own[sizes[at][index]], on_cuda, *known[index]))
     found.tokens.extend(sum(len(s.tokens_n) for seqs, _ in known for s in seqs) for known in rounds)
     return found
 
 
-def size_ladder(needed: list[int]) -> list[int]:
-    """At most SIZES numbers of rows: the largest that is needed, and others evenly among them."""
-    ordered = sorted(needed)
-    last = len(ordered) - 1
-    return sorted({ordered[round(last * (i + 1) / SIZES)] for i in range(SIZES)})
+def visit_layouts(
+    config: Config, rounds: list[Any], step: int
+) -> tuple[list[list[StepLayout]], list[list[int]]]:
+    """(of each visit, by size; which of the sizes each round takes, by visit)."""
+    layouts, taken = [], []
+    for index in range(len(config.groups) * config.parts):
+        tokens = [sum(len(s.tokens_n) for s in known[index][0]) for known in rounds]
+        sizes, own = rows_taken(tokens, step)
+        num_slots = len(config.groups[index // config.parts])
+        bounds = max(len(known[index][0]) for known in rounds) + 4
+        layouts.append([StepLayout(num_rows, num_slots, bounds, 512) for num_rows in sizes])
+        taken.append(own)
+    return layouts, [list(of_round) for of_round in zip(*taken, strict=True)]
+
+
+def make_programs(
+    config: Config, layouts: list[list[StepLayout]], stage_part: Any
+) -> list[list[VisitProgram]]:
+    if config.replica.tp > 1 and config.parts > 1:
+        raise ValueError("ranks of a stage meet after every micro-batch: give one part")
+    model = stage_part.model
+    pools = [
+        AdapterPools(model, (SlotSpec(RANK),) * len(group), deterministic=False)
+        for group in config.groups
+    ]
+    return [
+        [
+            VisitProgram(
+                stage_part, pools[index // config.parts], StepInputs(layout, model.device),
+                layout.max_rows,
+            )
+            for layout in own
+        ]
+        for index, own in enumerate(layouts)
+    ]  # fmt: skip
 
 
 def _filled(layout: StepLayout, pinned: bool, sequences: list[Sequence], slots: dict) -> HostBuffer:
@@ -191,17 +204,19 @@ def run_config(
     runner.prepare()
     prepared_s = time.perf_counter() - began_s
     faulthandler.dump_traceback_later(HUNG_S[rank.device.type], exit=True)
-    runner.run(1)
     began_s = time.perf_counter()
     profile = profiled(runner, config, visits)
     profiled_s = time.perf_counter() - began_s
     begin_anew(config, visits, weights)
     problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
+    is_interleaved, rounds = config.order == "interleaved", config.rounds(rounds)
     runner.run(1)
-    seconds = statistics.mean(runner.run(rounds) for _ in range(REPEATS))
-    runner.run(TRACED, trace=True)
-    mine = (seconds, runner.spans(), last_metrics(visits, TRACED - 1))
+    seconds = runner.run(rounds, trace=not is_interleaved)
+    metrics = last_metrics(visits, rounds - 1)
+    if is_interleaved:
+        runner.run(TRACED, trace=True)
+    mine = (seconds, runner.spans(), metrics)
     runner.close()
     if rank.memory is not None:
         dist.barrier()
@@ -222,10 +237,10 @@ def run_config(
     }  # fmt: skip
     row["compute_alone_ms"], row["comm_alone_ms"] = busiest_ms(base, profile)
     row |= measured_shares([item[1] for item in every])
-    row |= predicted(problem, order, config, rounds, profile)
+    row["traced_rounds"] = TRACED if is_interleaved else rounds
+    row |= predicted(problem, order, config, rounds, profile, row["traced_rounds"])
     row["prediction_error"] = row["predicted_round_ms"] / row["round_ms"] - 1
-    if config.order == "interleaved":
-        row["traced_rounds"] = TRACED
+    if is_interleaved:
         row["spans"] = [[list(span) for span in item[1]] for item in every]
         row["htask_of_op"] = [base.graph.visits[v].htask for v in base.graph.visit_of]
         row["label_of_op"] = [item.label for item in base.graph.subgraphs]
@@ -301,14 +316,14 @@ def _accumulating(problem: RoundProblem, config: Config) -> RoundProblem:
 
 
 def predicted(
-    problem: RoundProblem, order: Any, config: Config, rounds: int, profile: Profile
+    problem: RoundProblem, order: Any, config: Config, rounds: int, profile: Profile, traced: int
 ) -> dict[str, Any]:
     """By the player, from what was profiled before the order ran."""
     if config.order == "1f1b":
         problem = _accumulating(problem, config)
     timeline = play(order, problem, rounds)
     # Filling and draining weigh the more, the fewer rounds there are: those of the traced run.
-    account = bubble_account(play(order, problem, TRACED))
+    account = bubble_account(play(order, problem, traced))
     longer_ns = play(order, problem, 3 * rounds).makespan_ns
     out = {
         "predicted_round_ms": timeline.makespan_ns / rounds / 1e6,
@@ -368,75 +383,71 @@ def _slowdown(value: float) -> float:
 
 
 def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
-    """Every operation alone, in the mean over the known rounds' sizes: computing by replaying it on
-    a device that does nothing else, exchanges and transfers between ranks that do nothing else.
-    Of equal layers one is timed. The slowest rank counts."""
+    """Every operation, in the mean over the known rounds; the slowest rank counts. Computing as
+    ``computed_s`` has it, exchanges and transfers between ranks that do nothing else."""
     graph, known = runner.schedule.graph, {}
-    times: dict[int, dict[int, float]] = {op: {} for op in range(graph.num_ops)}
-    heat(runner)
-    # Computing first and without a pause: a GPU that waits for the other between its operations
-    # runs at higher clocks than one that trains.
-    for is_message in (False, True):
-        for visit in range(len(visits.programs)):
-            ops = [
-                op for op in range(graph.num_ops)
-                if graph.visit_of[op] == visit and (graph.stream_of[op] % 2 == 1) is is_message
-            ]  # fmt: skip
-            for size in sorted({sizes[visit] for sizes in visits.sizes}):
-                at = next(at for at, sizes in enumerate(visits.sizes) if sizes[visit] == size)
-                # Rows of tasks, not the empty ones that it was captured with.
-                load = partial(runner.load, at, visit, size)
-                runner._with_stream(load)
-                for op in ops:
-                    found = _op_s(runner, op, size, known)
-                    if found is not None:
-                        times[op][size] = found
-    own = {
-        op: statistics.mean(by_size[sizes[graph.visit_of[op]]] for sizes in visits.sizes)
-        for op, by_size in times.items() if by_size
-    }  # fmt: skip
+    for at in covering(visits.sizes):
+        runner.run(1, first_round=at)
+    own = computed_s(runner, visits)
+    for op in (op for op in range(graph.num_ops) if graph.stream_of[op] % 2):
+        visit = graph.visit_of[op]
+        by_size = {
+            size: _moved_s(runner, op, size, known)
+            for size in sorted({sizes[visit] for sizes in visits.sizes})
+        }
+        own[op] = statistics.mean(by_size[sizes[visit]] for sizes in visits.sizes)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
 
 
-def heat(runner: OrderRunner) -> None:
-    """As warm as a GPU is that has trained for a while."""
-    graph, end_s = runner.schedule.graph, time.perf_counter() + HEAT_S
-    ops = [
-        op for op in range(graph.num_ops)
-        if graph.stage_of[op] == runner.stage
-        and runner.schedule.operation(op).action in (Action.FORWARD, Action.BACKWARD)
-    ]  # fmt: skip
-    while runner.on_cuda and time.perf_counter() < end_s:
-        for op in ops:
-            _replayed_s(runner, op, 1)
+def covering(sizes: list[list[int]]) -> list[int]:
+    """Rounds in which every visit takes each of its sizes."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for at, of_visits in enumerate(sizes):
+        if not seen.issuperset(enumerate(of_visits)):
+            seen.update(enumerate(of_visits))
+            found.append(at)
+    return found
 
 
-def _op_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float | None:
-    """None for another stage's computation."""
+def computed_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
+    """This rank's computations, one after another without a pause, on all ranks at once: a GPU
+    that pauses runs at higher clocks, and so does one that computes on zeros. So inputs are rows of
+    tasks and what neighbours have sent before, and all known rounds pass once before those that
+    are timed. Each takes the time from the end of the one before."""
     graph = runner.schedule.graph
-    if graph.stream_of[op] % 2:
-        return _moved_s(runner, op, size, known)
-    if graph.stage_of[op] != runner.stage:
-        return None
-    return _computed_s(runner, op, size, known)
+    own = [op for op in range(graph.num_ops)
+           if graph.stage_of[op] == runner.stage and graph.stream_of[op] % 2 == 0]  # fmt: skip
+    if not runner.on_cuda:
+        return dict.fromkeys(own, _CPU_S)
+    dist.barrier()
+    with torch.cuda.stream(runner._streams[COMPUTE]):
+        marks = [_passed(runner, visits, own, at % KNOWN_ROUNDS) for at in range(2 * KNOWN_ROUNDS)]
+    torch.cuda.synchronize()
+    timed = marks[KNOWN_ROUNDS:]
+    return {
+        op: statistics.mean(of[place].elapsed_time(of[place + 1]) / 1e3 for of in timed)
+        for place, op in enumerate(own)
+    }
 
 
-def _computed_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
-    key = (_alike(runner, op), size)
-    if key not in known:
-        known[key] = _replayed_s(runner, op, 2, size)
-    return known[key]
-
-
-def _alike(runner: OrderRunner, op: int) -> tuple[Any, ...]:
-    """The same for operations that take the same time: halves of one kind of the inner layers."""
-    operation, visit = runner.schedule.operation(op), runner.schedule.graph.visit_of[op]
-    layers = runner.visits[0][0].part.layers
-    if len(operation.parts) != 1 or operation.parts[0][0] in (layers[0], layers[-1]):
-        return (op,)
-    return visit, operation.backward, operation.parts[0][1]
+def _passed(runner: OrderRunner, visits: Visits, ops: list[int], at: int) -> list[Any]:
+    """A round's computations on the current stream; an event before them and after each."""
+    marks = [torch.cuda.Event(enable_timing=True)]
+    marks[0].record()
+    for op in ops:
+        visit, operation = runner.schedule.graph.visit_of[op], runner.schedule.operation(op)
+        size = visits.sizes[at][visit]
+        if operation.action is Action.FORWARD and runner.program(op, size)._starts(
+            operation.parts[0]
+        ):
+            runner.load(at, visit, size)
+        runner.graph(op, size)()
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+    return marks
 
 
 def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
@@ -461,11 +472,11 @@ def waiting_slowdown(runner: OrderRunner, op: int) -> float:
             dist.barrier()
             runner._on_stream(COMM, wire.send, ())
             continue
-        alone_s = _replayed_s(runner, op, 8)
+        alone_s = _replayed_s(runner, op, 4)
         name = "below" if other < turn else "above"
         runner._on_stream(name, wire.receive, ())
         time.sleep(0.02)  # by then it waits
-        slowdown = _replayed_s(runner, op, 8) / alone_s
+        slowdown = _replayed_s(runner, op, 4) / alone_s
         dist.barrier()
     if runner.on_cuda:
         torch.cuda.synchronize()
@@ -614,9 +625,10 @@ def measured_shares(spans: list[list[TimedSpan]]) -> dict[str, Any]:
     """Of the traced rounds: the idle share of each rank's computing in the steady middle, and the
     three kinds of idle time as ``bubble_account`` has them, ranks in the place of stages."""
     steady, works, periods = [], [], []
+    traced = rounds_of(spans)
     for own in spans:
         compute = sorted((s for s in own if s.stream == COMPUTE), key=lambda s: s.start_s)
-        first, last = TRACED // 2 - 1, TRACED - 2
+        first, last = traced // 2 - 1, traced - 2
         op = compute[0].op
         starts = {s.round: s.start_s for s in compute if s.op == op}
         begin, end = starts[first], starts[last]
@@ -628,14 +640,18 @@ def measured_shares(spans: list[list[TimedSpan]]) -> dict[str, Any]:
     mean = statistics.mean(works)
     return {
         "steady_bubble_by_rank": steady, "steady_bubble": min(steady), "period_ms": 1e3 * period,
-        "fill_drain": 1 - TRACED * period / total,
+        "fill_drain": 1 - traced * period / total,
         "imbalance": (max(works) - mean) / total,
-        "stalls": (TRACED * period - max(works)) / total,
-        "exposed_ms": max(map(exposed_ms, spans)),
+        "stalls": (traced * period - max(works)) / total,
+        "exposed_ms": max(exposed_ms(own, traced) for own in spans),
     }  # fmt: skip
 
 
-def exposed_ms(spans: list[TimedSpan]) -> float:
+def rounds_of(spans: list[list[TimedSpan]]) -> int:
+    return 1 + max(span.round for own in spans for span in own)
+
+
+def exposed_ms(spans: list[TimedSpan], rounds: int) -> float:
     """Of a traced round, on one rank: communicating, while nothing is computed."""
     edges = []
     for span in spans:
@@ -646,7 +662,7 @@ def exposed_ms(spans: list[TimedSpan]) -> float:
         exposed_s += (at_s - before_s) * (counts[1] > 0 and not counts[0])
         counts[kind] += change
         before_s = at_s
-    return 1e3 * exposed_s / TRACED
+    return 1e3 * exposed_s / rounds
 
 
 # ------------------------------------------------------------------------------------ ranks
@@ -661,6 +677,12 @@ def rank_main(rank: int, device: torch.device, args: Any) -> None:
     me = Rank(rank, device, dtype, shape_of(args), shared_memory(rank, device, args))
     for configs in args.layouts:
         run_layout(configs, me, args)
+
+
+def plan_ahead(args: Any) -> None:
+    """What takes seconds and needs no GPU."""
+    for config in (config for configs in args.layouts for config in configs):
+        assert config.groups
 
 
 def spare(count: int) -> None:
@@ -699,14 +721,16 @@ def run_layout(configs: list[Config], me: Rank, args: Any) -> None:
         patience_s = HUNG_S[args.device]
         faulthandler.dump_traceback_later(COMPILING_S + patience_s, exit=True)
         held = held or hold(replica, me)
-        row = run_config(config, me, *held, args.rounds)
+        rank = me._replace(memory=None) if config.by_nccl else me
+        row = run_config(config, rank, *held, args.rounds)
         if me.device.type == "cuda":
             torch.cuda.empty_cache()
         if me.rank == 0:
             spent_s = time.perf_counter() - start_s
-            tell(args, {**row, "label": args.label, "spared": args.spared, "seconds": spent_s})
+            label = args.label.replace("copies", "NCCL") if config.by_nccl else args.label
+            tell(args, {**row, "label": label, "spared": args.spared, "seconds": spent_s})
             print(
-                f"[{spent_s:.1f} s] {args.label}: {config.name}: {row['round_ms']:.1f} ms a round "
+                f"[{spent_s:.1f} s] {label}: {config.name}: {row['round_ms']:.1f} ms a round "
                 f"({row['prediction_error']:+.1%} predicted), "
                 f"{row['effective_tokens_per_s']:,.0f} tok/s, bubble {row['steady_bubble']:.1%}",
                 flush=True,
@@ -784,13 +808,11 @@ def main() -> None:
     )
     parser.add_argument("--label", default="", help="of the rows: which link, which limits")
     parser.add_argument("--budget", type=float, default=1e6, help="seconds for all of it")
+    parser.add_argument("--gate", default="", help="see ``ranks.start_ranks``")
     args = parser.parse_args()
-    args.deadline = time.time() + args.budget
     args.layouts = [list(SETS[name]) for name in args.only.split(",")]
-    for config in (config for configs in args.layouts for config in configs):
-        assert config.groups  # planned once, before there are ranks
     tell(args, {"facts": facts(args), "label": args.label})
-    start_ranks(rank_main, args, args.budget)
+    start_ranks(rank_main, args, args.budget, args.gate, plan_ahead)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,19 @@ def test_all_kernels_of_a_profile(not_compiled) -> None:
     assert set(done.folders) >= PLAIN | PACKED | ROTATED | OTHERS
 
 
+@pytest.mark.parametrize("layout", ["PIPELINE", "TENSOR"])
+def test_all_kernels_of_stages(layout: str, not_compiled) -> None:
+    """As a whole step has them; the last stage has the loss."""
+    from experiments.two_gpus import cases
+    from experiments.two_gpus.ahead import compile_stages
+    from muxtune_kernels.multi_lora import tuning
+
+    config = cases.Config(getattr(cases, layout), "2", 1, "interleaved")
+    done = compile_stages(config, 4, H100, tiny())
+    assert set(done.folders) >= PLAIN | PACKED
+    assert tuning._spared == 0
+
+
 def test_sizes_and_addresses_are_those_of_training(not_compiled) -> None:
     """What a size rounds up to and where a view begins decide the kernels."""
     lora = {"lora": ALL}

@@ -66,5 +66,5 @@ def test_bubbles_are_split_as_the_player_splits_them(order: str) -> None:
 def test_exposed_communication_is_the_players(order: str) -> None:
     timeline = played(Config(TENSOR, "2", 1, order), (3, 4))
     exposed = communication_shares(timeline)[0] * timeline.makespan_ns / TRACED / 1e6
-    assert exposed_ms(as_traced(timeline, 0)) == pytest.approx(exposed, rel=1e-6)
+    assert exposed_ms(as_traced(timeline, 0), TRACED) == pytest.approx(exposed, rel=1e-6)
     assert exposed > 0 or order == "interleaved"

@@ -12,6 +12,7 @@ On a CPU the memory is shared through a file, and a waiting thread looks again a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -30,6 +31,7 @@ _FLAG_BYTES = 1 << 16
 _ALIGN_BYTES = 512
 _POLL_S = 5e-5
 _TRIAL_S = 10.0
+_PIECES, _PIECE_BYTES = 4, 1 << 20  # of a message by way of the host: at most, at least
 
 
 class Unavailable(Exception):
@@ -169,22 +171,46 @@ class PairSum:
     other: of two, no way moves fewer bytes. Both call it for the same tensors in the same order.
 
     Two buffers in turn suffice: a rank writes the message after next only when it has had the
-    next, which the other sent when it was through with this one.
+    next, which the other sent when it was through with this one. By way of the host a message goes
+    in pieces: while one is fetched on a stream of its own, the next is on its way there.
     """
 
     def __init__(self, memory: PeerMemory, other: int, most_bytes: int) -> None:
         self._memory, self._other = memory, other
         self._buffers = [memory.take((most_bytes,), torch.uint8) for _ in range(2)]
         self._flag = memory.flag()
+        device = self._buffers[0].device
+        goes_in_pieces = memory.through_host and device.type == "cuda"
+        self._fetching = torch.cuda.Stream(device, priority=-2) if goes_in_pieces else None
 
     def __call__(self, tensor: Tensor) -> None:
         buffer = self._buffers[0]
         self._buffers.reverse()
         theirs = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        self._memory.put(tensor, theirs, self._other)
-        self._memory.announce(self._flag, self._other)
-        self._memory.heed(self._flag, theirs)
+        if self._memory.through_host:
+            self._by_pieces(tensor.flatten(), theirs.view(-1))
+        else:
+            self._memory.put(tensor, theirs, self._other)
+            self._memory.announce(self._flag, self._other)
+            self._memory.heed(self._flag, theirs)
         tensor.add_(theirs)
+
+    def _by_pieces(self, own: Tensor, theirs: Tensor) -> None:
+        count = max(1, min(_PIECES, own.nbytes // _PIECE_BYTES))
+        length = max(1, -(-own.numel() // count))
+        stream, fetching = self._fetching, contextlib.nullcontext()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())  # until then the buffer may be read
+            fetching = torch.cuda.stream(stream)
+        twins = theirs.split(length)
+        for piece, twin in zip(own.split(length), twins, strict=True):
+            self._memory.put(piece, twin, self._other)
+            self._memory.announce(self._flag, self._other)
+        with fetching:
+            for twin in twins:
+                self._memory.heed(self._flag, twin)
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 def _gathered(value: Any, group: Any) -> list[Any]:

@@ -119,7 +119,9 @@ class VisitProgram:
         on_cuda = model.device.type == "cuda"
         tiles = num_rows // _LEAST_TILE_ROWS + 1
         count = _FORWARD_PRODUCTS * len(part.layers) * tiles
-        self._flags = ReadyFlags(count, model.device) if OWN_SHRINK and on_cuda else None
+        # Kernels that are compiled only are those of a GPU that is not there.
+        takes_flags = OWN_SHRINK and model.final_norm_D.is_cuda
+        self._flags = ReadyFlags(count, model.device) if takes_flags else None
         # What nobody waits for within an operation runs beside the rest of it, as in ``program``.
         self._side = _side_stream(model.device) if OVERLAP and on_cuda else None
         self._held: list[Any] = []  # is read there
