@@ -6,7 +6,6 @@ or by the command itself on one host.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -197,15 +196,29 @@ def follow(config: TrainConfig) -> None:
 
 def facts_of(config: TrainConfig) -> dict[str, str]:
     """What must be the same on all ranks."""
-    packages = provenance(config.seed)["packages"]
-    facts = {f"version of {name}": str(value) for name, value in packages.items()}
+    here = provenance(config.seed)
+    versions = {
+        **here["packages"],
+        "python": here["python"].rpartition(".")[0],
+        "muxtune": f"{here['muxtune']}, commit {here['git_commit']}",
+    }
+    facts = {f"version of {name}": str(value) for name, value in versions.items()}
     facts["cost.path"] = _profile_hash(config.cost)
     for name in ("model", "cluster", "backend", "seed"):
         value = getattr(config, name)
         plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-        text = json.dumps(plain, sort_keys=True, default=str)
-        facts[name] = text if len(text) < 60 else hashlib.sha256(text.encode()).hexdigest()[:16]
+        facts |= _leaves(name, plain)
     return facts
+
+
+def _leaves(name: str, value: Any) -> dict[str, str]:
+    """Each setting by its whole name, so that the one that differs can be named."""
+    if not isinstance(value, Mapping):
+        return {name: json.dumps(value, default=str)}
+    leaves: dict[str, str] = {}
+    for key, below in value.items():
+        leaves |= _leaves(f"{name}.{key}", below)
+    return leaves
 
 
 def _profile_hash(cost: CostConfig) -> str:

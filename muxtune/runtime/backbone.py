@@ -26,6 +26,7 @@ from muxtune.runtime.passes import PassState
 from muxtune.runtime.prepended import gather_rows
 from muxtune.runtime.random_models import check_random, random_model
 from muxtune.runtime.tokenizers import ByteTokenizer, HuggingFaceTokenizer
+from muxtune.types import TaskSpec
 from muxtune.workload.encoding import Tokenizer
 
 ALL_LINEAR = ("all-linear",)
@@ -108,6 +109,10 @@ class Backbone:
         embedding = self.model.get_input_embeddings()
         (name,) = (name for name, module in self.model.named_modules() if module is embedding)
         return LinearSite(name, embedding.embedding_dim, embedding.embedding_dim, module_key(name))
+
+    def check_task(self, task: TaskSpec) -> None:
+        """Raises ConfigError for an adapter that this part of a model cannot hold; a whole model
+        holds any."""
 
     def sites_of(self, place: Place, targets: tuple[str, ...]) -> tuple[LinearSite, ...]:
         """Where an adapter sits. Raises ConfigError for targets, or a method, that do not fit."""

@@ -507,6 +507,7 @@ def _check_replicas(spec: InstanceSpec) -> None:
 
 def _check_task(spec: TaskSpec, backbone: Backbone) -> None:
     """What only the model can tell. Raises ConfigError."""
+    backbone.check_task(spec)
     method = adapter_method(spec.adapter.method)
     method.check(spec.adapter)
     backbone.sites_of(method.place, spec.adapter.targets)

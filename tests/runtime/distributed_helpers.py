@@ -47,6 +47,18 @@ def five_tasks(steps: int, **changes: Any) -> list[TaskSpec]:
     ]
 
 
+def other_methods(steps: int) -> list[TaskSpec]:
+    """What pipelines take beside LoRA, and rsLoRA."""
+    common = {"num_steps": steps, "dropout": 0.1}
+    halves = {"targets": ("o_proj", "down_proj"), "method": "bottleneck"}
+    return [
+        make_task("rslora", **common, rank=8, options={"use_rslora": True}),
+        make_task("ia3", num_steps=steps, method="ia3", rank=0, targets=("k_proj", "down_proj")),
+        make_task("bottleneck", **common, **halves, batch_size=2, accumulation=2),
+        make_task("ia3 too", num_steps=steps, method="ia3", rank=0, targets=("v_proj", "up_proj")),
+    ]
+
+
 def run_world(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """``work(rank, *arguments)`` in forked processes that have a process group."""
     context = multiprocessing.get_context("fork")

@@ -28,6 +28,7 @@ from tests.runtime.distributed_helpers import (
     Weights,
     counted_plan,
     five_tasks,
+    other_methods,
     random_order,
     run_world,
     spread,
@@ -84,6 +85,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             folder / "unclipped", five_tasks(ORDER_STEPS, max_grad_norm=0.0)
         ),
         "orders": on_one_process(folder / "orders", five_tasks(ORDER_STEPS)),
+        "methods": on_one_process(folder / "methods", other_methods(FEW_STEPS)),
     }
 
 
@@ -100,6 +102,8 @@ def same_run(ranks: Ranks, folder: Path, name: str) -> None:
         "first": (five_tasks(1, max_grad_norm=0.0), "exp_avg"),
         "few": (five_tasks(FEW_STEPS), "param"),
     }
+    if all(shape.tp == 1 for shape in ranks.replicas):
+        runs["methods"] = (other_methods(FEW_STEPS), "param")
     out = {
         kind: train(
             ranks.bench(folder / name / kind), two_htasks(tasks, ranks.replicas), tasks, what
@@ -221,6 +225,14 @@ def test_a_task_cannot_tell_its_neighbours_on_ranks_either(folder: Path, name: s
     found = torch.load(folder / f"{name}.pt", weights_only=False)
     for task_id, together in found["few"].weights.items():
         assert worst_gap(together, found[f"{task_id} alone"].weights[task_id]) <= 1e-6, task_id
+
+
+@pytest.mark.parametrize("name", ["pipeline", "unequal"])
+def test_stages_train_other_methods_together(
+    folder: Path, reference: dict[str, Outcome], name: str
+) -> None:
+    found = torch.load(folder / f"{name}.pt", weights_only=False)["methods"]
+    assert trains_the_same(found, reference["methods"])
 
 
 def test_any_valid_order_trains_the_same(folder: Path, reference: dict[str, Outcome]) -> None:

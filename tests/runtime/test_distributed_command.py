@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from muxtune.cli import main
+from muxtune.commands import ranks
 from muxtune.errors import ConfigError
+from muxtune.report.run_folder import provenance
 from muxtune.runtime.distributed.launch import RankInfo, agree
 from tests.runtime.distributed_helpers import free_port, run_world
 
@@ -170,6 +172,18 @@ def test_layouts_that_cannot_be_are_refused_before_any_rank_starts(
     assert said in capfd.readouterr().err
 
 
+def test_a_method_that_cannot_be_spread_fails_its_own_task_and_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(data, tmp_path / "run", 2, *PIPELINE)
+    tasks = data.with_name("tasks-prefix.yaml")
+    prefix = "  - {id: third, method: prefix, rank: 2}\n"
+    tasks.write_text(TASKS.format(data=data, steps=2, fewer=1) + prefix)
+    assert main([*arguments, f"workload.tasks_file={tasks}"]) == 2
+    assert "'prefix', which cannot be spread over" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == {"first", "second"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [("backend.step=captured", "backend.step"), ("backend.device=cuda", "torch sees 1")],
@@ -218,6 +232,41 @@ def _disagree(rank: int, folder: Path) -> None:
             agree(info, {"model": "same", field: value}, 5.0)
         (folder / f"{field}-{rank}").write_text(str(caught.value))
     agree(info, {"model": "same"}, 5.0)
+
+
+def _another_peft(seed: int) -> dict[str, Any]:
+    here = provenance(seed)
+    return {**here, "packages": {**here["packages"], "peft": "9.9"}}
+
+
+def _another_muxtune(seed: int) -> dict[str, Any]:
+    return {**provenance(seed), "git_commit": "1234"}
+
+
+@pytest.mark.parametrize(
+    ("change", "there", "said"),
+    [
+        ("model.seed=5", provenance, "model.seed: rank 1 has '5', but rank 0 has '0'"),
+        ("seed=0", _another_peft, "version of peft: rank 1 has '9.9'"),
+        ("seed=0", _another_muxtune, "version of muxtune: rank 1 has '"),
+    ],
+)
+def test_commands_that_differ_name_what_differs_on_every_rank(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, there: Any, said: str
+) -> None:
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    processes = []
+    for rank, more in enumerate(((), (change,))):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(ranks, "provenance", there if rank else provenance)
+        arguments = words(data, tmp_path / "run", 2, *PIPELINE, *more)
+        processes.append(started(tmp_path / f"log-{rank}", arguments))
+    for rank, process in enumerate(processes):
+        process.join(NOTICE_S)
+        assert process.exitcode == 2
+        assert said in (tmp_path / f"log-{rank}").read_text()
 
 
 def test_ranks_with_other_versions_or_profiles_are_refused_on_every_rank(tmp_path: Path) -> None:
