@@ -16,6 +16,8 @@ from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.cost.tiles import Tiling
 from muxtune.errors import ProfileError
 from muxtune.profiling.captured_ops import tiling_here
+from muxtune.profiling.step_cases import StepCase, StepTask, plan_of
+from muxtune.types import ReplicaShape
 from muxtune_kernels.multi_lora import tuning
 
 LLAMA_7B, LLAMA_8B = model_shape("llama-2-7b"), model_shape("llama-3.1-8b")
@@ -173,3 +175,54 @@ def test_eager_baselines_are_not_those_of_captured_steps(tiling: Tiling) -> None
     assert isinstance(
         book.with_options(AnalyticOptions())("llama-2-7b", "H100-SXM"), CapturedCostModel
     )
+
+
+def _timed(**seconds_of: float) -> dict[str, Any]:
+    return {**dict.fromkeys(("median_s", "p05_s", "p95_s"), seconds_of.pop("s")), **seconds_of}
+
+
+def test_attention_alone_follows_how_far_rows_look_back(tiling: Tiling) -> None:
+    """Short sequences and long ones both take longer than those between."""
+    raw, name = _profile(tiling), "attention_forward.32x32x128"
+    points = [
+        _timed(s=rows * per_row * 1e-9, rows=rows, pairs=rows * back)
+        for rows in (512, 4096)
+        for back, per_row in ((8, 40), (32, 20), (128, 30))
+    ]
+    raw["ops"] |= {name: {"unit": "s", "axes": ["rows", "pairs"], "points": points}}
+    model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+    for back, per_row in ((8, 40), (16, 30), (32, 20), (64, 25), (128, 30), (500, 30)):
+        found = model.attention_time(name, 1000, 1000 * back)
+        assert found.value_s == pytest.approx(1000 * per_row * 1e-9) and not found.extrapolated
+    assert model.attention_time(name, 8192, 8192 * 32).extrapolated
+
+
+def test_library_products_and_logits_take_whole_tiles_and_chunks(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    for name in ("frozen_forward.4096x4096", "full_loss.4096x32000"):
+        points = [_timed(s=rows * 1e-9, rows=rows) for rows in (128, 4096)]
+        raw["ops"] |= {name: {"unit": "s", "axes": ["rows"], "points": points}}
+    model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
+
+    def rows_paid(name: str, rows: float) -> float:
+        op = Op(name, BACKBONE, False, 1, (rows,), 0.0, 0.0, 0.0, 1)
+        return 1e9 * model.op_time(op).value_s
+
+    assert rows_paid("frozen_forward.4096x4096", 1030) == pytest.approx(1152)
+    assert rows_paid("frozen_forward.4096x4096", 1024) == pytest.approx(1024)
+    assert rows_paid("full_loss.4096x32000", 700) == pytest.approx(700)
+    assert rows_paid("full_loss.4096x32000", 1030) == pytest.approx(2048)
+
+
+def test_a_larger_pass_has_all_captured_anew(tiling: Tiling) -> None:
+    model = CapturedCostModel(LLAMA_7B, _profile(tiling))
+    small, same, large = (
+        plan_of([StepCase("", LLAMA_7B, (StepTask(),), ((0,),), 64, rows)._htask([0])])
+        for rows in (512, 512, 1024)
+    )
+    assert model.captures_anew(small, large)
+    assert not model.captures_anew(large, small) and not model.captures_anew(small, same)
+    both = plan_of([*small.htasks, *large.htasks])
+    one_s = model.capture_s(small.htasks[0].shapes[0], ReplicaShape()).value
+    known = model.transition_s(both, small).value
+    assert model.transition_s(small, both).value - known >= 2 * one_s > 0
