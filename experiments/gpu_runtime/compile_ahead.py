@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:sim:kernels python3 experiments/gpu_runtime/compile_ahead.py --out kernels_h100
 
+What is asked for is found out first, by all that is to run; what several ask for is compiled once.
 On the machine with the GPU: ``TRITON_CACHE_DIR=kernels_h100``. Both need the same minor version of
 Python, the same version of Triton and the same commit. Triton keeps whole paths: say with ``--at``
 where the folder will lie there.
@@ -15,39 +16,50 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from muxtune_kernels.without_gpu import Compiled, Target
+    from muxtune.cost.shapes import ModelShape
+    from muxtune.types import Plan, TaskSpec
+    from muxtune_kernels.without_gpu import Wanted
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE.parent.parent)]
+# Two of them have a module ``run``.
+sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE), str(HERE.parent.parent)]
 
-
-PROFILE, RATIO, STAGES = "profile", "kernel_ratio", "two_gpus"
-PARTS = {PROFILE: 12, RATIO: 8, STAGES: 10}  # of others: one
+PROFILE, SUITE, RATIO, STAGES = "profile", "suite", "kernel_ratio", "two_gpus"
+RUNTIME = ("isolation", "kill", "joins", "memory")  # parts of this folder's run.py
+PIECE = 12  # of a profile's or a suite's operations and steps, which one worker runs through
+RATIO_PARTS = 8
 PROFILED, MAX_ROWS = "llama-2-7b", 4096  # as experiments/gpu_validation/run.py has them
 
 
-class Job(NamedTuple):
-    """Every ``parts``-th of a case's pieces, from ``part`` on."""
+class Piece(NamedTuple):
+    """What one worker finds out about. ``ask`` takes ``arguments``, the target's name and whether
+    steps are deterministic where they need not be."""
 
     name: str
-    part: int = 0
-    parts: int = 1
+    ask: Callable[..., set[Wanted]]
+    arguments: tuple[Any, ...]
+
+
+class Asked(NamedTuple):
+    name: str
+    wanted: set[Wanted]
+    seconds: float
+    error: str = ""
 
 
 class Done(NamedTuple):
-    """What a worker has compiled; ``new``: what was not there yet."""
+    """``new``: it was not there yet."""
 
-    job: Job
-    kernels: int
-    new: int
+    name: str
+    new: bool
     seconds: float
     error: str = ""
 
@@ -55,115 +67,272 @@ class Done(NamedTuple):
 def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return [*CASES, *PARTS]
+    return [*CASES, *RUNTIME, PROFILE, RATIO, SUITE, STAGES]
 
 
-def jobs_of(names: list[str]) -> list[Job]:
-    counts = {name: PARTS.get(name, 1) for name in names}
-    return [Job(name, part, parts) for name, parts in counts.items() for part in range(parts)]
+def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
+    found: list[Piece] = []
+    for name in names:
+        if name in (PROFILE, SUITE):
+            jobs = profile_jobs() if name == PROFILE else suite_jobs(profile)
+            count = max(1, len(jobs) // PIECE)
+            # Those that follow each other are of one model.
+            ends = [len(jobs) * part // count for part in range(count + 1)]
+            found += [
+                Piece(f"{name} {part + 1}/{count}", ask_jobs, (jobs[ends[part] : ends[part + 1]],))
+                for part in range(count)
+            ]
+        elif name == RATIO:
+            found += [Piece(f"{name} {i}", ask_ratio, (i,)) for i in range(RATIO_PARTS)]
+        elif name == STAGES:
+            from experiments.two_gpus.ahead import STAGE_PHASES
+            from experiments.two_gpus.warm import kinds
+
+            found += [
+                Piece(f"{name}, {config.name}", ask_stages, (spared, config))
+                for spared, config in kinds(STAGE_PHASES)
+            ]
+        elif name in RUNTIME:
+            found.append(Piece(name, ask_runtime, (name,)))
+        else:
+            found.append(Piece(name, ask_case, (name,)))
+    return found
 
 
-def compile_job(job: Job, target: str, deterministic: bool) -> Done:
+def find_out(piece: Piece, target: str, deterministic: bool) -> Asked:
     """Runs in a worker."""
-    from muxtune_kernels.without_gpu import TARGETS
+    start_s = time.monotonic()
+    try:
+        wanted = piece.ask(*piece.arguments, target, deterministic)
+    except Exception as error:
+        return Asked(piece.name, set(), time.monotonic() - start_s, _told(error))
+    return Asked(piece.name, wanted, time.monotonic() - start_s)
+
+
+def compile_one(wanted: Wanted, target: str) -> Done:
+    """Runs in a worker."""
+    from muxtune_kernels.without_gpu import TARGETS, compile_wanted
 
     start_s, folder = time.monotonic(), Path(os.environ["TRITON_CACHE_DIR"])
-    before = {item.name for item in folder.iterdir()}
-    found: set[str] = set()
-    compiled = {PROFILE: _of_profile, RATIO: _of_ratio, STAGES: _of_stages}.get(job.name, _of_case)
+    began_s = time.time()
     try:
-        for item in compiled(job, TARGETS[target], deterministic):
-            found |= {each for folders in item.folders.values() for each in folders}
+        made = folder / compile_wanted(wanted, TARGETS[target])
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Done(job, 0, 0, time.monotonic() - start_s, text)
-    return Done(job, len(found), len(found - before), time.monotonic() - start_s)
+        return Done(wanted.name, True, time.monotonic() - start_s, _told(error))
+    is_new = made.stat().st_mtime >= began_s - 1.0
+    return Done(wanted.name, is_new, time.monotonic() - start_s)
 
 
-def _of_case(job: Job, target: Target, deterministic: bool) -> Iterator[Compiled]:
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def ask_case(name: str, target: str, deterministic: bool) -> set[Wanted]:
     """A case of the step throughput, as it is planned and captured there."""
     import product  # type: ignore[import-not-found]
     from run import CASES  # type: ignore[import-not-found]
 
-    from muxtune.profiling.ahead import compile_plan
-
     with tempfile.TemporaryDirectory() as place:
-        shape, plan, tasks, lengths = product.planned(CASES[job.name], Path(place), rounds=50)
-    yield compile_plan(shape, plan, tasks, lengths, target, deterministic)
+        shape, plan, tasks, lengths = product.planned(CASES[name], Path(place), rounds=50)
+    return _of_plans([(shape, plan, tasks, lengths)], target, deterministic)
 
 
-def _of_profile(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
-    """Operations and steps of a profile, which is of deterministic ones."""
+def _of_plans(
+    plans: Iterable[tuple[ModelShape, Plan, dict[str, TaskSpec], Any]],
+    target: str,
+    deterministic: bool,
+) -> set[Wanted]:
+    from muxtune.profiling.ahead import launch_plan
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
+
+    found: set[Wanted] = set()
+    for shape, plan, tasks, lengths in plans:
+        with asking_for(TARGETS[target]) as wanted:
+            launch_plan(shape, plan, tasks, lengths, deterministic)
+        found |= wanted
+    return found
+
+
+def ask_jobs(jobs: list[Any], target: str, _deterministic: bool) -> set[Wanted]:
+    """Operations and steps of a profile or a suite, which are deterministic."""
+    from muxtune.profiling.ahead import asked_by
+    from muxtune_kernels.without_gpu import TARGETS
+
+    return asked_by(jobs, TARGETS[target])
+
+
+def profile_jobs() -> list[Any]:
     from muxtune.cost.shapes import model_shape
-    from muxtune.profiling.ahead import compile_ops, compile_plan
     from muxtune.profiling.calibration_cases import shallow
     from muxtune.profiling.captured_cases import few_block_cases, whole_cases
     from muxtune.profiling.captured_profile import op_jobs, rows_up_to
+    from muxtune.profiling.compiling import step_jobs
 
-    shape, mine = model_shape(PROFILED), slice(job.part, None, job.parts)
-    yield compile_ops(shape, op_jobs(shape, rows_up_to(MAX_ROWS))[mine], target)
+    shape = model_shape(PROFILED)
     few = shallow(shape)
     cases = [*(few_block_cases(few, MAX_ROWS) if few else ()), *whole_cases(shape, MAX_ROWS)]
-    for case in cases[mine]:
-        yield compile_plan(case.shape, case.plan(), case.specs(), None, target, True)
+    steps = [job for case in cases for job in step_jobs(case.shape, case.plan(), case.specs())]
+    return [*op_jobs(shape, rows_up_to(MAX_ROWS)), *steps]
 
 
-def _of_ratio(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
-    """Ours of the methods that experiments/kernel_ratio times."""
-    from muxtune_kernels.without_gpu import compiling_for
+def suite_jobs(path: Path) -> list[Any]:
+    """What experiments/gpu_validation/run.py measures, by its defaults, of what is not given."""
+    from muxtune.validation.attempts import Attempt
+    from muxtune.validation.running import drawn_of, jobs_of
+
+    validation = SimpleNamespace(**runpy.run_path(str(HERE.parent / "gpu_validation" / "run.py")))
+    with tempfile.TemporaryDirectory() as place:
+        args = validation.arguments().parse_args(["--out", place])
+        attempt = Attempt(Path(place), path)
+        drawn = drawn_of(attempt, validation.options_of(args, 1.0))
+        if drawn.no_runs:
+            print(f"no dynamic runs: {drawn.no_runs}", flush=True)
+        return jobs_of(attempt, drawn)
+
+
+def ask_runtime(name: str, target: str, deterministic: bool) -> set[Wanted]:
+    """A part of this folder's run.py."""
+    from muxtune.cost.shapes import model_shape
+
+    shape = model_shape(PROFILED)
+    return {"isolation": _isolation, "kill": _kill, "joins": _joins, "memory": _memory}[name](
+        shape, target
+    )
+
+
+def _isolation(shape: ModelShape, target: str) -> set[Wanted]:
+    import isolation  # type: ignore[import-not-found]
+
+    shape, found = shape._replace(num_layers=2), set()
+    for tasks in (isolation.lora_tasks(), isolation.mixed_tasks()):
+        found |= _by_hand(shape, [tasks], isolation.QUOTA, target, True)
+    tasks = isolation.lora_tasks()
+    return found | _by_hand(shape, [tasks], isolation.QUOTA, target, False)
+
+
+def _joins(shape: ModelShape, target: str) -> set[Wanted]:
+    import joins  # type: ignore[import-not-found]
+
+    return _by_hand(shape, list(joins.companies()), joins.QUOTA, target, False)
+
+
+def _by_hand(
+    shape: ModelShape, companies: list[Any], quota: int, target: str, exact: bool
+) -> set[Wanted]:
+    """Of plans with one hTask, as ``bench`` makes them; a place may be free."""
+    from bench import MODEL, htask_of, plan_of  # type: ignore[import-not-found]
+
+    from muxtune.workload.random_texts import RandomTexts
+
+    plans = []
+    for members in companies:
+        tasks = {task.task_id: task for task in members if task is not None}
+        texts = RandomTexts(shape.vocab)
+        for task in tasks.values():
+            assert task.model == MODEL
+            texts.add(task)
+        plans.append((shape, plan_of([htask_of(members, quota)]), tasks, texts))
+    return _of_plans(plans, target, exact)
+
+
+def _kill(_: ModelShape, target: str) -> set[Wanted]:
+    import kill  # type: ignore[import-not-found]
+
+    plans = [
+        (shape, plan, {task.task_id: task for task in tasks}, None)
+        for shape, plan, tasks in kill.plans()
+    ]
+    return _of_plans(plans, target, True)
+
+
+def _memory(shape: ModelShape, target: str) -> set[Wanted]:
+    import memory  # type: ignore[import-not-found]
+
+    plans = [
+        (shape, plan, {task.task_id: task for task in tasks}, None)
+        for plan, tasks in memory.plans(shape)
+    ]
+    return _of_plans(plans, target, True)
+
+
+def ask_ratio(part: int, target: str, _deterministic: bool) -> set[Wanted]:
+    """Ours of the methods that experiments/kernel_ratio times: every so many sizes."""
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
 
     path = HERE.parent / "kernel_ratio" / "run.py"  # not the module ``run`` of the other folder
     ratio = SimpleNamespace(**runpy.run_path(str(path)))
     shapes = ratio.all_shapes(ratio.SIZES, ratio.TOKENS, ratio.TASKS)
-    for shape in shapes[job.part :: job.parts]:
-        with compiling_for(target) as compiled:
+    found: set[Wanted] = set()
+    for shape in shapes[part::RATIO_PARTS]:
+        with asking_for(TARGETS[target]) as wanted:
             case = ratio.Case(*shape, device="cpu")
             extras = ratio.extras_of(case) if ratio.has_extras(shape) else {}
             for step in (ratio.own_methods(case) | extras).values():
                 step(case.sets[0])
-        yield compiled
+        found |= wanted
+    return found
 
 
-def _of_stages(job: Job, target: Target, _deterministic: bool) -> Iterator[Compiled]:
+def ask_stages(spared: int, config: Any, target: str, _deterministic: bool) -> set[Wanted]:
     """Of the first phases that experiments/two_gpus measures."""
-    from experiments.two_gpus.ahead import STAGE_PHASES, compile_stages
-    from experiments.two_gpus.warm import kinds
+    from experiments.two_gpus.ahead import launch_stages
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
 
-    for spared, config in kinds(STAGE_PHASES)[job.part :: job.parts]:
-        yield compile_stages(config, spared, target)
+    with asking_for(TARGETS[target]) as wanted:
+        launch_stages(config, spared)
+    return wanted
 
 
-def compile_all(args: Any) -> list[Done]:
+def compile_all(args: Any) -> bool:
+    """Whether all went well, within the time."""
     from rich.progress import Progress
 
-    done: list[Done] = []
-    jobs = jobs_of(args.cases)
+    end_s = time.monotonic() + args.limit_s
+    pieces = pieces_of(args.cases, args.profile)
     pool = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"))
-    futures = [pool.submit(compile_job, job, args.target, args.deterministic) for job in jobs]
     try:
         with Progress(disable=not sys.stderr.isatty()) as progress:
-            bar = progress.add_task("compiling", total=len(futures))
-            for future in as_completed(futures, args.limit_s):
-                done.append(future.result())
-                progress.update(bar, advance=1)
-                print(_line(done[-1]), flush=True)
+            asked = [
+                pool.submit(find_out, piece, args.target, args.deterministic) for piece in pieces
+            ]
+            wanted: set[Wanted] = set()
+            made: list[Future[Done]] = []
+            for future in _finished(asked, end_s, progress, "asking"):
+                found: Asked = future.result()
+                made += [pool.submit(compile_one, x, args.target) for x in found.wanted - wanted]
+                new = len(found.wanted - wanted)
+                wanted |= found.wanted
+                what = found.error or f"{len(found.wanted)} kernels, {new} of them not asked before"
+                print(f"{found.name:16} {found.seconds:6.1f} s   {what}", flush=True)
+            done = [item.result() for item in _finished(made, end_s, progress, "compiling")]
     except TimeoutError:
-        left = ", ".join(_title(job) for job in jobs if job not in {item.job for item in done})
-        print(f"the time was up: not, or not wholly, compiled: {left}", flush=True)
+        print("the time was up: not all is compiled", flush=True)
+        return False
     finally:
         for process in list((pool._processes or {}).values()):
             process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
-    return done
+    return _concluded(asked, done)
 
 
-def _title(job: Job) -> str:
-    return job.name if job.parts == 1 else f"{job.name} {job.part + 1}/{job.parts}"
+def _finished(
+    futures: Sequence[Future[Any]], end_s: float, progress: Any, title: str
+) -> Iterator[Future[Any]]:
+    bar = progress.add_task(title, total=len(futures))
+    for future in as_completed(futures, max(0.0, end_s - time.monotonic())):
+        yield future
+        progress.update(bar, advance=1)
 
 
-def _line(item: Done) -> str:
-    what = item.error or f"{item.kernels} kernels, {item.new} of them new"
-    return f"{_title(item.job):16} {item.seconds:6.1f} s   {what}"
+def _concluded(asked: Sequence[Future[Asked]], done: Sequence[Done]) -> bool:
+    errors = [f"{x.name}: {x.error}" for x in done if x.error]
+    errors += [f"{x.name}: {x.error}" for x in (future.result() for future in asked) if x.error]
+    seconds = sum(x.seconds for x in done if x.new)
+    new = sum(x.new for x in done)
+    print(f"{len(done)} kernels, {new} of them new ({seconds:.0f} s of one core)", flush=True)
+    for text in errors:
+        print(f"FAILED {text}", flush=True)
+    return not errors
 
 
 def main() -> None:
@@ -174,10 +343,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out)
     move_cache(out, out)  # what an earlier call has moved
-    done = compile_all(args)
+    is_done = compile_all(args)
     move_cache(out, args.at or out)
-    failed = any(item.error for item in done)
-    sys.exit(1 if failed or len(done) < len(jobs_of(args.cases)) else 0)
+    sys.exit(0 if is_done else 1)
 
 
 def arguments() -> Any:
@@ -186,16 +354,20 @@ def arguments() -> Any:
     parser.add_argument("--out", type=Path, required=True, help="Triton's cache folder to fill")
     parser.add_argument("--at", type=Path, help="the folder's path where it will be used")
     parser.add_argument("--cases", default="", help=f"of {', '.join(names)}; default: of one GPU")
+    parser.add_argument("--profile", type=Path, help="whose hash draws the suite")
     parser.add_argument("--target", choices=("h100", "h200"), default="h100")
-    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="steps of the throughput")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--limit-s", type=float, default=3600.0)
     args = parser.parse_args()
-    of_one_gpu = [name for name in names if name != STAGES]
-    args.cases = args.cases.split(",") if args.cases else of_one_gpu
+    no_default = (STAGES,) if args.profile else (STAGES, SUITE)
+    default = [name for name in names if name not in no_default]
+    args.cases = args.cases.split(",") if args.cases else default
     unknown = sorted(set(args.cases) - set(names))
     if unknown:
         parser.error(f"--cases: no {', '.join(unknown)}; choose of {', '.join(names)}")
+    if SUITE in args.cases and not args.profile:
+        parser.error("--cases suite: give the --profile whose hash draws it")
     if args.workers < 1 or args.limit_s <= 0:
         parser.error("--workers and --limit-s must be positive")
     return args

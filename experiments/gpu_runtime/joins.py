@@ -8,25 +8,32 @@ from typing import Any
 from bench import Bench, htask_of, lora_task, plan_of, store_of
 
 from muxtune.cost.shapes import ModelShape
+from muxtune.types import TaskSpec
 
 STEPS = 400
 QUOTA = 8
 
 
-def run(shape: ModelShape, device: str) -> dict[str, Any]:
+def companies() -> list[list[TaskSpec | None]]:
     """Four slots for three tasks; a fourth joins, leaves again; a fifth needs another shape."""
     a, b, c = (lora_task(name, "openbookqa", STEPS) for name in "abc")
     late, later = lora_task("late", "sst2", STEPS), lora_task("later", "sst2", STEPS)
+    first = [a, b, c, None]
+    return [first, [a, b, c, late], first, [*first, later], [a, b, c]]
+
+
+def run(shape: ModelShape, device: str) -> dict[str, Any]:
+    first, *others = companies()
     bench = Bench(store_of(shape, device), shape.vocab, deterministic=False)
-    bench.prepare([a, b, c, late, later])
-    bench.executor.apply(plan_of([htask_of([a, b, c, None], QUOTA)]))
+    bench.prepare(list({t.task_id: t for tasks in (first, *others) for t in tasks if t}.values()))
+    bench.executor.apply(plan_of([htask_of(first, QUOTA)]))
     bench.until_step("a", 12)
     out = {
         "median_step_ms": _median_ms(bench),
-        "join_same_shape": _change(bench, [a, b, c, late], 1, "late"),
-        "leave_same_shape": _change(bench, [a, b, c, None], 2),
-        "join_new_shape": _change(bench, [a, b, c, None, later], 3, "later"),
-        "leave_new_shape": _change(bench, [a, b, c], 4),
+        "join_same_shape": _change(bench, others[0], 1, "late"),
+        "leave_same_shape": _change(bench, others[1], 2),
+        "join_new_shape": _change(bench, others[2], 3, "later"),
+        "leave_new_shape": _change(bench, others[3], 4),
     }
     bench.close()
     return out

@@ -12,12 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file
+
+from muxtune import build
+from muxtune.commands.plan import view_of
+from muxtune.config import conf_dir, register_schemas
+from muxtune.cost.shapes import ModelShape
+from muxtune.fleet import task_view
+from muxtune.types import Plan, TaskSpec
+from muxtune.workload.synthetic import SyntheticLibrary
 
 KILLS, SEED = 3, 11
 MODEL = [
@@ -41,6 +51,32 @@ def command(folder: Path, tasks: Path, device: str) -> list[str]:
         f"backend.device={device}", "backend.step=captured", "+backend.evaluate_tokens=0",
         f"output_dir={folder}",
     ]  # fmt: skip
+
+
+def plans() -> Iterator[tuple[ModelShape, Plan, list[TaskSpec]]]:
+    """Those that may come while tasks end, without a GPU."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "tasks.yaml"
+        file.write_text(TASKS)
+        words = command(Path(place), file, "cuda")
+        register_schemas()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            overrides = words[words.index("train") + 1 :]
+            config: Any = OmegaConf.to_object(compose("train", overrides=overrides))
+        costs = build.cost_book(config)
+        tasks = list(build.tasks(config, costs))
+    shape = costs.shape(tasks[0].model)
+    instance, library = build.instances(config, costs, tasks)[0], SyntheticLibrary(config.seed)
+    planner = build.planner(config.planner, costs)
+    for count in range(1, len(tasks) + 1):
+        for chosen in combinations(tasks, count):
+            views = [task_view(task, library.add(task)) for task in chosen]
+            plan = planner.plan(view_of(instance, views), None)
+            assert isinstance(plan, Plan)
+            yield shape, plan, list(chosen)
 
 
 def run(_: Any, device: str) -> dict[str, Any]:

@@ -91,6 +91,16 @@ def run(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
         yield out | {"marginal_bytes_a_task": _marginal(out["curve"])}
 
 
+def plans(shape: ModelShape) -> Iterator[tuple[Plan, list[TaskSpec]]]:
+    """Of all numbers of tasks that are measured."""
+    planner, limit_bytes = planner_of(shape)
+    for number in by_value(_largest(planner, shape, limit_bytes)):
+        tasks = tasks_of(number)
+        plan = _plan(planner, tasks, limit_bytes)
+        assert isinstance(plan, Plan)
+        yield plan, tasks
+
+
 def by_value(largest: int) -> list[int]:
     """Numbers of tasks, what the time may not suffice for last; the largest one, which says how
     far it goes, after the first three."""

@@ -29,11 +29,12 @@ STEP = HERE.parent / "step_throughput"
 TEST_FILES = (
     "tests/kernels", "tests/gpu/test_gpu_runtime.py", "tests/gpu/test_static_step_cuda.py",
     "tests/gpu/test_many_slots.py", "tests/gpu/test_captured_memory_cuda.py",
+    "tests/gpu/test_static_stage_cuda.py",
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 SHARDS = {  # processes for the tests of a file; the others share those of ""
     "test_triton_linear.py": 8, "test_captured_memory_cuda.py": 1, "test_gpu_runtime.py": 4,
-    "test_static_step_cuda.py": 2, "": 3,
+    "test_static_step_cuda.py": 2, "test_static_stage_cuda.py": 1, "": 3,
 }  # fmt: skip
 MANY_SLOTS = "test_many_slots.py"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=long", "-p", "no:cacheprovider",
@@ -235,6 +236,12 @@ def _log_of(item: Running) -> str:
     return f"==== {item.log.stem}: exit {item.process.returncode}\n{text}\n"
 
 
+def kernels_there() -> int:
+    """In Triton's cache."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -255,12 +262,15 @@ def main() -> None:
         for job in waiting:
             print(job.kind, job.name, len(job.wanted) or "")
         return
+    before = kernels_there()
     started = run(waiting, work, end_s)
-    found = summary(started, waiting)
+    found: dict[str, Any] = summary(started, waiting)
+    found["kernels_compiled"] = kernels_there() - before
     (args.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     gather(started, work, args.out)
     print(json.dumps(found["tests"]), json.dumps(found["tests_not_passed"])[:3000])
     failed = [item["name"] for item in found["processes"] if item["exit"]]
+    print(found["kernels_compiled"], "kernels were compiled")
     print("not green:", ", ".join(failed) or "none", "| not begun:", found["not_begun"])
 
 

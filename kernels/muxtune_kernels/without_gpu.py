@@ -1,9 +1,11 @@
 """Kernels compiled on a machine without the GPU that they are for.
 
 What calls them runs on tensors that have a shape, a type and an alignment but no memory (torch's
-FakeTensorMode), as if they lay on the GPU; every launch ends where Triton has compiled the kernel.
-So a kernel gets the very arguments that it gets in training, and what Triton keeps on disk is found
-there by a machine with the same versions of Python and Triton.
+FakeTensorMode), as if they lay on the GPU; every launch ends where Triton has compiled the kernel
+(`compiling_for`) or has been asked to (`asking_for`: what different programs ask for alike is then
+compiled once, by any number of processes). So a kernel gets the very arguments that it gets in
+training, and what Triton keeps on disk is found there by a machine with the same versions of Python
+and Triton.
 """
 
 # Triton makes its drivers and settings as it starts, out of the type checker's sight.
@@ -11,14 +13,16 @@ there by a machine with the same versions of Python and Triton.
 
 import base64
 import contextlib
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -26,6 +30,7 @@ from . import lasting
 from .launching import Launcher
 from .multi_lora import tuning
 
+_ASKED = "asked for"  # in place of a kernel, which is not looked for a second time then
 _ADDRESS = 1 << 20  # the GPU's allocator gives none that is less aligned than to 512 bytes
 
 
@@ -46,12 +51,20 @@ class Compiled:
         self.folders: dict[str, set[str]] = {}
 
     def add(self, kernel: Any) -> None:
-        folder = base64.b32encode(bytes.fromhex(kernel.hash)).decode().rstrip("=")
-        self.folders.setdefault(kernel.name, set()).add(folder)
+        self.folders.setdefault(kernel.name, set()).add(_folder_of(kernel))
 
     @property
     def count(self) -> int:
         return sum(map(len, self.folders.values()))
+
+
+class Wanted(NamedTuple):
+    """A kernel with the kinds of its arguments, as Triton tells them. ``name``: within ``module``;
+    ``data``: JSON."""
+
+    module: str
+    name: str
+    data: str
 
 
 class _Driver:
@@ -77,13 +90,55 @@ def compiling_for(target: Target) -> Iterator[Compiled]:
     """Within, tensors that are made are on that GPU in name, on no device in truth: an operator of
     torch gives shapes only, a launch compiles only. Nothing else of the process may use torch or
     Triton meanwhile. Afterwards all is as it was."""
-    compiled, at, launched = Compiled(), _Driver(target), set()
+    compiled = Compiled()
+    with _without_gpu(target, compiled.add):
+        yield compiled
+
+
+@contextlib.contextmanager
+def asking_for(target: Target) -> Iterator[set[Wanted]]:
+    """The same, but a launch only adds to what is to be compiled by ``compile_wanted``."""
+    wanted: set[Wanted] = set()
+
+    def ask(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
+        wanted.add(Wanted(fn.module, fn.name, compile["specialization_data"]))
+        fn.jit_function.device_caches[compile["device"]][0][key] = _ASKED
+        return True  # Triton need not go on
+
+    with knobs.runtime.scope(), _without_gpu(target, lambda _kernel: None):
+        knobs.runtime.jit_cache_hook = ask
+        yield wanted
+
+
+def compile_wanted(wanted: Wanted, target: Target) -> str:
+    """Its folder in Triton's cache."""
+    found = importlib.import_module(wanted.module)
+    for part in wanted.name.split("."):
+        found = getattr(found, part)
+    while not isinstance(found, JITFunction):
+        found = found.fn
+    at = _Driver(target)
+    with mock.patch.object(driver, "_active", at):
+        try:
+            return _folder_of(found.preload(wanted.data))
+        finally:
+            found.device_caches.pop(at.device, None)
+
+
+def _folder_of(kernel: Any) -> str:
+    return base64.b32encode(bytes.fromhex(kernel.hash)).decode().rstrip("=")
+
+
+@contextlib.contextmanager
+def _without_gpu(target: Target, take: Callable[[Any], None]) -> Iterator[None]:
+    """``take``: of each launch what there would be to launch."""
+    at, launched = _Driver(target), set()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         launched.add(self)
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.add(kernel)
+        take(kernel)
         return kernel
 
     patches = (
@@ -101,7 +156,7 @@ def compiling_for(target: Target) -> Iterator[Compiled]:
         stack.callback(lambda: [kernel.device_caches.pop(at.device, None) for kernel in launched])
         stack.enter_context(tuning.counting_on(target.num_sms))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield compiled
+        yield
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -124,4 +179,7 @@ def move_cache(folder: Path, place: Path) -> None:
             group.write_text(json.dumps({"child_paths": moved}))
 
 
-__all__ = ["TARGETS", "Compiled", "Target", "compiling_for", "move_cache", "on_host"]
+__all__ = [
+    "TARGETS", "Compiled", "Target", "Wanted", "asking_for", "compile_wanted", "compiling_for",
+    "move_cache", "on_host",
+]  # fmt: skip

@@ -6,7 +6,7 @@ kernel gets the arguments that it will get there; see ``muxtune_kernels.without_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from muxtune.cost.shapes import ModelShape
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.profiling.captured_ops import MAX_POSITIONS, NUM_BLOCKS, CapturedOps
-from muxtune.profiling.compiling import OpJob
+from muxtune.profiling.compiling import OpJob, StepJob
 from muxtune.protocols import LengthSource
 from muxtune.runtime.captured_runner import (
     Capacity,
@@ -30,7 +30,14 @@ from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.runtime.static_step.virtual import VIRTUAL
 from muxtune.types import Cursor, HTask, Plan, TaskSpec
-from muxtune_kernels.without_gpu import Compiled, Target, compiling_for, on_host
+from muxtune_kernels.without_gpu import (
+    Compiled,
+    Target,
+    Wanted,
+    asking_for,
+    compiling_for,
+    on_host,
+)
 
 Report = Callable[[float, str], None]
 
@@ -44,23 +51,9 @@ def compile_plan(
     deterministic: bool = False,
     report: Report = lambda _share, _text: None,
 ) -> Compiled:
-    """Into Triton's cache, what an instance with this plan launches when all its tasks begin: the
-    sizes of its shapes, and those that its first rounds are best off with (``lengths``: their
-    data; None: no more sizes).
-
-    Raises ``static_step.Unsupported`` for what no step can be captured of.
-    """
-    sizes = _sizes(plan, tasks, lengths, longest_tokens(_on_host(shape).config), deterministic)
-    done, total = 0, sum(len(item) for _, item in sizes)
+    """Into Triton's cache, what ``launch_plan`` launches."""
     with compiling_for(target) as compiled:
-        model = blank_static_model(shape)
-        for htask, (capacity, row_counts) in zip(plan.htasks, sizes, strict=True):
-            steps = _steps(model, htask, capacity, deterministic)
-            for num_rows in row_counts:
-                steps.compute(num_rows)
-                done += 1
-                text = f"{num_rows} rows, {compiled.count} kernels"
-                report(done / total, text)
+        launch_plan(shape, plan, tasks, lengths, deterministic, report)
     return compiled
 
 
@@ -73,11 +66,64 @@ def compile_ops(
 ) -> Compiled:
     """The same of operations that a profile or a suite times by themselves."""
     with compiling_for(target) as compiled:
-        bench = BlankOps(shape, deterministic)
-        for done, job in enumerate(jobs):
-            report(done / len(jobs), f"{job.method}, {compiled.count} kernels")
-            getattr(bench, job.method)(*job.arguments)
+        launch_ops(shape, jobs, deterministic, report)
     return compiled
+
+
+def asked_by(
+    jobs: Iterable[OpJob | StepJob], target: Target, deterministic: bool = True
+) -> set[Wanted]:
+    """What is to be compiled for them: of a step the sizes of its shapes."""
+    ops: dict[ModelShape, list[OpJob]] = {}
+    with asking_for(target) as wanted:
+        for job in jobs:
+            if isinstance(job, OpJob):
+                ops.setdefault(job.shape, []).append(job)
+            else:
+                launch_plan(job.shape, job.plan(), job.specs(), None, deterministic)
+        for shape, members in ops.items():
+            launch_ops(shape, members, deterministic)
+    return wanted
+
+
+def launch_plan(
+    shape: ModelShape,
+    plan: Plan,
+    tasks: Mapping[str, TaskSpec],
+    lengths: LengthSource | None,
+    deterministic: bool = False,
+    report: Report = lambda _share, _text: None,
+) -> None:
+    """Within ``compiling_for`` or ``asking_for``: what an instance with this plan launches when all
+    its tasks begin: in the sizes of its shapes, and in those that its first rounds are best off
+    with (``lengths``: their data; None: no more sizes).
+
+    Raises ``static_step.Unsupported`` for what no step can be captured of.
+    """
+    with on_host():
+        longest = longest_tokens(blank_model(shape._replace(num_layers=1), torch.bfloat16).config)
+        sizes = _sizes(plan, tasks, lengths, longest, deterministic)
+    done, total = 0, sum(len(item) for _, item in sizes)
+    model = blank_static_model(shape)
+    for htask, (capacity, row_counts) in zip(plan.htasks, sizes, strict=True):
+        steps = _steps(model, htask, capacity, deterministic)
+        for num_rows in row_counts:
+            steps.compute(num_rows)
+            done += 1
+            report(done / total, f"{num_rows} rows")
+
+
+def launch_ops(
+    shape: ModelShape,
+    jobs: Sequence[OpJob],
+    deterministic: bool,
+    report: Report = lambda _share, _text: None,
+) -> None:
+    """Within ``compiling_for`` or ``asking_for``."""
+    bench = BlankOps(shape, deterministic)
+    for done, job in enumerate(jobs):
+        report(done / len(jobs), job.method)
+        getattr(bench, job.method)(*job.arguments)
 
 
 class BlankOps(CapturedOps):
@@ -101,15 +147,11 @@ class BlankOps(CapturedOps):
 def blank_static_model(
     shape: ModelShape, dtype: torch.dtype = torch.bfloat16, max_positions: int = 0
 ) -> StaticModel:
-    """Within ``compiling_for``. ``max_positions``: 0: as in training."""
+    """Within ``compiling_for`` or ``asking_for``. ``max_positions``: 0: as in training."""
     with on_host():
         model = blank_model(shape, dtype)
     model = model.to_empty(device="cpu")
     return StaticModel.of(model, max_positions or longest_tokens(model.config))
-
-
-def _on_host(shape: ModelShape) -> Any:
-    return blank_model(shape._replace(num_layers=1), torch.bfloat16)
 
 
 def _steps(

@@ -103,6 +103,36 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / folder / "_add_rms_norm_kernel.cubin").stat().st_size > 0
 
 
+def test_what_is_asked_for_is_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by another process: what is wanted is plain text."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with without_gpu.asking_for(H100) as wanted:
+        for rows in (32, 48, 32):  # one kernel: their number is not compiled in
+            norm(rows)
+    assert not list(tmp_path.glob("*/*.cubin"))
+    (kernel,) = wanted
+    folder = without_gpu.compile_wanted(type(kernel)(*map(str, kernel)), H100)
+    assert (tmp_path / folder / "_add_rms_norm_kernel.cubin").stat().st_size > 0
+    with without_gpu.compiling_for(H100) as done:
+        norm(32)
+    assert done.folders == {"_add_rms_norm_kernel": {folder}}
+
+
+def test_steps_ask_for_what_they_compile(request: pytest.FixtureRequest) -> None:
+    from muxtune.profiling.ahead import asked_by
+    from muxtune.profiling.compiling import OpJob, step_jobs
+
+    plan, tasks = plan_for({"lora": ALL})
+    steps = step_jobs(tiny(), plan, tasks)
+    wanted = asked_by(steps, H100)
+    assert {kernel.name for kernel in wanted} >= PLAIN | PACKED
+    assert asked_by([*steps, OpJob(tiny(), "sites", (1, 64, 4096))], H100) > wanted
+    request.getfixturevalue("not_compiled")
+    assert len(wanted) == compiled({"lora": ALL}).count
+
+
 def test_a_moved_cache_tells_its_new_place(tmp_path: Path) -> None:
     group = tmp_path / "HASH" / "__grp__k.json"
     group.parent.mkdir()
