@@ -1,6 +1,6 @@
 """A profile out of the parts that a process left whose time was up before it wrote the profile.
 
-    python -m experiments.gpu_validation.finish OUT/profile.parts.jsonl --like PROFILE.json --out FILE
+    python -m experiments.gpu_validation.finish OUT/profile.parts.jsonl --like PROFILE --out FILE
 
 Device and software are those of ``--like``, a profile of the same kind of machine (compare the
 driver in the run's log); operations that were not reached are taken from it too, and named in
