@@ -1,18 +1,22 @@
-"""Parameter counts and shard sizes by construction: the real modules on the meta device, cut."""
+"""Parameter counts and shard sizes by construction: the runtime's own stages on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from muxtune.cost.memory import MemoryModel, memory_options, stage_layers
+from muxtune.cost.memory import MemoryModel, memory_options
 from muxtune.cost.shapes import ModelShape, model_shape
+from muxtune.runtime.distributed.layout import Layout, Place
+from muxtune.runtime.distributed.sharding import StageBackbone
 from muxtune.types import ReplicaShape
+from muxtune.workload.encoding import Tokenizer
 
-ROW_CUT = ("o_proj.weight", "down_proj.weight")  # inputs are cut; all other linears' outputs
+_NO_TEXT = cast(Tokenizer, None)  # nothing is read
 
 
 def build(shape: ModelShape) -> LlamaForCausalLM:
@@ -28,51 +32,30 @@ def build(shape: ModelShape) -> LlamaForCausalLM:
 
 
 def check_shards(model: str, replicas: Sequence[ReplicaShape]) -> dict[str, Any]:
-    """Cuts every parameter of the meta model for each replica shape and adds up the bytes of each
-    stage's rank 0. Raises AssertionError where the memory model or the shape says otherwise."""
+    """Cuts the meta model as the rank that would train does, for every stage of each replica shape,
+    and adds up what the stage's first rank holds. Raises AssertionError where the memory model or
+    the shape says otherwise."""
     shape = model_shape(model)
-    tensors = {name: tuple(item.shape) for name, item in build(shape).named_parameters()}
-    count = sum(_size(dims) for dims in tensors.values())
+    count = _numbers(build(shape))
     assert count == shape.num_parameters, (count, shape.num_parameters)
     memory = MemoryModel(shape, memory_options(shape, "gpu"))
     shards = []
     for replica in replicas:
         if shape.num_kv_heads % replica.tp:
             continue
-        for stage in range(replica.pp):
-            held = sum(_shard(name, dims, replica, stage, shape) for name, dims in tensors.items())
-            said = memory.backbone_bytes(replica, stage)
-            assert held * shape.weight_bytes == said, (replica, stage, held, said)
-            shards.append({**replica._asdict(), "stage": stage, "bytes": said})
+        layout = Layout((replica,))
+        for place in layout.places[:: replica.tp]:
+            held = _numbers(_stage(model, shape, layout, place)) * shape.weight_bytes
+            said = memory.backbone_bytes(replica, place.stage)
+            assert held == said, (replica, place.stage, held, said)
+            shards.append({**replica._asdict(), "stage": place.stage, "bytes": said})
     return {"parameters": count, "shards": shards}
 
 
-def _size(dims: Sequence[int]) -> int:
-    total = 1
-    for size in dims:
-        total *= size
-    return total
+def _stage(name: str, shape: ModelShape, layout: Layout, place: Place) -> nn.Module:
+    return StageBackbone(name, build(shape), _NO_TEXT, layout, place, "meta", torch.bfloat16).model
 
 
-def _shard(
-    name: str, dims: tuple[int, ...], replica: ReplicaShape, stage: int, shape: ModelShape
-) -> int:
-    """Numbers of one parameter that rank 0 of a stage holds; 0 if another stage has it."""
-    if _stage_of(name, replica.pp, shape) != stage:
-        return 0
-    if len(dims) == 1:  # norms are on every rank
-        return dims[0]
-    cut = 1 if name.endswith(ROW_CUT) else 0
-    assert dims[cut] % replica.tp == 0, (name, dims, replica)
-    return _size(dims) // replica.tp
-
-
-def _stage_of(name: str, num_stages: int, shape: ModelShape) -> int:
-    if not name.startswith("model.layers."):
-        return 0 if name.startswith("model.embed") else num_stages - 1
-    layer, first = int(name.split(".")[2]), 0
-    for stage, layers in enumerate(stage_layers(shape, num_stages)):
-        first += layers
-        if layer < first:
-            return stage
-    raise ValueError(name)
+def _numbers(model: nn.Module) -> int:
+    """Of a tied matrix once."""
+    return sum(parameter.numel() for parameter in model.parameters())

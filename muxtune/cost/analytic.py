@@ -154,18 +154,18 @@ class AnalyticCostModel(ComposedCostModel):
         )
         return forward, backward
 
-    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
+    def loss_rates(self) -> tuple[Rates, Rates]:
         """Per row at full efficiency; reading the head's matrix is the fixed part."""
         forward, backward = (
             Rates(
-                self.dtype_bytes * self.model.hidden * self.model.vocab / tp / self._bandwidth,
+                self.dtype_bytes * self.model.hidden * self.model.vocab / self._bandwidth,
                 0.0,
-                self._seconds(op.flops, 0.0, 1e9) / _UNIT + 6.0 * self.model.vocab / tp
+                self._seconds(op.flops, 0.0, 1e9) / _UNIT + 6.0 * self.model.vocab
                 / self._bandwidth,
                 self.options.relative_error,
                 0.0,
             )
-            for op in ops.loss_ops(self.model, _UNIT, self.dtype_bytes, tp)
+            for op in ops.loss_ops(self.model, _UNIT, self.dtype_bytes)
         )  # fmt: skip
         return forward, backward
 
@@ -213,7 +213,7 @@ class AnalyticCostModel(ComposedCostModel):
         seconds = self.options.capture_s + warm_up
         return Estimate(seconds, seconds / 3, seconds * 3, True)
 
-    def _load_outside(self, load: object, replica: ReplicaShape) -> bool:
+    def _load_outside(self, load: object) -> bool:
         return True
 
 

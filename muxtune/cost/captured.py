@@ -607,8 +607,8 @@ class CapturedCostModel(ProfiledCostModel):
         yield self._timed(f"embedding.{hidden}", ops.BACKBONE, False, (rows,))
         yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
         yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
-        vocab = self.model.vocab // replica.tp
-        yield self._timed(f"full_loss.{hidden}x{vocab}", ops.LOSS, False, (rows,))
+        loss = f"full_loss.{hidden}x{self.model.vocab}"
+        yield self._timed(loss, ops.LOSS, False, (rows,))
         if replica.pp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -666,7 +666,7 @@ class CapturedCostModel(ProfiledCostModel):
         outside |= not sizes[0] <= rows <= sizes[-1]
         return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
 
-    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
+    def loss_rates(self) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing here."""
         free = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
         return free, free

@@ -171,8 +171,8 @@ class ComposedCostModel(ABC):
         """One layer's attention, forward and backward."""
 
     @abstractmethod
-    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
-        """The loss head, forward and backward."""
+    def loss_rates(self) -> tuple[Rates, Rates]:
+        """The loss head, forward and backward; whole on every rank of the last stage."""
 
     @abstractmethod
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
@@ -256,7 +256,7 @@ class ComposedCostModel(ABC):
             coefficients = self.pass_coefficients(load.shape, replica)
             values[index] = pass_time_s(coefficients, load)
             errors[index] = coefficients.relative_error
-            outside[index] = coefficients.extrapolated or self._load_outside(load, replica)
+            outside[index] = coefficients.extrapolated or self._load_outside(load)
         low = values * np.maximum(1 - errors, 0.0)
         return Estimates(values, low, values * (1 + errors), outside)
 
@@ -448,7 +448,7 @@ class ComposedCostModel(ABC):
         if any(ops.is_prepended(slot) for slot in slots.kinds):
             pairs = ops.prepended_pairs(shape.slots, shape.padded_tokens)
         pair_rates = self._add_attention(tally, shape, layers, replica.tp, rows, pairs)
-        loss_rates = self._add_loss(tally, replica.tp) if last else (_NOTHING, _NOTHING)
+        loss_rates = self._add_loss(tally) if last else (_NOTHING, _NOTHING)
         tally.put(ops.OVERHEAD, False, slots.overhead_s)
         tally.put(ops.OVERHEAD, False, self.exposed_host_s(tally.kernels, tally.total_s))
         share = self._add_recompute(tally, shape)
@@ -491,19 +491,19 @@ class ComposedCostModel(ABC):
             tally.extrapolated |= shape.chunk_tokens > rate.max_size
         return rates
 
-    def _add_loss(self, tally: Tally, tp: int) -> tuple[Rates, Rates]:
-        rates = self._known_rates(self.loss_rates, tp)
+    def _add_loss(self, tally: Tally) -> tuple[Rates, Rates]:
+        rates = self._known_rates(self.loss_rates)
         for rate, backward in zip(rates, (False, True), strict=True):
             tally.put(ops.LOSS, backward, rate.per_call_s)
             tally.half_width_s += rate.per_call_s * rate.relative_error
         return rates
 
     def _known_rates(
-        self, rates: Callable[[int], tuple[Rates, Rates]], tp: int
+        self, rates: Callable[..., tuple[Rates, Rates]], *arguments: int
     ) -> tuple[Rates, Rates]:
-        key = (rates.__name__, tp)
+        key = (rates.__name__, *arguments)
         if key not in self._memo:
-            self._remember(key, rates(tp))
+            self._remember(key, rates(*arguments))
         return self._memo[key]  # type: ignore[return-value]
 
     def _add_recompute(self, tally: Tally, shape: ShapeKey) -> float:
@@ -556,8 +556,8 @@ class ComposedCostModel(ABC):
             self._memo.clear()
         self._memo[key] = value
 
-    def _load_outside(self, load: PassLoad, replica: ReplicaShape) -> bool:
-        return load.loss_rows > min(rate.max_size for rate in self.loss_rates(replica.tp))
+    def _load_outside(self, load: PassLoad) -> bool:
+        return load.loss_rows > min(rate.max_size for rate in self.loss_rates())
 
 
 _NOTHING = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))

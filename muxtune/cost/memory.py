@@ -158,12 +158,13 @@ class MemoryModel:
         layers = stage_layers(model, replica.pp)[stage]
         linears = sum(item.num_parameters for item in model.block_linears) / replica.tp
         count = layers * (linears + 2 * model.norm_parameters)
+        # Every rank of a stage holds the embedding and the head whole, as the runtime does.
         if stage == 0:
-            count += model.embedding_parameters / replica.tp
+            count += model.embedding_parameters
         if stage == replica.pp - 1:
             # A tied head needs its own copy when it lies on another stage than the embedding.
             separate = model.vocab * model.hidden if replica.pp > 1 else model.head_parameters
-            count += separate / replica.tp + model.norm_parameters
+            count += separate + model.norm_parameters
         return int(count * self.options.dtype_bytes)
 
     def task_bytes(self, slot: AdapterSlot, replica: ReplicaShape = _SOLO, stage: int = 0) -> int:
@@ -287,7 +288,7 @@ class MemoryModel:
         )
         loss_rows = min(rows, self.options.loss_rows_max or rows)
         last = stage == replica.pp - 1
-        loss = int(self.options.logit_bytes * loss_rows * model.vocab / replica.tp)
+        loss = int(self.options.logit_bytes * loss_rows * model.vocab)
         return int(activations), loss if last else 0
 
     def _staged_bytes(self, shape: ShapeKey, replica: ReplicaShape, stage: int) -> int:

@@ -436,13 +436,14 @@ def adapter_parameters(model: ModelShape, slot: AdapterSlot) -> int:
 # ----------------------------------------------------------------------------- loss, optimizer
 
 
-def loss_ops(model: ModelShape, rows: float, dtype_bytes: int, tp: int = 1) -> tuple[Op, Op]:
-    """Frozen head and cross-entropy on ``rows`` rows that carry a label.
+def loss_ops(model: ModelShape, rows: float, dtype_bytes: int) -> tuple[Op, Op]:
+    """Frozen head and cross-entropy on ``rows`` rows that carry a label; every tensor-parallel rank
+    of the last stage computes them whole.
 
     Forward: logits, 2 T D V operations; writes and reads T V logits in fp32. Backward: the input
     gradient, 2 T D V; reads the logits and writes their gradient in fp32.
     """
-    vocab = model.vocab // tp
+    vocab = model.vocab
     flops = 2.0 * rows * model.hidden * vocab
     moved = dtype_bytes * model.hidden * (vocab + rows) + 3 * 4.0 * rows * vocab
     shape = f"{model.hidden}x{vocab}"

@@ -206,10 +206,10 @@ class ProfiledCostModel(ComposedCostModel):
             raise AssertionError
         return nearest.name, nearest.ratio, True
 
-    def loss_rates(self, tp: int) -> tuple[Rates, Rates]:
-        key = ("loss", tp)
+    def loss_rates(self) -> tuple[Rates, Rates]:
+        key = ("loss", 1)
         if key not in self._rates:
-            forward, backward = ops.loss_ops(self.model, 1.0, self.dtype_bytes, tp)
+            forward, backward = ops.loss_ops(self.model, 1.0, self.dtype_bytes)
             self._rates[key] = (self._loss(forward.name), self._loss(backward.name))
         return self._rates[key]
 

@@ -8,13 +8,13 @@ from experiments.seventy_billion.meta import check_shards
 from muxtune.cost.memory import MemoryModel
 from muxtune.types import ReplicaShape
 
-REPLICAS = [ReplicaShape(), ReplicaShape(3, 1)]
+REPLICAS = [ReplicaShape(), ReplicaShape(3, 1), ReplicaShape(1, 2)]
 
 
 def test_the_memory_model_counts_what_the_modules_hold():
-    # Its head is tied, so a pipeline holds the matrix twice: only whole and cut by tp here.
+    # Its head is tied, so a pipeline holds the matrix twice.
     found = check_shards("smollm2-135m", REPLICAS)
-    assert found["parameters"] == 134_515_008 and len(found["shards"]) == 2
+    assert found["parameters"] == 134_515_008 and len(found["shards"]) == 4
     pipelines = check_shards("llama-2-7b", [ReplicaShape(1, 3), ReplicaShape(4, 2)])
     assert pipelines["parameters"] == 6_738_415_616 and len(pipelines["shards"]) == 5
 

@@ -377,7 +377,7 @@ def test_profiled_affine_loads_are_recovered_exactly() -> None:
         assert rates.per_call_s == pytest.approx(1e-5, rel=1e-6)
         assert rates.per_row_s == pytest.approx(0.0, abs=1e-12)
         assert rates.per_unit_s == pytest.approx(1e-8, rel=1e-6)
-    assert profiled().loss_rates(1)[0].per_unit_s == pytest.approx(3e-6, rel=1e-6)
+    assert profiled().loss_rates()[0].per_unit_s == pytest.approx(3e-6, rel=1e-6)
 
 
 def test_profiled_pass_is_the_sum_of_its_operations() -> None:

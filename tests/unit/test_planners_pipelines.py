@@ -67,7 +67,7 @@ def check_order(plan: Plan, model) -> None:
 
 @pytest.mark.parametrize("replica", [ReplicaShape(1, 4), ReplicaShape(2, 2)])
 def test_a_round_without_an_order_is_predicted_as_it_was_played(replica: ReplicaShape):
-    view = random_instance(3, COSTS, 4)._replace(replicas=(replica,))
+    view = random_instance(4, COSTS, 4)._replace(replicas=(replica,))
     planner = MuxTunePlanner(COSTS, plays=3)
     plan = planner.plan(view, None)
     assert isinstance(plan, Plan) and not plan.order
