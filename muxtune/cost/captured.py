@@ -332,7 +332,12 @@ class CapturedCostModel(ProfiledCostModel):
         closing_s = sum(sums.optimizer_s[slot] for slot in load.optimizer_slots)
         seconds[ops.OPTIMIZER] = seconds.get(ops.OPTIMIZER, 0.0) + closing_s
         blocks_s = sums.blocks.total_s + attended_s + used_s
-        return PassSums(seconds, blocks_s, sums.num_blocks, self._place(load.shape))
+        adapters_s = seconds.get(SITE, 0.0) + seconds.get(FACTOR, 0.0)
+        idle = 1.0 - load.loss_rows / load.shape.padded_tokens
+        return PassSums(
+            seconds, blocks_s, sums.num_blocks, self._place(load.shape), adapters_s,
+            idle * sums.blocks.total_s,
+        )  # fmt: skip
 
     def _place(self, shape: ShapeKey) -> tuple[float, ...]:
         """Among shapes: rows, slots, ranks, and how much of the linears is adapted."""
@@ -352,21 +357,29 @@ class CapturedCostModel(ProfiledCostModel):
     ) -> PassParts:
         """Adds up as the profile's whole steps say."""
         sums, adding = self._stage_sums(shape, replica, layers, first, last), self.adding
-        blocks = 1.0 if adding is None else adding.blocks_factor(self._place(shape))
+        rows, filler_s = shape.padded_tokens, 0.0
+        g = h = 0.0
         of = _unchanged if adding is None else adding.factor
         tally = Tally()
-        for part, times in ((sums.blocks, blocks), (sums.edges, 1.0)):
+        if adding is not None:
+            g, h = adding.more(self._place(shape))
+            filler_s = adding.filler * sums.blocks.total_s
+            constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
+            tally.put(ops.OVERHEAD, False, constant_s)
+
+        def times(cause: str) -> float:
+            return of(cause) + g + (h if cause in (SITE, FACTOR) else 0.0)
+
+        for part, scale in ((sums.blocks, times), (sums.edges, of)):
             for side, backward in ((part.forward_s, False), (part.backward_s, True)):
                 for cause, seconds in side.items():
-                    tally.put(_CATEGORY_OF.get(cause, cause), backward, times * of(cause) * seconds)
+                    tally.put(_CATEGORY_OF.get(cause, cause), backward, scale(cause) * seconds)
             tally.half_width_s += part.half_width_s
             tally.extrapolated |= part.extrapolated
-        if adding is not None:
-            constant_s = adding.pass_s + sums.num_blocks * adding.block_s
-            tally.put(ops.OVERHEAD, False, constant_s)
         again = self._add_recompute(tally, shape)
-        pair = [blocks * of(ops.ATTENTION) * value for value in sums.pairs_s]
-        used = [blocks * of(SITE) * value for value in sums.used_s]
+        pair = [times(ops.ATTENTION) * value for value in sums.pairs_s]
+        used = [times(SITE) * value for value in sums.used_s]
+        used[1] -= filler_s / rows  # as the constant has it where all rows are filler
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,

@@ -1,12 +1,14 @@
 """How the operations of captured passes add up to steps, fitted from many whole steps.
 
-A pass takes ``sum over causes of factor * seconds + pass_s + block_s * blocks``, and its blocks
-``1 + g`` times that, where g changes slowly with the shape (rows, slots, ranks, how much is
-adapted): streams run beside each other, kernels find other caches and clocks than alone, and what
-of it shows depends on the shape. Factors, constants and g have priors (one, nothing, nothing) from
-which only evidence draws them away: a Gaussian process with linear terms (Rasmussen and Williams
-2006, section 2.7). All of it holds for a device and a program; no configuration has a number of its
-own, and steps that were used here take no part in any validation.
+A pass takes ``sum over causes of factor * seconds + g * blocks + h * adapters + filler * (blocks'
+seconds, by the share of rows that are filler) + pass_s + block_s * number of blocks``. g and h
+change slowly with the shape (rows, slots, ranks, how much is adapted): streams run beside each
+other, kernels find other caches and clocks than alone (an adapter's factors come from memory), and
+what of it shows depends on the shape. Rows of filler are all alike, and computed with at less
+power. Factors, constants, g and h have priors (one, and nothing) from which only evidence draws
+them away: a Gaussian process with linear terms (Rasmussen and Williams 2006, section 2.7; Matern's
+covariance). All of it holds for a device and a program; no configuration has a number of its own,
+and steps that were used here take no part in any validation.
 
 The 90% interval is the process's own, widened until it covers the steps that it is fitted to, each
 predicted from the others.
@@ -23,11 +25,13 @@ import numpy as np
 # Prior standard deviations of the factors: how far a cause is trusted to be as alone.
 _SPREADS: Mapping[str, float] = {"backbone": 0.05, "loss": 0.05, "site": 0.25, "factor": 0.5}
 _OTHER_SPREAD = 0.2
-_PASS_S, _BLOCK_S = 3e-4, 1e-5
-# Tried, and the likeliest taken: how far g goes, over what distances, and what is noise.
-_G_SPREADS, _STRETCHES, _NOISES = (0.01, 0.03, 0.06), (0.7, 1.2, 2.5), (0.004, 0.008, 0.016)
-# Over what distance of each coordinate of a place g changes, times a stretch.
-_DISTANCES = np.array([1.5, 2.0, 1.5, 0.6])
+_FILLER, _PASS_S, _BLOCK_S = 0.1, 3e-4, 1e-5
+# Tried, and the likeliest taken: how far g and h go, over what distances, and what is noise.
+_G_SPREADS, _H_SPREADS = (0.02, 0.04), (0.1, 0.2, 0.4)
+_STRETCHES, _NOISES = (0.7, 1.0, 1.6, 2.5), (0.006, 0.012, 0.02)
+# Over what distance of each coordinate of a place they change, times a stretch.
+_DISTANCES = np.array([1.0, 1.5, 2.0, 0.5])
+_ROOT_3 = float(np.sqrt(3.0))
 _WIDEN = 1.0, 3.0
 _LEAST = 0.3  # a fit to noise may not make operations vanish
 _NORMAL_90 = 1.645
@@ -35,13 +39,16 @@ MIN_RELATIVE_ERROR = 0.01
 
 
 class PassSums(NamedTuple):
-    """One pass as its operations alone say. ``seconds``: by cause. ``blocks_s``: of it in blocks,
-    of which there are ``num_blocks``. ``place``: of its shape, as ``_DISTANCES`` has them."""
+    """One pass as its operations alone say. ``seconds``: by cause. ``blocks_s``, ``adapters_s``: of
+    it in blocks, of which there are ``num_blocks``, and of their adapters. ``filler_s``: of blocks,
+    by the share of rows that are filler. ``place``: of its shape, as ``_DISTANCES`` has them."""
 
     seconds: Mapping[str, float]
     blocks_s: float
     num_blocks: int
     place: tuple[float, ...]
+    adapters_s: float = 0.0
+    filler_s: float = 0.0
 
 
 class StepSums(NamedTuple):
@@ -52,25 +59,47 @@ class StepSums(NamedTuple):
     spread: float = 0.0
 
 
+class _Near(NamedTuple):
+    """Where the steps' passes lie: each row's step, place, and shares of blocks and adapters in
+    the step's time."""
+
+    owner: np.ndarray
+    places: np.ndarray
+    blocks: np.ndarray
+    adapters: np.ndarray
+
+    @classmethod
+    def of(cls, steps: Sequence[StepSums]) -> _Near:
+        rows: list[tuple[int, tuple[float, ...], float, float]] = []
+        for index, step in enumerate(steps):
+            found: dict[tuple[float, ...], tuple[float, float]] = {}
+            for item in step.passes:
+                blocks_s, adapters_s = found.get(item.place, (0.0, 0.0))
+                found[item.place] = blocks_s + item.blocks_s, adapters_s + item.adapters_s
+            total_s = step.measured_s
+            rows += [(index, at, b / total_s, a / total_s) for at, (b, a) in found.items()]
+        owner, places, blocks, adapters = zip(*rows, strict=True)
+        return cls(np.array(owner), np.array(places, float), np.array(blocks), np.array(adapters))
+
+
 class Adding(NamedTuple):
-    """See the module's text. ``factors``: of causes; others have 1. ``places``, ``weights``: of g,
-    in ``distances``. ``rows``, ``inverse``: of the steps, for the interval."""
+    """See the module's text. ``factors``: of causes; others have 1. ``weights``: of g and h at the
+    places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``errors``: of each
+    step, predicted from the others."""
 
     factors: Mapping[str, float]
+    filler: float
     pass_s: float
     block_s: float
-    places: np.ndarray
-    weights: np.ndarray
+    near: _Near
+    weights: tuple[np.ndarray, np.ndarray]
     distances: np.ndarray
-    g_spread: float
-    noise: float
+    spreads: tuple[float, float, float]  # of g, of h, noise
     causes: tuple[str, ...]
     linear: np.ndarray
-    owner: np.ndarray
-    shares: np.ndarray
     inverse: np.ndarray
     widening: float
-    errors: np.ndarray  # of each step, predicted from the others
+    errors: np.ndarray
 
     @property
     def num_steps(self) -> int:
@@ -83,24 +112,29 @@ class Adding(NamedTuple):
     def factor(self, cause: str) -> float:
         return self.factors.get(cause, 1.0)
 
-    def blocks_factor(self, place: Sequence[float]) -> float:
-        """1 + g."""
-        return max(_LEAST, 1.0 + float(self._near(place) @ self.weights))
-
-    def _near(self, place: Sequence[float]) -> np.ndarray:
-        apart = (self.places - np.asarray(place)) / self.distances
-        return self.g_spread**2 * np.exp(-0.5 * np.sum(apart**2, axis=1))
+    def more(self, place: Sequence[float]) -> tuple[float, float]:
+        """(g, h) of a shape."""
+        near = _matern((self.near.places - np.asarray(place)) / self.distances)
+        g, h = (
+            spread**2 * float(near @ weights)
+            for spread, weights in zip(self.spreads[:2], self.weights, strict=True)
+        )
+        return max(g, _LEAST - 1.0), max(h, _LEAST - 1.0)
 
     def relative_error(self, item: PassSums) -> float:
         """Half-width of the 90% interval of such a pass, over its time."""
-        total = sum(item.seconds.values())
-        own = _linear([item], self.causes, total)
-        share = item.blocks_s / total
-        near = np.zeros(len(self.inverse))
-        np.add.at(near, self.owner, self.shares * self._near(item.place))
-        known = self.linear @ own + share * near
-        prior = own @ own + (share * self.g_spread) ** 2 + self.noise**2
-        variance = max(prior - known @ self.inverse @ known, self.noise**2)
+        total_s = sum(item.seconds.values())
+        own = _linear([item], self.causes, total_s)
+        blocks, adapters = item.blocks_s / total_s, item.adapters_s / total_s
+        near = _matern((self.near.places - np.asarray(item.place)) / self.distances)
+        g_spread, h_spread, noise = self.spreads
+        shared = near * (
+            g_spread**2 * blocks * self.near.blocks + h_spread**2 * adapters * self.near.adapters
+        )
+        known = self.linear @ own
+        np.add.at(known, self.near.owner, shared)
+        prior = own @ own + (blocks * g_spread) ** 2 + (adapters * h_spread) ** 2 + noise**2
+        variance = max(prior - known @ self.inverse @ known, noise**2)
         return max(MIN_RELATIVE_ERROR, _NORMAL_90 * self.widening * float(np.sqrt(variance)))
 
 
@@ -111,38 +145,31 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     causes = tuple(sorted({cause for step in steps for p in step.passes for cause in p.seconds}))
     wanted = np.array([_missing(step) for step in steps])
     linear = np.array([_linear(step.passes, causes, step.measured_s) for step in steps])
-    placed = [
-        (index, place, blocks_s / step.measured_s)
-        for index, step in enumerate(steps)
-        for place, blocks_s in _by_place(step).items()
-    ]
-    owner = np.array([index for index, _, _ in placed])
-    places = np.array([place for _, place, _ in placed], dtype=float)
-    shares = np.array([share for _, _, share in placed])
     spreads = np.array([step.spread for step in steps])
-    known = linear @ linear.T + np.diag(spreads**2)
-    best, found = np.inf, None
+    known, near = linear @ linear.T + np.diag((spreads / 2) ** 2), _Near.of(steps)
+    best, chosen = np.inf, None
     for stretch in _STRETCHES:
-        distances = _DISTANCES[: places.shape[1]] * stretch
-        near = _between_steps(places / distances, owner, shares, len(steps))
-        for g_spread, noise in product(_G_SPREADS, _NOISES):
-            covariance = known + g_spread**2 * near + noise**2 * np.eye(len(steps))
+        distances = _DISTANCES[: near.places.shape[1]] * stretch
+        blocks, adapters = _between_steps(near, distances, len(steps))
+        for tried in product(_G_SPREADS, _H_SPREADS, _NOISES):
+            covariance = known + tried[0] ** 2 * blocks + tried[1] ** 2 * adapters
+            covariance += tried[2] ** 2 * np.eye(len(steps))
             inverse = np.linalg.inv(covariance)
             alpha = inverse @ wanted
             variances = 1.0 / np.diag(inverse)
             errors = alpha * variances  # leaving each one out
             unlikely = float(np.sum(np.log(variances) + errors**2 / variances))
             if unlikely < best:
-                best, found = unlikely, (distances, g_spread, noise, inverse, alpha, errors)
-    assert found is not None
-    distances, g_spread, noise, inverse, alpha, errors = found
+                best, chosen = unlikely, (distances, tried, inverse, alpha, errors)
+    assert chosen is not None
+    distances, tried, inverse, alpha, errors = chosen
     off = np.abs(errors) / (_NORMAL_90 * np.sqrt(1.0 / np.diag(inverse)))
-    moved = _spreads(causes) * (linear.T @ alpha)
+    moved = [float(value) for value in _spreads(causes) * (linear.T @ alpha)]
+    each = alpha[near.owner]
     return Adding(
-        {cause: max(_LEAST, 1.0 + float(moved[place])) for place, cause in enumerate(causes)},
-        max(0.0, float(moved[-2])), max(0.0, float(moved[-1])),
-        places, shares * alpha[owner], distances, g_spread, noise, causes, linear, owner,
-        shares, inverse,
+        {cause: max(_LEAST, 1.0 + more) for cause, more in zip(causes, moved, strict=False)},
+        moved[-3], max(0.0, moved[-2]), max(0.0, moved[-1]), near,
+        (near.blocks * each, near.adapters * each), distances, tried, causes, linear, inverse,
         float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
     )  # fmt: skip
 
@@ -153,29 +180,31 @@ def _missing(step: StepSums) -> float:
 
 
 def _spreads(causes: Sequence[str]) -> np.ndarray:
-    """Of every linear term; the last two are a pass's constant and a block's."""
-    return np.array([*(_SPREADS.get(cause, _OTHER_SPREAD) for cause in causes), _PASS_S, _BLOCK_S])
+    """Of every linear term; the last three are of filler, a pass's constant and a block's."""
+    of_causes = [_SPREADS.get(cause, _OTHER_SPREAD) for cause in causes]
+    return np.array([*of_causes, _FILLER, _PASS_S, _BLOCK_S])
 
 
 def _linear(passes: Sequence[PassSums], causes: Sequence[str], total_s: float) -> np.ndarray:
     """Each term's share of the time when it is off by its prior's deviation."""
     sums = [sum(item.seconds.get(cause, 0.0) for item in passes) for cause in causes]
-    counts = [len(passes), sum(item.num_blocks for item in passes)]
-    return _spreads(causes) * np.array([*sums, *counts]) / total_s
+    sums += [sum(item.filler_s for item in passes), len(passes)]
+    sums += [sum(item.num_blocks for item in passes)]
+    return _spreads(causes) * np.array(sums) / total_s
 
 
-def _by_place(step: StepSums) -> dict[tuple[float, ...], float]:
-    found: dict[tuple[float, ...], float] = {}
-    for item in step.passes:
-        found[item.place] = found.get(item.place, 0.0) + item.blocks_s
-    return found
+def _matern(apart: np.ndarray) -> np.ndarray:
+    far = _ROOT_3 * np.sqrt(np.sum(apart**2, axis=-1))
+    return (1.0 + far) * np.exp(-far)
 
 
-def _between_steps(
-    places: np.ndarray, owner: np.ndarray, shares: np.ndarray, count: int
-) -> np.ndarray:
-    squared = np.sum((places[:, None, :] - places[None, :, :]) ** 2, axis=2)
-    near = np.exp(-0.5 * squared) * shares[:, None] * shares[None, :]
-    found = np.zeros((count, count))
-    np.add.at(found, (owner[:, None], owner[None, :]), near)
-    return found
+def _between_steps(near: _Near, distances: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Covariances of the steps by g, and by h, of a spread of one."""
+    places = near.places / distances
+    alike, found = _matern(places[:, None, :] - places[None, :, :]), []
+    for shares in (near.blocks, near.adapters):
+        both = np.zeros((count, count))
+        where = near.owner[:, None], near.owner[None, :]
+        np.add.at(both, where, alike * shares[:, None] * shares[None, :])
+        found.append(both)
+    return found[0], found[1]

@@ -22,7 +22,7 @@ def sums(rows: int, slots: int, num_blocks: int) -> PassSums:
         "loss": 7e-7 * rows,
     }
     blocks_s = seconds["backbone"] + seconds["site"]
-    return PassSums(seconds, blocks_s, num_blocks, place(rows, slots))
+    return PassSums(seconds, blocks_s, num_blocks, place(rows, slots), seconds["site"])
 
 
 def waste(rows: int) -> float:
@@ -47,10 +47,10 @@ def steps(noise: float) -> list[StepSums]:
 
 
 def predicted_s(fit, item: PassSums) -> float:
-    blocks = fit.blocks_factor(item.place)
-    blocks_s = sum(fit.factor(cause) * item.seconds[cause] for cause in ("backbone", "site"))
-    rest_s = fit.factor("loss") * item.seconds["loss"]
-    return blocks * blocks_s + rest_s + fit.pass_s + item.num_blocks * fit.block_s
+    g, h = fit.more(item.place)
+    of = {"backbone": g, "site": g + h, "loss": 0.0}
+    seconds = sum((fit.factor(cause) + of[cause]) * item.seconds[cause] for cause in of)
+    return seconds + fit.filler * item.filler_s + fit.pass_s + item.num_blocks * fit.block_s
 
 
 @pytest.mark.parametrize("num_blocks", [4, 5, 32])
@@ -77,6 +77,16 @@ def test_the_interval_grows_with_noise_and_covers():
         off = np.abs(predicted_s(noisy, item) / times - 1)
         inside += list(off <= noisy.relative_error(item))
     assert 0.8 <= np.mean(inside) <= 1.0
+
+
+def test_filler_that_is_computed_with_faster_is_told_apart():
+    found = []
+    for index, step in enumerate(steps(0.0)):
+        item = step.passes[0]
+        idle_s = (0.1, 0.3, 0.6)[index % 3] * item.blocks_s
+        passes = (item._replace(filler_s=idle_s),) * 3
+        found.append(StepSums(passes, step.measured_s - 3 * 0.15 * idle_s))
+    assert fit_adding(found).filler == pytest.approx(-0.15, abs=0.03)
 
 
 def test_a_shape_far_from_all_is_less_certain():
