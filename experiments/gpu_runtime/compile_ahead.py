@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE), str(HERE.parent.parent)]
 
 PROFILE, SUITE, RATIO, STAGES = "profile", "suite", "kernel_ratio", "two_gpus"
+CHECK, BOUND = "check", "bound"
 RUNTIME = ("isolation", "kill", "joins", "memory")  # parts of this folder's run.py
 PIECE = 12  # of a profile's or a suite's operations and steps, which one worker runs through
 RATIO_PARTS = 8
@@ -67,7 +68,7 @@ class Done(NamedTuple):
 def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return [*CASES, *RUNTIME, PROFILE, RATIO, SUITE, STAGES]
+    return [*CASES, CHECK, BOUND, *RUNTIME, PROFILE, RATIO, SUITE, STAGES]
 
 
 def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
@@ -92,6 +93,8 @@ def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
                 Piece(f"{name}, {config.name}", ask_stages, (spared, config))
                 for spared, config in kinds(STAGE_PHASES)
             ]
+        elif name in (CHECK, BOUND):
+            found.append(Piece(name, ask_check if name == CHECK else ask_bound, ()))
         elif name in RUNTIME:
             found.append(Piece(name, ask_runtime, (name,)))
         else:
@@ -135,6 +138,45 @@ def ask_case(name: str, target: str, deterministic: bool) -> set[Wanted]:
     with tempfile.TemporaryDirectory() as place:
         shape, plan, tasks, lengths = product.planned(CASES[name], Path(place), rounds=50)
     return _of_plans([(shape, plan, tasks, lengths)], target, deterministic)
+
+
+def ask_check(target: str, _deterministic: bool) -> set[Wanted]:
+    """Of the measured shape, and of the small one of the tests marked gpu."""
+    import check  # type: ignore[import-not-found]
+
+    from muxtune.cost.shapes import model_shape
+    from muxtune.profiling.ahead import blank_static_model
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
+
+    found: set[Wanted] = set()
+    measured = model_shape(PROFILED)._replace(num_layers=2)
+    small = measured._replace(
+        hidden=512, num_heads=4, num_kv_heads=2, intermediate=768, vocab=1000, num_layers=2
+    )
+    for shape in (measured, small):
+        with asking_for(TARGETS[target]) as wanted:
+            model = blank_static_model(shape, max_positions=512)
+            for exact in (False, True):
+                check.blank_program(model, exact).run(check.NUM_ROWS)
+        found |= wanted
+    return found
+
+
+def ask_bound(target: str, _deterministic: bool) -> set[Wanted]:
+    """The frozen program alone, in sizes that eight tasks take."""
+    import frozen  # type: ignore[import-not-found]
+
+    from muxtune.cost.shapes import model_shape
+    from muxtune.profiling.ahead import blank_static_model
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
+
+    sizes = [3712, 3520, 2048]
+    with asking_for(TARGETS[target]) as wanted:
+        model = blank_static_model(model_shape(PROFILED))
+        program = frozen.program_without_adapters(model, 8, max(sizes))
+        for rows in sizes:
+            program.run(rows)
+    return wanted
 
 
 def _of_plans(

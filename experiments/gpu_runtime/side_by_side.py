@@ -236,12 +236,6 @@ def _log_of(item: Running) -> str:
     return f"==== {item.log.stem}: exit {item.process.returncode}\n{text}\n"
 
 
-def kernels_there() -> int:
-    """In Triton's cache."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -250,6 +244,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kinds or names, with commas")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
+    from muxtune.profiling.compiling import kernels_there
+
     end_s = time.monotonic() + args.seconds - ENDING_S
     work = args.work or Path(tempfile.mkdtemp())
     for folder in (args.out, work / "parts", work / "steps"):

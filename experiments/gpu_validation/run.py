@@ -37,7 +37,7 @@ import torch
 from muxtune.cost.schema import content_hash, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.errors import MuxTuneError
-from muxtune.profiling.compiling import Compilers
+from muxtune.profiling.compiling import Compilers, kernels_there
 from muxtune.profiling.measure import (
     checked_device,
     profile_machine,
@@ -100,19 +100,13 @@ def main() -> None:
         args.cases, args.case_s, args.dynamic_s = 30, 0.05, 4.0
         args.profile_budget = 20.0 if is_tiny else args.profile_budget
         args.max_rows = 256 if is_tiny else 1024
-    done, before = args.out / COMPILED, _kernels_there()
+    done, before = args.out / COMPILED, kernels_there()
     helpers = torch.device("cpu") if args.ahead else device  # where there are no helpers
     with Compilers(helpers, deterministic=True, workers=args.workers, done=done) as compilers:
         if args.rehearse:
             sys.exit(rehearse(args, compilers))
         run(args, compilers)
-    print(f"kernels compiled here: {_kernels_there() - before} of {_kernels_there()}", flush=True)
-
-
-def _kernels_there() -> int:
-    """In Triton's cache."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+    print(f"kernels compiled here: {kernels_there() - before} of {kernels_there()}", flush=True)
 
 
 def supervise(budget_s: float, out: Path) -> int:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "step_throughput"))
 from frozen import (  # pyright: ignore[reportMissingImports]
     cut,
     profile_kernels,
+    program_without_adapters,
     replay_seconds,
-    without_adapters,
 )
 from workload import Workload  # pyright: ignore[reportMissingImports]
 
@@ -151,7 +151,8 @@ def main() -> None:
             print(f"  {row['ms']:8.2f} ms {row['calls']:5d} x {row['kernel'][:70]}", flush=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     before.clear()
-    frozen = without_adapters(static, len(args.ranks), [args.rows])
+    program = program_without_adapters(static, len(args.ranks), args.rows)
+    frozen = CapturedSteps(program, [args.rows])
     frozen.capture()
     work = Workload(len(args.ranks), tuple(args.ranks), model_shape("llama-2-7b").vocab)
     slots = {slot: item for part in next(work.rounds(7)) for slot, item in part.slots.items()}

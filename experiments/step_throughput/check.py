@@ -33,6 +33,7 @@ LLAMA_2_7B = {
 ALLOWED_OVER_PLAIN = 1.2
 LENGTHS = {0: [31, 64], 1: [200, 7, 90], 2: [130], 3: [12, 12, 12, 9]}
 RANKS = (16, 8, 16, 4)
+NUM_ROWS = 768
 
 
 def run(shape: dict[str, int]) -> dict[str, Any]:
@@ -96,10 +97,18 @@ def _steps(static: StaticModel, deterministic: bool, seed: int = 0) -> CapturedS
             b_rO = torch.randn(b[0].shape, device="cuda", generator=generator)
             states[name] = LoraState((a_rD * a_rD.shape[1] ** -0.5,), (b_rO * 0.05,))
         pools.load(slot, states, 0)
-    layout = StepLayout(768, len(RANKS), 32, 256)
-    inputs = StepInputs(layout, static.device)
-    program = StepProgram(static, pools, inputs, deterministic=deterministic)
-    return CapturedSteps(program, [768])
+    return CapturedSteps(program_of(static, pools, deterministic), [NUM_ROWS])
+
+
+def program_of(static: StaticModel, pools: AdapterPools, deterministic: bool) -> StepProgram:
+    inputs = StepInputs(StepLayout(NUM_ROWS, len(RANKS), 32, 256), static.device)
+    return StepProgram(static, pools, inputs, deterministic=deterministic)
+
+
+def blank_program(static: StaticModel, deterministic: bool) -> StepProgram:
+    """Adapters without values, to compile its kernels."""
+    pools = AdapterPools(static, tuple(SlotSpec(rank) for rank in RANKS), deterministic)
+    return program_of(static, pools, deterministic)
 
 
 def _against_autograd(

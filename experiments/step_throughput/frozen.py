@@ -28,11 +28,11 @@ MAX_SEQLEN, MAX_BOUNDS = 512, 96
 STEADY_REPLAYS = 15  # of some 0.17 s each
 
 
-def without_adapters(static: StaticModel, num_slots: int, sizes: list[int]) -> CapturedSteps:
-    """The program with slots that adapt nothing: products by the library, no optimizer."""
+def program_without_adapters(static: StaticModel, num_slots: int, most_rows: int) -> StepProgram:
+    """With slots that adapt nothing: products by the library, no optimizer."""
     pools = AdapterPools(static, (SlotSpec(0),) * num_slots, False)
-    inputs = StepInputs(StepLayout(max(sizes), num_slots, MAX_BOUNDS, MAX_SEQLEN), static.device)
-    return CapturedSteps(StepProgram(static, pools, inputs), sizes)
+    inputs = StepInputs(StepLayout(most_rows, num_slots, MAX_BOUNDS, MAX_SEQLEN), static.device)
+    return StepProgram(static, pools, inputs)
 
 
 def replay_seconds(steps: CapturedSteps, num_rows: int, repeats: int = 7) -> float:
@@ -78,7 +78,7 @@ def profile_kernels(steps: CapturedSteps, num_rows: int, top: int = 45) -> list[
 
 def frozen(static: StaticModel, work: Workload, sizes: list[int]) -> dict[str, Any]:
     """Milliseconds of each size, rows filled by a round of the workload cut to fit."""
-    steps = without_adapters(static, len(work.ranks), sizes)
+    steps = CapturedSteps(program_without_adapters(static, len(work.ranks), max(sizes)), sizes)
     steps.capture()
     ms = {}
     for num_rows in sizes:
