@@ -35,6 +35,13 @@ TOKENS = (2048, 8192, 16384)
 TASKS = (1, 4, 8, 32)
 MIN_ROTATED_BYTES = 200e6
 TOLERANCE = 1.2e-2
+MODES = ("graph", "eager")
+MORE_TRIED = (
+    (2048, 4096, 4096, 8),
+    (2048, 4096, 4096, 32),
+    (8192, 4096, 4096, 8),
+    (2048, 4096, 14336, 32),
+)
 MOST_COLUMNS = 128  # of room behind x: more of them cost more than the fused product
 
 
@@ -260,13 +267,24 @@ def ours_with_room(case: Case) -> Step:
     return step
 
 
-def ours_with_a_window(case: Case, beside: str = "h dA", **changes: Any) -> Step:
-    """As `ours_with_room`, for any number of tasks. beside: what is made beside the products."""
+def ours_with_a_window(
+    case: Case, beside: str = "h dA", tuned: dict[str, Any] | None = None, **changes: Any
+) -> Step:
+    """As `ours_with_room`, for any number of tasks. beside: what is made beside the products;
+    changes: of their blocks, ahead in eighths."""
     num_rows, width, num_out, num_tasks = case.shape
     a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
-    tuning = tuning_of(num_rows, width, (num_out,), num_tasks, RANK, 2, False)._replace(**changes)
+    tuning = window.window_tuning(num_rows, width, (num_out,), num_tasks, RANK, 2)
+    tuning = tuning._replace(**(tuned or {}))
     index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
-    forward, backward = (window.blocks_of(num_rows, n) for n in (num_out, width))
+    forward = window.blocks_of(num_rows, width, num_out, num_tasks)
+    backward = window.blocks_of(num_rows, num_out, width, num_tasks)
+    if "ahead" in changes:  # an odd number: even ones may be compiled for
+        changes["ahead"] = changes["ahead"] * num_rows // 1024 + 1
+    if changes.pop("other_stages", False):
+        changes["stages"] = 7 - forward.stages
+    changes["side_n"] = min(512, changes.pop("broader", 1) * backward.side_n)
+    forward, backward = forward._replace(**changes), backward._replace(**changes)
     forward = forward if "h" in beside else forward._replace(side=0)
     backward = backward if "dA" in beside else backward._replace(side=0)
 
@@ -277,10 +295,25 @@ def ours_with_a_window(case: Case, beside: str = "h dA", **changes: Any) -> Step
         )
         return y_TO, *window.window_backward(
             dy_TW, x_TW, h_TJ, weight, a_RD, b_RO, case.row_tensors, case.window, case.adapters,
-            tuning, backward,
+            tuning, backward, "dA" in beside,
         )  # fmt: skip
 
     return step
+
+
+# Forms of it, in graphs only.
+WINDOW_TRIALS: dict[str, dict[str, Any]] = {
+    "window_apart": {"beside": ""},
+    "window_dA_beside": {"beside": "dA"},
+}
+MORE_WINDOW_TRIALS: dict[str, dict[str, Any]] = {
+    "other stages": {"beside": "dA", "other_stages": True},
+    "few stages": {"beside": "dA", "tuned": {"db_stages": 2}},
+    "broader items": {"beside": "dA", "broader": 2},
+    "2/8 ahead": {"ahead": 2},
+    "4/8 ahead": {"ahead": 4},
+    "3/8 ahead, 16 ranks": {"ahead": 3, "ranks": 16},
+}
 
 
 def ours_explicitly(case: Case, **changes: Any) -> Step:
@@ -311,11 +344,14 @@ TRIALS: dict[str, dict[str, Any]] = {
 }
 
 
-def methods_of(case: Case) -> dict[str, Step]:
+def methods_of(case: Case, without: Sequence[str] = ()) -> dict[str, Step]:
     """Plain, ours and the baselines; a baseline that this torch cannot run is left out, aloud."""
     baselines = {"concatenated": concatenated(case), "grouped_mm": grouped_mm(case)}
     methods = {"plain": plain(case), **own_methods(case), **baselines}
+    methods = {name: step for name, step in methods.items() if name not in without}
     for name in ("concatenated", "grouped_mm", *TRIALS):
+        if name not in methods:
+            continue
         try:
             methods[name](case.sets[0])
         except Exception as error:
@@ -333,6 +369,10 @@ def own_methods(case: Case) -> dict[str, Step]:
     methods["muxtune_window"] = ours_with_a_window(case)
     if case.has_room:
         methods["muxtune_with_room"] = ours_with_room(case)
+    methods |= {name: ours_with_a_window(case, **what) for name, what in WINDOW_TRIALS.items()}
+    if case.shape in MORE_TRIED:
+        more = MORE_WINDOW_TRIALS.items()
+        methods |= {name: ours_with_a_window(case, **dict(what)) for name, what in more}
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 
@@ -478,16 +518,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_case(shape: tuple[int, int, int, int], repeats: int, steps: int) -> list[dict[str, Any]]:
+def run_case(
+    shape: tuple[int, int, int, int], repeats: int, steps: int, modes: Sequence[str] = MODES,
+    without: Sequence[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
     case = Case(*shape)
-    methods = methods_of(case)
+    methods = methods_of(case, without)
     errors = check(case, methods)
     if has_extras(shape):
         methods |= extras_of(case)
     results = []
-    for mode in ("graph", "eager"):
+    for mode in modes:
         if mode == "eager":
-            methods = {name: step for name, step in methods.items() if name not in TRIALS}
+            trials = (*TRIALS, *WINDOW_TRIALS, *MORE_WINDOW_TRIALS)
+            methods = {name: step for name, step in methods.items() if name not in trials}
         measured = measure(case, methods, mode == "graph", repeats, steps)
         row = dict(zip(("tokens", "in", "out", "tasks"), shape, strict=True))
         results.append(row | {"mode": mode, "methods": measured, "errors": errors})
@@ -506,6 +550,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--tasks", type=int, nargs="*", default=TASKS)
     parser.add_argument("--out-features", type=int, nargs="*", default=[out for _, out in SIZES])
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
+    parser.add_argument("--without", nargs="*", default=[], help="methods")
     parser.add_argument("--seconds", type=float, default=600.0, help="starts no case after that")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -516,7 +562,9 @@ def main() -> None:
         if time.monotonic() - start_s > arguments.seconds:
             print(f"left out for want of time: {shape}", flush=True)
             continue
-        results += run_case(shape, arguments.repeats, arguments.steps)
+        results += run_case(
+            shape, arguments.repeats, arguments.steps, arguments.modes, arguments.without
+        )
         torch.cuda.empty_cache()
         report = {"environment": environment(), "rank": RANK, "results": results}
         arguments.out.write_text(json.dumps(report, indent=1))

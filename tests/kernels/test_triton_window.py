@@ -33,16 +33,15 @@ PROBLEMS = {
 def window_form(problem: Problem, t: Tensors, sides: bool = True):
     """(y, dx, dA, dB); room behind x and dy is full of NaN."""
     from muxtune_kernels.multi_lora import launch, window
-    from muxtune_kernels.multi_lora.tuning import tuning_of
 
     device, ranks = t.x.device, problem.ranks
     slots = slot_rows(problem.spans, problem.num_rows, len(ranks), device)
     rows = launch.RowTensors(slots.slot_of_row_T, slots.slot_bounds_S3, t.scale, None)
     adapters = launch.Adapters(ranks, problem.out)
-    tuning = tuning_of(
+    tuning = window.window_tuning(
         problem.num_rows, problem.width, problem.out, len(ranks),
-        launch.layout_of(adapters, device).rank_pad, t.x.element_size(), False,
-    )._replace(shrink_t=16)  # fmt: skip
+        launch.layout_of(adapters, device).rank_pad, t.x.element_size(),
+    )  # fmt: skip
     weight, b_RO = window.wide_weight(t.weight, adapters), t.b.t().contiguous()
     window.widen_weight(weight, t.a, b_RO, adapters)
     place = window.window_of(rows, adapters)
@@ -51,16 +50,15 @@ def window_form(problem: Problem, t: Tensors, sides: bool = True):
         window.wide_buffer(len(v), v.shape[1], room, v).fill_(float("nan")) for v in (t.x, t.dy)
     )
     x_TW[:, : problem.width], dy_TW[:, : weight.num_out] = t.x, t.dy
-    forward, backward = (
-        window.blocks_of(problem.num_rows, n) for n in (weight.num_out, problem.width)
-    )
-    if not sides:
-        forward, backward = forward._replace(side=0), backward._replace(side=0)
+    forward = window.blocks_of(problem.num_rows, problem.width, weight.num_out, len(ranks))
+    # The first tile ahead, the second beside; or all ahead.
+    forward = forward._replace(programs=3, side=int(sides), ahead=1)
     y_TO, h_TJ = window.window_forward(x_TW, weight, rows, place, adapters, tuning, forward)
     assert not place.ready_I.any()  # cleared for the next call
     dx_TD, da_RD, db_RO = window.window_backward(
-        dy_TW, x_TW, h_TJ, weight, t.a, b_RO, rows, place, adapters, tuning, backward
+        dy_TW, x_TW, h_TJ, weight, t.a, b_RO, rows, place, adapters, tuning, None, sides
     )
+    assert not place.ready_I.any()
     return y_TO, dx_TD, da_RD, db_RO.t()
 
 

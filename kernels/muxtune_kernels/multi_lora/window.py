@@ -16,6 +16,7 @@ Shape suffixes: T rows, D input features, O output features, W columns of a buff
 buffer, J columns of the compact h, R pool rows, S slots, I tiles of rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from .launch import (
     outer,
     parts_at_once,
 )
-from .tuning import Tuning, cdiv, next_power_of_2, num_sms
+from .tuning import Tuning, cdiv, next_power_of_2, num_sms, tuning_of
 from .wide_kernels import widen_weight_kernel
 from .window_kernels import (
     window_linear_kernel,
@@ -48,6 +49,7 @@ _sum, _linear = map(Launcher, (window_sum_kernel, window_linear_kernel))
 _BLOCK_N = 512
 WINDOW = 64  # ranks a step, as many as reduced features
 TILE_T = 128
+_TILE_N = 256
 
 
 class Blocks(NamedTuple):
@@ -56,13 +58,14 @@ class Blocks(NamedTuple):
     programs: int
     stages: int = 3
     halves: bool = True
-    n: int = 256
+    n: int = _TILE_N
     warps: int = 8
     group: int = 8
     side: int = 0
-    side_t: int = 32
-    side_n: int = 512
-    side_stages: int = 4
+    side_n: int = 128
+    side_stages: int = 5
+    ranks: int = 32
+    ahead: int = 0
 
 
 class WideWeight(NamedTuple):
@@ -75,12 +78,23 @@ class WideWeight(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The first rank and the steps of each tile of rows; the same for all linears whose slots have
-    these ranks. room: columns behind x (for each member) that hold any tile's."""
+    """The first rank, the steps and the ranks of each tile of rows; the same for all linears whose
+    slots have these ranks. ready_I: zeros to count in, by one product at a time. room: columns
+    behind x (for each member) that hold any tile's."""
 
-    table_I2: Tensor
+    table_I3: Tensor
     ready_I: Tensor
     room: int
+
+
+def window_tuning(
+    num_rows: int, width: int, out_features: tuple[int, ...], num_slots: int, rank_pad: int,
+    itemsize: int,
+) -> Tuning:  # fmt: skip
+    tuning = tuning_of(num_rows, width, out_features, num_slots, rank_pad, itemsize, False)
+    if num_rows < 6144:  # nobody could add up parts of h: it is cut into more tiles instead
+        tuning = tuning._replace(shrink_t=16, shrink_k=256, shrink_stages=6)
+    return tuning
 
 
 def window_room(adapters: Adapters) -> int:
@@ -92,13 +106,13 @@ def window_of(rows: RowTensors, adapters: Adapters) -> Window:
     layout = layout_of(adapters, rows.slot_of_row_T.device)
     num_rows = rows.slot_of_row_T.numel()
     tiles = cdiv(num_rows, TILE_T)
-    table_I2 = rows.slot_of_row_T.new_empty((tiles, 2))
+    table_I3 = rows.slot_of_row_T.new_empty((tiles, 3))
     ready_I = rows.slot_of_row_T.new_empty((tiles + 1,))
     _table(
-        (tiles, 1, 1), (rows.slot_of_row_T, layout.offset_S, layout.rank_S, table_I2, ready_I),
+        (tiles, 1, 1), (rows.slot_of_row_T, layout.offset_S, layout.rank_S, table_I3, ready_I),
         (num_rows,), (TILE_T, WINDOW), 4,
     )  # fmt: skip
-    return Window(table_I2, ready_I, window_room(adapters))
+    return Window(table_I3, ready_I, window_room(adapters))
 
 
 def wide_buffer(num_rows: int, width: int, room: int, like: Tensor) -> Tensor:
@@ -138,17 +152,18 @@ def widen_weight(wide: WideWeight, a_RD: Tensor, b_RO: Tensor, adapters: Adapter
 
 def window_shrink(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, window: Window, layout: Layout,
-    tuning: Tuning,
+    tuning: Tuning, tiles: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """h_TJ, compact; and behind x."""
+    """h_TJ, compact; and behind x. tiles: of the first so many tiles of rows only."""
     num_rows = x_TW.shape[0]
+    shrunk = num_rows if tiles is None else min(num_rows, tiles * TILE_T)
     h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
     factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
     _shrink(
-        (cdiv(num_rows, tuning.shrink_t), layout.num_members, 1),
+        (cdiv(shrunk, tuning.shrink_t), layout.num_members, 1),
         (
             x_TW, factor_RD, h_TJ, behind, wide.bad_S, rows.slot_of_row_T, rows.slot_bounds_S3,
-            layout.offset_S, layout.rank_S, rows.scale_S, window.table_I2,
+            layout.offset_S, layout.rank_S, rows.scale_S, window.table_I3,
         ),
         (
             num_rows, wide.width, layout.total_rank, x_TW.stride(0), factor_RD.stride(0),
@@ -185,27 +200,28 @@ def window_linear(
     kind, pad = NO_SIDE, 1
     h_TJ, v_TW, da_RD, keep_S = side or Side(x_TW, x_TW)
     if side is not None and da_RD is None:
-        kind, pad = SIDE_SHRINK, next_power_of_2(cdiv(tiles_t, count))
+        kind, pad = SIDE_SHRINK, next_power_of_2(cdiv(tiles_t - blocks.ahead, count))
         v_TW = v_TW[:, wide.width :]
     elif side is not None:
-        kind, pad = SIDE_OUTER, next_power_of_2(num_slots)
+        kind = SIDE_OUTER
     da_RD = out_TN if da_RD is None else da_RD
     _linear(
         (blocks.programs + count, 1, 1),
         (
-            window.table_I2, window.ready_I, layout.edges, h_TJ, v_TW, da_RD, wide.bad_S,
+            window.table_I3, window.ready_I, layout.edges, h_TJ, v_TW, da_RD, wide.bad_S,
             rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S, rows.scale_S,
             layout.rank_S if keep_S is None else keep_S,
         ),
         (
-            num_rows, num_out, num_in, layout.total_rank, window.room, num_slots,
+            num_rows, num_out, num_in, layout.total_rank, window.room, blocks.ahead, num_slots,
             h_TJ.stride(0), v_TW.stride(0), da_RD.stride(0),
         ),
         (
             weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
             TILE_T, blocks.n, WINDOW, blocks.group, blocks.halves, blocks.programs,
             next_power_of_2(cdiv(tiles, blocks.programs)), blocks.stages, kind, count,
-            keep_S is not None, pad, blocks.side_t, blocks.side_n, blocks.side_stages,
+            keep_S is not None, pad, max(16, 8192 // blocks.side_n),
+            blocks.ranks if kind == SIDE_SHRINK else blocks.side_n, blocks.side_stages,
             next_power_of_2(layout.j_width),
         ),
         blocks.warps, blocks.stages,
@@ -213,7 +229,7 @@ def window_linear(
             Tiles(x_TW, TILE_T, WINDOW),
             Tiles(wide.weight_PW, *((blocks.n, WINDOW) if weight_nk else (WINDOW, blocks.n))),
             Tiles(out_TN, TILE_T, blocks.n // (2 if blocks.halves else 1)),
-            Tiles(wide.weight_PW, WINDOW, WINDOW),
+            Tiles(wide.weight_PW, blocks.ranks, WINDOW),
         ),
     )  # fmt: skip
     return out_TN
@@ -222,10 +238,37 @@ def window_linear(
 NO_SIDE, SIDE_OUTER, SIDE_SHRINK = 0, 1, 2  # as the kernel has them
 
 
-def blocks_of(num_rows: int, num_out: int) -> Blocks:
-    tiles = cdiv(num_rows, TILE_T) * cdiv(num_out, 256)
-    programs = cdiv(tiles, cdiv(tiles, num_sms()))
-    return Blocks(programs, side=num_sms() - programs)
+@functools.lru_cache(maxsize=1024)
+def blocks_of(num_rows: int, num_in: int, num_out: int, num_slots: int) -> Blocks:
+    """The fewest programs that take no more waves of tiles; the others work beside them."""
+    tiles_t, tiles_n = cdiv(num_rows, TILE_T), cdiv(num_out, _TILE_N)
+    programs = cdiv(tiles_t * tiles_n, cdiv(tiles_t * tiles_n, num_sms()))
+    side = num_sms() - programs
+    blocks = Blocks(programs, stages=4 if num_rows < 4096 else 3, side=side)
+    items = ((n, cdiv(num_out, n) * num_slots) for n in (512, 256, 128, 64))
+    side_n = next((n for n, count in items if count >= 192), 32)
+    return blocks._replace(side_n=side_n, ahead=_made_ahead(blocks, tiles_t, tiles_n, num_in))
+
+
+def _made_ahead(blocks: Blocks, tiles_t: int, tiles_n: int, num_in: int) -> int:
+    """Tiles of rows whose h is made before the product, so that no tile waits for those made beside
+    it. All of them, if there is nobody beside it."""
+    if not blocks.side:
+        return tiles_t
+    h_s = TILE_T * num_in * 2 * 1.25 / (blocks.side * _SIDE_BYTES_S)
+    tile_s = 2.0 * TILE_T * blocks.n * num_in / _SM_FLOPS
+    group = blocks.group * tiles_n
+    wanted_s = [(t // blocks.group * group // blocks.programs + 1) * tile_s for t in range(tiles_t)]
+    fits = (
+        ahead
+        for ahead in range(1, tiles_t)
+        if all((t - ahead + 1) * h_s <= wanted_s[t] for t in range(ahead, tiles_t))
+    )
+    return next(fits, tiles_t)
+
+
+# What one multiprocessor reads while all others multiply, and what it multiplies; measured.
+_SIDE_BYTES_S, _SM_FLOPS = 38e9, 5.7e12
 
 
 def window_forward(
@@ -234,11 +277,11 @@ def window_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y_TO, h_TJ). x_TW: x in its first columns; those behind are overwritten."""
     layout = layout_of(adapters, x_TW.device)
-    blocks = blocks or blocks_of(x_TW.shape[0], wide.num_out)
-    if not blocks.side:
+    blocks = blocks or blocks_of(x_TW.shape[0], wide.width, wide.num_out, rows.scale_S.numel())
+    if not blocks.side or blocks.ahead * TILE_T >= x_TW.shape[0]:
         h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning)
         return window_linear(x_TW, wide, window, layout, blocks, True, rows), h_TJ
-    h_TJ = empty((x_TW.shape[0], layout.j_width), x_TW.dtype, x_TW.device)
+    h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning, blocks.ahead)
     side = Side(h_TJ, x_TW)
     return window_linear(x_TW, wide, window, layout, blocks, True, rows, side), h_TJ
 
@@ -246,12 +289,12 @@ def window_forward(
 def window_backward(
     dy_TW: Tensor, x_TW: Tensor, h_TJ: Tensor, wide: WideWeight, a_RD: Tensor, b_RO: Tensor,
     rows: RowTensors, window: Window, adapters: Adapters, tuning: Tuning,
-    blocks: Blocks | None = None,
+    blocks: Blocks | None = None, beside: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dA [M * R, D], dB [R, O]). dy_TW: dy in its first columns; those behind are
     overwritten."""
     layout = layout_of(adapters, x_TW.device)
-    blocks = blocks or blocks_of(x_TW.shape[0], wide.width)
+    blocks = blocks or blocks_of(x_TW.shape[0], wide.num_out, wide.width, rows.scale_S.numel())
 
     def sum_parts(
         parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, *_: object
@@ -262,7 +305,7 @@ def window_backward(
         dy_TW[:, : wide.num_out], h_TJ, b_RO.t(), rows, adapters, layout, tuning,
         sum_parts=sum_parts,
     )  # fmt: skip
-    if not blocks.side:
+    if not beside:
         dx_TD = window_linear(dy_TW, wide, window, layout, blocks, False, rows)
         da_RD = outer(dh_TJ, x_TW[:, : wide.width], a_RD, rows, adapters, layout, tuning)
         return dx_TD, da_RD, db_RO
@@ -282,7 +325,7 @@ def _window_sum(
         (
             parts, dh_TJ, dy_TW[:, wide.num_out :], wide.bad_S, partials, db_RO,
             rows.slot_of_row_T, layout.offset_S, layout.rank_S, rows.scale_S, layout.edges,
-            window.table_I2,
+            window.table_I3,
         ),
         (
             tiles, h_TJ.shape[0], b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),

@@ -22,7 +22,7 @@ def window_table_kernel(
     slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, ready_ptr, num_rows,
     TILE_T: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """(first rank, steps of WINDOW ranks) of each tile of rows; and zeros to count in."""
+    """(first rank, steps of WINDOW ranks, ranks) of each tile of rows; and zeros to count in."""
     tl.store(ready_ptr + tl.program_id(0), 0)
     tl.store(ready_ptr + tl.num_programs(0), 0)
     row_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
@@ -31,8 +31,10 @@ def window_table_kernel(
     offset_T = tl.load(offset_ptr + slot_T, mask=rank_T > 0, other=0)
     stop = tl.max(offset_T + rank_T)
     first = tl.min(tl.where(rank_T > 0, offset_T, stop))
-    tl.store(window_ptr + 2 * tl.program_id(0), first)
-    tl.store(window_ptr + 2 * tl.program_id(0) + 1, tl.cdiv(stop - first, WINDOW))
+    window_ptr += 3 * tl.program_id(0)
+    tl.store(window_ptr, first)
+    tl.store(window_ptr + 1, tl.cdiv(stop - first, WINDOW))
+    tl.store(window_ptr + 2, stop - first)
 
 
 @triton.jit
@@ -80,6 +82,12 @@ def window_shrink_kernel(
         slot_of_row_ptr, bounds_ptr, first_row, tl.minimum(first_row + BLOCK_T, num_rows)
     )
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
+    # What comes after the loop is asked for before it: all programs end at once, and would wait.
+    window_ptr += 3 * (first_row // TILE_T)
+    first, steps = tl.load(window_ptr), tl.load(window_ptr + 1)
+    rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
+        slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
+    )
     x_row_T = x_ptr + row_T.to(tl.int64) * x_stride
     factor_ptr += member.to(tl.int64) * total_rank * factor_stride
     if uniform:
@@ -97,11 +105,6 @@ def window_shrink_kernel(
                     total_rank, factor_stride, 1, 1, RANK_PAD, False, BLOCK_T, BLOCK_K, RANK_PAD,
                 )  # fmt: skip
                 h_TJ = tl.where((slot_T == slot)[:, None], part_TJ, h_TJ)
-    window_ptr += 2 * (first_row // TILE_T)
-    first, steps = tl.load(window_ptr), tl.load(window_ptr + 1)
-    rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
-        slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
-    )
     j_J = tl.arange(0, RANK_PAD)
     # Filler rows hold zeros whatever lies in x.
     h_TJ = tl.where((slot_T >= 0)[:, None], h_TJ * scale_T[:, None], 0.0)
@@ -128,7 +131,7 @@ def window_sum_kernel(
         row_T = pid * BLOCK_T + tl.arange(0, BLOCK_T)
         in_T = row_T < num_rows
         slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-        at_window = window_ptr + 2 * (pid * BLOCK_T // TILE_T)
+        at_window = window_ptr + 3 * (pid * BLOCK_T // TILE_T)
         first, steps = tl.load(at_window), tl.load(at_window + 1)
         rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
             slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
@@ -142,9 +145,10 @@ def window_sum_kernel(
             total_PTJ = tl.zeros((BLOCK_P, BLOCK_T, RANK_PAD), tl.float32)
             for part in range(0, num_parts, BLOCK_P):
                 p_P = part + tl.arange(0, BLOCK_P)
+                # Of rows of no slot nobody has written any: what is read there is not used.
                 total_PTJ += tl.load(
                     part_ptr + p_P.to(tl.int64)[:, None, None] * part_stride + at_TJ[None, :, :],
-                    mask=(p_P < num_parts)[:, None, None] & own_TJ[None, :, :], other=0.0,
+                    mask=(p_P < num_parts)[:, None, None] & in_T[None, :, None], other=0.0,
                 ).to(tl.float32)  # fmt: skip
             dh_TJ = tl.where(own_TJ, tl.sum(total_PTJ, 0) * scale_T[:, None], 0.0)
             dh_TJ = tl.where(own_TJ & is_bad_T[:, None], float("nan"), dh_TJ)
@@ -200,7 +204,7 @@ def _await(ready_ptr, wanted):
 @triton.jit
 def _product(
     program, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows, num_out, num_in,
-    total_rank, room,
+    total_rank, room, first_tile,
     WAIT: tl.constexpr,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
@@ -214,11 +218,11 @@ def _product(
     steps_k = num_in // BLOCK_K
     i_I = program + tl.arange(0, TILES_PAD) * NUM_PROGRAMS
     t_I, _ = _place(i_I, tiles_t, tiles_n, GROUP_T)
-    steps_I = steps_k + INNER * tl.load(window_ptr + 2 * t_I + 1)
+    steps_I = steps_k + INNER * tl.load(window_ptr + 3 * t_I + 1)
     total = tl.sum(tl.where(i_I < num_tiles, steps_I, 0))
     next_t, _ = _place(program, tiles_t, tiles_n, GROUP_T)
-    next_first = tl.load(window_ptr + 2 * next_t)
-    next_count = tl.load(window_ptr + 2 * next_t + 1)
+    next_first = tl.load(window_ptr + 3 * next_t)
+    next_count = tl.load(window_ptr + 3 * next_t + 1)
     tile = program - NUM_PROGRAMS
     step, stop, first, count, t_0, n_0, column_0 = -1, 0, 0, 0, 0, 0, 0
     acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -231,8 +235,8 @@ def _product(
             first, count = next_first, next_count
             stop = steps_k + INNER * count
             next_t, _ = _place(tile + NUM_PROGRAMS, tiles_t, tiles_n, GROUP_T)
-            next_first = tl.load(window_ptr + 2 * next_t)
-            next_count = tl.load(window_ptr + 2 * next_t + 1)
+            next_first = tl.load(window_ptr + 3 * next_t)
+            next_count = tl.load(window_ptr + 3 * next_t + 1)
             if NUM_MEMBERS > 1:
                 column_0 = 0
                 for other in tl.static_range(1, NUM_MEMBERS):
@@ -249,7 +253,8 @@ def _product(
             k_x += tl.where(step >= steps_k, column_0, 0)
             k_w += tl.where(step >= steps_k, first, 0)
         if WAIT and not INTERPRETED:
-            k_x += _await(ready_ptr + t_0 // BLOCK_T, tl.where(step >= steps_k, 1, 0))
+            waits = (step >= steps_k) & (t_0 >= first_tile * BLOCK_T)
+            k_x += _await(ready_ptr + t_0 // BLOCK_T, waits.to(tl.int32))
         x_TK = x_desc.load([t_0, k_x])
         if WEIGHT_NK:  # noqa: SIM108
             w_KN = w_desc.load([n_0, k_w]).T
@@ -268,88 +273,91 @@ def _product(
 
 
 @triton.jit
-def _side_outer(
-    side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, keep_ptr,
-    width, total_rank, num_slots, h_stride, v_stride, out_stride,
-    NUM_SIDE: tl.constexpr, INNER: tl.constexpr, RANK_PAD: tl.constexpr, DENSE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+def _outer_rows(
+    start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
+    DENSE: tl.constexpr, NUM_J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dA of a few blocks of features, one slot after another in one loop: every row of x comes
-    once, without a pause between slots. A slot without rows takes one step. DENSE: each slot owns
-    all rows between its first and its last; else other slots' rows are not loaded."""
-    s_S = tl.arange(0, SLOTS_PAD)
-    start_S = tl.load(bounds_ptr + 3 * s_S, mask=s_S < num_slots, other=0)
-    stop_S = tl.load(bounds_ptr + 3 * s_S + 1, mask=s_S < num_slots, other=0)
-    steps_S = tl.maximum(tl.cdiv(stop_S - start_S, BLOCK_T), 1)
-    total = tl.sum(tl.where(s_S < num_slots, steps_S, 0))
+    """h^T v over the rows of a slot. DENSE: it owns all between its first and its last."""
     j_J = tl.arange(0, BLOCK_J)
-    in_J = j_J < INNER * RANK_PAD
-    own = tl.cdiv(tl.cdiv(width, BLOCK_N) - side, NUM_SIDE)
-    block = side - NUM_SIDE
-    slot = num_slots - 1
-    t, stop, start = 0, 0, 0
-    next_start, next_stop = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
     acc_JN = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
-    for _ in tl.range(0, own * total, num_stages=STAGES):
-        t += BLOCK_T
-        if t >= stop:
-            block += tl.where(slot == num_slots - 1, NUM_SIDE, 0)
-            slot = tl.where(slot == num_slots - 1, 0, slot + 1)
-            start, stop = next_start, next_stop
-            t = start
-            after = tl.where(slot == num_slots - 1, 0, slot + 1)
-            next_start = tl.load(bounds_ptr + 3 * after)
-            next_stop = tl.load(bounds_ptr + 3 * after + 1)
+    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         row_T = t + tl.arange(0, BLOCK_T)
-        n_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        own_T, in_N = row_T < stop, n_N < width
+        own_T = row_T < stop
         if not DENSE:
             own_T &= tl.load(slot_of_row_ptr + row_T, mask=own_T, other=-1) == slot
         h_TJ = tl.load(h_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
-                       mask=own_T[:, None] & in_J[None, :], other=0.0)  # fmt: skip
+                       mask=own_T[:, None] & (j_J < NUM_J)[None, :], other=0.0)  # fmt: skip
         v_TN = tl.load(v_ptr + row_T.to(tl.int64)[:, None] * v_stride + n_N[None, :],
                        mask=own_T[:, None] & in_N[None, :], other=0.0)  # fmt: skip
         # So few rows of the result that the compiler takes no asynchronous products: where a
         # kernel has any whose sums something else defines, it makes all of them wait.
         acc_JN = tl.dot(tl.trans(h_TJ), v_TN, acc_JN, input_precision="ieee")
-        if t + BLOCK_T >= stop:
-            row_J, real_J = _factor_rows(
-                tl.load(offset_ptr + slot), tl.load(rank_ptr + slot), total_rank, INNER, RANK_PAD,
-                BLOCK_J,
+    return acc_JN
+
+
+@triton.jit
+def _outer_item(
+    slot, block, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
+    keep_ptr, width, total_rank, h_stride, v_stride, out_stride,
+    INNER: tl.constexpr, RANK_PAD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dA of one slot and one block of features. Rows of other slots are never loaded."""
+    rank = tl.load(rank_ptr + slot)
+    if rank > 0:
+        at = bounds_ptr + 3 * slot
+        start, stop, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        n_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_N = n_N < width
+        if count == stop - start:
+            acc_JN = _outer_rows(
+                start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
+                True, INNER * RANK_PAD, BLOCK_T, BLOCK_N, BLOCK_J, STAGES,
             )  # fmt: skip
-            out_JN = out_ptr + row_J.to(tl.int64)[:, None] * out_stride + n_N[None, :]
-            real_JN = in_N[None, :] & real_J[:, None]
-            if ACCUMULATE:
-                keeps = tl.load(keep_ptr + slot) != 0
-                if keeps & (start < stop):
-                    acc_JN += tl.load(out_JN, mask=real_JN, other=0.0).to(tl.float32)
-                # Nothing is added to what an idle slot keeps, so it is not even touched.
-                real_JN = real_JN & ((start < stop) | (keeps == 0))
-            tl.store(out_JN, acc_JN.to(out_ptr.dtype.element_ty), mask=real_JN)
-            acc_JN = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
+        else:
+            acc_JN = _outer_rows(
+                start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
+                False, INNER * RANK_PAD, BLOCK_T, BLOCK_N, BLOCK_J, 2,
+            )  # fmt: skip
+        row_J, real_J = _factor_rows(
+            tl.load(offset_ptr + slot), rank, total_rank, INNER, RANK_PAD, BLOCK_J
+        )
+        out_JN = out_ptr + row_J.to(tl.int64)[:, None] * out_stride + n_N[None, :]
+        real_JN = in_N[None, :] & real_J[:, None]
+        if ACCUMULATE:
+            keeps = tl.load(keep_ptr + slot) != 0
+            if keeps & (start < stop):
+                acc_JN += tl.load(out_JN, mask=real_JN, other=0.0).to(tl.float32)
+            # Nothing is added to what an idle slot keeps, so it is not even touched.
+            real_JN = real_JN & ((start < stop) | (keeps == 0))
+        tl.store(out_JN, acc_JN.to(out_ptr.dtype.element_ty), mask=real_JN)
 
 
 @triton.jit
 def _side_shrink(
     side, x_desc, a_desc, h_ptr, to_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
     scale_ptr, window_ptr, num_rows, num_in, row_0, total_rank, h_stride, to_stride, room,
+    first_tile,
     NUM_SIDE: tl.constexpr, NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, TILES_PAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr,
+    TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h of every NUM_SIDE-th tile of rows, of all ranks in its window at once, in one loop."""
+    """h of every NUM_SIDE-th tile of rows from the first, of BLOCK_W ranks of its window at once,
+    in one loop."""
     tiles_t, steps_k = tl.cdiv(num_rows, BLOCK_T), num_in // BLOCK_K
+    side += first_tile
     i_I = side + tl.arange(0, TILES_PAD) * NUM_SIDE
-    count_I = tl.load(window_ptr + 2 * i_I + 1, mask=i_I < tiles_t, other=0)
-    parts_I = tl.where(i_I < tiles_t, NUM_MEMBERS * tl.maximum(count_I, 1), 0)
-    total = tl.sum(parts_I) * steps_k
+    ranks_I = tl.load(window_ptr + 3 * i_I + 2, mask=i_I < tiles_t, other=0)
+    parts_I = NUM_MEMBERS * tl.maximum(tl.cdiv(ranks_I, BLOCK_W), 1)
+    total = tl.sum(tl.where(i_I < tiles_t, parts_I, 0)) * steps_k
     next_t = tl.minimum(side, tiles_t - 1)
-    next_first = tl.load(window_ptr + 2 * next_t)
-    next_count = tl.load(window_ptr + 2 * next_t + 1)
+    next_first = tl.load(window_ptr + 3 * next_t)
+    next_ranks = tl.load(window_ptr + 3 * next_t + 2)
     tile = side - NUM_SIDE
     step, part, first, count = steps_k - 1, NUM_MEMBERS - 1, 0, 1
-    acc_TW = tl.zeros((BLOCK_T, WINDOW), tl.float32)
+    w_W = tl.arange(0, BLOCK_W)
+    acc_TW = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
     for _ in tl.range(0, total, num_stages=STAGES):
         step = tl.where(step == steps_k - 1, 0, step + 1)
         if step == 0:
@@ -357,12 +365,12 @@ def _side_shrink(
             if part == NUM_MEMBERS * count:
                 part = 0
                 tile += NUM_SIDE
-                first, count = next_first, tl.maximum(next_count, 1)
+                first, count = next_first, tl.maximum(tl.cdiv(next_ranks, BLOCK_W), 1)
                 next_t = tl.minimum(tile + NUM_SIDE, tiles_t - 1)
-                next_first = tl.load(window_ptr + 2 * next_t)
-                next_count = tl.load(window_ptr + 2 * next_t + 1)
+                next_first = tl.load(window_ptr + 3 * next_t)
+                next_ranks = tl.load(window_ptr + 3 * next_t + 2)
         member = part // count
-        within = (part - member * count) * WINDOW
+        within = (part - member * count) * BLOCK_W
         x_TK = x_desc.load([tile * BLOCK_T, step * BLOCK_K])
         a_WK = a_desc.load([row_0 + member * total_rank + first + within, step * BLOCK_K])
         acc_TW = tl.dot(x_TK, a_WK.T, acc_TW, input_precision="ieee")
@@ -373,12 +381,19 @@ def _side_shrink(
             rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
                 slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
             )
-            j_TW = within + tl.arange(0, WINDOW)[None, :] - shift_T[:, None]
+            j_TW = within + w_W[None, :] - shift_T[:, None]
             own_TW = (j_TW >= 0) & (j_TW < rank_T[:, None])
             h_TW = tl.where(is_bad_T[:, None], float("nan"), acc_TW * scale_T[:, None])
             h_TW = tl.where(own_TW, h_TW, 0.0).to(h_ptr.dtype.element_ty)
             at_T = to_ptr + row_T.to(tl.int64) * to_stride + member * room + within
-            tl.store(at_T[:, None] + tl.arange(0, WINDOW)[None, :], h_TW, mask=in_T[:, None])
+            tl.store(at_T[:, None] + w_W[None, :], h_TW, mask=in_T[:, None])
+            # The rest of the step: zeros, after the last of the member's parts.
+            is_last = within == (count - 1) * BLOCK_W
+            for block in tl.static_range(1, WINDOW // BLOCK_W):
+                at = (within // BLOCK_W) % (WINDOW // BLOCK_W) + block
+                is_rest = is_last & (at < WINDOW // BLOCK_W)
+                tl.store(at_T[:, None] + block * BLOCK_W + w_W[None, :], tl.zeros_like(h_TW),
+                         mask=in_T[:, None] & is_rest)  # fmt: skip
             at_T = h_ptr + row_T.to(tl.int64) * h_stride + member * RANK_PAD
             tl.store(at_T[:, None] + j_TW, h_TW, mask=own_TW)
             if part == NUM_MEMBERS * count - 1:
@@ -386,7 +401,7 @@ def _side_shrink(
                 # its load follows. (With a barrier in it the loop would not be pipelined.)
                 zero = tl.max(tl.load(ready_ptr + tile + tl.arange(0, 256) // 256))
                 tl.atomic_add(ready_ptr + tile, 1 + tl.minimum(zero, 0), sem="release")
-            acc_TW = tl.zeros((BLOCK_T, WINDOW), tl.float32)
+            acc_TW = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
 
 
 NO_SIDE, SIDE_OUTER, SIDE_SHRINK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -396,52 +411,50 @@ NO_SIDE, SIDE_OUTER, SIDE_SHRINK = tl.constexpr(0), tl.constexpr(1), tl.constexp
 def window_linear_kernel(
     x_desc, w_desc, y_desc, a_desc, window_ptr, ready_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
     bad_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, scale_ptr, keep_ptr, num_rows,
-    num_out, num_in, total_rank, room, num_slots, h_stride, v_stride, out_stride,
+    num_out, num_in, total_rank, room, first_tile, num_slots, h_stride, v_stride, out_stride,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr, HALVES: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     TILES_PAD: tl.constexpr, STAGES: tl.constexpr, SIDE: tl.constexpr, NUM_SIDE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, SLOTS_PAD: tl.constexpr, SIDE_T: tl.constexpr, SIDE_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SIDE_PAD: tl.constexpr, SIDE_T: tl.constexpr, SIDE_N: tl.constexpr,
     SIDE_STAGES: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The first NUM_SIDE programs are on multiprocessors that the product's waves of tiles leave
-    idle. SIDE_OUTER: they make dA = dh^T x. SIDE_SHRINK: h, which the others wait for; these start
-    later, for programs start in the order of their numbers, so that all wait for one that runs."""
+    idle. SIDE_SHRINK: they make h, which the others wait for; these start later, for programs
+    start in the order of their numbers, so that all wait for one that runs. SIDE_OUTER: they make
+    dA = dh^T x, item by item, and when the product is through all programs do."""
     side = tl.program_id(0)
+    tiles_t = tl.cdiv(num_rows, BLOCK_T)
+    count_ptr = ready_ptr + tiles_t
     if side >= NUM_SIDE:
         _product(
             side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows,
-            num_out, num_in, total_rank, room, SIDE == SIDE_SHRINK, WEIGHT_NK, NUM_MEMBERS, INNER,
-            BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, HALVES, NUM_PROGRAMS, TILES_PAD, STAGES,
+            num_out, num_in, total_rank, room, first_tile, SIDE == SIDE_SHRINK, WEIGHT_NK,
+            NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, HALVES, NUM_PROGRAMS, TILES_PAD,
+            STAGES,
         )  # fmt: skip
-    elif SIDE == SIDE_OUTER:
-        s_S = tl.arange(0, SLOTS_PAD)
-        start_S = tl.load(bounds_ptr + 3 * s_S, mask=s_S < num_slots, other=0)
-        stop_S = tl.load(bounds_ptr + 3 * s_S + 1, mask=s_S < num_slots, other=0)
-        count_S = tl.load(bounds_ptr + 3 * s_S + 2, mask=s_S < num_slots, other=0)
-        if tl.max((count_S != stop_S - start_S).to(tl.int32)) == 0:
-            _side_outer(
-                side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-                keep_ptr, num_out, total_rank, num_slots, h_stride, v_stride, out_stride, NUM_SIDE,
-                INNER, RANK_PAD, True, ACCUMULATE, SLOTS_PAD, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
-            )  # fmt: skip
-        else:
-            _side_outer(
-                side, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-                keep_ptr, num_out, total_rank, num_slots, h_stride, v_stride, out_stride, NUM_SIDE,
-                INNER, RANK_PAD, False, ACCUMULATE, SLOTS_PAD, SIDE_T, SIDE_N, BLOCK_J, 2,
-            )  # fmt: skip
     elif SIDE == SIDE_SHRINK:
         _side_shrink(
             side, x_desc, a_desc, h_ptr, v_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr,
             rank_ptr, scale_ptr, window_ptr, num_rows, num_in, num_out, total_rank, h_stride,
-            v_stride, room, NUM_SIDE, NUM_MEMBERS, RANK_PAD, BLOCK_T, BLOCK_K, BLOCK_K, SLOTS_PAD,
-            SIDE_STAGES,
+            v_stride, room, first_tile, NUM_SIDE, NUM_MEMBERS, RANK_PAD, BLOCK_T, BLOCK_K,
+            BLOCK_K, SIDE_N, SIDE_PAD, SIDE_STAGES,
         )  # fmt: skip
-    if SIDE == SIDE_SHRINK:
-        # Whoever ends last clears the counts for the next call.
-        tiles_t = tl.cdiv(num_rows, BLOCK_T)
+    if SIDE == SIDE_OUTER:
+        blocks = tl.cdiv(num_out, SIDE_N)
+        item = tl.atomic_add(count_ptr, 1)
+        while item < num_slots * blocks:
+            _outer_item(
+                item // blocks, item % blocks, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr,
+                offset_ptr, rank_ptr, keep_ptr, num_out, total_rank, h_stride, v_stride,
+                out_stride, INNER, RANK_PAD, ACCUMULATE, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
+            )  # fmt: skip
+            item = tl.atomic_add(count_ptr, 1)
+        # Whoever comes last clears the counts for the next call.
+        if item == num_slots * blocks + NUM_PROGRAMS + NUM_SIDE - 1:
+            tl.store(count_ptr, 0)
+    elif SIDE == SIDE_SHRINK:
         tl.debug_barrier()
-        if tl.atomic_add(ready_ptr + tiles_t, 1) == NUM_PROGRAMS + NUM_SIDE - 1:
+        if tl.atomic_add(count_ptr, 1) == NUM_PROGRAMS + NUM_SIDE - 1:
             for tile in range(tiles_t + 1):
                 tl.store(ready_ptr + tile, 0)
