@@ -88,6 +88,12 @@ class Backbone:
         return int(self.model.config.max_position_embeddings) if is_learned else None
 
     @property
+    def reach_tokens(self) -> int | None:
+        """The longest sequence whose tokens all see each other, at angles that hang on nothing
+        else in the pass; None where any does."""
+        return _reach_tokens(self.model.config)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the frozen weights; tied ones count once."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -209,9 +215,39 @@ def check_model(name: str, model: Any) -> None:
         problem = f"'{name}' is a mixture of experts, which is not supported"
     elif not getattr(model, "_supports_attention_backend", False):
         problem = f"'{name}' ({config.model_type}) does not take the packed attention"
+    elif change := _change_of_logits(model):
+        problem = f"'{name}' ({config.model_type}) {change}, which the loss does not know"
     else:
         return
     raise ConfigError("model", problem, "Name a dense decoder with its full weights")
+
+
+def _change_of_logits(model: Any) -> str:
+    """What the model does to its logits beside the head's product; empty for nothing."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if getattr(head, "bias", None) is not None:
+        return "adds a bias to its logits"
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(model.config, key, None) not in (None, 1.0):
+            return f"changes its logits ({key})"
+    return ""
+
+
+def _reach_tokens(config: Any) -> int | None:
+    limits = []
+    kinds = getattr(config, "layer_types", None)
+    is_windowed = kinds is None or "sliding_attention" in kinds
+    if is_windowed and getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for item in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        if item.get("rope_type") in ("dynamic", "longrope"):
+            limits += [
+                item.get("original_max_position_embeddings"),
+                getattr(config, "original_max_position_embeddings", None),
+                config.max_position_embeddings,
+            ]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def names_target(name: str, targets: tuple[str, ...]) -> bool:

@@ -536,13 +536,21 @@ def _check_captured(spec: TaskSpec, backbone: Backbone, options: TorchOptions) -
 
 
 def _check_positions(spec: TaskSpec, backbone: Backbone, virtual_tokens: int) -> None:
-    """A learned position that does not exist cannot be looked up; a rotation can."""
+    """A learned position that does not exist cannot be looked up; a rotation can. Windows are not
+    computed."""
     positions, longest = backbone.learned_positions, spec.data.max_length_tokens
     if positions is not None and longest + virtual_tokens > positions:
         before = f" after {virtual_tokens} virtual ones" if virtual_tokens else ""
         problem = f"{longest} tokens{before} are more than the {positions} positions of "
         remedy = f"Give at most {positions - virtual_tokens}"
         raise ConfigError("data.max_length_tokens", problem + spec.model, remedy)
+    reach = backbone.reach_tokens
+    if reach is not None and longest + virtual_tokens > reach:
+        problem = f"{longest} tokens are more than the {reach} that {spec.model} sees at once (a "
+        problem += "sliding window, or angles that change with the length), which is not supported"
+        raise ConfigError(
+            "data.max_length_tokens", problem, f"Give at most {reach - virtual_tokens}"
+        )
 
 
 def _fingerprint(task: RuntimeTask) -> str:

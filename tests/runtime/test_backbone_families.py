@@ -18,7 +18,7 @@ from muxtune.runtime.attention import pack_rows
 from muxtune.runtime.backbone import Backbone, BackboneStore, Loaded, check_model, random_weights
 from muxtune.runtime.bank import AdapterBank
 from muxtune.runtime.tokenizers import ByteTokenizer
-from muxtune.types import TaskSpec
+from muxtune.types import EventKind, TaskSpec
 from tests.runtime.peft_reference import Batch, plain_copy
 from tests.runtime.runtime_helpers import TINY, Bench, make_htask, make_plan, make_task, worst_gap
 from tests.runtime.test_runtime_methods import (
@@ -58,15 +58,16 @@ SEQUENCES = [(0, 11), (11, 2), (16, 17), (33, 11)]
 ROWS = 46
 
 
-def from_config(kind: str) -> Loaded:
+def from_config(kind: str, **changes: Any) -> Loaded:
     """Random weights of a family that has no shape of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        kind, vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    settings = dict(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, intermediate_size=128, pad_token_id=0,
         sliding_window=None,
     )  # fmt: skip
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Loaded(AutoModelForCausalLM.from_config(config), ByteTokenizer(128, 64))
@@ -236,6 +237,47 @@ def test_sequences_beyond_the_learned_positions_are_refused(kind: str, tmp_path:
     (failure,) = [event.data for event in bench.events if event.task_id == "long"]
     assert isinstance(failure, tuple) and "64 positions" in str(failure)
     assert AdapterBank(store.get("tiny"), torch.float32)  # the model itself is sound
+
+
+LONG_ROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    "rope_theta": 1e4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
+        ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 16}),
+    ],
+)
+def test_sequences_that_a_window_would_cut_are_refused(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    store = BackboneStore({"tiny": lambda: from_config(kind, **changes)})
+    bench = Bench(tmp_path, store)
+    for longest in (16, 17):
+        task = make_task(f"of-{longest}", targets=("o_proj",), max_length_tokens=longest)
+        bench.prepare(task)
+    (failure,) = [event for event in bench.events if event.kind is EventKind.TASK_FAILED]
+    assert failure.task_id == "of-17" and "more than the 16 that" in str(failure.data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("phi", {}, "adds a bias to its logits"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale"),
+    ],
+)
+def test_models_whose_logits_are_not_the_heads_product_are_refused(
+    kind: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BackboneStore({"tiny": lambda: from_config(kind, **changes)}).get("tiny")
 
 
 def config_of(**changes: Any) -> Any:
