@@ -14,7 +14,7 @@ import faulthandler
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ from run import (
     ragged_spans,
     reference,
 )
+from torch import Tensor
 
 from muxtune_kernels import slot_rows
 from muxtune_kernels.multi_lora import launch, window
+from muxtune_kernels.multi_lora.tuning import Tuning
 
 Shape = tuple[int, int, int, int]
 CHECKED: tuple[Shape, ...] = ((2048, 4096, 4096, 8), (2048, 4096, 4096, 32))
+TIMED: tuple[Shape, ...] = ((8192, 4096, 4096, 8), (2048, 4096, 4096, 8), (2048, 4096, 4096, 32))
 
 
 def checks(shape: Shape, device: str) -> Iterator[tuple[str, float]]:
@@ -89,6 +92,82 @@ def _with_nan(case: Case, step: Any, clean: Any, name: str) -> Iterator[tuple[st
     yield f"{name} NaN of a slot: others same {same}, own not finite {poisoned}", float(not same)
 
 
+class Alone:
+    """The small kernels of one size, each alone."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.case = shape, Case(*shape, device=device)
+        num_rows, width, num_out, num_tasks = shape
+        self.layout = launch.layout_of(self.case.adapters, self.case.scale_S.device)
+        self.tuning = window.window_tuning(num_rows, width, (num_out,), num_tasks, RANK, 2)
+        self.a_RD, self.b_RO = self.case.a_RD.detach(), self.case.b_RO.detach()
+        self.sets = [self.case.windowed(i) for i in range(self.case.num_sets)]
+        shape_TJ = (num_rows, RANK)
+        self.h = [torch.randn(*shape_TJ, device=device).bfloat16() for _ in self.sets]
+
+    def dh_db(self, tuning: Tuning, contiguous: bool, sums: bool) -> Callable[[int], Any]:
+        def run(i: int) -> Any:
+            item, case = self.sets[i], self.case
+
+            def sum_parts(parts: Tensor, partials: Tensor, h: Tensor, b: Tensor, *_: Any) -> Any:
+                if not sums:
+                    return parts, partials
+                return window._window_sum(parts, partials, h, b, item.dy_TW, item.weight,
+                                          case.row_tensors, case.window, self.layout,
+                                          tuning)  # fmt: skip
+
+            dy_TO = case.sets[i].dy_TO if contiguous else item.dy_TW[:, : item.weight.num_out]
+            return launch.dh_db(
+                dy_TO, self.h[i], self.b_RO.t(), case.row_tensors, case.adapters, self.layout,
+                tuning, sum_parts=sum_parts,
+            )  # fmt: skip
+
+        return run
+
+    def runs(self) -> Iterator[tuple[str, Callable[[int], Any]]]:
+        yield "shrink", lambda i: window.window_shrink(
+            self.sets[i].x_TW, self.sets[i].weight, self.case.row_tensors, self.case.window,
+            self.layout, self.tuning)  # fmt: skip
+        x = self.case.sets
+        yield "shrink as without room", lambda i: launch.shrink(
+            x[i].x_TD.detach(), self.a_RD, self.case.row_tensors, self.layout,
+            self.tuning._replace(shrink_splits=1))  # fmt: skip
+        yield "outer", lambda i: launch.outer(
+            self.h[i], self.sets[i].x_TW[:, : self.shape[1]], self.a_RD, self.case.row_tensors,
+            self.case.adapters, self.layout, self.tuning)  # fmt: skip
+        yield "dh_db", self.dh_db(self.tuning, False, False)
+        yield "dh_db, contiguous dy", self.dh_db(self.tuning, True, False)
+        yield "dh_db and sum", self.dh_db(self.tuning, False, True)
+        variants = (
+            (64, 256, 8, 3, 1), (64, 256, 8, 3, 2), (32, 256, 8, 4, 1), (64, 128, 4, 4, 1),
+            (64, 128, 4, 2, 1), (32, 128, 4, 4, 1), (32, 512, 8, 3, 1), (32, 512, 8, 3, 2),
+            (64, 64, 4, 4, 1), (128, 128, 8, 3, 1),
+        )  # fmt: skip
+        for t, n, warps, stages, splits in variants:
+            tuning = self.tuning._replace(
+                db_t=t, db_n=n, db_warps=warps, db_stages=stages, db_splits=splits
+            )
+            yield f"dh_db and sum {t} {n} {warps} {stages} {splits}", self.dh_db(
+                tuning, False, True)  # fmt: skip
+
+
+def time_us(run: Callable[[int], Any], num_sets: int, calls: int = 6, repeats: int = 5) -> float:
+    run(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(i % num_sets)
+    times = []
+    for _ in range(repeats + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / calls)
+    return sorted(times[1:])[repeats // 2]
+
+
 def ahead(folder: Path, part: int, parts: int) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +179,8 @@ def ahead(folder: Path, part: int, parts: int) -> None:
         with compiling_for(TARGETS["h100"]) as compiled:
             if shape in CHECKED:
                 list(checks(shape, "cpu"))
+            for _, run in Alone(shape, "cpu").runs() if shape in TIMED else ():
+                run(0)
             case = Case(*shape, device="cpu")
             for name, step in own_methods(case).items():
                 if "window" in name or name in MORE_WINDOW_TRIALS:
@@ -121,6 +202,13 @@ def main() -> None:
         for text, error in checks(shape, "cuda"):
             wrong += not error < 1.2e-2
             print("ok   " if error < 1.2e-2 else "WRONG", shape, text, flush=True)
+        torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
+    for shape in TIMED:
+        alone = Alone(shape, "cuda")
+        for name, run in alone.runs():
+            print(f"{shape} {name:32}{time_us(run, alone.case.num_sets):8.1f} us", flush=True)
+        del alone
         torch.cuda.empty_cache()
     sys.exit(bool(wrong))
 
