@@ -73,9 +73,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--others", default=",".join(OTHERS), help="NAME or NAME:LAYERS, by commas")
     parser.add_argument("--budget", type=float, default=440.0, help="seconds for all of it")
     parser.add_argument("--profile-budget", type=float, default=170.0)
-    parser.add_argument("--cases", type=int, default=208)
-    parser.add_argument("--case-s", type=float, default=0.0, help="for repeats beyond three")
-    parser.add_argument("--dynamic-s", type=float, default=25.0, help="of each; 0: none")
+    parser.add_argument("--cases", type=int, default=201)
+    parser.add_argument("--case-s", type=float, default=0.0, help="for more repeats")
+    parser.add_argument("--repeats", type=int, default=2, help="of each step, at least")
+    parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
@@ -185,6 +186,7 @@ def options_of(args: argparse.Namespace, budget_s: float) -> ValidationOptions:
         min_rows=64 if is_tiny else MIN_ROWS,
         own_every=OWN_EVERY,
         steps_first=0.25 if args.rehearse else 0.6,
+        min_repeats=args.repeats,
     )
 
 

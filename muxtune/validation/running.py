@@ -48,7 +48,7 @@ class ValidationOptions(NamedTuple):
     """``budget_s``: seconds for all of it; 0 scores and draws what is there. ``max_rows``: of a
     micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none.
     ``min_rows``, ``own_every``: see ``SuiteOptions``. ``steps_first``: share of the time for steps
-    after which the dynamic runs come."""
+    after which the dynamic runs come. ``min_repeats``: of each step."""
 
     budget_s: float
     num_cases: int = 240
@@ -61,6 +61,7 @@ class ValidationOptions(NamedTuple):
     min_rows: int = 0
     own_every: int = 0
     steps_first: float = 0.6
+    min_repeats: int = 3
 
 
 def validate(
@@ -158,7 +159,8 @@ def _run(
     def steps_until(until_s: float) -> int:
         return run_steps(
             cases, profile, models, device, records["steps"], end_s=until_s,
-            case_s=options.case_s, clock=now, report=of("steps"),
+            case_s=options.case_s, min_repeats=options.min_repeats, clock=now,
+            report=of("steps"),
         )  # fmt: skip
 
     if runs:

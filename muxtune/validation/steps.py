@@ -76,6 +76,7 @@ def run_steps(
     *,
     end_s: float,
     case_s: float = 1.0,
+    min_repeats: int = 3,
     clock: Callable[[], float] = time.perf_counter,
     report: Report = lambda _share, _text: None,
 ) -> int:
@@ -96,7 +97,7 @@ def run_steps(
             bench = bench_of(profile, case.shape, device, clock)
         known = {"name": case.name, "case": case_to_json(case), **predict(case, models(case.shape))}
         records.begin(known)
-        records.add(known | _measured(case, bench, case_s))
+        records.add(known | _measured(case, bench, case_s, min_repeats))
     if bench is not None:
         bench.close()
     return left
@@ -135,9 +136,9 @@ def bench_of(
     )
 
 
-def _measured(case: StepCase, bench: StepBench, case_s: float) -> dict[str, Any]:
+def _measured(case: StepCase, bench: StepBench, case_s: float, min_repeats: int) -> dict[str, Any]:
     try:
-        found = bench.run(case, case_s)
+        found = bench.run(case, case_s, min_repeats)
     except Exception as error:
         if is_lost(bench.device):
             raise
