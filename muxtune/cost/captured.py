@@ -65,6 +65,7 @@ MIN_RANK = 16
 SITE, FACTOR = "site", "factor"  # causes: products with adapters, and A's gradients beside them
 _CATEGORY_OF: Mapping[str, str] = dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS)
 _NORMAL_90 = 1.645
+_POWER_LIMITED_LOG_ROWS = 9.0, 10.0  # from none of a product's time to all of it
 _ATTENTION_ERROR = 0.08  # of calls of other mixes, 90% of them
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
@@ -349,7 +350,7 @@ class CapturedCostModel(ProfiledCostModel):
         idle = 1.0 - load.loss_rows / load.shape.padded_tokens
         return PassSums(
             seconds, blocks_s, sums.num_blocks, self._place(load.shape), adapters_s,
-            idle * sums.blocks.total_s,
+            idle * _idle_s(sums.blocks, load.shape.padded_tokens),
         )  # fmt: skip
 
     def _place(self, shape: ShapeKey) -> tuple[float, ...]:
@@ -380,7 +381,7 @@ class CapturedCostModel(ProfiledCostModel):
         tally = Tally()
         if adding is not None:
             g, h = adding.more(self._place(shape))
-            filler_s = adding.filler * sums.blocks.total_s
+            filler_s = adding.filler * _idle_s(sums.blocks, rows)
             constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
             tally.put(ops.OVERHEAD, False, constant_s)
 
@@ -717,6 +718,16 @@ class CapturedCostModel(ProfiledCostModel):
         most = max((_most_rows(shapes) for shapes in before), default=0)
         added = (h.shapes for h in new.htasks if _most_rows(h.shapes) > most > 0)
         return any(shapes not in before for shapes in added)
+
+
+def _idle_s(blocks: Tally, rows: float) -> float:
+    """What products take that power limits, where filler draws less of it: not those of few rows,
+    which wait for the memory."""
+    limited = (math.log2(max(1.0, rows)) - _POWER_LIMITED_LOG_ROWS[0]) / (
+        _POWER_LIMITED_LOG_ROWS[1] - _POWER_LIMITED_LOG_ROWS[0]
+    )
+    products_s = sum(side.get(ops.BACKBONE, 0.0) for side in (blocks.forward_s, blocks.backward_s))
+    return min(1.0, max(0.0, limited)) * products_s
 
 
 def _most_rows(shapes: Sequence[ShapeKey]) -> int:

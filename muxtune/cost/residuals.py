@@ -1,10 +1,10 @@
 """How the operations of captured passes add up to steps, fitted from many whole steps.
 
-A pass takes ``sum over causes of factor * seconds + g * blocks + h * adapters + filler * (blocks'
-seconds, by the share of rows that are filler) + pass_s + block_s * number of blocks``. g and h
-change slowly with the shape (rows, slots, ranks, how much is adapted): streams run beside each
-other, kernels find other caches and clocks than alone (an adapter's factors come from memory), and
-what of it shows depends on the shape. Rows of filler are all alike, and computed with at less
+A pass takes ``sum over causes of factor * seconds + g * blocks + h * adapters + filler * (large
+products' seconds, by the share of rows that are filler) + pass_s + block_s * number of blocks``.
+g and h change slowly with the shape (rows, slots, ranks, how much is adapted): streams run beside
+each other, kernels find other caches and clocks than alone (an adapter's factors come from memory),
+and what of it shows depends on the shape. Rows of filler are all alike, and computed with at less
 power. Factors, constants, g and h have priors (one, and nothing) from which only evidence draws
 them away: a Gaussian process with linear terms (Rasmussen and Williams 2006, section 2.7; Matern's
 covariance). All of it holds for a device and a program; no configuration has a number of its own,
@@ -25,7 +25,7 @@ import numpy as np
 # Prior standard deviations of the factors: how far a cause is trusted to be as alone.
 _SPREADS: Mapping[str, float] = {"backbone": 0.05, "loss": 0.05, "site": 0.25, "factor": 0.5}
 _OTHER_SPREAD = 0.2
-_FILLER, _PASS_S, _BLOCK_S = 0.1, 3e-4, 1e-5
+_FILLER, _PASS_S, _BLOCK_S = 0.15, 3e-4, 1e-5
 # Tried, and the likeliest taken: how far g and h go, over what distances, and what is noise.
 _G_SPREADS, _H_SPREADS = (0.02, 0.04), (0.1, 0.2, 0.4)
 _STRETCHES, _NOISES = (0.7, 1.0, 1.6, 2.5), (0.006, 0.012, 0.02)
@@ -40,8 +40,9 @@ MIN_RELATIVE_ERROR = 0.01
 
 class PassSums(NamedTuple):
     """One pass as its operations alone say. ``seconds``: by cause. ``blocks_s``, ``adapters_s``: of
-    it in blocks, of which there are ``num_blocks``, and of their adapters. ``filler_s``: of blocks,
-    by the share of rows that are filler. ``place``: of its shape, as ``_DISTANCES`` has them."""
+    it in blocks, of which there are ``num_blocks``, and of their adapters. ``filler_s``: of large
+    products, by the share of rows that are filler. ``place``: of its shape, as ``_DISTANCES`` has
+    them."""
 
     seconds: Mapping[str, float]
     blocks_s: float
