@@ -342,6 +342,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "trial_fused_backward": {"fused_backward": True},
     "trial_library_backward": {"fused_backward": False},
 }
+_ALL_TRIALS = (*TRIALS, *WINDOW_TRIALS, *MORE_WINDOW_TRIALS)
 
 
 def methods_of(case: Case, without: Sequence[str] = ()) -> dict[str, Step]:
@@ -430,7 +431,7 @@ def check(case: Case, methods: dict[str, Step]) -> dict[str, list[float]]:
         errors[name] = [
             float((g.float() - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)
         ]
-        if not max(errors[name]) < TOLERANCE and name in TRIALS:
+        if not max(errors[name]) < TOLERANCE and name in _ALL_TRIALS:
             print(f"{name} is wrong at {case.shape}: {errors[name]}", flush=True)
             del methods[name]
         elif not max(errors[name]) < TOLERANCE:
@@ -530,8 +531,7 @@ def run_case(
     results = []
     for mode in modes:
         if mode == "eager":
-            trials = (*TRIALS, *WINDOW_TRIALS, *MORE_WINDOW_TRIALS)
-            methods = {name: step for name, step in methods.items() if name not in trials}
+            methods = {name: step for name, step in methods.items() if name not in _ALL_TRIALS}
         measured = measure(case, methods, mode == "graph", repeats, steps)
         row = dict(zip(("tokens", "in", "out", "tasks"), shape, strict=True))
         results.append(row | {"mode": mode, "methods": measured, "errors": errors})
