@@ -40,7 +40,13 @@ from muxtune.cost.calibration import (
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
 from muxtune.cost.curves import Grid, Leaf, Time, fit_affine
-from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryOptions, stage_layers, widened
+from muxtune.cost.memory import (
+    STATIC_LOSS_ROWS,
+    MemoryModel,
+    MemoryOptions,
+    stage_layers,
+    widened,
+)
 from muxtune.cost.ops import Op
 from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
 from muxtune.cost.residuals import (
@@ -325,6 +331,21 @@ class CapturedCostModel(ProfiledCostModel):
             relative_error=max(MIN_RELATIVE_ERROR, error),
             num_steps=len(steps),
         )
+
+    def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
+        """Steps of a few blocks, which are not fitted to, tell how far off it is there."""
+        options, errors = super()._fitted_memory(steps), []
+        for step in self.profile.steps:
+            if not step.num_layers or step.peak_bytes <= 0:
+                continue
+            memory = MemoryModel(self.model._replace(num_layers=step.num_layers), options)
+            slots = [slot for load in step.loads[:1] for slot in load.shape.slots]
+            slots *= max(1, step.num_slots // max(1, len(slots)))
+            held = memory.resident_bytes(slots) - options.framework_bytes
+            peak = held + max(memory.pass_bytes(load.shape) for load in step.loads)
+            errors.append(peak / step.peak_bytes - 1.0)
+        off = _NORMAL_90 * float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
+        return options._replace(relative_error=max(options.relative_error, off))
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
         self.adding = other.adding if isinstance(other, CapturedCostModel) else None
