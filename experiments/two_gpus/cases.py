@@ -26,7 +26,7 @@ KNOWN_ROUNDS = 8
 # rounds, of any model and of 40 layers; of those a round, and one of a pipeline that drains.
 FIRST_S, EACH_S, LAYERS_S, ROUND_S, DRAINED_ROUND_S, LAYERS = 5.0, 1.0, 6.0, 0.25, 0.5, 40
 OTHER_ROUNDS = 10  # that are not measured, or are traced
-# A pipeline that is not flushed between rounds fills and drains once, however many there are.
+# What is not flushed between rounds fills and drains once, however many there are.
 UNFLUSHED_ROUNDS = 3
 
 
@@ -58,8 +58,7 @@ class Config(NamedTuple):
 
     def rounds(self, least: int) -> int:
         """To be measured."""
-        is_unflushed = self.order == "interleaved" and self.replica.pp > 1
-        return least * (UNFLUSHED_ROUNDS if is_unflushed else 1)
+        return least * (UNFLUSHED_ROUNDS if self.order == "interleaved" else 1)
 
     def expected_s(self, rounds: int, is_first: bool, layers: int = 0) -> float:
         """Of a run on two H200: a measured one, warm-ups and a traced one."""
@@ -145,6 +144,8 @@ SETS: dict[str, Sequence[Config]] = {
     ],
     "pp-slow": [_pipeline("tiles"), _pipeline("8", "1f1b", 2)],
     "tp-slow": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
+    "tp-more": [_tensor("3", "interleaved"), _tensor("4", "interleaved")],
+    "pp-one": [_pipeline("8", "1f1b", 2)],
     "tp-three": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
     "tp-two": [_tensor("2", "interleaved"), _tensor("2", "sequential")],
     "pp-late": [_pipeline("planned", early=False)],

@@ -65,7 +65,7 @@ class Exchanges:
             memory.give_back()
             target, flag = memory.take(tensor.shape, tensor.dtype), memory.flag()
             pair = PairSum(memory, self.other, tensor.nbytes)
-            found["sum by copies"] = lambda: pair(tensor)
+            found["sum by copies"] = lambda: pair([tensor])
 
             def transfer() -> None:
                 if self.rank:
@@ -91,7 +91,8 @@ class Exchanges:
         for _ in range(20):
             mine = torch.randn(rows, WIDTH, generator=generator, device=self.device).to(self.dtype)
             theirs = mine.clone()
-            pair(mine)
+            pair([mine])
+            pair.join()
             dist.all_reduce(theirs, group=self.group)
             assert torch.equal(mine, theirs)
 

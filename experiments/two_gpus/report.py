@@ -177,7 +177,8 @@ def loss_gaps(rows: Sequence[Row]) -> dict[str, float]:
     gaps = {}
     for row in rows:
         losses = [loss for visit in row["losses"] for loss in visit]
-        known = first.setdefault(str((row["groups"], row["parts"], row["rounds"])), losses)
+        rounds = row.get("compared_rounds", row["rounds"])
+        known = first.setdefault(str((row["groups"], row["parts"], rounds)), losses)
         if known is not losses:
             pairs = zip(losses, known, strict=True)
             gaps[f"{row['name']}, {row['label']}"] = max(abs(a - b) / b for a, b in pairs)

@@ -210,11 +210,12 @@ def run_config(
     begin_anew(config, visits, weights)
     problem = base.graph.problem._replace(durations_ns=by_htask(base, profile))
     runner.schedule, order = choose_order(problem, config, base)
-    is_interleaved, rounds = config.order == "interleaved", config.rounds(rounds)
+    is_interleaved, compared, rounds = config.order == "interleaved", rounds, config.rounds(rounds)
     runner.run(1)
-    seconds = runner.run(rounds, trace=not is_interleaved)
-    metrics = last_metrics(visits, rounds - 1)
+    seconds = runner.run(compared, trace=not is_interleaved)
+    metrics = last_metrics(visits, compared - 1)
     if is_interleaved:
+        seconds = runner.run(rounds)
         runner.run(TRACED, trace=True)
     mine = (seconds, runner.spans(), metrics)
     runner.close()
@@ -227,6 +228,7 @@ def run_config(
     tokens = sum(visits.tokens[at % KNOWN_ROUNDS] for at in range(rounds))
     row = {
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
+        "compared_rounds": compared,
         "messages": _way(rank.memory) if links is not None else "none",
         "prepared_s": prepared_s, "profiled_s": profiled_s,
         "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
@@ -530,7 +532,7 @@ def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
     buffer = torch.zeros_like(visit.sent_TD)
 
     def exchange() -> None:
-        runner.add_up(buffer)
+        runner.add_up([buffer])
 
     compute_s = _highest(_replayed_s(runner, op, 8))
     comm_s = _highest(_seconds(runner, exchange, 8, COMM))
@@ -563,6 +565,8 @@ def _together(runner: OrderRunner, works: dict[str, Any], counts: dict[str, int]
             start.record()
             for _ in range(counts[name]):
                 work()
+            if name == COMM:
+                runner.join()
             stop.record()
         marks[name] = (start, stop)
     torch.cuda.synchronize()
@@ -576,10 +580,12 @@ def _seconds(runner: OrderRunner, work: Any, repeats: int, stream_name: str = CO
     stream = runner._streams[stream_name]
     with torch.cuda.stream(stream):
         work()
+        runner.join()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(repeats):
             work()
+        runner.join()
         stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3 / repeats

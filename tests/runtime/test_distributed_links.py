@@ -63,13 +63,20 @@ def exchange(rank: int, folder: Path) -> None:
 
 def add_up(rank: int, memory: PeerMemory) -> None:
     """Ranks that are late in turn: none may write over what the other has not read."""
-    pair = PairSum(memory, 1 - rank, 64 * 4)
+    peer_memory._PIECE_BYTES = 64  # of a process that ends with this
+    pair, done = PairSum(memory, 1 - rank, 2 * PairSum.align_bytes), []
     for number in range(ROUNDS):
-        tensor = torch.full((64,), float(number + rank))
+        tensors = [
+            torch.full((64,), float(number + rank)),
+            torch.full((3,), number, dtype=torch.int64),
+        ]
         if number % 2 == rank:
             time.sleep(0.001)
-        pair(tensor)
-        assert torch.equal(tensor, torch.full((64,), 2.0 * number + 1))
+        assert pair(tensors, lambda number=number: done.append(number)) is None
+        assert torch.equal(tensors[0], torch.full((64,), 2.0 * number + 1))
+        assert tensors[1].tolist() == [2 * number] * 3
+    pair.join()
+    assert done == list(range(ROUNDS))
 
 
 def test_copies_bring_what_was_sent(tmp_path: Path) -> None:

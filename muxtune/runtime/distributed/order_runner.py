@@ -159,7 +159,10 @@ class OrderRunner:
                 self.flags[op] = memory.flag()
         assert self.links is not None
         if self.links.peer is not None:
-            most_bytes = max(tensor.nbytes for p in programs for tensor in p.summed)
+            most_bytes = max(
+                sum(tensor.nbytes + PairSum.align_bytes for tensor in together)
+                for p in programs for together in p.summed
+            )  # fmt: skip
             self._sum = PairSum(memory, self.links.peer, most_bytes)
 
     # -- capturing
@@ -181,8 +184,7 @@ class OrderRunner:
         streams begin to wait for each other. What they sum is written anew before it is read."""
         for program in (program for sizes in self.visits for program in sizes):
             if program.part.tp is not None:
-                self.add_up(program.sent_TD)
-                self.add_up(program.own_S)
+                self.add_up([program.sent_TD, program.own_S])
 
     def _each_visit(self, work: Callable[[int, int], None]) -> None:
         """``work(operation, size)``, on inputs without any row: nothing is trained."""
@@ -249,17 +251,14 @@ class OrderRunner:
                   for b in self.schedule.graph.subgraphs[op].depends_on]  # fmt: skip
         return any(item.action is Action.BACKWARD and item.is_last for item in before)
 
-    def summing(self, op: int, size: int) -> Callable[[], None]:
-        """What the stage's ranks do in an exchange."""
+    def summing(self, op: int, size: int) -> Callable[[], Any]:
+        """What the stage's ranks do in an exchange; see ``add_up``."""
         visit, backward = self.program(op, size), self.schedule.operation(op).backward
         known, is_final = self._reduced.get((op, size)), self.parts(op)
         part_again = self._parting.get((op, size), visit.part_again)
 
-        def exchange() -> None:
-            for tensor in known or visit.exchanged(backward):
-                self.add_up(tensor)
-            if is_final:
-                part_again()
+        def exchange() -> Any:
+            return self.add_up(known or visit.exchanged(backward), part_again if is_final else None)
 
         return exchange
 
@@ -362,7 +361,7 @@ class OrderRunner:
             [(self.flags[op], self.targets(op, size)) for op in item.messages if op in self.flags],
         )  # fmt: skip
 
-    def _communication(self, op: int, size: int) -> Callable[[], None]:
+    def _communication(self, op: int, size: int) -> Callable[[], Any]:
         visit, operation = self.program(op, size), self.schedule.operation(op)
         if operation.action is Action.REDUCE:
             return self.summing(op, size)
@@ -383,12 +382,21 @@ class OrderRunner:
 
         return send
 
-    def add_up(self, tensor: Tensor) -> None:
-        """The stage's ranks sum a tensor in place, on the current stream."""
-        if self._sum is None:
+    def add_up(self, tensors: Sequence[Tensor], after: Callable[[], None] | None = None) -> Any:
+        """The stage's ranks sum tensors in place, then do ``after``. What begins on the current
+        stream may be over on another, which is returned then."""
+        if self._sum is not None:
+            return self._sum(tensors, after)
+        for tensor in tensors:
             dist.all_reduce(tensor, group=self.links.tp)
-        else:
-            self._sum(tensor)
+        if after is not None:
+            after()
+        return None
+
+    def join(self) -> None:
+        """The current stream waits for all sums."""
+        if self._sum is not None:
+            self._sum.join()
 
     def move(
         self, sources: Sequence[Tensor], targets: Sequence[Tensor], channel: Channel,
@@ -406,7 +414,7 @@ class OrderRunner:
     # -- streams
 
     def _on_stream(
-        self, name: str, work: Callable[[], None], waits: Sequence[Any],
+        self, name: str, work: Callable[[], Any], waits: Sequence[Any],
         traced: tuple[int, int] | None = None, flags: Sequence[_Message] = (),
     ) -> Any:  # fmt: skip
         """``flags``: of messages in shared memory that are waited for, and where they come to."""
@@ -419,9 +427,9 @@ class OrderRunner:
             for flag, targets in flags:
                 self.memory.heed(flag, *targets)
             start = self._event(traced)
-            work()
-            event = self._event(traced) or torch.cuda.Event()
-            event.record(stream)
+            ended_on = work() or stream
+            event = torch.cuda.Event(enable_timing=traced is not None)
+            event.record(ended_on)
         if traced is not None:
             self.timed.append((name, *traced, start, event))
         return event

@@ -12,14 +12,13 @@ On a CPU the memory is shared through a file, and a waiting thread looks again a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +31,8 @@ _ALIGN_BYTES = 512
 _POLL_S = 5e-5
 _TRIAL_S = 10.0
 _PIECES, _PIECE_BYTES = 4, 1 << 20  # of a message by way of the host: at most, at least
+_AHEAD = 2  # see PairSum
+_Twins = tuple[Tensor, Tensor]  # a tensor, and where the other rank's comes to lie
 
 
 class Unavailable(Exception):
@@ -167,50 +168,94 @@ class PeerMemory:
 
 
 class PairSum:
-    """Sums of two ranks' tensors of at most ``most_bytes``, for which each writes its own to the
-    other: of two, no way moves fewer bytes. Both call it for the same tensors in the same order.
+    """Sums of two ranks' tensors, for which each writes its own to the other: of two, no way moves
+    fewer bytes. Both call it for the same tensors in the same order. ``most_bytes``: of all tensors
+    of a call, each rounded up to whole ``PairSum.align_bytes``.
 
-    Two buffers in turn suffice: a rank writes the message after next only when it has had the
-    next, which the other sent when it was through with this one. By way of the host a message goes
-    in pieces: while one is fetched on a stream of its own, the next is on its way there.
+    A message goes into one of some buffers in turn, when what came with the message ``_AHEAD``
+    before it has been fetched: the other had sent that one when it had fetched the one ``_AHEAD``
+    before, so the buffer is free. By way of the host a message goes in pieces and is fetched on a
+    stream of its own, so that both directions are used at once.
     """
+
+    align_bytes = _ALIGN_BYTES
 
     def __init__(self, memory: PeerMemory, other: int, most_bytes: int) -> None:
         self._memory, self._other = memory, other
-        self._buffers = [memory.take((most_bytes,), torch.uint8) for _ in range(2)]
         self._flag = memory.flag()
+        self.fetching: Any = None  # the stream, if it is not the caller's
+        num_buffers = 2 * _AHEAD if memory.through_host else 2
+        self._buffers = [memory.take((most_bytes,), torch.uint8) for _ in range(num_buffers)]
         device = self._buffers[0].device
-        goes_in_pieces = memory.through_host and device.type == "cuda"
-        self._fetching = torch.cuda.Stream(device, priority=-2) if goes_in_pieces else None
+        if memory.through_host and device.type == "cuda":
+            self.fetching = torch.cuda.Stream(device, priority=-2)
+        self._fetched: list[Any] = []  # events of the last messages, if so
 
-    def __call__(self, tensor: Tensor) -> None:
-        buffer = self._buffers[0]
-        self._buffers.reverse()
-        theirs = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        if self._memory.through_host:
-            self._by_pieces(tensor.flatten(), theirs.view(-1))
-        else:
-            self._memory.put(tensor, theirs, self._other)
-            self._memory.announce(self._flag, self._other)
-            self._memory.heed(self._flag, theirs)
-        tensor.add_(theirs)
+    def __call__(self, tensors: Sequence[Tensor], after: Callable[[], None] | None = None) -> Any:
+        """In place, and ``after`` when it is done. The stream on which it is, if not the current
+        one."""
+        self._buffers.append(self._buffers.pop(0))
+        chunks = list(self._chunks(tensors, self._buffers[-1]))
+        if self.fetching is None:
+            self._send(chunks)
+            self._fetch(chunks)
+            self._add(tensors, self._buffers[-1], after)
+            return None
+        current = torch.cuda.current_stream()
+        if len(self._fetched) == _AHEAD:
+            current.wait_event(self._fetched.pop(0))
+        self._send(chunks)
+        sent = current.record_event()
+        with torch.cuda.stream(self.fetching):
+            self._fetch(chunks)
+            self.fetching.wait_event(sent)  # until then tensors are read
+            self._add(tensors, self._buffers[-1], after)
+            self._fetched.append(self.fetching.record_event())
+        return self.fetching
 
-    def _by_pieces(self, own: Tensor, theirs: Tensor) -> None:
-        count = max(1, min(_PIECES, own.nbytes // _PIECE_BYTES))
-        length = max(1, -(-own.numel() // count))
-        stream, fetching = self._fetching, contextlib.nullcontext()
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())  # until then the buffer may be read
-            fetching = torch.cuda.stream(stream)
-        twins = theirs.split(length)
-        for piece, twin in zip(own.split(length), twins, strict=True):
-            self._memory.put(piece, twin, self._other)
+    def join(self) -> None:
+        """The current stream waits for what has been called."""
+        if self.fetching is not None:
+            torch.cuda.current_stream().wait_stream(self.fetching)
+
+    def _send(self, chunks: Sequence[Sequence[_Twins]]) -> None:
+        for chunk in chunks:
+            for own, twin in chunk:
+                self._memory.put(own, twin, self._other)
             self._memory.announce(self._flag, self._other)
-        with fetching:
-            for twin in twins:
-                self._memory.heed(self._flag, twin)
-        if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
+
+    def _fetch(self, chunks: Sequence[Sequence[_Twins]]) -> None:
+        for chunk in chunks:
+            self._memory.heed(self._flag, *(twin for _, twin in chunk))
+
+    def _add(
+        self, tensors: Sequence[Tensor], buffer: Tensor, after: Callable[[], None] | None
+    ) -> None:
+        for tensor, theirs in self._places(tensors, buffer):
+            tensor.add_(theirs)
+        if after is not None:
+            after()
+
+    def _places(self, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[_Twins]:
+        start = 0
+        for tensor in tensors:
+            part = buffer[start : start + tensor.nbytes]
+            yield tensor, part.view(tensor.dtype).view(tensor.shape)
+            start += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+    def _chunks(self, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[list[_Twins]]:
+        """What is announced at once: all, or pieces of the first tensor and the rest."""
+        (first, twin), *rest = self._places(tensors, buffer)
+        if not self._memory.through_host:
+            yield [(first, twin), *rest]
+            return
+        count = max(1, min(_PIECES, first.nbytes // _PIECE_BYTES))
+        length = max(1, -(-first.numel() // count))
+        pieces = first.flatten().split(length), twin.view(-1).split(length)
+        for piece in zip(*pieces, strict=True):
+            yield [piece]
+        if rest:
+            yield rest
 
 
 def _gathered(value: Any, group: Any) -> list[Any]:

@@ -351,11 +351,12 @@ class VisitProgram:
         return tuple(grad for grad in (column.a[1], row.b[1]) if grad.numel())
 
     @property
-    def summed(self) -> list[Tensor]:
+    def summed(self) -> list[tuple[Tensor, ...]]:
         """As large as whatever the stage's ranks sum at once."""
-        grads = [grad for layer in self.part.layers for half in (ATTENTION, "mlp")
-                 for grad in self._shared_grads((layer, half))]  # fmt: skip
-        return [self.sent_TD, self.own_S, *grads]
+        return [
+            (self.sent_TD, *self._shared_grads((layer, half)), self.own_S)
+            for layer in self.part.layers for half in (ATTENTION, "mlp")
+        ]  # fmt: skip
 
     @property
     def _rows(self) -> Any:
