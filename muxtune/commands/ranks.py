@@ -69,16 +69,20 @@ def check(config: CommonConfig, world_size: int) -> None:
             "Make them equal, with instances_per_gpu=1",
         )
     Layout(build.replicas_of(cluster)).check(build.shape_of(config.model), world_size)
-    if num_ranks(config) > 1:
-        _check_step(config)
-        if build.where_to_compute(config)[0].type == "cuda":
-            _check_gpus(config)
+    _check_step(config)
+    # Streams share no queue of a GPU: one that waits for another rank holds no other up.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if num_ranks(config) > 1 and build.where_to_compute(config)[0].type == "cuda":
+        _check_gpus(config)
 
 
 def _check_step(config: CommonConfig) -> None:
-    if getattr(config, "backend", {}).get("step") == "captured":
-        problem = "is captured, but several ranks run their operations eagerly so far"
-        raise ConfigError("backend.step", problem, "Give auto or eager, or one GPU")
+    from muxtune.runtime.options import STEPS
+
+    step = getattr(config, "backend", {}).get("step", STEPS[0])
+    if step not in STEPS:
+        problem = f"'{step}' is no way to compute a step"
+        raise ConfigError("backend.step", problem, f"Choose one of: {', '.join(STEPS)}")
 
 
 def _check_gpus(config: CommonConfig) -> None:
@@ -92,18 +96,24 @@ def _check_gpus(config: CommonConfig) -> None:
         raise ConfigError("cluster.num_gpus", f"{problem}{torch.cuda.device_count()}", remedy)
 
 
-def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the backend: what ranks do where ``step`` leaves them the choice."""
+def controller_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the backend: rank 0's executor leaves it to the ranks how they compute a step."""
     return {**options, "step": "eager"}
 
 
+def captures(options: Mapping[str, Any]) -> bool:
+    """Whether ranks run rounds as captured stages where a plan lets them. Not by themselves: on
+    GPUs they have trained in experiments only."""
+    return options.get("step") == "captured"
+
+
 def eager_notice(options: Mapping[str, Any], device: Any, count: int) -> str:
-    """What the user is told of that choice; empty where one process would choose the same."""
+    """What the user is told of what ``auto`` has chosen; empty where one process chooses it too."""
     if device.type != "cuda" or options.get("step", "auto") != "auto":
         return ""
     return (
-        f"{count} ranks run their operations one by one (eagerly): a step is captured as a whole "
-        "on one GPU only. Say backend.step=eager to choose this"
+        f"{count} ranks run their operations one by one (eagerly). Say backend.step=captured for "
+        "captured stages, or eager to choose this"
     )
 
 
@@ -136,7 +146,8 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     team = Team(info.rank, info.world_size)
     patience = Patience(limit_s, watch.is_controller_idle)
     deterministic = bool(config.backend.get("deterministic", True))
-    return Worker(backbone, team, patience, deterministic), watch, store
+    worker = Worker(backbone, team, patience, deterministic, captures=captures(config.backend))
+    return worker, watch, store
 
 
 def own_gpu(info: Any) -> Any:

@@ -130,7 +130,7 @@ def run(
             crew = ranks.crew_of(config, info)
             store, make_instance = crew.store, crew.make_instance
             notice = ranks.eager_notice(backend, store.device, info.world_size)
-            backend = ranks.eager_options(backend)
+            backend = ranks.controller_options(backend)
             stack.push(lambda kind, error, trace: crew.close() if kind is None else None)
         display = stack.enter_context(TaskProgress())
         trace = TraceWriter(stack.enter_context(folder.stream(TRACE_FILE)))

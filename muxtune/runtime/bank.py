@@ -177,6 +177,7 @@ class SlotPool:
         self.occupants = [None] * len(self.slots)
         self.scales = [0.0] * len(self.slots)
         self.virtual: dict[int, VirtualTokens] = {}
+        self.copied: TaskState | None = None
         self.rates = [0.0] * len(self.slots)
         self.optimizer_pools = [
             parameters.optimizer_pool()
@@ -210,7 +211,9 @@ class SlotPool:
         return True
 
     def fill_weights(self, state: TaskState, slot: int) -> None:
-        """A copy of a task's weights alone, to compute with; the task stays where it is."""
+        """A copy of a task's weights alone, to compute with; the task, ``copied``, stays where it
+        is."""
+        self.copied = state
         for key, parameters in self._parameters():
             tensors = state.tensors.get(key)
             parameters.set_owned(slot, tensors is not None)

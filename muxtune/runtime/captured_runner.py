@@ -18,6 +18,7 @@ import torch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.protocols import LengthSource
 from muxtune.runtime.adapters import adapter_method
+from muxtune.runtime.batch import Placed
 from muxtune.runtime.optimizer import StepOutcome, learning_rate
 from muxtune.runtime.pass_runner import PassResult, PassWork, PendingPass, state_of
 from muxtune.runtime.static_step import (
@@ -33,7 +34,7 @@ from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.runtime.tasks import TaskDataFailure
 from muxtune.runtime.training import Mark
-from muxtune.types import Cursor, HTask, PackRule, Plan, TaskSpec
+from muxtune.types import Cursor, HTask, MicroBatch, PackRule, Plan, TaskSpec
 from muxtune.workload.encoding import EncodedSequence
 
 DEPTH = 2  # results are read this many passes late
@@ -211,11 +212,7 @@ class CapturedRunner:
         return len(self.steps.capture_s) > before
 
     def start(self, work: PassWork, mark: Mark) -> PendingPass:
-        rows = [
-            Rows(item.slot, item.sequence.tokens, _is_learnt(item.sequence), item.position)
-            for items in work.placed.values()
-            for item in items
-        ]
+        rows = rows_of(work.placed)
         slots = {
             work.slot_of[task_id]: self._slot_input(work, task_id) for task_id in work.task_ids
         }
@@ -225,30 +222,51 @@ class CapturedRunner:
         return _Captured(work, pending, self.pool)
 
     def _num_rows(self, work: PassWork, rows: Sequence[Rows]) -> int:
-        is_padded = work.micro_batch.packing is PackRule.PAD
-        count = sum(len(item.tokens_n) for item in rows)
-        if self.deterministic or is_padded:
-            count = work.micro_batch.shape.padded_tokens
+        count = rows_needed(work.micro_batch, rows, self.deterministic)
         return self.steps.ready_size_for(count + self.capacity.layout.prompt_rows)
 
     def _slot_input(self, work: PassWork, task_id: str) -> SlotInput:
-        state, step = state_of(work, self.pool, task_id), work.micro_batch.steps[task_id]
-        task, optimizer = state.task, state.task.optimizer
-        return SlotInput(
-            work.micro_batch.loss_tokens[task_id],
-            keeps=state.is_open,
-            closes=task_id in work.closing,
-            scale=adapter_method(task.adapter.method).scale(task.adapter),
-            lr=learning_rate(optimizer, step, state.num_steps),
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-            dropout=task.adapter.dropout,
-            seed=task.seed,
-            step=step,
-        )
+        state, micro_batch = state_of(work, self.pool, task_id), work.micro_batch
+        closes = task_id in work.closing
+        return slot_input(state.task, state.num_steps, micro_batch, state.is_open, closes)
+
+
+def rows_of(placed: Mapping[str, Sequence[Placed]]) -> list[Rows]:
+    """Each task's sequences as the static step takes them."""
+    return [
+        Rows(item.slot, item.sequence.tokens, _is_learnt(item.sequence), item.position)
+        for items in placed.values()
+        for item in items
+    ]
+
+
+def rows_needed(micro_batch: MicroBatch, rows: Sequence[Rows], deterministic: bool) -> int:
+    """Without prompts: those of the shape where neighbours or the rule must not matter."""
+    if deterministic or micro_batch.packing is PackRule.PAD:
+        return micro_batch.shape.padded_tokens
+    return sum(len(item.tokens_n) for item in rows)
+
+
+def slot_input(
+    task: TaskSpec, num_steps: int, micro_batch: MicroBatch, keeps: bool, closes: bool
+) -> SlotInput:
+    """A task's side of a micro-batch; ``keeps`` and ``closes`` as in ``SlotInput``."""
+    optimizer, step = task.optimizer, micro_batch.steps[task.task_id]
+    return SlotInput(
+        micro_batch.loss_tokens[task.task_id],
+        keeps=keeps,
+        closes=closes,
+        scale=adapter_method(task.adapter.method).scale(task.adapter),
+        lr=learning_rate(optimizer, step, num_steps),
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        dropout=task.adapter.dropout,
+        seed=task.seed,
+        step=step,
+    )
 
 
 def _is_learnt(sequence: EncodedSequence) -> np.ndarray:
@@ -282,4 +300,5 @@ class _Captured:
 
 __all__ = [
     "DEPTH", "Capacity", "CapturedRunner", "capacity_of", "close_sizes", "program_of", "rows_ahead",
+    "rows_needed", "rows_of", "slot_input",
 ]  # fmt: skip

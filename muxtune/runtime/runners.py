@@ -23,7 +23,7 @@ from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.types import AdapterSlot, HTask
 
 _MAX_POSITIONS = 16384
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Runners:
@@ -170,7 +170,7 @@ class Runners:
         """Raises Unsupported."""
         if self._model is None:
             backbone = self.backbone
-            if backbone.device.type == "cuda" and backbone.dtype not in _HALF:
+            if backbone.device.type == "cuda" and backbone.dtype not in HALF:
                 raise Unsupported(f"the static step computes no {backbone.dtype} on CUDA")
             self._model = StaticModel.of(backbone.model, longest_tokens(backbone.model.config))
         return self._model

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runtime.test_distributed_command import WORDS, words, worst
+from tests.runtime.test_distributed_command import WORDS, fewer, words, worst
 
 DEVICE = os.environ.get("MUXTUNE_TEST_DEVICE", "cuda")  # cpu: to try the test itself
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
@@ -35,19 +35,25 @@ LAYOUTS = {
 # rounding (0.12); sums that are left out differ by more than half.
 GAPS = {"pipeline": 1e-5, "tensor": 0.2, "replicas": 0.01} if DEVICE == "cuda" else {}
 LOSS_GAP = 1e-3  # of any step; 1.3e-4 was the most
+# Captured stages round as a captured step of one GPU does, but cut sums differently: see
+# ``test_static_stage_cuda``. Sums that are left out differ by more than half here too.
+CAPTURED_GAPS = {"pipeline": 0.2, "tensor": 0.2} if DEVICE == "cuda" else {}
+CAPTURED_LOSS_GAP = 1e-2
 TORCHRUN = [
     *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
     "--local-addr=127.0.0.1",  # a host's name may be known to nobody
 ]
 
 
-def train(folder: Path, name: str, *more: str, starter: list[str] | None = None) -> Path:
+def train(
+    folder: Path, name: str, *more: str, starter: list[str] | None = None, step: str = "eager"
+) -> Path:
     """In processes of their own: none of this one's has touched a GPU before the ranks fork."""
     data = folder / "data.jsonl"
     texts = [" ".join(WORDS[: 2 + number % 10]) for number in range(60)]
     data.write_text("\n".join(json.dumps({"text": f"{n} {t}"}) for n, t in enumerate(texts)))
     arguments = words(data, folder / name, STEPS, *more)
-    device = [f"backend.device={DEVICE}", "backend.step=eager", f"backend.dtype={DTYPE}"]
+    device = [f"backend.device={DEVICE}", f"backend.step={step}", f"backend.dtype={DTYPE}"]
     command = [sys.executable, *(starter or []), "-m", "muxtune.cli", *arguments, *device]
     log = folder / f"{name}.log"
     with log.open("w") as file:
@@ -87,21 +93,32 @@ def one(folder: Path) -> Path:
     return train(folder, "one")
 
 
-def check(found: Path, one: Path, gap: float) -> None:
+def check(found: Path, one: Path, gap: float, loss_gap: float = LOSS_GAP) -> None:
     """Losses too, of a run that learns."""
     theirs, mine = losses(one), losses(found)
     assert theirs["first", STEPS] < 0.99 * theirs["first", 1]
     apart = worst(one, found)
     off = max(abs(mine[key] / theirs[key] - 1) for key in theirs)
     print(f"{found.name}: adapters differ by {apart:.2g}, losses by {off:.2g}")
-    assert mine.keys() == theirs.keys() and len(mine) == 2 * STEPS
+    assert mine.keys() == theirs.keys() and len(mine) == STEPS + fewer(STEPS)
     assert apart <= gap
-    assert mine == pytest.approx(theirs, rel=LOSS_GAP)
+    assert mine == pytest.approx(theirs, rel=loss_gap)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_two_gpus_train_what_one_trains(folder: Path, one: Path, name: str) -> None:
     check(train(folder, name, *LAYOUTS[name]), one, GAPS.get(name, 1e-3))
+
+
+@pytest.mark.parametrize("name", ["pipeline", "tensor"])
+def test_captured_stages_train_what_one_captured_gpu_trains(folder: Path, name: str) -> None:
+    """A task ends before the other, which goes on under another plan; checkpoints are written."""
+    alone = folder / "one captured"
+    if not alone.exists():
+        train(folder, alone.name, step="captured")
+    run = train(folder, f"{name} captured", *LAYOUTS[name], step="captured")
+    assert "eagerly" not in (folder / f"{name} captured.log").read_text()
+    check(run, alone, CAPTURED_GAPS.get(name, 1e-3), CAPTURED_LOSS_GAP)
 
 
 def test_torchrun_starts_ranks_on_gpus(folder: Path, one: Path) -> None:

@@ -104,15 +104,18 @@ def _rank_main(rank: int, size: int, port: int, work: Callable[..., None], argum
 class Ranks:
     """One layout on this process group. On rank 0 ``bench`` makes executors that drive it."""
 
-    def __init__(self, rank: int, replicas: Sequence[ReplicaShape], trace: Any = None) -> None:
+    def __init__(
+        self, rank: int, replicas: Sequence[ReplicaShape], trace: Any = None,
+        shape: ModelShape = SHAPE, **options: Any,
+    ) -> None:  # fmt: skip
         self.rank, self.replicas = rank, tuple(replicas)
         self.layout = Layout(self.replicas)
-        loaded = random_weights(SHAPE, 0)()
+        loaded = random_weights(shape, 0)()
         place = self.layout.places[rank]
         self.team = Team(rank, self.layout.world_size)
         self.backbone = StageBackbone("tiny", loaded.model, loaded.tokenizer, self.layout, place)
         self.patience = Patience(60.0)
-        self.worker = Worker(self.backbone, self.team, self.patience, trace=trace)
+        self.worker = Worker(self.backbone, self.team, self.patience, trace=trace, **options)
 
     def bench(self, folder: Path, **options: Any) -> Bench:
         store = BackboneStore({})

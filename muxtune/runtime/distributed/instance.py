@@ -12,13 +12,16 @@ from typing import Any
 
 from muxtune.errors import ConfigError
 from muxtune.planning.replica_dispatch import deal
-from muxtune.runtime.bank import SlotPool, TaskState, TaskTensors
+from muxtune.runtime.bank import AdapterPool, SlotPool, TaskState, TaskTensors
 from muxtune.runtime.batch import PassTensors, Placed
+from muxtune.runtime.captured_runner import capacity_of, rows_needed, rows_of, slot_input
 from muxtune.runtime.distributed.layout import Layout
 from muxtune.runtime.distributed.links import Patience
 from muxtune.runtime.distributed.runner import Losses, Norms, RoundInput, Snapshots, VisitInput
 from muxtune.runtime.distributed.schedule import visits_of
 from muxtune.runtime.distributed.sharding import StageBackbone, draw_whole, put_together
+from muxtune.runtime.distributed.static_part import refusal
+from muxtune.runtime.distributed.static_runner import Sizes, StaticRound, StaticVisit
 from muxtune.runtime.distributed.stepping import SlotStep
 from muxtune.runtime.distributed.team import (
     Adopt,
@@ -37,6 +40,7 @@ from muxtune.runtime.distributed.worker import Worker
 from muxtune.runtime.instance import Host, RunningInstance, _Round
 from muxtune.runtime.optimizer import StepOutcome, learning_rate
 from muxtune.runtime.pass_runner import tensors_of
+from muxtune.runtime.runners import longest_tokens
 from muxtune.runtime.tasks import Phase, RuntimeTask, TaskDataFailure
 from muxtune.types import Cursor, InstanceSpec, MicroBatch, Plan, TaskSpec
 
@@ -94,7 +98,8 @@ class DistributedInstance(RunningInstance):
             patience,
         )
         self.bank, self._on_work = worker.bank, on_work
-        self._pools: list[SlotPool] = []
+        self._pools: list[AdapterPool] = []
+        self._open_steps: set[str] = set()  # of tasks that were told a part of a step last
         self._open: dict[int, _OpenRound] = {}
         self._next_number = 0
         self._ahead: dict[str, Cursor] = {}  # cursors after the last round that was told
@@ -190,8 +195,11 @@ class DistributedInstance(RunningInstance):
 
     def evaluate(self, pool: SlotPool, tensors: PassTensors) -> tuple[list[float], list[int]]:
         self._flush()
-        htask = next(i for i, item in enumerate(self._pools) if item is pool)
-        self._command(Score(htask, tensors))
+        if pool.copied is None:
+            htask = next(i for i, item in enumerate(self._pools) if item is pool)
+            self._command(Score(htask, tensors))
+        else:
+            self._command(Score(-1, tensors, pool.copied.task.task_id))
         while True:
             report = self.team.take(self.patience.limit_s)
             if isinstance(report, Scores):
@@ -214,7 +222,9 @@ class DistributedInstance(RunningInstance):
         self._tell_how(plan)
 
     def _tell_how(self, plan: Plan) -> None:
-        """Of stages that no order feeds."""
+        """Of rounds that are not captured, and of stages that no order feeds."""
+        if self.worker.why_eager:
+            self.host.notice(f"{self.backbone.name}: runs eagerly, because {self.worker.why_eager}")
         if plan.order or all(shape.pp == 1 for shape in plan.replicas):
             return
         how = "a plan without an order: its micro-batches overlap within a round only"
@@ -232,10 +242,28 @@ class DistributedInstance(RunningInstance):
     def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
         states = {key: task.state for key, task in tasks.items() if task.state is not None}
         is_new = {key for key, state in states.items() if state.place is None and not state.step}
-        self._command(Arrange(plan, tuple(states)))
-        self._pools = self.worker.runner.pools
+        start_ns, copies = self.host.now_ns, bool(self.host.options.checkpoint_steps)
+        sizes, open_ids = self._sizes(plan, states), frozenset(self._open_steps)
+        self._command(Arrange(plan, tuple(states), sizes, copies, open_ids))
+        self._pools = self.worker.bank.pools
+        if self.worker.static is not None and self.worker.static.programs.prepared:
+            self.span("capture", start_ns, self.host.now_ns, plan.task_ids)
         for task_id in is_new:
             self.host.settle(tasks[task_id], self)
+
+    def _sizes(self, plan: Plan, states: Mapping[str, TaskState]) -> tuple[Sizes, ...]:
+        """Of the programs that the plan's rounds would need."""
+        if self.worker.programs is None or refusal(plan):
+            return ()
+        longest = longest_tokens(self.stage_backbone.model.config)
+        ahead = {} if self.worker.deterministic else self._rows_ahead(plan)
+        found = []
+        for index, htask in enumerate(plan.htasks):
+            specs = [states[name].task for name in htask.slot_of if name in states]
+            capacity = capacity_of(htask, specs, longest)
+            tokens = ahead.get(index, ())
+            found.append(Sizes.of(capacity, tokens, self.worker.deterministic))
+        return tuple(found)
 
     # -- telling rounds
 
@@ -273,7 +301,7 @@ class DistributedInstance(RunningInstance):
         assert self.plan is not None
         ordered = bool(self.plan.order)
         slots = visits_of(self.plan, micro_batches) if ordered else list(micro_batches)
-        inputs: list[list[VisitInput | None]] = [[] for _ in self.plan.replicas]
+        inputs: list[list[Any]] = [[] for _ in self.plan.replicas]
         visits: dict[int, _OpenVisit] = {}
         for index, micro_batch in enumerate(slots):
             made = None if micro_batch is None else self._visit(micro_batch)
@@ -282,10 +310,10 @@ class DistributedInstance(RunningInstance):
             for replica, row in enumerate(inputs):
                 row.append(None if made is None else made[0][replica])
         htasks = None if ordered else tuple(item.htask for item in micro_batches)
-        rows = tuple(RoundInput(number, tuple(row)) for row in inputs)
-        return Round(htasks, rows), visits
+        made_of = RoundInput if self.worker.static is None else StaticRound
+        return Round(htasks, tuple(made_of(number, tuple(row)) for row in inputs)), visits
 
-    def _visit(self, micro_batch: MicroBatch) -> tuple[list[VisitInput | None], _OpenVisit] | None:
+    def _visit(self, micro_batch: MicroBatch) -> tuple[list[Any], _OpenVisit] | None:
         """The micro-batch for each replica, without what has failed; None when nothing is left."""
         assert self.plan is not None
         pool = self._pools[micro_batch.htask]
@@ -296,17 +324,13 @@ class DistributedInstance(RunningInstance):
         slot_of = self._slot_of(micro_batch, pool)
         closing = self._closing(micro_batch, slot_of)
         wanted = tuple(name for name in closing if self._wants_snapshot(micro_batch, name))
-        steps = dict(closing.values())
-        inputs: list[VisitInput | None] = []
-        parts = [micro_batch]
-        if len(self.plan.replicas) > 1:
-            parts = deal(micro_batch, self.plan.replicas)
-        for part in parts:
-            tensors = self._part_tensors(part, pool, placed)
-            inputs.append(
-                None if tensors is None and not steps
-                else VisitInput(micro_batch.htask, tensors, steps, wanted)
-            )  # fmt: skip
+        if self.worker.static is None:
+            inputs = self._eager_inputs(micro_batch, placed, dict(closing.values()), wanted)
+            num_losses = sum(item is not None and item.tensors is not None for item in inputs)
+        else:
+            inputs, num_losses = [self._static_input(micro_batch, placed, slot_of, wanted)], 1
+        self._open_steps.update(placed)
+        self._open_steps.difference_update(closing)
         tokens = {
             name: sum(len(item.sequence.tokens) for item in items) for name, items in placed.items()
         }
@@ -315,10 +339,47 @@ class DistributedInstance(RunningInstance):
             {name: items[0].slot for name, items in placed.items()},
             tokens,
             {name: (slot, step.lr) for name, (slot, step) in closing.items()},
-            sum(item is not None and item.tensors is not None for item in inputs),
+            num_losses,
             self.stage_backbone.layout.world_size if wanted else 0,
         )
         return inputs, open_visit
+
+    def _eager_inputs(
+        self, micro_batch: MicroBatch, placed: dict[str, list[Placed]],
+        steps: Mapping[int, SlotStep], wanted: tuple[str, ...],
+    ) -> list[VisitInput | None]:  # fmt: skip
+        """One a replica."""
+        assert self.plan is not None
+        pool = self._pools[micro_batch.htask]
+        assert isinstance(pool, SlotPool)
+        parts = [micro_batch]
+        if len(self.plan.replicas) > 1:
+            parts = deal(micro_batch, self.plan.replicas)
+        inputs: list[VisitInput | None] = []
+        for part in parts:
+            tensors = self._part_tensors(part, pool, placed)
+            inputs.append(
+                None if tensors is None and not steps
+                else VisitInput(micro_batch.htask, tensors, steps, wanted)
+            )  # fmt: skip
+        return inputs
+
+    def _static_input(
+        self, micro_batch: MicroBatch, placed: dict[str, list[Placed]], slot_of: Mapping[str, int],
+        wanted: tuple[str, ...],
+    ) -> StaticVisit:  # fmt: skip
+        rows = rows_of(placed)
+        slots = {
+            slot: slot_input(
+                task.spec, task.num_steps, micro_batch, name in self._open_steps,
+                name in micro_batch.closes_step,
+            )
+            for name, slot in slot_of.items()
+            for task in (self.host.tasks[name],)
+            if name in placed or name in micro_batch.closes_step
+        }  # fmt: skip
+        num_rows = rows_needed(micro_batch, rows, self.worker.deterministic)
+        return StaticVisit(micro_batch.htask, tuple(rows), num_rows, slots, wanted)
 
     def _part_tensors(
         self, part: MicroBatch, pool: SlotPool, placed: dict[str, list[Placed]]
@@ -415,6 +476,9 @@ class DistributedInstance(RunningInstance):
             self._fail(task_id, f"the norm of its gradient is {norm} in step {step}")
             return
         self._closed_steps[task_id] = step
+        state = self.host.tasks[task_id].state
+        if self.worker.static is not None and state is not None:
+            state.step += 1  # ranks that run operation by operation have counted it themselves
         if visit.snapshots and self._wants_snapshot(visit.micro_batch, task_id):
             whole = self._put_together(task_id, [shares[task_id] for shares in visit.snapshots])
             whole.step = step

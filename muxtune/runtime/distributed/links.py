@@ -35,6 +35,7 @@ FOREVER = timedelta(days=7)
 NCCL_LIMIT = timedelta(minutes=5)  # then its watchdog ends the process
 COMPILING_S = 180.0  # at most, after a plan: kernels of new shapes
 _POLL_S = 0.2
+_LOOK_S = 2e-4  # between looks at a GPU, whose rounds take 100 times as long
 
 
 class DistributedError(MuxTuneError):
@@ -311,11 +312,26 @@ class Patience:
                 if self.is_excused():
                     deadline_s = time.monotonic() + limit_s
                 elif time.monotonic() > deadline_s:
-                    raise DistributedError(
-                        f"{what} did not come within {limit_s:.0f} s: another rank hangs or "
-                        "has died. Look at its last lines, then resume from the last checkpoint"
-                    ) from None
+                    raise _overdue(what, limit_s) from None
             except torch.OutOfMemoryError:
                 raise  # this rank's own
             except RuntimeError as error:
                 raise lost(f"another rank, which owes {what},", error) from None
+
+    def until(self, is_there: Callable[[], bool], what: str) -> None:
+        """Looks again and again. Raises DistributedError when it does not come in time."""
+        limit_s = self.limit_s
+        deadline_s = time.monotonic() + limit_s
+        while not is_there():
+            time.sleep(_LOOK_S)
+            if self.is_excused():
+                deadline_s = time.monotonic() + limit_s
+            elif time.monotonic() > deadline_s:
+                raise _overdue(what, limit_s)
+
+
+def _overdue(what: str, limit_s: float) -> DistributedError:
+    return DistributedError(
+        f"{what} did not come within {limit_s:.0f} s: another rank hangs or has died. "
+        "Look at its last lines, then resume from the last checkpoint"
+    )

@@ -169,12 +169,20 @@ class OrderRunner:
 
     def prepare(self) -> None:
         """Runs every visit once, one after another, then captures each of its computations."""
+        self.prepare_alone()
+        self.prepare_together()
+
+    def prepare_alone(self) -> None:
+        """What this rank needs no other for."""
         if self.on_cuda:
             torch.cuda.synchronize()  # what was made on other streams is there
         self._each_visit(self._run_plain)
         if self.on_cuda:
             with _no_garbage():
                 self._each_visit(self._capture)
+
+    def prepare_together(self) -> None:
+        """What the ranks of a stage do at once."""
         self._with_stream(self._acquaint)
         if self.on_cuda:
             torch.cuda.synchronize()
@@ -356,10 +364,19 @@ class OrderRunner:
                 compute()
         else:
             work = self._communication(item.op, size)
+        # Of two that wait for one message, the later one waits for the first.
+        heeds = [op for op in item.messages
+                 if op in self.flags and (item.round, op) not in tokens]  # fmt: skip
         tokens[item.round, item.op] = self._on_stream(
-            item.stream, work, waits, (item.round, item.op) if trace else None,
-            [(self.flags[op], self.targets(op, size)) for op in item.messages if op in self.flags],
-        )  # fmt: skip
+            item.stream,
+            work,
+            waits,
+            (item.round, item.op) if trace else None,
+            [(self.flags[op], self.targets(op, size)) for op in heeds],
+        )
+        tokens.update(
+            dict.fromkeys(((item.round, op) for op in heeds), tokens[item.round, item.op])
+        )
 
     def _communication(self, op: int, size: int) -> Callable[[], Any]:
         visit, operation = self.program(op, size), self.schedule.operation(op)

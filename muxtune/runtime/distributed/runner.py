@@ -182,12 +182,12 @@ class StageRunner:
         stage = self.backbone.place.stage
         compute, comm = schedule.sequences[2 * stage], schedule.sequences[2 * stage + 1]
         rounds = range(self._first, last_round + 1)
-        self._compute.extend((number, node) for node in _nodes(compute, number, rounds))
-        self._comm.extend(_nodes(comm, number, rounds))
+        self._compute.extend((number, node) for node in nodes_of(compute, number, rounds))
+        self._comm.extend(nodes_of(comm, number, rounds))
         for neighbour in (stage - 1, stage + 1):
             if 0 <= neighbour < schedule.graph.num_stages:
                 sequence = schedule.sequences[2 * neighbour + 1]
-                for node in _nodes(sequence, number, rounds):
+                for node in nodes_of(sequence, number, rounds):
                     self._expect(node, schedule, neighbour)
 
     def _expect(self, node: Node, schedule: Schedule, sender: int) -> None:
@@ -473,7 +473,7 @@ class StageRunner:
         return run
 
 
-def _nodes(sequence: Sequence[tuple[int, int]], number: int, rounds: range) -> list[Node]:
+def nodes_of(sequence: Sequence[tuple[int, int]], number: int, rounds: range) -> list[Node]:
     """What a stream runs in its pass ``number``: see ``orchestration.player``."""
     return [(number - offset, op) for op, offset in sequence if number - offset in rounds]
 

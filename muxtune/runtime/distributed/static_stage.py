@@ -30,7 +30,7 @@ from muxtune.runtime.static_step.attention import (
 )
 from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.model import StaticModel
-from muxtune.runtime.static_step.program import OVERLAP, OWN_SHRINK
+from muxtune.runtime.static_step.program import OVERLAP, OWN_SHRINK, determinism
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import add_rms_norm, rms_norm_backward, swiglu, swiglu_backward_
 from muxtune_kernels.cross_entropy import multi_task_cross_entropy_grad
@@ -92,13 +92,18 @@ class VisitProgram:
     """One visit on one stage. ``run(operation)`` does its work on the current stream.
 
     ``received_TD``, ``gradient_TD``, ``squares_S``, ``norm_S``: where neighbours' messages go;
-    ``metrics_2S``: losses, and gradient norms before clipping.
+    ``metrics_2S``: losses, and gradient norms before clipping. ``deterministic``: no sum's order is
+    left to chance. ``accumulates``: steps of several micro-batches where a stage has several
+    ranks: these sum what they share after each, so before the next each counts its part of the sum
+    only (``kept_share``, for which whoever runs the program gives 1 / ranks).
     """
 
     def __init__(
-        self, part: StagePart, pools: AdapterPools, inputs: StepInputs, num_rows: int
-    ) -> None:
+        self, part: StagePart, pools: AdapterPools, inputs: StepInputs, num_rows: int,
+        deterministic: bool = False, accumulates: bool = False,
+    ) -> None:  # fmt: skip
         self.part, self.pools, self.inputs, self.num_rows = part, pools, inputs, num_rows
+        self.deterministic = deterministic
         model, num_slots = part.model, inputs.layout.num_slots
         width = model.final_norm_D.numel()
         rows = (num_rows, width)
@@ -131,6 +136,9 @@ class VisitProgram:
         held = (own, shared) if part.step is not None else ([*own, *shared], [])
         self._own, self._shared = (_Squares(grads, num_slots, model.device) for grads in held)
         self.own_S = torch.zeros(num_slots, **sums)  # squares of the first, summed by the ranks
+        self._summed_grads = [rows.grad_RW for rows in shared if rows.grad_RW.numel()]
+        scales = accumulates and part.step is not None and bool(self._summed_grads)
+        self.kept_share = torch.ones((), **sums) if scales else None
         self._last_part: Part | None = None  # of the backward
         fields = inputs.fields
         self._settings = AdamWSlots(
@@ -141,6 +149,10 @@ class VisitProgram:
 
     @torch.no_grad()
     def run(self, operation: Operation) -> None:
+        with determinism(self.deterministic):
+            self._run(operation)
+
+    def _run(self, operation: Operation) -> None:
         if operation.action is Action.FORWARD:
             self._forward(operation)
         elif operation.action is Action.LOSS:
@@ -216,8 +228,12 @@ class VisitProgram:
 
     def _backward(self, operation: Operation) -> None:
         last = (self.part.layers[-1], "mlp")
-        if operation.parts[0] == last and not self.part.is_last:
-            self._dx_TD = self.gradient_TD
+        if operation.parts[0] == last:
+            if self.kept_share is not None:
+                scale_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+                scale_all(self._summed_grads, self.kept_share)
+            if not self.part.is_last:
+                self._dx_TD = self.gradient_TD
         for part in operation.parts:
             self._settle()
             if part[1] == ATTENTION:

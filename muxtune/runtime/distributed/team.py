@@ -16,6 +16,7 @@ from muxtune.runtime.bank import TaskState
 from muxtune.runtime.batch import PassTensors
 from muxtune.runtime.distributed.links import FOREVER, DistributedError, lost
 from muxtune.runtime.distributed.runner import RoundInput
+from muxtune.runtime.distributed.static_runner import Sizes, StaticRound
 from muxtune.types import Plan, TaskSpec
 
 
@@ -28,18 +29,23 @@ class Adopt(NamedTuple):
 
 
 class Arrange(NamedTuple):
-    """Lay these tasks' adapters out as the plan says. Nothing is in flight."""
+    """Lay these tasks' adapters out as the plan says. Nothing is in flight. ``sizes``: of each
+    hTask's programs, where its rounds are to run as static visits. ``copies``: whether tasks'
+    states will be wanted while rounds go on. ``open_ids``: tasks in the middle of a step."""
 
     plan: Plan
     task_ids: tuple[str, ...]
+    sizes: tuple[Sizes, ...] = ()
+    copies: bool = False
+    open_ids: frozenset[str] = frozenset()
 
 
 class Round(NamedTuple):
     """``htasks``: of the micro-batches in turn where the plan has no order, else None.
-    ``inputs``: one a replica."""
+    ``inputs``: one a replica; static ones where the ranks run static visits."""
 
     htasks: tuple[int, ...] | None
-    inputs: tuple[RoundInput, ...]
+    inputs: tuple[RoundInput | StaticRound, ...]
 
 
 class Flush(NamedTuple):
@@ -53,10 +59,12 @@ class Gather(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Report losses without training. Nothing is in flight."""
+    """Report losses without training, of an hTask's adapters, or of one task's, as the only
+    slot. Nothing is in flight."""
 
     htask: int
     tensors: PassTensors
+    task_id: str = ""
 
 
 class Drop(NamedTuple):
@@ -98,6 +106,7 @@ class Team:
             for other in range(1, world_size)
         }
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._one_at_a_time = threading.Lock()  # threads report too
         if rank == 0:
             for other in self._pairs:
                 threading.Thread(target=self._listen, args=(other,), daemon=True).start()
@@ -119,14 +128,15 @@ class Team:
         return box[0]
 
     def report(self, message: Any) -> None:
-        """To the controller, from any rank."""
+        """To the controller, from any rank and any thread."""
         if self.rank == 0:
             self.reports.put(message)
             return
         data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         group = self._pairs[self.rank]
-        dist.send(torch.tensor([data.numel()]), 0, group=group)
-        dist.send(data, 0, group=group)
+        with self._one_at_a_time:
+            dist.send(torch.tensor([data.numel()]), 0, group=group)
+            dist.send(data, 0, group=group)
 
     def take(self, timeout_s: float) -> Any:
         """The next report. Raises DistributedError when none comes or a rank has died."""

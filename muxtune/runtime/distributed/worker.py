@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from muxtune.runtime.distributed.schedule import (
     sequential_schedule,
 )
 from muxtune.runtime.distributed.sharding import StageBackbone, draw_whole, own_part
+from muxtune.runtime.distributed.static_part import refusal
+from muxtune.runtime.distributed.static_runner import StaticPrograms, StaticRound, StaticRunner
 from muxtune.runtime.distributed.team import (
     Adopt,
     Arrange,
@@ -38,9 +40,16 @@ from muxtune.runtime.distributed.team import (
 from muxtune.runtime.passes import AdapterPass
 from muxtune.types import Plan
 
+AnyRound = RoundInput | StaticRound
+
 
 class Worker:
-    """One rank's part of an instance."""
+    """One rank's part of an instance.
+
+    ``captures``: rounds run as static visits (see ``static_runner``) where a plan lets them, else
+    operation by operation. ``shares``: see ``StaticPrograms``; None: on GPUs. ``why_eager``: why
+    the plan's rounds do not run as wanted, empty where they do. ``static``: what runs them now.
+    """
 
     def __init__(
         self,
@@ -50,14 +59,24 @@ class Worker:
         deterministic: bool = True,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         trace: Callable[[Span], None] | None = None,
+        captures: bool = False,
+        shares: bool | None = None,
     ) -> None:
         self.backbone, self.team, self.deterministic = backbone, team, deterministic
         self.links = Links(backbone.layout, backbone.place, backbone.device)
-        self.bank = AdapterBank(backbone, grad_dtype_for(backbone.device, deterministic))
+        self.programs: StaticPrograms | None = None
+        if captures:
+            shares = backbone.device.type == "cuda" if shares is None else shares
+            self.programs = StaticPrograms(backbone, self.links, deterministic, shares)
+        self.bank = AdapterBank(
+            backbone, grad_dtype_for(backbone.device, deterministic), self.programs
+        )
         self.runner = StageRunner(
             backbone, self.links, patience, team.report, deterministic, clock_ns, trace
         )
         self.plan: Plan | None = None
+        self.why_eager = ""
+        self.static: StaticRunner | None = None
         self._schedule: Schedule | None = None
 
     def serve(self) -> None:
@@ -87,20 +106,65 @@ class Worker:
         plan = self.plan = command.plan
         self._schedule = plan_schedule(plan, self.backbone.shape, self.backbone.place.replica)
         states = {task_id: self.states[task_id] for task_id in command.task_ids}
+        for task_id, state in states.items():
+            state.is_open = task_id in command.open_ids
+        self.why_eager = ""
+        if self.programs is None or not plan.htasks:
+            self._arrange_eager(plan, states)
+            return
+        self.why_eager = refusal(plan) or self._arrange_static(self.programs, command, states)
+        if self.why_eager:
+            self._arrange_eager(plan, states)
+
+    def _arrange_static(
+        self, programs: StaticPrograms, command: Arrange, states: Mapping[str, TaskState]
+    ) -> str:
+        """Why not, on all ranks alike; empty where it is done."""
+        if self.static is None:
+            self.runner.begin_plan([])
+            self.bank.arrange((), {})
+        static = self.static = self.static or StaticRunner(
+            programs, self.runner.patience, self.team.report, self.states
+        )
+        static.end_plan()
+        problem = programs.begin()
+        if problem:
+            return problem
+        self.runner.patience.expect_compiling()
+        pools = self.bank.arrange(command.plan.htasks, states)
+        in_flight = 1 if command.plan.order else self.backbone.replica.pp
+        units, problem = programs.prepare(pools, command.sizes, in_flight)
+        if problem:
+            return problem
+        static.begin_plan(self._schedule, units, command.task_ids if command.copies else ())
+        return ""
+
+    def _arrange_eager(self, plan: Plan, states: Mapping[str, TaskState]) -> None:
+        if self.static is not None:
+            self.static.end_plan()
+            self.static.close()
+            self.static = None
+        if self.programs is not None and self.programs.is_on:
+            self.bank.arrange((), {})
+            self.programs.end()
         pools = self.bank.arrange(plan.htasks, states)
         self.runner.begin_plan([pool for pool in pools if isinstance(pool, SlotPool)])
 
     def round(self, command: Round) -> None:
         assert self.plan is not None
-        schedule, place = self._schedule, self.backbone.place
-        inputs = command.inputs[place.replica]
+        inputs, schedule = command.inputs[self.backbone.place.replica], self._schedule
         if command.htasks is not None:
             schedule = self._unordered(self.plan, command.htasks, inputs)
         assert schedule is not None
-        self.runner.feed(inputs, schedule)
-        self.runner.run()
+        if isinstance(inputs, RoundInput):
+            self.runner.feed(inputs, schedule)
+            self.runner.run()
+        else:
+            assert self.static is not None
+            self.static.feed(inputs, schedule)
+            self.static.run()
 
-    def _unordered(self, plan: Plan, htasks: tuple[int, ...], inputs: RoundInput) -> Schedule:
+    def _unordered(self, plan: Plan, htasks: tuple[int, ...], inputs: AnyRound) -> Schedule:
         shape, replica, num = self.backbone.shape, self.backbone.replica, len(plan.htasks)
         if len(plan.replicas) > 1:  # they meet for a task's step: one after another on all
             return sequential_schedule(htasks, num, shape, replica)
@@ -108,7 +172,10 @@ class Worker:
         return overlapped_schedule(Unordered(htasks, per_step, plan.interleaves), shape, replica)
 
     def flush(self, command: Flush) -> None:
-        self.runner.flush()
+        if self.static is None:
+            self.runner.flush()
+        else:
+            self.static.flush()
 
     def gather(self, command: Gather) -> None:
         shares = {task_id: self.runner.shares(task_id) for task_id in command.task_ids}
@@ -131,10 +198,9 @@ class Worker:
         if place.replica:
             return
         tensors = on_device(command.tensors, self.backbone.device)
-        current = stage.begin(tensors, self.runner.pools[command.htask])
-        current.adapters = AdapterPass(
-            self.runner.pools[command.htask], tensors.rows, None, self.deterministic, None
-        )
+        pool = self._scored(command)
+        current = stage.begin(tensors, pool)
+        current.adapters = AdapterPass(pool, tensors.rows, None, self.deterministic, None)
         received = None
         if place.stage:
             shape = (tensors.input_ids_T.numel(), self.backbone.shape.hidden)
@@ -151,8 +217,16 @@ class Worker:
             nll_S, targets_S = stage.scores(current)
             self.team.report(Scores(nll_S.tolist(), targets_S.tolist()))
 
+    def _scored(self, command: Score) -> SlotPool:
+        if not command.task_id:
+            return self.runner.pools[command.htask]
+        state = self.states[command.task_id]
+        pool = self.bank.slot_pool((state.slot,), trains=False)
+        pool.fill_weights(state, 0)
+        return pool
 
-def _per_step(inputs: RoundInput, htasks: Sequence[int], htask: int) -> int:
+
+def _per_step(inputs: AnyRound, htasks: Sequence[int], htask: int) -> int:
     """Micro-batches of an hTask that may be under way at once: all of the round where only the
     last of them closes steps, else one."""
     own = [visit for visit, at in zip(inputs.visits, htasks, strict=True) if at == htask]

@@ -65,20 +65,15 @@ class StaticModel(NamedTuple):
         """From a causal language model of transformers. Its linears' weights become views of the
         fused ones, so no second copy is kept. Raises Unsupported for another architecture."""
         check_architecture(model)
-        config, base = model.config, model.base_model
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        cos_LP, sin_LP = _rotary_tables(base, max_positions)
+        base = model.base_model
         return cls(
-            tuple(_block(f"model.layers.{i}", layer) for i, layer in enumerate(base.layers)),
+            blocks_of(model, range(len(base.layers))),
             base.embed_tokens.weight.detach(),
             base.norm.weight.detach(),
             model.get_output_embeddings().weight.detach(),
-            Heads(config.num_attention_heads, config.num_key_value_heads, head_dim),
-            config.rms_norm_eps,
-            cos_LP,
-            sin_LP,
+            heads_of(model.config),
+            model.config.rms_norm_eps,
+            *rotary_tables(base, max_positions),
         )
 
 
@@ -95,6 +90,18 @@ def check_architecture(model: Any) -> None:
     layer = model.base_model.layers[0]
     if hasattr(layer.self_attn, "q_norm"):
         raise Unsupported("the static step knows no query and key norms")
+
+
+def blocks_of(model: Any, layers: range) -> tuple[Block, ...]:
+    """Their linears' weights become views of the fused ones."""
+    return tuple(_block(f"model.layers.{i}", model.base_model.layers[i]) for i in layers)
+
+
+def heads_of(config: Any, parts: int = 1) -> Heads:
+    """Of one of so many equal parts of the model's heads."""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return Heads(queries // parts, keys // parts, head_dim)
 
 
 def _block(name: str, layer: Any) -> Block:
@@ -132,7 +139,7 @@ def _follow(linear: Any) -> None:
         linear.base = linear.base._replace(weight_OD=linear.weight.detach())
 
 
-def _rotary_tables(base: Any, max_positions: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(base: Any, max_positions: int) -> tuple[Tensor, Tensor]:
     """As the model's own rotary module gives them, in float32."""
     rotary = base.rotary_emb
     device = rotary.inv_freq.device

@@ -148,7 +148,7 @@ class StepProgram:
     @torch.no_grad()
     def run(self, num_rows: int, recompute: int = 0) -> StepResult:
         """Reads the input buffer, updates the pools, writes ``metrics``."""
-        with _determinism(self.deterministic):
+        with determinism(self.deterministic):
             if self._flags is not None:
                 self._flags.clear()
             rows = self.inputs.step_rows(num_rows)._replace(flags=self._flags)
@@ -345,7 +345,7 @@ def _some(tensor: Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
+def determinism(wanted: bool) -> Iterator[None]:
     """Attention's backward without atomics. Nothing else here has a second form."""
     if not wanted:
         yield
