@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from muxtune.cost.shapes import ModelShape
-    from muxtune.types import Plan, TaskSpec
+    from muxtune.types import HTask, Plan, TaskSpec
     from muxtune_kernels.without_gpu import Wanted
 
 HERE = Path(__file__).resolve().parent
@@ -243,38 +243,45 @@ def ask_runtime(name: str, target: str, deterministic: bool) -> set[Wanted]:
 
 
 def _isolation(shape: ModelShape, target: str) -> set[Wanted]:
+    """In deterministic mode a task alone takes the same sizes."""
     import isolation  # type: ignore[import-not-found]
+    from bench import htask_of  # type: ignore[import-not-found]
 
-    shape, found = shape._replace(num_layers=2), set()
-    for tasks in (isolation.lora_tasks(), isolation.mixed_tasks()):
-        found |= _by_hand(shape, [tasks], isolation.QUOTA, target, True)
-    tasks = isolation.lora_tasks()
-    return found | _by_hand(shape, [tasks], isolation.QUOTA, target, False)
+    few, tasks = shape._replace(num_layers=2), isolation.lora_tasks()
+    companies = [tasks, isolation.mixed_tasks()]
+    found = set()
+    for members in companies:
+        found |= _by_hand(few, htask_of(members, isolation.QUOTA), members, target, True)
+    found |= _by_hand(few, htask_of(tasks, isolation.QUOTA), tasks, target, False)
+    for task in tasks:
+        found |= _by_hand(few, isolation.htask_alone(tasks, task), [task], target, False)
+    return found
 
 
 def _joins(shape: ModelShape, target: str) -> set[Wanted]:
     import joins  # type: ignore[import-not-found]
+    from bench import htask_of  # type: ignore[import-not-found]
 
-    return _by_hand(shape, list(joins.companies()), joins.QUOTA, target, False)
+    found = set()
+    for members in joins.companies():
+        tasks = [task for task in members if task is not None]
+        found |= _by_hand(shape, htask_of(members, joins.QUOTA), tasks, target, False)
+    return found
 
 
 def _by_hand(
-    shape: ModelShape, companies: list[Any], quota: int, target: str, exact: bool
+    shape: ModelShape, htask: HTask, tasks: list[TaskSpec], target: str, exact: bool
 ) -> set[Wanted]:
-    """Of plans with one hTask, as ``bench`` makes them; a place may be free."""
-    from bench import MODEL, htask_of, plan_of  # type: ignore[import-not-found]
+    """Of a plan with one hTask, as ``bench`` makes it."""
+    from bench import plan_of  # type: ignore[import-not-found]
 
     from muxtune.workload.random_texts import RandomTexts
 
-    plans = []
-    for members in companies:
-        tasks = {task.task_id: task for task in members if task is not None}
-        texts = RandomTexts(shape.vocab)
-        for task in tasks.values():
-            assert task.model == MODEL
-            texts.add(task)
-        plans.append((shape, plan_of([htask_of(members, quota)]), tasks, texts))
-    return _of_plans(plans, target, exact)
+    texts = RandomTexts(shape.vocab)
+    for task in tasks:
+        texts.add(task)
+    by_id = {task.task_id: task for task in tasks}
+    return _of_plans([(shape, plan_of([htask]), by_id, texts)], target, exact)
 
 
 def _kill(_: ModelShape, target: str) -> set[Wanted]:

@@ -59,10 +59,11 @@ memory_s=${MEMORY_S:-72} joins_s=${JOINS_S:-24} ratio_s=${RATIO_S:-60}
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
 keep=$((memory_s + joins_s + ratio_s))
-parts=check,lora_8,bound,hf_peft,sl_peft,ledger,lora_32,all_methods,mixed_methods,mixed_ranks
+parts=check,lora_8,bound,hf_peft,sl_peft,ledger,lora_32,hf_peft_again,all_methods,mixed_methods
 [ "${#checked[@]}" -eq 0 ] || parts=${parts#check,}
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
-  --only "$parts,llama_3_1_8b,lora_16,lora_4,lora_1,hf_peft_again" --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
+  --only "$parts,mixed_ranks,llama_3_1_8b,lora_16,lora_4,lora_1" \
+  --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
 
 run="$here/run.py --out $work/alone --hf-instances ${HF_INSTANCES:-99}"
 alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory --memory-tasks "${MEMORY_TASKS:-}" \

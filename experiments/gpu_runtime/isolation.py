@@ -127,14 +127,17 @@ def _together(store: Any, shape: ModelShape, tasks: list[TaskSpec], exact: bool)
 def _alone(
     store: Any, shape: ModelShape, tasks: list[TaskSpec], task: TaskSpec, exact: bool
 ) -> Trained:
+    return _trained(store, shape, [task], htask_alone(tasks, task), exact)
+
+
+def htask_alone(tasks: list[TaskSpec], task: TaskSpec) -> HTask:
     """In the same shape, with nobody in the other slots."""
     whole = htask_of(tasks, QUOTA)
     own = {task.task_id}
-    htask = whole._replace(
+    return whole._replace(
         slot_of={key: slot for key, slot in whole.slot_of.items() if key in own},
         quota={key: quota for key, quota in whole.quota.items() if key in own},
     )
-    return _trained(store, shape, [task], htask, exact)
 
 
 def _trained(

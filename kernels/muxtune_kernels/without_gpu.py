@@ -11,12 +11,19 @@ and Triton.
 # Triton makes its drivers and settings as it starts, out of the type checker's sight.
 # pyright: reportAttributeAccessIssue=false
 
+import atexit
 import base64
 import contextlib
+import functools
 import importlib
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +31,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+from triton.backends.nvidia import driver as nvidia_driver
+from triton.runtime import JITFunction, build, driver
 
 from . import lasting
 from .launching import Launcher
@@ -111,7 +119,7 @@ def asking_for(target: Target) -> Iterator[set[Wanted]]:
 
 
 def compile_wanted(wanted: Wanted, target: Target) -> str:
-    """Its folder in Triton's cache."""
+    """Its folder in Triton's cache, which gets the C function that launches it, too."""
     found = importlib.import_module(wanted.module)
     for part in wanted.name.split("."):
         found = getattr(found, part)
@@ -120,9 +128,38 @@ def compile_wanted(wanted: Wanted, target: Target) -> str:
     at = _Driver(target)
     with mock.patch.object(driver, "_active", at):
         try:
-            return _folder_of(found.preload(wanted.data))
+            kernel = found.preload(wanted.data)
+            _build_launcher(kernel)
+            return _folder_of(kernel)
         finally:
             found.device_caches.pop(at.device, None)
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Triton 3.6 has one for each signature, a second of the C compiler; where it is built anew, no
+    harm is done."""
+    if not hasattr(nvidia_driver, "make_launcher") or not shutil.which("gcc"):
+        return
+    folders = [nvidia_driver.libdevice_dir, _blank_libcuda()]
+    with (
+        mock.patch.object(nvidia_driver, "library_dirs", lambda: folders),
+        mock.patch.object(build, "_load_module_from_path", lambda *_: SimpleNamespace(launch=None)),
+    ):
+        nvidia_driver.CudaLauncher(kernel.src, kernel.metadata)
+        source = (Path(nvidia_driver.dirname) / "driver.c").read_text()
+        build.compile_module_from_src(
+            source, "cuda_utils", folders, nvidia_driver.include_dirs, nvidia_driver.libraries
+        )
+
+
+@functools.cache
+def _blank_libcuda() -> str:
+    """A folder with a library of that name, to link against: it is found where it is used."""
+    folder = tempfile.mkdtemp()
+    command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", os.devnull]
+    subprocess.run([*command, "-o", f"{folder}/libcuda.so.1"], check=True)
+    atexit.register(shutil.rmtree, folder, True)
+    return folder
 
 
 def _folder_of(kernel: Any) -> str:
