@@ -61,7 +61,7 @@ from muxtune_kernels.adamw import adamw_tables
 CLOSE_SIZES = 2  # of an hTask, besides its shapes': each takes all of a stage's graphs once more
 _LEAST_SHARED_BYTES = 64 << 20  # on a GPU; then it is an allocation of its own
 _ROOM = 1.25  # of what ranks share, for hTasks that change later
-_ALIGN_BYTES = 512
+_ALIGN_BYTES, _SUM_BUFFERS = 512, 4
 _MOST_PLAYERS = 64
 _ROOM_FOR_VISITS = 2  # of an hTask in a round that has no order; more take their memory later
 
@@ -329,14 +329,15 @@ class StaticPrograms:
 
     def _message_bytes(self, pool: StaticPool, sizes: Sizes) -> int:
         """Of an hTask's programs, each of which has two messages of all rows and two of all slots;
-        and what two ranks of a stage sum at once, twice."""
+        and what two ranks of a stage sum at once, as often as ``PairSum`` keeps it."""
         width = self.backbone.shape.hidden
         row_bytes = width * self.backbone.dtype.itemsize
         small = 4 * len(pool.slots) + _ALIGN_BYTES
         messages = sum(2 * (rows * row_bytes + _ALIGN_BYTES) + 2 * small for rows in sizes.rows)
-        factor_bytes = 4 * width * 3 * sum(slot.rank for slot in pool.slots)
-        summed = max(sizes.rows[0] * row_bytes, factor_bytes, small) + _ALIGN_BYTES
-        return messages + 2 * summed * (self.links.peer is not None)
+        # With a half's input or output go gradients of A of three linears at most, and of one B.
+        factor_bytes = 4 * width * 4 * sum(slot.rank for slot in pool.slots)
+        summed = sizes.rows[0] * row_bytes + factor_bytes + small + 4 * _ALIGN_BYTES
+        return messages + _SUM_BUFFERS * summed * (self.links.peer is not None)
 
     def _drop_memory(self) -> None:
         memory, self.memory = self.memory, None
