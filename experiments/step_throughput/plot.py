@@ -29,8 +29,9 @@ LABELS = {
     "mixed_ranks": "8 of ranks 8-64", "mixed_methods": "8 of four methods",
     "all_methods": "8 of six methods",
     "llama_3_1_8b": "8 LoRA, Llama-3.1-8B", "sl_peft": "SL-PEFT", "hf_peft": "HF PEFT",
+    "hf_peft_again": "HF PEFT, again",
 }  # fmt: skip
-BASELINES = ("sl_peft", "hf_peft")
+BASELINES = ("sl_peft", "hf_peft", "hf_peft_again")
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def _throughput(axes, data: dict) -> None:
     bars = {
         LABELS[name]: (data[name]["effective_tokens_per_s"], name in BASELINES)
         for name in LABELS
-        if data.get(name)
+        if "effective_tokens_per_s" in (data.get(name) or {})
     }
     colours = ["tab:grey" if is_baseline else "tab:blue" for _, is_baseline in bars.values()]
     drawn = axes.barh(list(bars), [value for value, _ in bars.values()], color=colours)
