@@ -33,7 +33,7 @@ TEST_FILES = (
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 SHARDS = {  # processes for the tests of a file; the others share those of ""
-    "test_triton_linear.py": 8, "test_captured_memory_cuda.py": 1, "test_gpu_runtime.py": 4,
+    "test_triton_linear.py": 4, "test_captured_memory_cuda.py": 1, "test_gpu_runtime.py": 4,
     "test_static_step_cuda.py": 2, "test_static_stage_cuda.py": 1, "": 3,
 }  # fmt: skip
 MANY_SLOTS = "test_many_slots.py"
