@@ -17,6 +17,7 @@ from muxtune.types import NS_PER_S, SubgraphKind
 BACKWARD_TINT = 0.55  # share of white in a backward's colour
 HATCHES = ("", "///", "...", "xxx")  # a second mark once the colours repeat
 MIN_LABEL_SHARE = 0.012  # of the axis, below which a block is too narrow for its number
+MIN_EDGED_SHARE = 0.004  # half of what the eye tells from its edges
 LEGEND_CHARACTERS = 170  # that fit beside each other below the figure
 ROW_HEIGHT = {"compute": 0.86, "comm": 0.5}
 
@@ -119,8 +120,9 @@ def _draw_block(
     width = min((span.start_ns + span.duration_ns - low) / unit, axis_length) - left
     optimizer = span.kind is SubgraphKind.OPTIMIZER
     colour = "black" if optimizer else _colour(span.htask, span.backward)
-    # A white edge would swallow short transfers, an edge of their own colour keeps them visible.
-    edge = "white" if span.stream == "compute" and not optimizer else colour
+    # A white edge would swallow what is short, an edge of its own colour keeps it visible.
+    is_long = span.stream == "compute" and not optimizer and width > MIN_EDGED_SHARE * axis_length
+    edge = "white" if is_long else colour
     axes.barh(
         row, width, ROW_HEIGHT[span.stream], left=left, color=colour, edgecolor=edge,
         linewidth=0.4, hatch=HATCHES[span.htask // len(PALETTE) % len(HATCHES)],
