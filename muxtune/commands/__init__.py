@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneErro
     if missing:
         raise ConfigError(missing[0], "is not given", f"Give it with {missing[0]}=VALUE")
     typed: Any = OmegaConf.to_object(config)
+    _check_names(typed, "")
     command = importlib.import_module(f"muxtune.commands.{typed.command}")
     if typed.command == "train" and is_follower():
         follow(typed)
@@ -99,6 +101,17 @@ def _run_in(folder: RunFolder, config: Any, overrides: list[str]) -> MuxTuneErro
     status = {"status": FAILED if error else OK, "command": typed.command}
     folder.write_json(SUMMARY, status | summary | {"overrides": as_choices(overrides)})
     return MuxTuneError(error) if error else None
+
+
+def _check_names(settings: Any, prefix: str) -> None:
+    """Hydra's + adds names that a schema does not have, which nobody would read."""
+    known = [field.name for field in fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            remedy = f"Choose among: {', '.join(known)}"
+            raise ConfigError(prefix + name, "does not exist", remedy)
+        if is_dataclass(value):
+            _check_names(value, f"{prefix}{name}.")
 
 
 def as_choices(overrides: list[str]) -> dict[str, str]:

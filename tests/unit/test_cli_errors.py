@@ -84,6 +84,8 @@ def test_an_error_of_a_worker_process_reaches_its_parent_as_it_is(error: MuxTune
         (["cluster.device=H101"], ["H101", "H100-SXM"]),
         (["model.name=llama-9"], ["llama-9", "llama-2-7b"]),
         (["+model.shape.hidden=3"], ["model.shape", "num_layers"]),
+        (["+model.quantization=nf4"], ["model.quantization", "does not exist"]),
+        (["+quantise=true"], ["quantise", "does not exist"]),
         (["model.shape.hidden=3"], ["model.shape.hidden", "use +model.shape.hidden=3"]),
         (["cost.style=fast"], ["cost.style", "graph, eager"]),
         (["cost=profile"], ["cost.path", "muxtune profile"]),
