@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -420,7 +421,8 @@ class StaticRunner:
         self.programs, self.patience, self.report = programs, patience, report
         self.backbone, self.states = programs.backbone, states
         self.on_cuda = self.backbone.device.type == "cuda"
-        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports")
+        use_own = partial(torch.cuda.set_device, self.backbone.device) if self.on_cuda else None
+        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports", initializer=use_own)
         names = () if self.on_cuda else (COMM, "below", "above")
         self._lanes = {name: Lane(name, self.backbone.device) for name in names}
         self._players: dict[int, _Player] = {}  # by the schedule's id
