@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kinds or names, with commas")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    from muxtune.profiling.compiling import kernels_there
+    from muxtune.report.kernel_cache import kernels_there
 
     end_s = time.monotonic() + args.seconds - ENDING_S
     work = args.work or Path(tempfile.mkdtemp())

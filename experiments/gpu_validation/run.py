@@ -37,7 +37,7 @@ import torch
 from muxtune.cost.schema import content_hash, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.errors import MuxTuneError
-from muxtune.profiling.compiling import Compilers, kernels_there
+from muxtune.profiling.compiling import Compilers
 from muxtune.profiling.measure import (
     checked_device,
     profile_machine,
@@ -45,6 +45,7 @@ from muxtune.profiling.measure import (
     write_profile,
 )
 from muxtune.profiling.steps import is_lost
+from muxtune.report.kernel_cache import kernels_there
 from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, shapes_named, validate
 

@@ -32,6 +32,7 @@ from muxtune.workload.random_texts import RandomTexts
 
 MIX = ("sst2", "sst2", "sst2", "openbookqa", "openbookqa", "openbookqa", "rte", "rte")
 WARM_UP = 5
+SMALLER_PLAN = "a smaller one follows"  # as the runtime says it
 # All tasks are there from the start: no plan for the first few of them has run that it would cost
 # anything to leave.
 ALWAYS = (
@@ -173,6 +174,8 @@ class Stopwatch(StepListener):
     def on_notice(self, text: str) -> None:
         print(f"notice: {text}", flush=True)
         self.notices.append(text)
+        if SMALLER_PLAN in text:  # no round of all tasks would ever come
+            raise RuntimeError(text)
 
 
 def _synchronise() -> None:

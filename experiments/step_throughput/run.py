@@ -37,7 +37,7 @@ import product
 from workload import Workload
 
 from muxtune.cost.shapes import ModelShape, model_shape
-from muxtune.profiling.compiling import kernels_there
+from muxtune.report.kernel_cache import kernels_there
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.random_models import random_model
 from muxtune.runtime.static_step import StaticModel
@@ -88,6 +88,7 @@ class Report:
     def __init__(self, path: Path, limit_s: float) -> None:
         self.path, self.start_s, self.limit_s = path, time.perf_counter(), limit_s
         self.data: dict[str, Any] = {"skipped": {}, "part_s": {}, "errors": {}, "compiled": {}}
+        self.data["left_bytes"] = {}  # on the GPU when a part has ended
 
     @property
     def left_s(self) -> float:
@@ -107,6 +108,8 @@ class Report:
             self.data["errors"][name] = text[-3000:]
             print(f"[{name}] FAILED: {self.data['errors'][name]}", flush=True)
         product.free()
+        if torch.cuda.is_available():
+            self.data["left_bytes"][name] = torch.cuda.memory_allocated()
         took_s = self.data["part_s"][name] = round(time.perf_counter() - start_s, 1)
         new = self.data["compiled"][name] = kernels_there() - kernels
         shown = json.dumps(self.data.get(name), default=str)[:1000]

@@ -141,8 +141,11 @@ def _build_launcher(kernel: Any) -> None:
     if not hasattr(nvidia_driver, "make_launcher") or not shutil.which("gcc"):
         return
     folders = [nvidia_driver.libdevice_dir, _blank_libcuda()]
+    # The blank library has nothing that is needed, and is to be loaded all the same.
+    flag: Callable[[str], str] = lambda library: f"-Wl,--no-as-needed,-l:{library}"  # noqa: E731
     with (
         mock.patch.object(nvidia_driver, "library_dirs", lambda: folders),
+        mock.patch.object(build, "_library_flag", flag),
         mock.patch.object(build, "_load_module_from_path", lambda *_: SimpleNamespace(launch=None)),
     ):
         nvidia_driver.CudaLauncher(kernel.src, kernel.metadata)

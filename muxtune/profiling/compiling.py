@@ -65,12 +65,6 @@ def step_jobs(shape: ModelShape, plan: Plan, specs: Mapping[str, TaskSpec]) -> l
     ]
 
 
-def kernels_there() -> int:
-    """How many Triton's cache holds."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-
-
 class Compilers:
     """Worker processes that stay, for their start takes long; without a GPU there are none.
 

@@ -1,6 +1,7 @@
 """Kernels compiled without the GPU that they are for: what they are, and that nothing stays."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,9 @@ def test_what_is_asked_for_is_what_is_compiled(
     (kernel,) = wanted
     folder = without_gpu.compile_wanted(type(kernel)(*map(str, kernel)), H100)
     assert (tmp_path / folder / "_add_rms_norm_kernel.cubin").stat().st_size > 0
+    if hasattr(without_gpu.nvidia_driver, "make_launcher") and shutil.which("gcc"):
+        (launcher,) = tmp_path.glob("*/__triton_launcher*.so")
+        assert b"libcuda.so.1" in launcher.read_bytes()  # loaded with it
     with without_gpu.compiling_for(H100) as done:
         norm(32)
     assert done.folders == {"_add_rms_norm_kernel": {folder}}
