@@ -225,7 +225,12 @@ class Bench:
         warm_up = 2 if args.rehearse else 3 if whole else 16
         steps = 2 if args.rehearse else args.sl_steps if whole else args.peft_steps
         batches = batches_of(self.workload(), not whole)
-        return baselines.time_steps(wrapped, optimizer, batches, warm_up, steps, args.sl_limit_s)
+        try:
+            return baselines.time_steps(
+                wrapped, optimizer, batches, warm_up, steps, args.sl_limit_s
+            )
+        finally:
+            wrapped.to("meta")  # its weights go, whatever of its steps still refers to it
 
     def peft_again(self) -> dict[str, Any]:
         """Where HF PEFT fell short, which waits for the host most of the time: once more."""

@@ -82,6 +82,21 @@ def test_weak_baselines_are_not_reported_against(
     assert not run.verdict(red)["reportable"]
 
 
+def test_of_a_baseline_measured_twice_the_faster_one_counts(run: ModuleType) -> None:
+    for again, reached in ((1_600.0, False), (2_000.0, True)):
+        data = figures(21_000.0, 1_700.0) | {run.AGAIN: {"effective_tokens_per_s": again}}
+        assert run.verdict(data)["reportable"] == reached
+        assert run.ledger(data)["over_hf_peft"] == pytest.approx(10_000 / max(again, 1_700.0))
+    assert run.verdict(figures(21_000.0, 1_800.0) | {run.AGAIN: {"not_needed": True}})["reportable"]
+
+
+def test_a_smaller_plan_ends_a_measurement(run: ModuleType) -> None:
+    watch = run.product.Stopwatch(32, {}, 50)
+    watch.on_notice("something else")
+    with pytest.raises(RuntimeError, match="did not fit"):
+        watch.on_notice(f"a plan did not fit; {run.product.SMALLER_PLAN} (out of memory)")
+
+
 def test_what_does_not_end_in_time_is_left_out_and_told(run: ModuleType, tmp_path: Path) -> None:
     report = run.Report(tmp_path / "r.json", limit_s=100.0)
     report.part("long", 500, lambda: pytest.fail("must not run"))
