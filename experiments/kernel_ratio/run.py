@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
-from muxtune_kernels.multi_lora import launch, wide, window
+from muxtune_kernels.multi_lora import launch, room
 from muxtune_kernels.multi_lora.tuning import tuning_of
 
 RANK = 16
@@ -36,13 +36,6 @@ TASKS = (1, 4, 8, 32)
 MIN_ROTATED_BYTES = 200e6
 TOLERANCE = 1.2e-2
 MODES = ("graph", "eager")
-MORE_TRIED = (
-    (2048, 4096, 4096, 8),
-    (2048, 4096, 4096, 32),
-    (8192, 4096, 4096, 8),
-    (2048, 4096, 14336, 32),
-)
-MOST_COLUMNS = 128  # of room behind x: more of them cost more than the fused product
 
 
 class Inputs(NamedTuple):
@@ -53,26 +46,10 @@ class Inputs(NamedTuple):
     dy_TO: Tensor
 
 
-class Wide(NamedTuple):
+class WithRoom(NamedTuple):
     """One of the rotating sets with room behind weight, rows and gradients."""
 
-    weight: wide.WideWeight
-    x_TW: Tensor
-    dy_TW: Tensor
-
-    def forward_product(self) -> Tensor:
-        used = self.weight.width + self.weight.columns
-        return self.x_TW[:, :used] @ self.weight.weight_PW[: self.weight.num_out, :used].t()
-
-    def backward_product(self) -> Tensor:
-        used = self.weight.num_out + self.weight.columns
-        return self.dy_TW[:, :used] @ self.weight.weight_PW[:used, : self.weight.width]
-
-
-class Windowed(NamedTuple):
-    """One of the rotating sets, as `Wide`, with room for a window of ranks behind x and dy."""
-
-    weight: window.WideWeight
+    linear: room.LinearWithRoom
     x_TW: Tensor
     dy_TW: Tensor
 
@@ -105,40 +82,20 @@ class Case:
         self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, device)
         self.scale_S = torch.full((num_tasks,), SCALE, device=device)
         self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
-        self.has_room = rank <= MOST_COLUMNS
-        self._wide: dict[int, Wide] = {}
-        self._windowed: dict[int, Windowed] = {}
-        bounds_S3 = self.rows.slot_bounds_S3
-        assert bounds_S3 is not None
-        self.row_tensors = launch.RowTensors(self.rows.slot_of_row_T, bounds_S3, self.scale_S, None)
-        self.window = window.window_of(self.row_tensors, self.adapters)
+        self._with_room: dict[int, WithRoom] = {}
 
-    def wide_of(self, index: int) -> Wide:
+    def with_room(self, index: int) -> WithRoom:
         """The set's weight, x and dy in wider buffers."""
-        if index not in self._wide:
+        if index not in self._with_room:
             inputs = self.sets[index]
-            weight = wide.wide_weight(inputs.weight_OD, self.adapters)
-            wide.widen_weight(weight, self.a_RD.detach(), self.b_RO.detach(), self.adapters)
-            x_TW, dy_TW = (
-                wide.wide_buffer(len(v), v.shape[1], weight.columns, v.detach())
-                for v in (inputs.x_TD, inputs.dy_TO)
-            )
-            x_TW[:, : weight.width], dy_TW[:, : weight.num_out] = inputs.x_TD.detach(), inputs.dy_TO
-            self._wide[index] = Wide(weight, x_TW, dy_TW)
-        return self._wide[index]
-
-    def windowed(self, index: int) -> Windowed:
-        if index not in self._windowed:
-            inputs = self.sets[index]
-            weight = window.wide_weight(inputs.weight_OD, self.adapters)
-            window.widen_weight(weight, self.a_RD.detach(), self.b_RO.detach(), self.adapters)
-            x_TW, dy_TW = (
-                window.wide_buffer(len(v), v.shape[1], self.window.room, v.detach())
-                for v in (inputs.x_TD, inputs.dy_TO)
-            )
-            x_TW[:, : weight.width], dy_TW[:, : weight.num_out] = inputs.x_TD.detach(), inputs.dy_TO
-            self._windowed[index] = Windowed(weight, x_TW, dy_TW)
-        return self._windowed[index]
+            linear = room.linear_with_room(inputs.weight_OD, self.adapters.slot_ranks)
+            linear.refresh(self.a_RD.detach(), self.b_RO.detach())
+            x_TW, dy_TW = (linear.buffer_of(self.shape[0], is_dy) for is_dy in (False, True))
+            x_TW[:, : self.shape[1]], dy_TW[:, : self.shape[2]] = (
+                inputs.x_TD.detach(), inputs.dy_TO,
+            )  # fmt: skip
+            self._with_room[index] = WithRoom(linear, x_TW, dy_TW)
+        return self._with_room[index]
 
 
 def even_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
@@ -248,72 +205,18 @@ def ours(
 def ours_with_room(case: Case) -> Step:
     """Weight, x and dy in buffers with room for the factors and h, as a step of our own would lay
     them out; explicit calls, as there. Whoever changes the factors copies them behind the weight,
-    once an optimizer step: 5 us here (`tune.py`), not counted, like the cast of bf16 adapters."""
-    num_rows, width, num_out, num_tasks = case.shape
-    bounds_S3 = case.rows.slot_bounds_S3
-    assert bounds_S3 is not None
-    rows = launch.RowTensors(case.rows.slot_of_row_T, bounds_S3, case.scale_S, None)
-    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
-    tuning = tuning_of(num_rows, width, (num_out,), num_tasks, RANK, 2, False)
+    once an optimizer step: 5 us here, not counted, like the cast of bf16 adapters; nor is the
+    table of windows, once a micro-batch."""
     index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
+    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
+    rows = room.rows_with_room(case.rows, case.scale_S, case.with_room(0).linear)
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        weight, x_TW, dy_TW = case.wide_of(index_of[id(inputs)])
-        y_TO, h_TJ = wide.wide_forward(x_TW, weight, rows, case.adapters, tuning)
-        return y_TO, *wide.wide_backward(
-            dy_TW, x_TW, h_TJ, weight, a_RD, b_RO, rows, case.adapters, tuning
-        )
+        linear, x_TW, dy_TW = case.with_room(index_of[id(inputs)])
+        y_TO, h_TJ = linear.forward(x_TW, rows)
+        return y_TO, *linear.backward(dy_TW, x_TW, h_TJ, a_RD, b_RO, rows)
 
     return step
-
-
-def ours_with_a_window(
-    case: Case, beside: str = "h dA", tuned: dict[str, Any] | None = None, **changes: Any
-) -> Step:
-    """As `ours_with_room`, for any number of tasks. beside: what is made beside the products;
-    changes: of their blocks, ahead in eighths."""
-    num_rows, width, num_out, num_tasks = case.shape
-    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
-    tuning = window.window_tuning(num_rows, width, (num_out,), num_tasks, RANK, 2)
-    tuning = tuning._replace(**(tuned or {}))
-    index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
-    forward = window.blocks_of(num_rows, width, num_out, num_tasks)
-    backward = window.blocks_of(num_rows, num_out, width, num_tasks)
-    if "ahead" in changes:  # an odd number: even ones may be compiled for
-        changes["ahead"] = changes["ahead"] * num_rows // 1024 + 1
-    if changes.pop("other_stages", False):
-        changes["stages"] = 7 - forward.stages
-    changes["side_n"] = min(512, changes.pop("broader", 1) * backward.side_n)
-    forward, backward = forward._replace(**changes), backward._replace(**changes)
-    forward = forward if "h" in beside else forward._replace(side=0)
-    backward = backward if "dA" in beside else backward._replace(side=0)
-
-    def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        weight, x_TW, dy_TW = case.windowed(index_of[id(inputs)])
-        y_TO, h_TJ = window.window_forward(
-            x_TW, weight, case.row_tensors, case.window, case.adapters, tuning, forward
-        )
-        return y_TO, *window.window_backward(
-            dy_TW, x_TW, h_TJ, weight, a_RD, b_RO, case.row_tensors, case.window, case.adapters,
-            tuning, backward, "dA" in beside,
-        )  # fmt: skip
-
-    return step
-
-
-# Forms of it, in graphs only.
-WINDOW_TRIALS: dict[str, dict[str, Any]] = {
-    "window_apart": {"beside": ""},
-    "window_dA_beside": {"beside": "dA"},
-}
-MORE_WINDOW_TRIALS: dict[str, dict[str, Any]] = {
-    "other stages": {"beside": "dA", "other_stages": True},
-    "few stages": {"beside": "dA", "tuned": {"db_stages": 2}},
-    "broader items": {"beside": "dA", "broader": 2},
-    "2/8 ahead": {"ahead": 2},
-    "4/8 ahead": {"ahead": 4},
-    "3/8 ahead, 16 ranks": {"ahead": 3, "ranks": 16},
-}
 
 
 def ours_explicitly(case: Case, **changes: Any) -> Step:
@@ -342,7 +245,6 @@ TRIALS: dict[str, dict[str, Any]] = {
     "trial_fused_backward": {"fused_backward": True},
     "trial_library_backward": {"fused_backward": False},
 }
-_ALL_TRIALS = (*TRIALS, *WINDOW_TRIALS, *MORE_WINDOW_TRIALS)
 
 
 def methods_of(case: Case, without: Sequence[str] = ()) -> dict[str, Step]:
@@ -367,13 +269,7 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_bf16_adapters": ours(case, torch.bfloat16),
         "muxtune_explicit_calls": ours_explicitly(case),
     }
-    methods["muxtune_window"] = ours_with_a_window(case)
-    if case.has_room:
-        methods["muxtune_with_room"] = ours_with_room(case)
-    methods |= {name: ours_with_a_window(case, **what) for name, what in WINDOW_TRIALS.items()}
-    if case.shape in MORE_TRIED:
-        more = MORE_WINDOW_TRIALS.items()
-        methods |= {name: ours_with_a_window(case, **dict(what)) for name, what in more}
+    methods["muxtune_with_room"] = ours_with_room(case)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 
@@ -431,7 +327,7 @@ def check(case: Case, methods: dict[str, Step]) -> dict[str, list[float]]:
         errors[name] = [
             float((g.float() - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)
         ]
-        if not max(errors[name]) < TOLERANCE and name in _ALL_TRIALS:
+        if not max(errors[name]) < TOLERANCE and name in TRIALS:
             print(f"{name} is wrong at {case.shape}: {errors[name]}", flush=True)
             del methods[name]
         elif not max(errors[name]) < TOLERANCE:
@@ -531,7 +427,7 @@ def run_case(
     results = []
     for mode in modes:
         if mode == "eager":
-            methods = {name: step for name, step in methods.items() if name not in _ALL_TRIALS}
+            methods = {name: step for name, step in methods.items() if name not in TRIALS}
         measured = measure(case, methods, mode == "graph", repeats, steps)
         row = dict(zip(("tokens", "in", "out", "tasks"), shape, strict=True))
         results.append(row | {"mode": mode, "methods": measured, "errors": errors})

@@ -6,7 +6,7 @@ Microseconds and TB/s (the least bytes that the kernel must move, by the time) u
 inputs rotating past the L2 cache. `--warm I/N` only compiles the I-th of N parts of the variants,
 so that N processes fill Triton's cache. What is chosen goes into muxtune_kernels/multi_lora/tuning.
 
-Shape suffixes: T rows, D input features, O output features, W columns of a wide buffer.
+Shape suffixes: T rows, D input features, O output features, W columns of a buffer with room.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from run import RANK, Case, environment
 
-from muxtune_kernels.multi_lora import launch, wide
+from muxtune_kernels.multi_lora import launch, room, wide, window
 from muxtune_kernels.multi_lora.tuning import GemmBlocks, Tuning, tuning_of
 
 SHAPES = (
@@ -53,9 +53,8 @@ class Bench:
         self.a_RD, self.b_RO = case.a_RD.detach(), case.b_RO.detach()
         self.x = [inputs.x_TD.detach() for inputs in case.sets]
         self.h = [torch.randn(num_rows, 16, device="cuda").bfloat16() for _ in case.sets]
-        self.wide = [case.wide_of(i) for i in range(case.num_sets)]
-        for weight, _, _ in self.wide:
-            wide.widen_weight(weight, self.a_RD, self.b_RO, self.adapters)
+        self.room = [case.with_room(i) for i in range(case.num_sets)]
+        self.rows_with_room = room.rows_with_room(case.rows, case.scale_S, self.room[0].linear)
 
     def kernels(self) -> Iterator[tuple[str, str, float, Run]]:
         """(kernel, variant, least bytes, call)."""
@@ -81,10 +80,16 @@ class Bench:
         for name, tuning in self._variants(**choices, shrink_splits=(2, 4) if small else (1,)):
             yield "shrink", name, least, lambda i, t=tuning: launch.shrink(
                 self.x[i], self.a_RD, self.rows, self.layout, t)  # fmt: skip
-        if self.case.has_room:
-            for name, tuning in self._variants(**choices):
-                yield "wide shrink", name, least, lambda i, t=tuning: wide.wide_shrink(
-                    self.wide[i].x_TW, self.wide[i].weight, self.rows, self.layout, t)  # fmt: skip
+        for name, tuning in self._variants(**choices):
+            yield "shrink with room", name, least, lambda i, t=tuning: self._roomy_shrink(i, t)
+
+    def _roomy_shrink(self, i: int, tuning: Tuning) -> Any:
+        (linear, x_TW, _), rows = self.room[i], self.rows_with_room
+        if isinstance(linear.weight, wide.WideWeight):
+            return wide.wide_shrink(x_TW, linear.weight, rows.rows, self.layout, tuning)
+        return window.window_shrink(
+            x_TW, linear.weight, rows.rows, rows.window, self.layout, tuning
+        )
 
     def _dh_dbs(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
         splits = (self.tuning.db_splits, 1, 2) if self.case.shape[3] == 8 else (
@@ -124,7 +129,7 @@ class Bench:
                     t)  # fmt: skip
 
     def _widen(self, i: int) -> None:
-        wide.widen_weight(self.wide[i].weight, self.a_RD, self.b_RO, self.adapters)
+        self.room[i].linear.refresh(self.a_RD, self.b_RO)
 
     def _products(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
         sets = self.case.sets
@@ -132,9 +137,8 @@ class Bench:
         yield "backward", "plain", least, lambda i: sets[i].dy_TO @ sets[i].weight_OD
         yield "forward", "library", least, lambda i: self._library(i, True)
         yield "backward", "library", least, lambda i: self._library(i, False)
-        if self.case.has_room:
-            yield "forward", "wide", least, lambda i: self.wide[i].forward_product()
-            yield "backward", "wide", least, lambda i: self.wide[i].backward_product()
+        yield "forward", "with room", least, lambda i: self._roomy(i, True)
+        yield "backward", "with room", least, lambda i: self._roomy(i, False)
         for blocks in (
             GemmBlocks(128, 256, 64, 8, 3, True, 1.0), GemmBlocks(128, 256, 64, 8, 4, True, 1.0),
             GemmBlocks(128, 128, 64, 4, 4, False, 1.0), GemmBlocks(128, 128, 64, 8, 4, False, 1.0),
@@ -143,6 +147,16 @@ class Bench:
             name = f"fused {blocks.t} {blocks.n} {blocks.warps} {blocks.stages}"
             yield "forward", name, least, lambda i, b=blocks: self._fused(i, b, True)
             yield "backward", name, least, lambda i, b=blocks: self._fused(i, b, False)
+
+    def _roomy(self, i: int, forward: bool) -> Any:
+        (linear, x_TW, dy_TW), rows = self.room[i], self.rows_with_room
+        weight, left = linear.weight, x_TW if forward else dy_TW
+        if isinstance(weight, window.WideWeight):
+            return window.window_linear(left, weight, rows.window, rows.rows, self.layout, forward)
+        used = (weight.width if forward else weight.num_out) + weight.columns
+        if forward:
+            return left[:, :used] @ weight.weight_PW[: weight.num_out, :used].t()
+        return left[:, :used] @ weight.weight_PW[:used, : weight.width]
 
     def _library(self, i: int, forward: bool) -> Any:
         weight_OD, dy_TO = self.case.sets[i].weight_OD, self.case.sets[i].dy_TO
@@ -193,8 +207,8 @@ def report(timed: list[Timed]) -> None:
     """The best four of each kernel, and those that are always of interest."""
     for kernel in dict.fromkeys(found.kernel for found in timed):
         of_kernel = sorted((t for t in timed if t.kernel == kernel), key=lambda found: found.us)
-        shown = [t for i, t in enumerate(of_kernel)
-                 if i < 4 or t.variant in ("as shipped", "plain", "library", "wide")]  # fmt: skip
+        always = ("as shipped", "plain", "library", "with room")
+        shown = [t for i, t in enumerate(of_kernel) if i < 4 or t.variant in always]
         line = "; ".join(f"{t.variant} {t.us:.1f} us {t.terabytes_s:.2f}" for t in shown)
         print(f"{kernel:14}{line}", flush=True)
 

@@ -16,8 +16,9 @@ from tests.kernels.test_triton_linear import (
     tensors_of,
 )
 
+DENSE = "more than a window in a tile, an empty slot, one without ranks, filler"
 PROBLEMS = {
-    "more than a window in a tile, an empty slot, one without ranks, filler": Problem(
+    DENSE: Problem(
         (16, 16, 16, 16, 16, 0, 4, 17),
         (*((s, 24 * s, 24 * s + 24) for s in range(5)), (5, 120, 125), (7, 130, 190)),
         195, 64, (320,),
@@ -30,63 +31,63 @@ PROBLEMS = {
 }  # fmt: skip
 
 
-def window_form(problem: Problem, t: Tensors, sides: bool = True):
+def window_form(problem: Problem, t: Tensors):
     """(y, dx, dA, dB); room behind x and dy is full of NaN."""
-    from muxtune_kernels.multi_lora import launch, window
+    from muxtune_kernels.multi_lora import room
 
     device, ranks = t.x.device, problem.ranks
+    linear = room.linear_with_room(t.weight, ranks, problem.out)
+    assert isinstance(linear.weight, room.window.WideWeight)
     slots = slot_rows(problem.spans, problem.num_rows, len(ranks), device)
-    rows = launch.RowTensors(slots.slot_of_row_T, slots.slot_bounds_S3, t.scale, None)
-    adapters = launch.Adapters(ranks, problem.out)
-    tuning = window.window_tuning(
-        problem.num_rows, problem.width, problem.out, len(ranks),
-        launch.layout_of(adapters, device).rank_pad, t.x.element_size(),
-    )  # fmt: skip
-    weight, b_RO = window.wide_weight(t.weight, adapters), t.b.t().contiguous()
-    window.widen_weight(weight, t.a, b_RO, adapters)
-    place = window.window_of(rows, adapters)
-    room = len(problem.out) * place.room
+    rows = room.rows_with_room(slots, t.scale, linear)
+    b_RO = t.b.t().contiguous()
+    linear.refresh(t.a, b_RO)
     x_TW, dy_TW = (
-        window.wide_buffer(len(v), v.shape[1], room, v).fill_(float("nan")) for v in (t.x, t.dy)
+        linear.buffer_of(problem.num_rows, is_dy).fill_(float("nan")) for is_dy in (False, True)
     )
-    x_TW[:, : problem.width], dy_TW[:, : weight.num_out] = t.x, t.dy
-    forward = window.blocks_of(problem.num_rows, problem.width, weight.num_out, len(ranks))
-    # The first tile ahead, the second beside; or all ahead.
-    forward = forward._replace(programs=3, side=int(sides), ahead=1)
-    y_TO, h_TJ = window.window_forward(x_TW, weight, rows, place, adapters, tuning, forward)
-    assert not place.ready_I.any()  # cleared for the next call
-    dx_TD, da_RD, db_RO = window.window_backward(
-        dy_TW, x_TW, h_TJ, weight, t.a, b_RO, rows, place, adapters, tuning, None, sides
-    )
-    assert not place.ready_I.any()
+    x_TW[:, : problem.width], dy_TW[:, : sum(problem.out)] = t.x, t.dy
+    y_TO, h_TJ = linear.forward(x_TW, rows)
+    dx_TD, da_RD, db_RO = linear.backward(dy_TW, x_TW, h_TJ, t.a, b_RO, rows)
+    assert rows.window.count == 0  # cleared for the next call
     return y_TO, dx_TD, da_RD, db_RO.t()
 
 
-@pytest.mark.parametrize("sides", [True, False])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_a_window_of_ranks(name: str, sides: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("name", "beside"), [(name, True) for name in PROBLEMS] + [(DENSE, False)])
+def test_a_window_of_ranks(name: str, beside: bool, device: torch.device, monkeypatch) -> None:
+    """beside: dA is made by the product's kernel."""
+    from muxtune_kernels.multi_lora import window
+
+    monkeypatch.setattr(window, "makes_outer_beside", lambda *_: beside)
     problem = PROBLEMS[name]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     t = tensors_of(problem, device, dtype, torch.float32)
-    for got, wanted in zip(window_form(problem, t, sides), reference(problem, t), strict=True):
+    for got, wanted in zip(window_form(problem, t), reference(problem, t), strict=True):
         assert error(got, wanted) < (2e-6 if device.type == "cpu" else 8e-3)
 
 
 def test_nan_stays_in_its_slot(device: torch.device) -> None:
-    problem = Problem((4, 3, 8), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 64, (128,))
+    problem = Problem((30, 3, 40), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 64, (128,))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    own = torch.ones(64, dtype=torch.bool)
-    own[21:40] = False
+    own_T, own_R = torch.ones(64, dtype=torch.bool), torch.ones(73, dtype=torch.bool)
+    own_T[21:40], own_R[30:33] = False, False
 
     def run(poisoned: bool):
         t = tensors_of(problem, device, dtype, torch.float32)
         if poisoned:
-            for target in (t.x[30:33], t.a[4:6], t.b[:, 5:6]):
+            for target in (t.x[30:33], t.a[30:32], t.b[:, 31:32]):
                 target[..., -1:] = float("nan")
             t.dy[30] = float("inf")
         y, dx, da, db = window_form(problem, t)
-        return [y[own], dx[own], da[[0, 1, 2, 3, *range(7, 15)]], db[:, [0, 1, 2, 3, 7, 14]]], y
+        return [y[own_T], dx[own_T], da[own_R], db[:, own_R]], y
 
     (clean, _), (dirty, y) = run(False), run(True)
     assert all(torch.equal(p, q) for p, q in zip(clean, dirty, strict=True))
     assert not y[21:40].isfinite().any()
+
+
+def test_features_that_the_copy_engine_cannot_read_are_refused() -> None:
+    from muxtune_kernels.multi_lora import room
+
+    for num_out, members in ((72, None), (320, (192, 128))):
+        with pytest.raises(ValueError, match=f"64 features to .*{num_out if not members else 192}"):
+            room.linear_with_room(torch.zeros(num_out, 64), (40, 40), members)

@@ -7,13 +7,15 @@ window, behind the weight lie all slots' factors,
     y  = [x | h] [W | B]^T          dx = [dy | dh] [W ; A]
 
 and a tile's product runs on over its window (64 ranks a step), wherever that lies among the
-factors. So it has no epilogue of its own, and its cost does not grow with the number of tasks. dA
-is made beside the second product, by multiprocessors that its waves of tiles leave idle.
+factors. So it has no epilogue of its own, and its cost does not grow with the number of tasks.
+Where that is faster, dA is made by the second product's kernel: by multiprocessors that its waves
+of tiles leave idle, and by all when it is through.
 
-It needs room: weight, x and dy are the first columns (and rows) of wider buffers.
+It needs room: weight, x and dy are the first columns (and rows) of wider buffers. Features are
+multiples of 64, members' (linears that share x) of 256.
 
 Shape suffixes: T rows, D input features, O output features, W columns of a buffer, P rows of a
-buffer, J columns of the compact h, R pool rows, S slots, I tiles of rows.
+buffer, J columns of the compact h, R pool rows, S slots, I tiles of rows, B blocks.
 """
 
 import functools
@@ -53,19 +55,11 @@ _TILE_N = 256
 
 
 class Blocks(NamedTuple):
-    """Of the product. side: programs that make dA; side_*: their blocks."""
+    """Of a product: its programs, further ones that make dA, and the features of an item of dA."""
 
     programs: int
-    stages: int = 3
-    halves: bool = True
-    n: int = _TILE_N
-    warps: int = 8
-    group: int = 8
-    side: int = 0
-    side_n: int = 128
-    side_stages: int = 5
-    ranks: int = 32
-    ahead: int = 0
+    side: int
+    side_n: int
 
 
 class WideWeight(NamedTuple):
@@ -78,12 +72,12 @@ class WideWeight(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The first rank, the steps and the ranks of each tile of rows; the same for all linears whose
-    slots have these ranks. ready_I: zeros to count in, by one product at a time. room: columns
-    behind x (for each member) that hold any tile's."""
+    """The first rank and the steps of each tile of rows; the same for all linears whose slots have
+    these ranks. count: a zero, for one product at a time. room: columns behind x (for each member)
+    that hold any tile's."""
 
-    table_I3: Tensor
-    ready_I: Tensor
+    table_I2: Tensor
+    count: Tensor
     room: int
 
 
@@ -94,6 +88,8 @@ def window_tuning(
     tuning = tuning_of(num_rows, width, out_features, num_slots, rank_pad, itemsize, False)
     if num_rows < 6144:  # nobody could add up parts of h: it is cut into more tiles instead
         tuning = tuning._replace(shrink_t=16, shrink_k=256, shrink_stages=6)
+    if cdiv(max(out_features), tuning.db_n) * num_slots >= 128:  # and no parts of dB to add up
+        tuning = tuning._replace(db_splits=1)
     return tuning
 
 
@@ -106,13 +102,13 @@ def window_of(rows: RowTensors, adapters: Adapters) -> Window:
     layout = layout_of(adapters, rows.slot_of_row_T.device)
     num_rows = rows.slot_of_row_T.numel()
     tiles = cdiv(num_rows, TILE_T)
-    table_I3 = rows.slot_of_row_T.new_empty((tiles, 3))
-    ready_I = rows.slot_of_row_T.new_empty((tiles + 1,))
+    table_I2 = rows.slot_of_row_T.new_empty((tiles, 2))
+    count = rows.slot_of_row_T.new_empty((1,))
     _table(
-        (tiles, 1, 1), (rows.slot_of_row_T, layout.offset_S, layout.rank_S, table_I3, ready_I),
+        (tiles, 1, 1), (rows.slot_of_row_T, layout.offset_S, layout.rank_S, table_I2, count),
         (num_rows,), (TILE_T, WINDOW), 4,
     )  # fmt: skip
-    return Window(table_I3, ready_I, window_room(adapters))
+    return Window(table_I2, count, window_room(adapters))
 
 
 def wide_buffer(num_rows: int, width: int, room: int, like: Tensor) -> Tensor:
@@ -152,18 +148,17 @@ def widen_weight(wide: WideWeight, a_RD: Tensor, b_RO: Tensor, adapters: Adapter
 
 def window_shrink(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, window: Window, layout: Layout,
-    tuning: Tuning, tiles: int | None = None,
+    tuning: Tuning,
 ) -> Tensor:  # fmt: skip
-    """h_TJ, compact; and behind x. tiles: of the first so many tiles of rows only."""
+    """h_TJ, compact; and behind x."""
     num_rows = x_TW.shape[0]
-    shrunk = num_rows if tiles is None else min(num_rows, tiles * TILE_T)
     h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
     factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
     _shrink(
-        (cdiv(shrunk, tuning.shrink_t), layout.num_members, 1),
+        (cdiv(num_rows, tuning.shrink_t), layout.num_members, 1),
         (
             x_TW, factor_RD, h_TJ, behind, wide.bad_S, rows.slot_of_row_T, rows.slot_bounds_S3,
-            layout.offset_S, layout.rank_S, rows.scale_S, window.table_I3,
+            layout.offset_S, layout.rank_S, rows.scale_S, window.table_I2,
         ),
         (
             num_rows, wide.width, layout.total_rank, x_TW.stride(0), factor_RD.stride(0),
@@ -177,124 +172,94 @@ def window_shrink(
     return h_TJ
 
 
-class Side(NamedTuple):
-    """What further programs do beside a product: h of [T, J] and x; where dA goes, or None: they
-    make h, behind x."""
+class Outer(NamedTuple):
+    """What dA = h^T x is made of, and where it goes."""
 
     h_TJ: Tensor
     x_TW: Tensor
-    da_RD: Tensor | None = None
-    keep_S: Tensor | None = None
+    da_RD: Tensor
 
 
 def window_linear(
-    x_TW: Tensor, wide: WideWeight, window: Window, layout: Layout, blocks: Blocks,
-    weight_nk: bool, rows: RowTensors, side: Side | None = None,
+    x_TW: Tensor, wide: WideWeight, window: Window, rows: RowTensors, layout: Layout,
+    weight_nk: bool, outer: Outer | None = None,
 ) -> Tensor:  # fmt: skip
+    """outer: made beside the product."""
     num_rows, num_slots = x_TW.shape[0], rows.scale_S.numel()
     num_in, num_out = (wide.width, wide.num_out) if weight_nk else (wide.num_out, wide.width)
+    blocks = blocks_of(num_rows, num_out, num_slots)
     out_TN = empty((num_rows, num_out), x_TW.dtype, x_TW.device)
-    tiles_t = cdiv(num_rows, TILE_T)
-    tiles = tiles_t * cdiv(num_out, blocks.n)
-    members, count = layout.num_members, blocks.side if side else 0
-    kind, pad = NO_SIDE, 1
-    h_TJ, v_TW, da_RD, keep_S = side or Side(x_TW, x_TW)
-    if side is not None and da_RD is None:
-        kind, pad = SIDE_SHRINK, next_power_of_2(cdiv(tiles_t - blocks.ahead, count))
-        v_TW = v_TW[:, wide.width :]
-    elif side is not None:
-        kind = SIDE_OUTER
-    da_RD = out_TN if da_RD is None else da_RD
+    tiles = cdiv(num_rows, TILE_T) * cdiv(num_out, _TILE_N)
+    members, side = layout.num_members, blocks.side if outer else 0
+    h_TJ, v_TW, da_RD = outer or Outer(x_TW, x_TW, out_TN)
     _linear(
-        (blocks.programs + count, 1, 1),
+        (blocks.programs + side, 1, 1),
         (
-            window.table_I3, window.ready_I, layout.edges, h_TJ, v_TW, da_RD, wide.bad_S,
-            rows.slot_of_row_T, rows.slot_bounds_S3, layout.offset_S, layout.rank_S, rows.scale_S,
-            layout.rank_S if keep_S is None else keep_S,
+            window.table_I2, window.count, layout.edges, h_TJ, v_TW, da_RD, rows.slot_of_row_T,
+            rows.slot_bounds_S3, layout.offset_S, layout.rank_S,
         ),
         (
-            num_rows, num_out, num_in, layout.total_rank, window.room, blocks.ahead, num_slots,
-            h_TJ.stride(0), v_TW.stride(0), da_RD.stride(0),
+            num_rows, num_out, num_in, layout.total_rank, window.room, num_slots, h_TJ.stride(0),
+            v_TW.stride(0), da_RD.stride(0),
         ),
         (
             weight_nk, members if weight_nk else 1, 1 if weight_nk else members, layout.rank_pad,
-            TILE_T, blocks.n, WINDOW, blocks.group, blocks.halves, blocks.programs,
-            next_power_of_2(cdiv(tiles, blocks.programs)), blocks.stages, kind, count,
-            keep_S is not None, pad, max(16, 8192 // blocks.side_n),
-            blocks.ranks if kind == SIDE_SHRINK else blocks.side_n, blocks.side_stages,
+            TILE_T, _TILE_N, WINDOW, _GROUP_T, blocks.programs,
+            next_power_of_2(cdiv(tiles, blocks.programs)), _STAGES, outer is not None, side,
+            max(16, 8192 // blocks.side_n), blocks.side_n, _SIDE_STAGES,
             next_power_of_2(layout.j_width),
         ),
-        blocks.warps, blocks.stages,
+        8, _STAGES,
         (
             Tiles(x_TW, TILE_T, WINDOW),
-            Tiles(wide.weight_PW, *((blocks.n, WINDOW) if weight_nk else (WINDOW, blocks.n))),
-            Tiles(out_TN, TILE_T, blocks.n // (2 if blocks.halves else 1)),
-            Tiles(wide.weight_PW, blocks.ranks, WINDOW),
+            Tiles(wide.weight_PW, *((_TILE_N, WINDOW) if weight_nk else (WINDOW, _TILE_N))),
+            Tiles(out_TN, TILE_T, _TILE_N // 2),
         ),
     )  # fmt: skip
     return out_TN
 
 
-NO_SIDE, SIDE_OUTER, SIDE_SHRINK = 0, 1, 2  # as the kernel has them
+_STAGES, _SIDE_STAGES, _GROUP_T = 4, 5, 8
 
 
 @functools.lru_cache(maxsize=1024)
-def blocks_of(num_rows: int, num_in: int, num_out: int, num_slots: int) -> Blocks:
+def blocks_of(num_rows: int, num_out: int, num_slots: int) -> Blocks:
     """The fewest programs that take no more waves of tiles; the others work beside them."""
-    tiles_t, tiles_n = cdiv(num_rows, TILE_T), cdiv(num_out, _TILE_N)
-    programs = cdiv(tiles_t * tiles_n, cdiv(tiles_t * tiles_n, num_sms()))
-    side = num_sms() - programs
-    blocks = Blocks(programs, stages=4 if num_rows < 4096 else 3, side=side)
+    tiles = cdiv(num_rows, TILE_T) * cdiv(num_out, _TILE_N)
+    programs = cdiv(tiles, cdiv(tiles, num_sms()))
     items = ((n, cdiv(num_out, n) * num_slots) for n in (512, 256, 128, 64))
-    side_n = next((n for n, count in items if count >= 192), 32)
-    return blocks._replace(side_n=side_n, ahead=_made_ahead(blocks, tiles_t, tiles_n, num_in))
-
-
-def _made_ahead(blocks: Blocks, tiles_t: int, tiles_n: int, num_in: int) -> int:
-    """Tiles of rows whose h is made before the product, so that no tile waits for those made beside
-    it. All of them, if there is nobody beside it."""
-    if not blocks.side:
-        return tiles_t
-    h_s = TILE_T * num_in * 2 * 1.25 / (blocks.side * _SIDE_BYTES_S)
-    tile_s = 2.0 * TILE_T * blocks.n * num_in / _SM_FLOPS
-    group = blocks.group * tiles_n
-    wanted_s = [(t // blocks.group * group // blocks.programs + 1) * tile_s for t in range(tiles_t)]
-    fits = (
-        ahead
-        for ahead in range(1, tiles_t)
-        if all((t - ahead + 1) * h_s <= wanted_s[t] for t in range(ahead, tiles_t))
+    return Blocks(
+        programs, num_sms() - programs, next((n for n, count in items if count >= 192), 32)
     )
-    return next(fits, tiles_t)
 
 
-# What one multiprocessor reads while all others multiply, and what it multiplies; measured.
-_SIDE_BYTES_S, _SM_FLOPS = 38e9, 5.7e12
+def makes_outer_beside(num_rows: int, width: int, num_out: int, num_slots: int) -> bool:
+    """Where it was measured faster: products long beside dA, or items of a fair size for it."""
+    return num_out >= 2 * width or (num_rows >= 8192 and 1 < num_slots < 32)
 
 
 def window_forward(
     x_TW: Tensor, wide: WideWeight, rows: RowTensors, window: Window, adapters: Adapters,
-    tuning: Tuning, blocks: Blocks | None = None,
+    tuning: Tuning,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y_TO, h_TJ). x_TW: x in its first columns; those behind are overwritten."""
     layout = layout_of(adapters, x_TW.device)
-    blocks = blocks or blocks_of(x_TW.shape[0], wide.width, wide.num_out, rows.scale_S.numel())
-    if not blocks.side or blocks.ahead * TILE_T >= x_TW.shape[0]:
-        h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning)
-        return window_linear(x_TW, wide, window, layout, blocks, True, rows), h_TJ
-    h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning, blocks.ahead)
-    side = Side(h_TJ, x_TW)
-    return window_linear(x_TW, wide, window, layout, blocks, True, rows, side), h_TJ
+    h_TJ = window_shrink(x_TW, wide, rows, window, layout, tuning)
+    return window_linear(x_TW, wide, window, rows, layout, True), h_TJ
 
 
 def window_backward(
     dy_TW: Tensor, x_TW: Tensor, h_TJ: Tensor, wide: WideWeight, a_RD: Tensor, b_RO: Tensor,
     rows: RowTensors, window: Window, adapters: Adapters, tuning: Tuning,
-    blocks: Blocks | None = None, beside: bool = True,
+    beside: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dA [M * R, D], dB [R, O]). dy_TW: dy in its first columns; those behind are
-    overwritten."""
+    overwritten. beside: whether dA is made beside dx; None: where that is faster."""
     layout = layout_of(adapters, x_TW.device)
-    blocks = blocks or blocks_of(x_TW.shape[0], wide.num_out, wide.width, rows.scale_S.numel())
+    if beside is None:
+        beside = makes_outer_beside(
+            x_TW.shape[0], wide.width, wide.num_out, len(adapters.slot_ranks)
+        )
 
     def sum_parts(
         parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, *_: object
@@ -306,13 +271,12 @@ def window_backward(
         sum_parts=sum_parts,
     )  # fmt: skip
     if not beside:
-        dx_TD = window_linear(dy_TW, wide, window, layout, blocks, False, rows)
+        dx_TD = window_linear(dy_TW, wide, window, rows, layout, False)
         da_RD = outer(dh_TJ, x_TW[:, : wide.width], a_RD, rows, adapters, layout, tuning)
         return dx_TD, da_RD, db_RO
     da_RD = empty(a_RD.shape, a_RD.dtype, a_RD.device)
-    side = Side(dh_TJ, x_TW, da_RD)
-    dx_TD = window_linear(dy_TW, wide, window, layout, blocks, False, rows, side)
-    return dx_TD, da_RD, db_RO
+    da = Outer(dh_TJ, x_TW, da_RD)
+    return window_linear(dy_TW, wide, window, rows, layout, False, da), da_RD, db_RO
 
 
 def _window_sum(
@@ -325,7 +289,7 @@ def _window_sum(
         (
             parts, dh_TJ, dy_TW[:, wide.num_out :], wide.bad_S, partials, db_RO,
             rows.slot_of_row_T, layout.offset_S, layout.rank_S, rows.scale_S, layout.edges,
-            window.table_I3,
+            window.table_I2,
         ),
         (
             tiles, h_TJ.shape[0], b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),

@@ -10,31 +10,25 @@ a tile or block, K reduced features, I tiles of a program, S slots.
 import triton
 import triton.language as tl
 
-from . import tuning
 from .tiles import _factor_rows, _member_range, _shrink_slot, slot_range, uniform_slot
-
-# Its programs run one after the other, those that are waited for first.
-INTERPRETED = tl.constexpr(tuning.INTERPRETED)
 
 
 @triton.jit
 def window_table_kernel(
-    slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, ready_ptr, num_rows,
+    slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, count_ptr, num_rows,
     TILE_T: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """(first rank, steps of WINDOW ranks, ranks) of each tile of rows; and zeros to count in."""
-    tl.store(ready_ptr + tl.program_id(0), 0)
-    tl.store(ready_ptr + tl.num_programs(0), 0)
+    """(first rank, steps of WINDOW ranks) of each tile of rows; and a zero to count from."""
+    tl.store(count_ptr, 0)
     row_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=row_T < num_rows, other=-1)
     rank_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0)
     offset_T = tl.load(offset_ptr + slot_T, mask=rank_T > 0, other=0)
     stop = tl.max(offset_T + rank_T)
     first = tl.min(tl.where(rank_T > 0, offset_T, stop))
-    window_ptr += 3 * tl.program_id(0)
+    window_ptr += 2 * tl.program_id(0)
     tl.store(window_ptr, first)
     tl.store(window_ptr + 1, tl.cdiv(stop - first, WINDOW))
-    tl.store(window_ptr + 2, stop - first)
 
 
 @triton.jit
@@ -83,7 +77,7 @@ def window_shrink_kernel(
     )
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
     # What comes after the loop is asked for before it: all programs end at once, and would wait.
-    window_ptr += 3 * (first_row // TILE_T)
+    window_ptr += 2 * (first_row // TILE_T)
     first, steps = tl.load(window_ptr), tl.load(window_ptr + 1)
     rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
         slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
@@ -131,7 +125,7 @@ def window_sum_kernel(
         row_T = pid * BLOCK_T + tl.arange(0, BLOCK_T)
         in_T = row_T < num_rows
         slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-        at_window = window_ptr + 3 * (pid * BLOCK_T // TILE_T)
+        at_window = window_ptr + 2 * (pid * BLOCK_T // TILE_T)
         first, steps = tl.load(at_window), tl.load(at_window + 1)
         rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
             slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
@@ -175,39 +169,11 @@ def _place(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def _await(ready_ptr, wanted):
-    """0, when as many have counted there. What they wrote before, the copy engine can read."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred is_over;
-            .reg .u32 count;
-            mov.u32 $0, 0;
-            setp.eq.u32 is_over, $2, 0;
-            @is_over bra over;
-        again:
-            ld.acquire.gpu.global.u32 count, [$1];
-            setp.lt.u32 is_over, count, $2;
-            @is_over bra again;
-            fence.proxy.async;
-        over:
-        }
-        """,
-        "=r,l,r",
-        [ready_ptr.to(tl.int64), wanted],
-        dtype=tl.int32,
-        is_pure=True,  # a loop is pipelined with nothing else in it
-        pack=1,
-    )
-
-
-@triton.jit
 def _product(
-    program, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows, num_out, num_in,
-    total_rank, room, first_tile,
-    WAIT: tl.constexpr,
+    program, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out, num_in, total_rank,
+    room,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One loop over the steps of all of a program's tiles, so that loads run on into the next tile
@@ -218,11 +184,11 @@ def _product(
     steps_k = num_in // BLOCK_K
     i_I = program + tl.arange(0, TILES_PAD) * NUM_PROGRAMS
     t_I, _ = _place(i_I, tiles_t, tiles_n, GROUP_T)
-    steps_I = steps_k + INNER * tl.load(window_ptr + 3 * t_I + 1)
+    steps_I = steps_k + INNER * tl.load(window_ptr + 2 * t_I + 1)
     total = tl.sum(tl.where(i_I < num_tiles, steps_I, 0))
     next_t, _ = _place(program, tiles_t, tiles_n, GROUP_T)
-    next_first = tl.load(window_ptr + 3 * next_t)
-    next_count = tl.load(window_ptr + 3 * next_t + 1)
+    next_first = tl.load(window_ptr + 2 * next_t)
+    next_count = tl.load(window_ptr + 2 * next_t + 1)
     tile = program - NUM_PROGRAMS
     step, stop, first, count, t_0, n_0, column_0 = -1, 0, 0, 0, 0, 0, 0
     acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -235,8 +201,8 @@ def _product(
             first, count = next_first, next_count
             stop = steps_k + INNER * count
             next_t, _ = _place(tile + NUM_PROGRAMS, tiles_t, tiles_n, GROUP_T)
-            next_first = tl.load(window_ptr + 3 * next_t)
-            next_count = tl.load(window_ptr + 3 * next_t + 1)
+            next_first = tl.load(window_ptr + 2 * next_t)
+            next_count = tl.load(window_ptr + 2 * next_t + 1)
             if NUM_MEMBERS > 1:
                 column_0 = 0
                 for other in tl.static_range(1, NUM_MEMBERS):
@@ -252,9 +218,6 @@ def _product(
         else:
             k_x += tl.where(step >= steps_k, column_0, 0)
             k_w += tl.where(step >= steps_k, first, 0)
-        if WAIT and not INTERPRETED:
-            waits = (step >= steps_k) & (t_0 >= first_tile * BLOCK_T)
-            k_x += _await(ready_ptr + t_0 // BLOCK_T, waits.to(tl.int32))
         x_TK = x_desc.load([t_0, k_x])
         if WEIGHT_NK:  # noqa: SIM108
             w_KN = w_desc.load([n_0, k_w]).T
@@ -262,13 +225,10 @@ def _product(
             w_KN = w_desc.load([k_w, n_0])
         acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
         if step == stop - 1:
-            if HALVES:
-                pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
-                left, right = tl.split(pairs)
-                y_desc.store([t_0, n_0], left.to(dtype))
-                y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
-            else:
-                y_desc.store([t_0, n_0], acc_TN.to(dtype))
+            pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(pairs)
+            y_desc.store([t_0, n_0], left.to(dtype))
+            y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
             acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
 
 
@@ -298,9 +258,9 @@ def _outer_rows(
 
 @triton.jit
 def _outer_item(
-    slot, block, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-    keep_ptr, width, total_rank, h_stride, v_stride, out_stride,
-    INNER: tl.constexpr, RANK_PAD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr,
+    slot, block, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, width,
+    total_rank, h_stride, v_stride, out_stride,
+    INNER: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dA of one slot and one block of features. Rows of other slots are never loaded."""
@@ -325,136 +285,40 @@ def _outer_item(
         )
         out_JN = out_ptr + row_J.to(tl.int64)[:, None] * out_stride + n_N[None, :]
         real_JN = in_N[None, :] & real_J[:, None]
-        if ACCUMULATE:
-            keeps = tl.load(keep_ptr + slot) != 0
-            if keeps & (start < stop):
-                acc_JN += tl.load(out_JN, mask=real_JN, other=0.0).to(tl.float32)
-            # Nothing is added to what an idle slot keeps, so it is not even touched.
-            real_JN = real_JN & ((start < stop) | (keeps == 0))
         tl.store(out_JN, acc_JN.to(out_ptr.dtype.element_ty), mask=real_JN)
 
 
 @triton.jit
-def _side_shrink(
-    side, x_desc, a_desc, h_ptr, to_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
-    scale_ptr, window_ptr, num_rows, num_in, row_0, total_rank, h_stride, to_stride, room,
-    first_tile,
-    NUM_SIDE: tl.constexpr, NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr,
-    TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """h of every NUM_SIDE-th tile of rows from the first, of BLOCK_W ranks of its window at once,
-    in one loop."""
-    tiles_t, steps_k = tl.cdiv(num_rows, BLOCK_T), num_in // BLOCK_K
-    side += first_tile
-    i_I = side + tl.arange(0, TILES_PAD) * NUM_SIDE
-    ranks_I = tl.load(window_ptr + 3 * i_I + 2, mask=i_I < tiles_t, other=0)
-    parts_I = NUM_MEMBERS * tl.maximum(tl.cdiv(ranks_I, BLOCK_W), 1)
-    total = tl.sum(tl.where(i_I < tiles_t, parts_I, 0)) * steps_k
-    next_t = tl.minimum(side, tiles_t - 1)
-    next_first = tl.load(window_ptr + 3 * next_t)
-    next_ranks = tl.load(window_ptr + 3 * next_t + 2)
-    tile = side - NUM_SIDE
-    step, part, first, count = steps_k - 1, NUM_MEMBERS - 1, 0, 1
-    w_W = tl.arange(0, BLOCK_W)
-    acc_TW = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
-    for _ in tl.range(0, total, num_stages=STAGES):
-        step = tl.where(step == steps_k - 1, 0, step + 1)
-        if step == 0:
-            part += 1
-            if part == NUM_MEMBERS * count:
-                part = 0
-                tile += NUM_SIDE
-                first, count = next_first, tl.maximum(tl.cdiv(next_ranks, BLOCK_W), 1)
-                next_t = tl.minimum(tile + NUM_SIDE, tiles_t - 1)
-                next_first = tl.load(window_ptr + 3 * next_t)
-                next_ranks = tl.load(window_ptr + 3 * next_t + 2)
-        member = part // count
-        within = (part - member * count) * BLOCK_W
-        x_TK = x_desc.load([tile * BLOCK_T, step * BLOCK_K])
-        a_WK = a_desc.load([row_0 + member * total_rank + first + within, step * BLOCK_K])
-        acc_TW = tl.dot(x_TK, a_WK.T, acc_TW, input_precision="ieee")
-        if step == steps_k - 1:
-            row_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-            in_T = row_T < num_rows
-            slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-            rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
-                slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
-            )
-            j_TW = within + w_W[None, :] - shift_T[:, None]
-            own_TW = (j_TW >= 0) & (j_TW < rank_T[:, None])
-            h_TW = tl.where(is_bad_T[:, None], float("nan"), acc_TW * scale_T[:, None])
-            h_TW = tl.where(own_TW, h_TW, 0.0).to(h_ptr.dtype.element_ty)
-            at_T = to_ptr + row_T.to(tl.int64) * to_stride + member * room + within
-            tl.store(at_T[:, None] + w_W[None, :], h_TW, mask=in_T[:, None])
-            # The rest of the step: zeros, after the last of the member's parts.
-            is_last = within == (count - 1) * BLOCK_W
-            for block in tl.static_range(1, WINDOW // BLOCK_W):
-                at = (within // BLOCK_W) % (WINDOW // BLOCK_W) + block
-                is_rest = is_last & (at < WINDOW // BLOCK_W)
-                tl.store(at_T[:, None] + block * BLOCK_W + w_W[None, :], tl.zeros_like(h_TW),
-                         mask=in_T[:, None] & is_rest)  # fmt: skip
-            at_T = h_ptr + row_T.to(tl.int64) * h_stride + member * RANK_PAD
-            tl.store(at_T[:, None] + j_TW, h_TW, mask=own_TW)
-            if part == NUM_MEMBERS * count - 1:
-                # A reduction waits for all of the program's threads, hence for their stores, which
-                # its load follows. (With a barrier in it the loop would not be pipelined.)
-                zero = tl.max(tl.load(ready_ptr + tile + tl.arange(0, 256) // 256))
-                tl.atomic_add(ready_ptr + tile, 1 + tl.minimum(zero, 0), sem="release")
-            acc_TW = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
-
-
-NO_SIDE, SIDE_OUTER, SIDE_SHRINK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
 def window_linear_kernel(
-    x_desc, w_desc, y_desc, a_desc, window_ptr, ready_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
-    bad_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, scale_ptr, keep_ptr, num_rows,
-    num_out, num_in, total_rank, room, first_tile, num_slots, h_stride, v_stride, out_stride,
+    x_desc, w_desc, y_desc, window_ptr, count_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
+    slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, num_rows, num_out, num_in, total_rank,
+    room, num_slots, h_stride, v_stride, out_stride,
     WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_T: tl.constexpr, HALVES: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
-    TILES_PAD: tl.constexpr, STAGES: tl.constexpr, SIDE: tl.constexpr, NUM_SIDE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, SIDE_PAD: tl.constexpr, SIDE_T: tl.constexpr, SIDE_N: tl.constexpr,
-    SIDE_STAGES: tl.constexpr, BLOCK_J: tl.constexpr,
+    GROUP_T: tl.constexpr, NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr,
+    STAGES: tl.constexpr, OUTER: tl.constexpr, NUM_SIDE: tl.constexpr, SIDE_T: tl.constexpr,
+    SIDE_N: tl.constexpr, SIDE_STAGES: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The first NUM_SIDE programs are on multiprocessors that the product's waves of tiles leave
-    idle. SIDE_SHRINK: they make h, which the others wait for; these start later, for programs
-    start in the order of their numbers, so that all wait for one that runs. SIDE_OUTER: they make
-    dA = dh^T x, item by item, and when the product is through all programs do."""
+    """OUTER: dA = dh^T x is made, too, item by item: at once by the first NUM_SIDE programs, which
+    have no tiles and are on multiprocessors that the product's waves leave idle, and when the
+    product is through by all. Who makes an item changes no bit of it."""
     side = tl.program_id(0)
-    tiles_t = tl.cdiv(num_rows, BLOCK_T)
-    count_ptr = ready_ptr + tiles_t
     if side >= NUM_SIDE:
         _product(
-            side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, ready_ptr, edges_ptr, num_rows,
-            num_out, num_in, total_rank, room, first_tile, SIDE == SIDE_SHRINK, WEIGHT_NK,
-            NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, HALVES, NUM_PROGRAMS, TILES_PAD,
-            STAGES,
+            side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out,
+            num_in, total_rank, room, WEIGHT_NK, NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K,
+            GROUP_T, NUM_PROGRAMS, TILES_PAD, STAGES,
         )  # fmt: skip
-    elif SIDE == SIDE_SHRINK:
-        _side_shrink(
-            side, x_desc, a_desc, h_ptr, v_ptr, ready_ptr, bad_ptr, slot_of_row_ptr, offset_ptr,
-            rank_ptr, scale_ptr, window_ptr, num_rows, num_in, num_out, total_rank, h_stride,
-            v_stride, room, first_tile, NUM_SIDE, NUM_MEMBERS, RANK_PAD, BLOCK_T, BLOCK_K,
-            BLOCK_K, SIDE_N, SIDE_PAD, SIDE_STAGES,
-        )  # fmt: skip
-    if SIDE == SIDE_OUTER:
+    if OUTER:
         blocks = tl.cdiv(num_out, SIDE_N)
         item = tl.atomic_add(count_ptr, 1)
         while item < num_slots * blocks:
             _outer_item(
                 item // blocks, item % blocks, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr,
-                offset_ptr, rank_ptr, keep_ptr, num_out, total_rank, h_stride, v_stride,
-                out_stride, INNER, RANK_PAD, ACCUMULATE, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
+                offset_ptr, rank_ptr, num_out, total_rank, h_stride, v_stride, out_stride, INNER,
+                RANK_PAD, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
             )  # fmt: skip
             item = tl.atomic_add(count_ptr, 1)
-        # Whoever comes last clears the counts for the next call.
+        # Whoever comes last clears the count for the next call.
         if item == num_slots * blocks + NUM_PROGRAMS + NUM_SIDE - 1:
             tl.store(count_ptr, 0)
-    elif SIDE == SIDE_SHRINK:
-        tl.debug_barrier()
-        if tl.atomic_add(count_ptr, 1) == NUM_PROGRAMS + NUM_SIDE - 1:
-            for tile in range(tiles_t + 1):
-                tl.store(ready_ptr + tile, 0)
