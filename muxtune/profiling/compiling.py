@@ -185,7 +185,8 @@ def _key(job: OpJob | StepJob) -> str:
 
 
 def _kernels_of(job: OpJob | StepJob) -> object:
-    """How many blocks there are is not compiled in; of slots, the power of two that holds them."""
+    """How many blocks there are is known to the optimizer's kernels only, a few of a step's; of
+    slots, the power of two that holds them counts."""
     base = job.shape._replace(name="", num_layers=0)
     if isinstance(job, OpJob):
         if job.method in ("sites", "mixed_sites", "part_sites"):
