@@ -552,9 +552,12 @@ class CapturedCostModel(ProfiledCostModel):
             yield self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
         for method in EXTRA_METHODS:
             size = extra_size(self.model, tuple(kinds), method)
+            # Kernels compute rows of their own slots, taken as even shares; attention all rows.
+            own = sum(count for slot, count in kinds.items() if slot.method == method)
+            own_rows = rows if method == "prefix" else rows * own / max(1, kinds.total())
             for side in ("forward", "backward") if size else ():
                 name = f"extra_{method}_{side}.{hidden}"
-                yield self._timed(name, method, side == "backward", (size, rows))
+                yield self._timed(name, method, side == "backward", (size, own_rows))
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):

@@ -109,8 +109,12 @@ def memory_options(model: ModelShape, kind: str, *, eager: bool = False) -> Memo
         )
     if eager:
         return MemoryOptions(dtype_bytes=model.weight_bytes, activation_factor=factor)
+    # The captured step's loss turns its logits into their gradient where they lie.
     return MemoryOptions(
-        dtype_bytes=model.weight_bytes, static_step=True, loss_rows_max=STATIC_LOSS_ROWS
+        dtype_bytes=model.weight_bytes,
+        static_step=True,
+        loss_rows_max=STATIC_LOSS_ROWS,
+        logit_bytes=model.weight_bytes,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from muxtune.report.plots import DOTS_PER_INCH, MARKERS, PALETTE
 from muxtune.validation.scoring import finished, relative_error, spread_of, usable
@@ -65,6 +66,9 @@ def _scatter(
         limits = 0.8 * min(ends), 1.25 * max(ends)
         axes.plot(limits, limits, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+        if limits[1] > 10 * limits[0]:  # two decades' small ticks would write over each other
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
     else:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)

@@ -36,7 +36,10 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(profile_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("validation")
     options = ValidationOptions(9.0, 3, (), 64, 2, 0.0, dynamic_s=0.3)
-    first = validate(folder, profile_path, options)
+    for _ in range(10):  # a busy host takes more than one call, each goes on
+        first = validate(folder, profile_path, options)
+        if not any(first["left"].values()):
+            break
     again = validate(folder, profile_path, options._replace(budget_s=0.0))
     assert {**again, "left": 0, "attempt": 0, "warnings": 0} == {
         **first, "left": 0, "attempt": 0, "warnings": 0,
@@ -88,8 +91,9 @@ def test_a_validation_writes_what_it_measured(report: dict[str, Any]) -> None:
     names = {path.name for path in report["folder"].iterdir()}
     assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
     assert len(names) <= 8
-    (attempt,) = (report["folder"] / "attempts.jsonl").read_text().splitlines()
-    assert json.loads(attempt)["attempt"] == 1
+    attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
+    numbers = [json.loads(line)["attempt"] for line in attempts]
+    assert numbers == list(range(1, len(numbers) + 1)) and numbers
 
 
 def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from muxtune.cost import AnalyticCostModel, AnalyticOptions, device_figures, model_shape
-from muxtune.cost.memory import MIB, MemoryModel, MemoryOptions, stage_layers
+from muxtune.cost.memory import MIB, MemoryModel, MemoryOptions, memory_options, stage_layers
 from muxtune.types import (
     AdapterSlot,
     DispatchRule,
@@ -183,3 +183,14 @@ def test_the_captured_step_of_mixed_methods_is_near_what_was_measured() -> None:
     predicted = ledger.total_bytes - ledger.items["framework"]
     second_copy = rows * LLAMA.num_layers * 3 * 4096 * 2
     assert (predicted + second_copy) / 2**30 == pytest.approx(54.79, rel=0.05)
+
+
+def test_the_captured_loss_holds_one_tensor_of_logits() -> None:
+    """2 bytes a logit, in whose place its gradient comes; they count where a block takes less."""
+    llama, wide = model_shape("llama-2-7b"), model_shape("llama-2-7b")._replace(vocab=128_256)
+    shape = ShapeKey(64, 16, (AdapterSlot("lora", 16, ("q_proj",)),))
+    small, large = (
+        MemoryModel(model, memory_options(model, "gpu")).pass_bytes(shape)
+        for model in (llama, wide)
+    )
+    assert 0 <= large - small <= 2 * 1024 * 128_256
