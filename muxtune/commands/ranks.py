@@ -146,7 +146,9 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     team = Team(info.rank, info.world_size)
     patience = Patience(limit_s, watch.is_controller_idle)
     deterministic = bool(config.backend.get("deterministic", True))
-    worker = Worker(backbone, team, patience, deterministic, captures=captures(config.backend))
+    worker = Worker(
+        backbone, team, patience, deterministic, traces=True, captures=captures(config.backend)
+    )
     return worker, watch, store
 
 

@@ -74,11 +74,18 @@ class TorchListener:
 
 
 def as_span(record: Any) -> Span:
-    """A ``SpanRecord`` of the runtime on the track of its hTask."""
+    """A ``SpanRecord`` of the runtime on the track of its hTask; an operation of one of several
+    ranks as in the trace of a plan's order: a process a rank, a thread a stream."""
     process = record.instance_id or "host"
     thread = f"hTask {record.htask}" if record.htask >= 0 else "between passes"
-    args = {"tasks": ", ".join(record.task_ids)}
-    return Span(process, thread, record.name, record.start_ns, record.duration_ns, args)
+    args: dict[str, Any] = {"tasks": ", ".join(record.task_ids)}
+    name, place = record.name, record.place
+    if place is not None:
+        process = f"{process}: rank {place.rank}, stage {place.stage}"
+        name, thread = f"{thread}: {name}", place.stream
+        args |= {"round": place.round, "micro_batch": place.micro_batch}
+        args |= {"direction": place.direction, "kind": place.kind}
+    return Span(process, thread, name, record.start_ns, record.duration_ns, args)
 
 
 class Outcomes:

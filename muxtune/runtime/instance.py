@@ -37,7 +37,7 @@ from muxtune.runtime.checkpoint import HostCopy, copy_to_host
 from muxtune.runtime.optimizer import StepOutcome
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
-from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
+from muxtune.runtime.records import RoundRecord, SpanPlace, SpanRecord, StepListener, StepRecord
 from muxtune.runtime.runners import Runners
 from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFailure
 from muxtune.runtime.training import score_pass
@@ -598,10 +598,11 @@ class RunningInstance:
                 self.span(name, start_ns, end_ns, task_ids, htask)
 
     def span(
-        self, name: str, start_ns: int, end_ns: int, task_ids: Iterable[str], htask: int = -1
-    ) -> None:
+        self, name: str, start_ns: int, end_ns: int, task_ids: Iterable[str], htask: int = -1,
+        place: SpanPlace | None = None,
+    ) -> None:  # fmt: skip
         record = SpanRecord(
-            name, self.spec.instance_id, htask, start_ns, end_ns - start_ns, tuple(task_ids)
+            name, self.spec.instance_id, htask, start_ns, end_ns - start_ns, tuple(task_ids), place
         )
         for listener in self.host.listeners:
             listener.on_span(record)

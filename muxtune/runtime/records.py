@@ -40,10 +40,25 @@ class RoundRecord(NamedTuple):
     padded_tokens: int
 
 
+class SpanPlace(NamedTuple):
+    """Where one operation of a micro-batch ran, on an instance of several ranks. ``stream``:
+    compute or comm. ``round``: since the plan began; ``micro_batch``: of its hTask in the round;
+    ``direction``: forward or backward; ``kind``: of the plan's subgraph."""
+
+    rank: int
+    stage: int
+    stream: str
+    round: int
+    micro_batch: int
+    direction: str
+    kind: str
+
+
 class SpanRecord(NamedTuple):
     """A stretch of work. ``name``: forward, backward, optimizer (or step, a captured one as a
     whole), capture, evaluate, load, prepare or checkpoint. ``htask`` is -1 outside of a
-    micro-batch."""
+    micro-batch. With a ``place``: an operation of a rank, ``name`` being that of the plan's
+    subgraph and ``task_ids`` all of the hTask."""
 
     name: str
     instance_id: str
@@ -51,6 +66,7 @@ class SpanRecord(NamedTuple):
     start_ns: int
     duration_ns: int
     task_ids: tuple[str, ...]
+    place: SpanPlace | None = None
 
 
 class StepListener:

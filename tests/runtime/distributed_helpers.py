@@ -105,8 +105,8 @@ class Ranks:
     """One layout on this process group. On rank 0 ``bench`` makes executors that drive it."""
 
     def __init__(
-        self, rank: int, replicas: Sequence[ReplicaShape], trace: Any = None,
-        shape: ModelShape = SHAPE, **options: Any,
+        self, rank: int, replicas: Sequence[ReplicaShape], shape: ModelShape = SHAPE,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.rank, self.replicas = rank, tuple(replicas)
         self.layout = Layout(self.replicas)
@@ -115,7 +115,7 @@ class Ranks:
         self.team = Team(rank, self.layout.world_size)
         self.backbone = StageBackbone("tiny", loaded.model, loaded.tokenizer, self.layout, place)
         self.patience = Patience(60.0)
-        self.worker = Worker(self.backbone, self.team, self.patience, trace=trace, **options)
+        self.worker = Worker(self.backbone, self.team, self.patience, **options)
 
     def bench(self, folder: Path, **options: Any) -> Bench:
         store = BackboneStore({})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from muxtune.commands.train import as_span
 from muxtune.errors import ConfigError
 from muxtune.planning.orchestration.player import play_sequences
+from muxtune.report.perfetto import write_trace
 from muxtune.runtime.backbone import BackboneStore, random_weights
-from muxtune.runtime.distributed.runner import Node, Norms, Span, StageRunner
+from muxtune.runtime.distributed import tracing
+from muxtune.runtime.distributed.layout import Layout
+from muxtune.runtime.distributed.runner import Node, Norms, StageRunner
 from muxtune.runtime.distributed.schedule import (
     Action,
     Unordered,
@@ -21,6 +27,7 @@ from muxtune.runtime.distributed.schedule import (
     plan_schedule,
     sequential_schedule,
 )
+from muxtune.runtime.distributed.tracing import HostClock, SpanLog, clock_ahead_ns
 from muxtune.types import Plan, RankStream, ReplicaShape, TaskSpec
 from tests.runtime.distributed_helpers import (
     SHAPE,
@@ -171,15 +178,15 @@ def too_soon(rank: int, folder: Path) -> None:
 
 
 def traced(rank: int, folder: Path) -> None:
-    spans: list[Span] = []
-    ranks = Ranks(rank, PIPELINE, spans.append)
+    ranks = Ranks(rank, PIPELINE, traces=True)
     if rank:
         ranks.serve()
-    else:
-        tasks = five_tasks(8)
-        train(ranks.bench(folder / "traced"), two_htasks(tasks, PIPELINE, 3), tasks)
-        ranks.stop()
-    torch.save(spans, folder / f"spans-{rank}.pt")
+        return
+    tasks = five_tasks(8)
+    bench = ranks.bench(folder / "traced")
+    train(bench, two_htasks(tasks, PIPELINE, 3), tasks)
+    ranks.stop()
+    write_trace(folder / "trace.json", map(as_span, bench.recorder.spans))
 
 
 def two_ranks(rank: int, folder: Path) -> None:
@@ -292,16 +299,50 @@ def test_without_an_order_stages_overlap_as_far_as_steps_let_them(
     play_sequences(graph, schedule.sequences, 3)  # rounds follow without a deadlock
 
 
-def test_two_stages_are_busy_with_different_htasks_at_once(folder: Path) -> None:
+def test_the_trace_shows_two_stages_busy_with_different_htasks_at_once(folder: Path) -> None:
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    rows = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    streams = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    found = [e for e in events if e["ph"] == "X" and "kind" in e["args"]]
     first, second = (
-        [s for s in torch.load(folder / f"spans-{rank}.pt", weights_only=False)
-         if s.stream == "compute"]
+        [e for e in found if rows[e["pid"]].endswith(f"rank {rank}, stage {rank}")
+         and streams[e["tid"]] == "compute"]
         for rank in (0, 1)
     )  # fmt: skip
+    assert {streams[e["tid"]] for e in found} == {"compute", "comm"}
+    for own in (first, second):
+        assert {e["args"]["direction"] for e in own} == {"forward", "backward"}
+        # A rank computes one operation after another.
+        own.sort(key=lambda e: e["ts"])
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(own))
     together = sum(
-        max(0, min(a.stop_ns, b.stop_ns) - max(a.start_ns, b.start_ns))
+        max(0, min(a["ts"] + a["dur"], b["ts"] + b["dur"]) - max(a["ts"], b["ts"]))
         for a in first
         for b in second
-        if a.htask != b.htask
+        if a["args"]["tasks"] != b["args"]["tasks"]
     )
     assert together > 0
+    # On one clock: what a stage receives was sent before.
+    assert min(e["ts"] for e in first) < min(e["ts"] for e in second)
+
+
+def test_clocks_are_compared_between_hosts_only() -> None:
+    readings = [HostClock("one", 1_000), HostClock("one", 1_700), HostClock("other", 90_000)]
+    assert [clock_ahead_ns(readings, rank) for rank in range(3)] == [0, 0, 89_000]
+
+
+def test_a_rank_tells_as_many_operations_of_a_plan_as_a_trace_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracing, "MOST_SPANS", 3)
+    plan = two_htasks(five_tasks(1), PIPELINE, 3)
+    schedule = plan_schedule(plan, SHAPE, 0)
+    assert schedule is not None
+    log = SpanLog(Layout(PIPELINE).places[0], 0)
+    for _ in range(2):
+        log.begin_plan(plan)
+        for number in range(2):
+            for op in range(2):
+                log.timed(lambda: None, schedule, number, op)()
+            found = log.taken(is_last=False)
+            assert (len(found.spans), found.is_cut) == ((2, False), (1, True))[number]

@@ -32,6 +32,7 @@ tasks:
   - {{id: second, rank: 2, batch_size: 3, seed: 1, accumulation: 2, steps: {fewer}}}
 """
 NOTICE_S, STEPS = 30.0, 40
+BOTH_STREAMS = ("compute", "comm")
 PIPELINE = ("cluster.pp=2", "cluster.num_gpus=2")
 TENSOR = ("cluster.tp=2", "cluster.pp=1", "cluster.num_gpus=2")
 UNEQUAL = ("cluster.replicas=[{pp:2},{tp:1}]", "cluster.num_gpus=3", "planner=lobra")
@@ -85,6 +86,17 @@ def worst(left: Path, right: Path) -> float:
     one, other = adapters(left), adapters(right)
     assert one.keys() == other.keys() and one
     return max(float((one[k] - other[k]).norm() / one[k].norm().clamp(min=1e-9)) for k in one)
+
+
+def traced_streams(output: Path) -> set[tuple[str, str]]:
+    """Ranks, and their streams, that the trace shows operations of."""
+    events = json.loads((output / "trace.json").read_text())["traceEvents"]
+    rows = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    streams = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    shown = [e for e in events if e["ph"] == "X" and "micro_batch" in e["args"]]
+    return {
+        (rows[e["pid"]].partition("rank ")[2].partition(",")[0], streams[e["tid"]]) for e in shown
+    }
 
 
 def started(log: Path, arguments: Sequence[str]) -> Any:
@@ -142,6 +154,8 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_gpus(
     layout = layout or ("cluster.pp=1", "cluster.num_gpus=1")
     assert main(["train", f"resume={output}", *layout]) == 0
     assert worst(output, whole) <= 1e-3
+    if "cluster.num_gpus=2" in layout:
+        assert traced_streams(output) == {(rank, name) for rank in "01" for name in BOTH_STREAMS}
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for task, count in (("first", STEPS), ("second", fewer(STEPS))):
         found = [line["step"] for line in steps if line["task_id"] == task]

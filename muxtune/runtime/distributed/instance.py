@@ -6,6 +6,7 @@ as the order says. So results come rounds later, and a task's books are kept whe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +37,12 @@ from muxtune.runtime.distributed.team import (
     Stop,
     Team,
 )
+from muxtune.runtime.distributed.tracing import MOST_SPANS, Spans
 from muxtune.runtime.distributed.worker import Worker
 from muxtune.runtime.instance import Host, RunningInstance, _Round
 from muxtune.runtime.optimizer import StepOutcome, learning_rate
 from muxtune.runtime.pass_runner import tensors_of
+from muxtune.runtime.records import SpanPlace
 from muxtune.runtime.runners import longest_tokens
 from muxtune.runtime.tasks import Phase, RuntimeTask, TaskDataFailure
 from muxtune.types import Cursor, InstanceSpec, MicroBatch, Plan, TaskSpec
@@ -104,6 +107,8 @@ class DistributedInstance(RunningInstance):
         self._next_number = 0
         self._ahead: dict[str, Cursor] = {}  # cursors after the last round that was told
         self._in_flight = False
+        self._owed_spans = 0  # last ones of a flush, one a rank
+        self._zero_ns: int | None = None  # of this run's time, on the clock of spans
         self._last_end_ns = 0
         self._snapshots: dict[tuple[str, int], TaskState] = {}
         self._closed_steps: dict[str, int] = {}
@@ -418,8 +423,10 @@ class DistributedInstance(RunningInstance):
         if self._in_flight:
             self._in_flight = False
             self._command(Flush())
+            if self.worker.log is not None:
+                self._owed_spans += self.team.world_size
         self._collect(self.team.taken())
-        while self._open:
+        while self._open or self._owed_spans:
             self._collect([self.team.take(self.patience.limit_s)])
 
     def _collect(self, reports: Sequence[Any]) -> None:
@@ -432,6 +439,9 @@ class DistributedInstance(RunningInstance):
             self._close_round(self._open.pop(number))
 
     def _note(self, report: Any) -> None:
+        if isinstance(report, Spans):
+            self._note_spans(report)
+            return
         round_ = self._open[report.round]
         visit = round_.visits[report.visit]
         if isinstance(report, Losses):
@@ -442,6 +452,24 @@ class DistributedInstance(RunningInstance):
             visit.norms = report.by_slot
         elif isinstance(report, Snapshots):
             visit.snapshots.append(report.shares)
+
+    def _note_spans(self, report: Spans) -> None:
+        self._owed_spans -= report.is_last
+        if self._zero_ns is None:
+            self._zero_ns = time.monotonic_ns() - self.host.now_ns
+        for item in report.spans:
+            direction = "backward" if item.backward else "forward"
+            place = SpanPlace(
+                item.rank, item.stage, item.stream, item.round, item.micro_batch, direction,
+                item.kind,
+            )  # fmt: skip
+            start_ns, stop_ns = item.start_ns - self._zero_ns, item.stop_ns - self._zero_ns
+            self.span(item.label, start_ns, stop_ns, item.task_ids, item.htask, place)
+        if report.is_cut:
+            self.host.notice(
+                f"{self.backbone.name}: the trace holds the first {MOST_SPANS:,} operations of "
+                "each rank under a plan"
+            )
 
     def _close_round(self, open_round: _OpenRound) -> None:
         start_ns = max(open_round.start_ns, self._last_end_ns)

@@ -28,6 +28,7 @@ from muxtune.runtime.distributed.schedule import (
 )
 from muxtune.runtime.distributed.sharding import Share, StageBackbone, shares_of
 from muxtune.runtime.distributed.stepping import SlotStep, StageOptimizer
+from muxtune.runtime.distributed.tracing import SpanLog
 
 Node = tuple[int, int]  # round, op of the round's graph
 
@@ -74,18 +75,6 @@ class Snapshots(NamedTuple):
     shares: dict[str, Any]
 
 
-class Span(NamedTuple):
-    """An operation's run, for traces: wall times in ns of the rank's clock."""
-
-    rank: int
-    stage: int
-    stream: str
-    htask: int
-    name: str
-    start_ns: int
-    stop_ns: int
-
-
 @dataclass
 class _Visit:
     """A micro-batch in flight on this stage."""
@@ -108,7 +97,7 @@ class _Round:
 class StageRunner:
     """Feeds on rounds and runs what belongs to its stage.
 
-    ``report`` receives Losses, Norms and Snapshots as they come about; ``trace`` Spans.
+    ``report`` receives Losses, Norms and Snapshots as they come about; ``log`` what has run.
     Raises DistributedError when another rank does not answer.
     """
 
@@ -119,11 +108,10 @@ class StageRunner:
         patience: Patience,
         report: Callable[[Any], None],
         deterministic: bool,
-        clock_ns: Callable[[], int],
-        trace: Callable[[Span], None] | None = None,
+        log: SpanLog | None = None,
     ) -> None:
         self.backbone, self.links, self.patience = backbone, links, patience
-        self.report, self.clock_ns, self.trace = report, clock_ns, trace
+        self.report, self.log = report, log
         self.stage = EagerStage(backbone, deterministic)
         self.optimizer = StageOptimizer(backbone, links)
         self.states: dict[str, TaskState] = {}
@@ -296,8 +284,8 @@ class StageRunner:
             remote = [round_.arrivals[op] for op in self._before(round_, node[1], local=False)]
             work = self._communication(operation, visit, remote)
             after = [self._event()] if self.links.device.type == "cuda" else []
-            timed = self._timed(work, operation, visit.input.htask, "comm")
-            self._last_comm = self.links.lanes["comm"].put(timed, after)
+            work = self._timed(work, round_, node[1])
+            self._last_comm = self.links.lanes["comm"].put(work, after)
             round_.arrivals[node[1]] = self._last_comm
         self._finish(round_, node[1])
 
@@ -358,7 +346,7 @@ class StageRunner:
             visit = self._state(round_, node[1])
             arrived = self._await(round_, node[1])
             work = self._computation(operation, visit, arrived, node, round_)
-            self._timed(work, operation, visit.input.htask, "compute")()
+            self._timed(work, round_, node[1])()
         elif operation.action is Action.BACKWARD and visit_input and visit_input.closing:
             self._pass_squares_on(round_, node[1], operation)
         self._finish(round_, node[1])
@@ -435,6 +423,11 @@ class StageRunner:
             Action.OPTIMIZE: optimize,
         }[operation.action]
 
+    def _timed(self, work: Callable[[], None], round_: _Round, op: int) -> Callable[[], None]:
+        if self.log is None:
+            return work
+        return self.log.timed(work, round_.schedule, round_.input.number, op)
+
     def _sum_squares(self, visit: _Visit) -> None:
         """Of this stage and those after it."""
         own_S = self.optimizer.squares(self.pools[visit.input.htask], visit.input.closing)
@@ -456,21 +449,6 @@ class StageRunner:
         if state is None or self.backbone.place.replica:
             return {}
         return shares_of(state, self.backbone)
-
-    def _timed(
-        self, work: Callable[[], None], operation: Operation, htask: int, stream: str
-    ) -> Callable[[], None]:
-        if self.trace is None:
-            return work
-        trace, place = self.trace, self.backbone.place
-
-        def run() -> None:
-            start_ns = self.clock_ns()
-            work()
-            name = operation.action.name.lower().replace("_", " ")
-            trace(Span(place.rank, place.stage, stream, htask, name, start_ns, self.clock_ns()))
-
-        return run
 
 
 def nodes_of(sequence: Sequence[tuple[int, int]], number: int, rounds: range) -> list[Node]:

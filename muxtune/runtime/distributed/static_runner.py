@@ -52,6 +52,7 @@ from muxtune.runtime.distributed.schedule import (
 from muxtune.runtime.distributed.sharding import Share, StageBackbone, WholeTensors, shares_of
 from muxtune.runtime.distributed.static_part import stage_part
 from muxtune.runtime.distributed.static_stage import StagePart, VisitProgram
+from muxtune.runtime.distributed.tracing import SpanLog
 from muxtune.runtime.static_step.inputs import HostBuffer, SlotInput, StepInputs
 from muxtune.runtime.static_step.inputs import Sequence as Rows
 from muxtune.runtime.static_step.model import Unsupported
@@ -361,7 +362,7 @@ class _Player(OrderRunner):
     def __init__(
         self, schedule: Schedule, units: Sequence[HTaskPrograms], programs: StaticPrograms,
         load: Callable[[int, int, int], None], choose: Callable[[int, int], int],
-        patience: Patience, lanes: dict[str, Lane],
+        patience: Patience, lanes: dict[str, Lane], log: SpanLog | None,
     ) -> None:  # fmt: skip
         backbone = programs.backbone
         super().__init__(
@@ -369,7 +370,7 @@ class _Player(OrderRunner):
             load, backbone.device, choose=choose,
         )  # fmt: skip
         self.memory, self._patience, self.units = programs.memory, patience, units
-        self._streams, self._lanes = programs.streams, lanes
+        self._streams, self._lanes, self._log = programs.streams, lanes, log
         graph = schedule.graph
         for op in range(graph.num_ops):
             flag = self._unit(op).flags.get(graph.subgraphs[op].index)
@@ -378,6 +379,14 @@ class _Player(OrderRunner):
 
     def _unit(self, op: int) -> OrderRunner:
         return self.units[self.schedule.graph.visit_of[op]].runner
+
+    def _on_stream(
+        self, name: str, work: Callable[[], Any], waits: Sequence[Any],
+        traced: tuple[int, int] | None = None, flags: Sequence[Any] = (),
+    ) -> Any:  # fmt: skip
+        if traced is not None and self._log is not None:
+            work = self._log.timed(work, self.schedule, *traced)
+        return super()._on_stream(name, work, waits, None, flags)
 
     def graph(self, op: int, size: int) -> Callable[[], None]:
         return self._unit(op).graph(self.schedule.graph.subgraphs[op].index, size)
@@ -416,11 +425,13 @@ class StaticRunner:
 
     def __init__(
         self, programs: StaticPrograms, patience: Patience, report: Callable[[Any], None],
-        states: dict[str, TaskState],
+        states: dict[str, TaskState], log: SpanLog | None = None,
     ) -> None:  # fmt: skip
         self.programs, self.patience, self.report = programs, patience, report
         self.backbone, self.states = programs.backbone, states
         self.on_cuda = self.backbone.device.type == "cuda"
+        # A GPU's host runs rounds ahead: when it launches a graph says nothing of when it runs.
+        self._log = None if self.on_cuda else log
         use_own = partial(torch.cuda.set_device, self.backbone.device) if self.on_cuda else None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports", initializer=use_own)
         names = () if self.on_cuda else (COMM, "below", "above")
@@ -473,8 +484,9 @@ class StaticRunner:
                 for item in (self.units[visit.htask],)
             ]
             self._players[id(schedule)] = _Player(
-                schedule, units, self.programs, self._load, self._size, self.patience, self._lanes
-            )
+                schedule, units, self.programs, self._load, self._size, self.patience, self._lanes,
+                self._log,
+            )  # fmt: skip
         return self._players[id(schedule)]
 
     # -- feeding
@@ -603,7 +615,8 @@ class StaticRunner:
         is_compute = name == COMPUTE
         other = tuple(b for b in local if (graph.stream_of[b] % 2 == 0) is not is_compute)
         remote = tuple(b for b in before if graph.stage_of[b] != stage)
-        round_.player._launch(Launch(name, at, op, other, remote), self._tokens, False)
+        launch = Launch(name, at, op, other, remote)
+        round_.player._launch(launch, self._tokens, self._log is not None)
         if is_compute:
             self._tell(round_, op)
         round_.last[name] = self._tokens[at, op]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from muxtune.runtime.bank import AdapterBank, SlotPool, TaskState, grad_dtype_for, take_out
 from muxtune.runtime.distributed.links import Links, Patience, lost
-from muxtune.runtime.distributed.runner import RoundInput, Span, StageRunner, on_device
+from muxtune.runtime.distributed.runner import RoundInput, StageRunner, on_device
 from muxtune.runtime.distributed.schedule import (
     ATTENTION,
     MLP,
@@ -37,6 +36,7 @@ from muxtune.runtime.distributed.team import (
     Stop,
     Team,
 )
+from muxtune.runtime.distributed.tracing import span_log
 from muxtune.runtime.passes import AdapterPass
 from muxtune.types import Plan
 
@@ -47,8 +47,10 @@ class Worker:
     """One rank's part of an instance.
 
     ``captures``: rounds run as static visits (see ``static_runner``) where a plan lets them, else
-    operation by operation. ``shares``: see ``StaticPrograms``; None: on GPUs. ``why_eager``: why
-    the plan's rounds do not run as wanted, empty where they do. ``static``: what runs them now.
+    operation by operation. ``traces``: whether the controller is told when operations ran, of all
+    ranks or of none (of captured ones on a CPU only). ``shares``: see ``StaticPrograms``; None: on
+    GPUs. ``why_eager``: why the plan's rounds do not run as wanted, empty where they do.
+    ``static``: what runs them now.
     """
 
     def __init__(
@@ -57,8 +59,7 @@ class Worker:
         team: Team,
         patience: Patience,
         deterministic: bool = True,
-        clock_ns: Callable[[], int] = time.monotonic_ns,
-        trace: Callable[[Span], None] | None = None,
+        traces: bool = False,
         captures: bool = False,
         shares: bool | None = None,
     ) -> None:
@@ -71,8 +72,9 @@ class Worker:
         self.bank = AdapterBank(
             backbone, grad_dtype_for(backbone.device, deterministic), self.programs
         )
+        self.log = span_log(backbone.place, backbone.layout.world_size) if traces else None
         self.runner = StageRunner(
-            backbone, self.links, patience, team.report, deterministic, clock_ns, trace
+            backbone, self.links, patience, team.report, deterministic, self.log
         )
         self.plan: Plan | None = None
         self.why_eager = ""
@@ -104,6 +106,8 @@ class Worker:
 
     def arrange(self, command: Arrange) -> None:
         plan = self.plan = command.plan
+        if self.log is not None:
+            self.log.begin_plan(plan)
         self._schedule = plan_schedule(plan, self.backbone.shape, self.backbone.place.replica)
         states = {task_id: self.states[task_id] for task_id in command.task_ids}
         for task_id, state in states.items():
@@ -124,7 +128,7 @@ class Worker:
             self.runner.begin_plan([])
             self.bank.arrange((), {})
         static = self.static = self.static or StaticRunner(
-            programs, self.runner.patience, self.team.report, self.states
+            programs, self.runner.patience, self.team.report, self.states, self.log
         )
         static.end_plan()
         problem = programs.begin()
@@ -163,6 +167,7 @@ class Worker:
             assert self.static is not None
             self.static.feed(inputs, schedule)
             self.static.run()
+        self._tell_spans()
 
     def _unordered(self, plan: Plan, htasks: tuple[int, ...], inputs: AnyRound) -> Schedule:
         shape, replica, num = self.backbone.shape, self.backbone.replica, len(plan.htasks)
@@ -176,6 +181,15 @@ class Worker:
             self.runner.flush()
         else:
             self.static.flush()
+        self._tell_spans(is_last=True)
+
+    def _tell_spans(self, is_last: bool = False) -> None:
+        """Of all that is over; what other threads still run comes with the next ones."""
+        if self.log is None:
+            return
+        found = self.log.taken(is_last)
+        if found.spans or is_last:
+            self.team.report(found)
 
     def gather(self, command: Gather) -> None:
         shares = {task_id: self.runner.shares(task_id) for task_id in command.task_ids}
