@@ -202,6 +202,35 @@ class StageSums(NamedTuple):
     num_blocks: int
 
 
+class SiteUse(NamedTuple):
+    """How a shape's slots use a fused linear. ``count``: of slots with factors there; ``known``:
+    whether captured steps know the methods of all; ``paid``: by side ("forward", "backward",
+    "factor") the rank that is paid and the seconds that a row of filler spares."""
+
+    site: FusedSite
+    count: int
+    known: bool
+    paid: Mapping[str, tuple[float, float]]
+
+
+class SlotsUse(NamedTuple):
+    """What a shape's slots mean for blocks of any number of rows. ``extras``: (method, size, slots)
+    of ``EXTRA_METHODS``."""
+
+    sites: tuple[SiteUse, ...]
+    extras: tuple[tuple[str, float, int], ...]
+    num_slots: int
+
+
+class RowsTimes(NamedTuple):
+    """What blocks of so many rows take whatever their slots. ``frozen``: by name; ``lacking``: what
+    the first block does not compute."""
+
+    frozen: Mapping[str, tuple[Op, Time]]
+    elementwise: tuple[tuple[Op, Time], ...]
+    lacking: Tally
+
+
 def _unchanged(_cause: str) -> float:
     return 1.0
 
@@ -247,7 +276,10 @@ class CapturedCostModel(ProfiledCostModel):
         return Time(value, ratio * width, outside or like != size)
 
     def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
-        return self._unit_s() * self._units(kind, site, rows)
+        key = ("tiles", kind, site, rows)
+        if key not in self._memo:
+            self._remember(key, self._unit_s() * self._units(kind, site, rows))
+        return self._memo[key]  # type: ignore[return-value]
 
     def _units(self, kind: str, site: FusedSite, rows: int) -> float:
         assert self._tiling is not None
@@ -376,7 +408,13 @@ class CapturedCostModel(ProfiledCostModel):
 
     def _place(self, shape: ShapeKey) -> tuple[float, ...]:
         """Among shapes: rows, slots, ranks, and how much of the linears is adapted."""
-        kinds = Counter(shape.slots)
+        key = ("place", self._slots_number(shape.slots))
+        if key not in self._memo:
+            self._remember(key, self._place_of_slots(Counter(shape.slots)))
+        rows = float(np.log2(max(1, shape.padded_tokens)))
+        return rows, *self._memo[key]  # type: ignore[misc]
+
+    def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
         ranks, adapted = 0.0, 0.0
         for slot, count in kinds.items():
             sites = sum(self._has_factors(slot, site) for site in self._sites(1))
@@ -384,8 +422,7 @@ class CapturedCostModel(ProfiledCostModel):
             adapted += count * sites
         share = adapted / (len(MEMBERS) * max(1, kinds.total()))
         rank = ranks / adapted if adapted else float(np.log2(MIN_RANK))
-        rows = float(np.log2(max(1, shape.padded_tokens)))
-        return rows, float(np.log2(max(1, kinds.total()))), rank, share
+        return float(np.log2(max(1, kinds.total()))), rank, share
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
@@ -453,13 +490,9 @@ class CapturedCostModel(ProfiledCostModel):
             block.add(op, time)
         blocks.merge(block, layers)
         if first:
-            lacking = Tally()
-            for op, time in self._first_block_lacks(rows, replica.tp):
-                lacking.add(op, time)
-            blocks.merge(lacking, -1)
+            blocks.merge(self._of_rows(rows, replica.tp).lacking, -1)
         if first or last:
-            for op, time in self._edge_of(rows, replica):
-                edges.add(op, time)
+            edges.merge(self._edges_tally(rows, replica.pp), 1)
         pair_rates = self.attention_rates(replica.tp)
         for rate, backward in zip(pair_rates, (False, True), strict=True):
             blocks.put(ops.ATTENTION, backward, layers * (rate.per_call_s + rows * rate.per_row_s))
@@ -482,6 +515,67 @@ class CapturedCostModel(ProfiledCostModel):
             self._remember(key, self._measured_rows(name))
         ranks, seconds = self._memo[key]  # type: ignore[misc]
         return float(np.interp(rank, ranks, seconds)) if ranks else 0.0
+
+    def _of_rows(self, rows: float, tp: int) -> RowsTimes:
+        key = ("of rows", rows, tp)
+        if key not in self._memo:
+            frozen = {
+                name: self._timed(name, ops.BACKBONE, backward, (rows,))
+                for site in self._sites(tp)
+                for name, backward in (
+                    (f"frozen_forward.{site.size}", False),
+                    (f"frozen_backward.{site.size}", True),
+                )
+            }
+            hidden, inner = self.model.hidden, self.model.intermediate // tp
+            elementwise = tuple(
+                self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
+                for name, count in (
+                    (f"add_norm_forward.{hidden}", 2),
+                    (f"add_norm_backward.{hidden}", 2),
+                    (f"swiglu_forward.{inner}", 1),
+                    (f"swiglu_backward.{inner}", 1),
+                )
+            )
+            lacking = Tally()
+            for op, time in self._first_block_lacks(rows, tp):
+                lacking.add(op, time)
+            self._remember(key, RowsTimes(frozen, elementwise, lacking))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _edges_tally(self, rows: float, pp: int) -> Tally:
+        key = ("edges of rows", rows, pp)
+        if key not in self._memo:
+            tally = Tally()
+            for op, time in self._edge_of(rows, pp):
+                tally.add(op, time)
+            self._remember(key, tally)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _of_use(self, slots: tuple[AdapterSlot, ...], tp: int) -> SlotsUse:
+        key = ("use", self._slots_number(slots), tp)
+        if key not in self._memo:
+            kinds = Counter(slots)
+            sites = tuple(self._site_use(site, kinds) for site in self._sites(tp))
+            extras = []
+            for method in EXTRA_METHODS:
+                own = sum(count for slot, count in kinds.items() if slot.method == method)
+                size = extra_size(self.model, tuple(kinds), method)
+                if size:
+                    extras.append((method, size, own))
+            self._remember(key, SlotsUse(sites, tuple(extras), kinds.total()))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _site_use(self, site: FusedSite, kinds: Counter[AdapterSlot]) -> SiteUse:
+        users = [slot for slot in kinds if self._has_factors(slot, site)]
+        ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
+        paid = {}
+        for side in _MOST_SPARED if users else ():
+            name = f"{side}.{site.size}"
+            rank = self._rank_paid(name, ranks)
+            paid[side] = rank, self._row_of_adapters_s(name, rank)
+        known = all(slot.method == "lora" for slot in users)
+        return SiteUse(site, len(ranks), known, paid)
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
         """Where it was not measured: what a row more takes of a call with all rows in use."""
@@ -539,23 +633,15 @@ class CapturedCostModel(ProfiledCostModel):
     ) -> Iterator[tuple[Op, Time]]:
         """Where all rows are filler; what a row in use takes more is added to ``per_used_s``
         (forward, backward)."""
-        kinds = Counter(shape.slots)
-        for site in self._sites(tp):
-            yield from self._site_of(site, kinds, rows, per_used_s)
-        hidden, inner = self.model.hidden, self.model.intermediate // tp
-        for name, count in (
-            (f"add_norm_forward.{hidden}", 2),
-            (f"add_norm_backward.{hidden}", 2),
-            (f"swiglu_forward.{inner}", 1),
-            (f"swiglu_backward.{inner}", 1),
-        ):
-            yield self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
-        for method in EXTRA_METHODS:
-            size = extra_size(self.model, tuple(kinds), method)
+        of_rows, used = self._of_rows(rows, tp), self._of_use(shape.slots, tp)
+        for site in used.sites:
+            yield from self._site_of(site, used.num_slots, rows, of_rows.frozen, per_used_s)
+        yield from of_rows.elementwise
+        hidden = self.model.hidden
+        for method, size, own in used.extras:
             # Kernels compute rows of their own slots, taken as even shares; attention all rows.
-            own = sum(count for slot, count in kinds.items() if slot.method == method)
-            own_rows = rows if method == "prefix" else rows * own / max(1, kinds.total())
-            for side in ("forward", "backward") if size else ():
+            own_rows = rows if method == "prefix" else rows * own / used.num_slots
+            for side in ("forward", "backward"):
                 name = f"extra_{method}_{side}.{hidden}"
                 yield self._timed(name, method, side == "backward", (size, own_rows))
         if tp > 1:
@@ -578,39 +664,36 @@ class CapturedCostModel(ProfiledCostModel):
 
     def _site_of(
         self,
-        site: FusedSite,
-        kinds: Counter[AdapterSlot],
+        use: SiteUse,
+        num_slots: int,
         rows: float,
+        frozen: Mapping[str, tuple[Op, Time]],
         per_used_s: list[float],
     ) -> Iterator[tuple[Op, Time]]:
-        users = [slot for slot in kinds if self._has_factors(slot, site)]
-        known = all(slot.method == "lora" for slot in users)
-        count = sum(kinds[slot] for slot in users)
-        ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
+        size = use.site.size
 
         def timed(side: str, backward: bool) -> tuple[Op, Time, float]:
             """The last: seconds that are spared where all rows are filler."""
-            rank = self._rank_paid(f"{side}.{site.size}", ranks)
-            size = (float(count), rank, rows)
+            rank, per_row_s = use.paid[side]
+            sizes = (float(use.count), rank, rows)
             cause = FACTOR if side == "factor" else SITE
-            op, time = self._timed(f"site_{side}.{site.size}", cause, backward, size)
-            time = Time(time[0], time[1], time[2] or not known)
-            per_row_s = self._row_of_adapters_s(f"{side}.{site.size}", rank)
+            op, time = self._timed(f"site_{side}.{size}", cause, backward, sizes)
+            time = Time(time[0], time[1], time[2] or not use.known)
             per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
-            per_used_s[backward] += per_row_s * count / kinds.total()
+            per_used_s[backward] += per_row_s * use.count / num_slots
             return op, time, per_row_s * rows
 
         for side, backward in (("forward", False), ("backward", True)):
-            frozen = self._timed(f"frozen_{side}.{site.size}", ops.BACKBONE, backward, (rows,))
-            if not users:
-                yield frozen
+            alone = frozen[f"frozen_{side}.{size}"]
+            if not use.count:
+                yield alone
                 continue
             op, whole, spared_s = timed(side, backward)
-            alone_s = min(whole.value_s, frozen[1].value_s)
-            yield frozen[0], Time(alone_s, 0.0, whole.extrapolated)
+            alone_s = min(whole.value_s, alone[1].value_s)
+            yield alone[0], Time(alone_s, 0.0, whole.extrapolated)
             more_s = whole.value_s - alone_s - spared_s
             yield op, Time(more_s, whole.half_width_s, whole.extrapolated)
-        if users:
+        if use.count:
             op, beside, spared_s = timed("factor", True)
             yield op, beside._replace(value_s=beside.value_s - spared_s)
 
@@ -657,14 +740,14 @@ class CapturedCostModel(ProfiledCostModel):
             self._remember(key, frozenset(item.name.rsplit(".", 1)[-1] for item in linears))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _edge_of(self, rows: float, replica: ReplicaShape) -> Iterator[tuple[Op, Time]]:
+    def _edge_of(self, rows: float, pp: int) -> Iterator[tuple[Op, Time]]:
         hidden = self.model.hidden
         yield self._timed(f"embedding.{hidden}", ops.BACKBONE, False, (rows,))
         yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
         yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
         loss = f"full_loss.{hidden}x{self.model.vocab}"
         yield self._timed(loss, ops.LOSS, False, (rows,))
-        if replica.pp > 1:
+        if pp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
                 yield self._timed("p2p", ops.COMMUNICATION, backward, (moved,))
@@ -681,16 +764,26 @@ class CapturedCostModel(ProfiledCostModel):
     def _optimizers(self, tally: Tally, slots: tuple[AdapterSlot, ...]) -> tuple[float, ...]:
         """The call is part of every pass; a slot that closes its step adds its share of the
         difference."""
+        key = ("optimizers", self._slots_number(slots))
+        if key not in self._memo:
+            self._remember(key, self._optimizer_times(slots))
+        called, closing_s = self._memo[key]  # type: ignore[misc]
+        if called:
+            tally.add(*called)
+        return closing_s
+
+    def _optimizer_times(
+        self, slots: tuple[AdapterSlot, ...]
+    ) -> tuple[tuple[Op, Time] | None, tuple[float, ...]]:
         of_kind = {slot: float(slot_elements(self.model, slot)) for slot in Counter(slots)}
         elements = [of_kind[slot] for slot in slots]
         total = sum(elements)
         if not total:
-            return (0.0,) * len(slots)
-        op, idle = self._timed("adamw_idle", ops.OPTIMIZER, True, (total,))
+            return None, (0.0,) * len(slots)
+        called = self._timed("adamw_idle", ops.OPTIMIZER, True, (total,))
         _, active = self._timed("adamw_active", ops.OPTIMIZER, True, (total,))
-        tally.add(op, idle)
-        more = max(0.0, active.value_s - idle.value_s)
-        return tuple(more * count / total for count in elements)
+        more = max(0.0, active.value_s - called[1].value_s)
+        return called, tuple(more * count / total for count in elements)
 
     def _attention(self, name: str) -> Rates:
         name, ratio, extrapolated = self._measured(name)

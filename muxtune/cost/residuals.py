@@ -17,6 +17,7 @@ predicted from the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -180,13 +181,14 @@ def _missing(step: StepSums) -> float:
     return 1.0 - sum(sum(item.seconds.values()) for item in step.passes) / step.measured_s
 
 
-def _spreads(causes: Sequence[str]) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _spreads(causes: tuple[str, ...]) -> np.ndarray:
     """Of every linear term; the last three are of filler, a pass's constant and a block's."""
     of_causes = [_SPREADS.get(cause, _OTHER_SPREAD) for cause in causes]
     return np.array([*of_causes, _FILLER, _PASS_S, _BLOCK_S])
 
 
-def _linear(passes: Sequence[PassSums], causes: Sequence[str], total_s: float) -> np.ndarray:
+def _linear(passes: Sequence[PassSums], causes: tuple[str, ...], total_s: float) -> np.ndarray:
     """Each term's share of the time when it is off by its prior's deviation."""
     sums = [sum(item.seconds.get(cause, 0.0) for item in passes) for cause in causes]
     sums += [sum(item.filler_s for item in passes), len(passes)]
