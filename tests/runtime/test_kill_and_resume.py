@@ -376,7 +376,7 @@ def test_a_run_that_is_asked_to_stop_can_be_gone_on_with(
     """Its settings stay, and it says how; the run that goes on ends as if nothing had been."""
     folder, number = tmp_path / "run", signal.Signals[name]
     (tmp_path / "tasks.yaml").write_text(
-        TASKS.format(data=case.folder.parent / "data.jsonl", steps=30)
+        TASKS.format(data=case.folder.parent / "data.jsonl", steps=300)  # not over when it is asked
     )
     words = [f"workload.tasks_file={tmp_path / 'tasks.yaml'}", "planner.chunk_tokens=16"]
     program = ["muxtune", "train", "model=tiny", *words, f"output_dir={folder}"]
