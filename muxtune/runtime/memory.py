@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -21,6 +22,21 @@ def give_back_freed() -> None:
     """What the C library keeps of freed memory, to the system: it counts as the process's own."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What the allocator holds of a GPU; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def give_back_cached(device: torch.device, graphs: bool = False) -> None:
+    """What the allocator holds and nobody uses, to the GPU. ``graphs``: let go of may be graphs,
+    which are in cycles: none may hold its memory until some later collection."""
+    if device.type != "cuda":
+        return
+    if graphs:
+        gc.collect()
+    torch.cuda.empty_cache()
 
 
 class MemoryMeter:

@@ -6,7 +6,6 @@ eagerly, and a notice says why. One hTask of an instance may be captured and ano
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from muxtune.runtime.backbone import Backbone
 from muxtune.runtime.bank import AdapterPool, SlotPool, TaskState
 from muxtune.runtime.captured_runner import CapturedRunner, capacity_of, sizes_left
+from muxtune.runtime.memory import give_back_cached, reserved_bytes
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import EagerRunner, PassRunner
 from muxtune.runtime.static_step import StaticModel, Unsupported
@@ -75,22 +75,16 @@ class Runners:
         return pool
 
     def keep(self, pools: Sequence[AdapterPool]) -> int:
-        before_bytes, ids = self._reserved_bytes(), {id(pool) for pool in pools}
+        device, ids = self.backbone.device, {id(pool) for pool in pools}
+        before_bytes = reserved_bytes(device)
         self._captured = {key: item for key, item in self._captured.items() if key in ids}
         if not self._captured:
             self._memory, self._memory_rows = None, 0
-        if self.backbone.device.type == "cuda":
-            gc.collect()  # of graphs too: none may hold its memory until some later collection
-        self.give_back()
-        return before_bytes - self._reserved_bytes()
+        give_back_cached(device, graphs=True)
+        return before_bytes - reserved_bytes(device)
 
     def give_back(self) -> None:
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _reserved_bytes(self) -> int:
-        on_cuda = self.backbone.device.type == "cuda"
-        return torch.cuda.memory_reserved(self.backbone.device) if on_cuda else 0
+        give_back_cached(self.backbone.device)
 
     def arrange(
         self,

@@ -335,3 +335,10 @@ def _overdue(what: str, limit_s: float) -> DistributedError:
         f"{what} did not come within {limit_s:.0f} s: another rank hangs or has died. "
         "Look at its last lines, then resume from the last checkpoint"
     )
+
+
+def order_waits_for_itself() -> DistributedError:
+    return DistributedError(
+        "the plan's order waits for itself on this rank. Resume with planner.orchestration=false, "
+        "which needs no order, and report the plan"
+    )

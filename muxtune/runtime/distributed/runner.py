@@ -18,7 +18,14 @@ from torch import Tensor
 from muxtune.runtime.bank import SlotPool, TaskState
 from muxtune.runtime.batch import PassTensors
 from muxtune.runtime.distributed.eager import EagerPass, EagerStage
-from muxtune.runtime.distributed.links import Arrival, DistributedError, Links, Patience, used_here
+from muxtune.runtime.distributed.links import (
+    Arrival,
+    DistributedError,
+    Links,
+    Patience,
+    order_waits_for_itself,
+    used_here,
+)
 from muxtune.runtime.distributed.schedule import (
     STEP_ONLY,
     TRANSFERS,
@@ -160,7 +167,7 @@ class StageRunner:
             self._enqueue(later, self._last, self._num_fed - 1)
         self._work(self._num_fed + self._last.deepest)
         if self._rounds or self._compute or self._comm:
-            raise DistributedError("the plan's order waits for itself on this rank")
+            raise order_waits_for_itself()
         if self._last_comm is not None:
             self.patience.wait(self._last_comm, "the last transfer")
         self._first, self._last, self._last_comm = self._num_fed, None, None

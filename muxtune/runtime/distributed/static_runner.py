@@ -18,7 +18,6 @@ Shape suffixes: S slots.
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,14 @@ from torch import Tensor
 
 from muxtune.runtime.bank import AdapterPool, TaskState
 from muxtune.runtime.captured_runner import Capacity
-from muxtune.runtime.distributed.links import FOREVER, DistributedError, Lane, Links, Patience
+from muxtune.runtime.distributed.links import (
+    FOREVER,
+    DistributedError,
+    Lane,
+    Links,
+    Patience,
+    order_waits_for_itself,
+)
 from muxtune.runtime.distributed.order_runner import COMM, COMPUTE, Launch, OrderRunner
 from muxtune.runtime.distributed.peer_memory import PeerMemory, Unavailable
 from muxtune.runtime.distributed.runner import (
@@ -53,6 +59,7 @@ from muxtune.runtime.distributed.sharding import Share, StageBackbone, WholeTens
 from muxtune.runtime.distributed.static_part import stage_part
 from muxtune.runtime.distributed.static_stage import StagePart, VisitProgram
 from muxtune.runtime.distributed.tracing import SpanLog
+from muxtune.runtime.memory import give_back_cached, reserved_bytes
 from muxtune.runtime.static_step.inputs import HostBuffer, SlotInput, StepInputs
 from muxtune.runtime.static_step.inputs import Sequence as Rows
 from muxtune.runtime.static_step.model import Unsupported
@@ -205,22 +212,15 @@ class StaticPrograms:
         return StaticPool(self._part.model, slots, self.deterministic)
 
     def keep(self, pools: Sequence[AdapterPool]) -> int:
-        ids = {id(pool) for pool in pools}
-        before_bytes = self._reserved_bytes()
+        device, ids = self.backbone.device, {id(pool) for pool in pools}
+        before_bytes = reserved_bytes(device)
         for key in [key for key in self._known if key[0] not in ids]:
             self._known.pop(key).close()
-        if self.backbone.device.type == "cuda":
-            gc.collect()  # of graphs too
-        self.give_back()
-        return before_bytes - self._reserved_bytes()
+        give_back_cached(device, graphs=True)
+        return before_bytes - reserved_bytes(device)
 
     def give_back(self) -> None:
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _reserved_bytes(self) -> int:
-        on_cuda = self.backbone.device.type == "cuda"
-        return torch.cuda.memory_reserved(self.backbone.device) if on_cuda else 0
+        give_back_cached(self.backbone.device)
 
     # -- plans
 
@@ -512,7 +512,7 @@ class StaticRunner:
             self._work(self._num_fed + self._deepest)
             self._forget_up_to(self._num_fed - 1)
             if self._queues[COMPUTE] or self._queues[COMM]:
-                raise DistributedError("the plan's order waits for itself on this rank")
+                raise order_waits_for_itself()
             self._first, self._fed = self._num_fed, False
         if self.on_cuda:
             torch.cuda.synchronize()
@@ -638,7 +638,7 @@ class StaticRunner:
         for at in sorted(at for at in self._rounds if at <= number):
             round_ = self._rounds[at]
             if round_.remaining:
-                raise DistributedError("the plan's order waits for itself on this rank")
+                raise order_waits_for_itself()
             for token in round_.last.values():
                 self._wait(token, f"the end of round {at}")
             for report in round_.reports:
