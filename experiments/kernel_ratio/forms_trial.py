@@ -42,7 +42,7 @@ from muxtune_kernels.multi_lora.tuning import tuning_of
 from muxtune_kernels.multi_lora.window import How
 
 Shape = tuple[int, int, int, int]
-CHECKED: tuple[Shape, ...] = ((2048, 4096, 4096, 4), (2048, 4096, 4096, 32))
+CHECKED: tuple[Shape, ...] = ((2048, 4096, 4096, 8), (2048, 4096, 4096, 32))
 FORWARD = How()
 FORMS: dict[str, tuple[str, How, How]] = {
     "room": ("window", FORWARD, How()),
@@ -54,11 +54,18 @@ FORMS: dict[str, tuple[str, How, How]] = {
     "room 2 stream4 quarters": ("window", How(parts=4), How(True, "stream", 4, 4)),
     "distant": ("distant", FORWARD, How()),
     "distant 2 stream3": ("distant", FORWARD, How(True, "stream", 3)),
+    "distant 2 stream4 quarters": ("distant", How(parts=4), How(True, "stream", 4, 4)),
     "library": ("library", FORWARD, How()),
     "library 1 stream": ("library", FORWARD, How(outer="stream")),
     "library 2 stream": ("library", FORWARD, How(True, "stream")),
 }
 MOST_LIBRARY_RANKS = 128
+# The sizes whose goal is open get all forms, the others these.
+OPEN = ((8192, 1), (8192, 4), (2048, 32), (8192, 8), (2048, 8), (8192, 32))
+ELSEWHERE = (
+    "room", "room 2 stream3", "room 2 stream4 quarters", "distant", "distant 2 stream3",
+    "distant 2 stream4 quarters", "library",
+)  # fmt: skip
 
 
 class Forms:
@@ -147,9 +154,11 @@ class Forms:
         )
 
 
-def names_for(num_tasks: int) -> list[str]:
+def names_for(shape: Shape) -> list[str]:
+    num_rows, _, num_out, num_tasks = shape
     fits = num_tasks * RANK <= MOST_LIBRARY_RANKS
-    return [name for name, form in FORMS.items() if form[0] != "library" or fits]
+    wanted = FORMS if (num_rows, num_tasks) in OPEN and num_out == 4096 else ELSEWHERE
+    return [name for name in wanted if fits or FORMS[name][0] != "library"]
 
 
 def checks(shape: Shape, device: str) -> Iterator[tuple[str, str, bool]]:
@@ -160,7 +169,7 @@ def checks(shape: Shape, device: str) -> Iterator[tuple[str, str, bool]]:
         case = Case(*shape, device=device)
         case.rows = slot_rows(spans, num_rows, num_tasks, device)
         forms = Forms(case)
-        for name in names_for(num_tasks):
+        for name in names_for(shape):
             step = forms.step(name)
             try:
                 got = step(case.sets[0])
@@ -209,17 +218,16 @@ def ahead(folder: Path, part: int, parts: int) -> None:
                 print(*[told for told in checks(shape, "cpu") if not told[2]], flush=True)
             case = Case(*shape, device="cpu")
             forms = Forms(case)
-            for step in (ours(case, torch.float32), *map(forms.step, names_for(shape[3]))):
+            for step in (ours(case, torch.float32), *map(forms.step, names_for(shape))):
                 step(case.sets[0])
         print(shape, compiled.count, f"{time.monotonic() - start_s:.0f} s", flush=True)
 
 
 def in_order() -> list[Shape]:
     """The sizes whose goal is open first."""
-    first = [(8192, 1), (8192, 4), (2048, 32), (8192, 8), (2048, 8), (8192, 32)]
     shapes = all_shapes(SIZES, TOKENS, TASKS)
-    place = {(rows, 4096, 4096, tasks): i for i, (rows, tasks) in enumerate(first)}
-    return sorted(shapes, key=lambda shape: (place.get(shape, len(first)), shape[2], shape[0]))
+    place = {(rows, 4096, 4096, tasks): i for i, (rows, tasks) in enumerate(OPEN)}
+    return sorted(shapes, key=lambda shape: (place.get(shape, len(OPEN)), shape[2], shape[0]))
 
 
 def main() -> None:
@@ -255,7 +263,7 @@ def timed(shape: Shape, wrong: set[str]) -> dict[str, Any]:
     case = Case(*shape)
     forms = Forms(case)
     steps = {"plain": plain(case), "without room": ours(case, torch.float32)}
-    steps |= {name: forms.step(name) for name in names_for(shape[3]) if name not in wrong}
+    steps |= {name: forms.step(name) for name in names_for(shape) if name not in wrong}
     measured = measure(case, steps, True, 3, 3)
     line = "  ".join(f"{name} {m['ratio']:.3f}" for name, m in measured.items())
     print(f"{shape} graph {measured['plain']['step_us']:8.1f} us  {line}", flush=True)

@@ -242,14 +242,17 @@ def _tiles(operand: Operand, rows: int, columns: int) -> tuple[int, Any]:
     return 2 + (step < 0), TensorDescriptor(base, [2, *near.shape], strides, [1, rows, columns])
 
 
-def _launch_plainly(grid, tensors, numbers, constants, num_warps, num_stages, tiles) -> None:
-    tiles = [
+def _launch_plainly(
+    grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...],
+    constants: tuple[Any, ...], num_warps: int, num_stages: int, tiles: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """Of three dimensions, which `Launcher` does not know."""
+    told = [
         TensorDescriptor.from_tensor(t.tensor, [t.rows, t.columns]) if isinstance(t, Tiles) else t
         for t in tiles
     ]
-    window_linear_kernel[grid](
-        *tiles, *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages
-    )
+    kernel: Any = window_linear_kernel
+    kernel[grid](*told, *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
 
 
 _SIDE_STAGES, _GROUP_T = 5, 8
