@@ -162,6 +162,10 @@ class CostModel(Protocol):
         """Seconds for which an instance writes out a task that leaves it."""
         ...
 
+    def finish_s(self, slot: AdapterSlot) -> Estimate:
+        """Seconds for which an instance writes out a task that is done, before it is told."""
+        ...
+
     def memory_ledger_bytes(self, plan: Plan) -> StageLedgers:
         """Its peak is ``resident_bytes`` of all slots plus the largest ``pass_bytes``."""
         ...

@@ -209,12 +209,13 @@ def profile_jobs() -> list[Any]:
     from muxtune.profiling.captured_cases import few_block_cases, whole_cases
     from muxtune.profiling.captured_profile import op_jobs, rows_up_to
     from muxtune.profiling.compiling import step_jobs
+    from muxtune.profiling.takeovers import takeover_jobs
 
     shape = model_shape(PROFILED)
     few = shallow(shape)
     cases = [*(few_block_cases(few, MAX_ROWS) if few else ()), *whole_cases(shape, MAX_ROWS)]
     steps = [job for case in cases for job in step_jobs(case.shape, case.plan(), case.specs())]
-    return [*op_jobs(shape, rows_up_to(MAX_ROWS)), *steps]
+    return [*op_jobs(shape, rows_up_to(MAX_ROWS)), *steps, *takeover_jobs(shape, MAX_ROWS)]
 
 
 def suite_jobs(path: Path) -> list[Any]:
@@ -226,10 +227,11 @@ def suite_jobs(path: Path) -> list[Any]:
     with tempfile.TemporaryDirectory() as place:
         args = validation.arguments().parse_args(["--out", place])
         attempt = Attempt(Path(place), path)
-        drawn = drawn_of(attempt, validation.options_of(args, 1.0))
+        options = validation.options_of(args, 1.0)
+        drawn = drawn_of(attempt, options)
         if drawn.no_runs:
             print(f"no dynamic runs: {drawn.no_runs}", flush=True)
-        return jobs_of(attempt, drawn)
+        return jobs_of(attempt, drawn, options)
 
 
 def ask_runtime(name: str, target: str, deterministic: bool) -> set[Wanted]:

@@ -82,6 +82,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
     parser.add_argument("--ahead", action="store_true", help="kernels are compiled already")
+    parser.add_argument(
+        "--check", action=argparse.BooleanOptionalAction, default=True,
+        help="carry the profile to the machine at hand before its suite",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -188,6 +192,7 @@ def options_of(args: argparse.Namespace, budget_s: float) -> ValidationOptions:
         own_every=OWN_EVERY,
         steps_first=0.25 if args.rehearse else 0.6,
         min_repeats=args.repeats,
+        checks_machine=args.check,
     )
 
 

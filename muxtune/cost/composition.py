@@ -210,6 +210,19 @@ class ComposedCostModel(ABC):
         """As long as loading takes: the same bytes over the same link, the other way."""
         return self._adapter_load_s(slot)
 
+    @property
+    def charges_ends(self) -> bool:
+        """Whether ``finish_s`` is anything at all."""
+        return False
+
+    def finish_s(self, slot: AdapterSlot) -> Estimate:
+        """Nothing, where it was not measured."""
+        return Estimate(0.0, 0.0, 0.0)
+
+    def leave_s(self) -> Estimate:
+        """Taking a plan over, besides what it has to make; nothing, where it was not measured."""
+        return Estimate(0.0, 0.0, 0.0)
+
     def slot_overhead_s(self, slots: tuple[AdapterSlot, ...], layers: int) -> float:
         """Time of a pass that the presence of slots adds besides their operations."""
         return 0.0
@@ -300,12 +313,14 @@ class ComposedCostModel(ABC):
             return self._from_nothing_s(new.htasks[0], new.replicas[0])
         old_tasks: set[str] = set()
         known: set[int] = set()
+        costs: list[Estimate] = []
+        if previous and previous.htasks and previous.htasks != new.htasks:
+            costs.append(self.leave_s())
         if previous:
             old_tasks.update(*[htask.slot_of for htask in previous.htasks])
             if not self.captures_anew(previous, new):
                 shapes = [htask.shapes for htask in previous.htasks]
                 known.update(*[self._captures(item, new.replicas[0])[0] for item in shapes])
-        costs: list[Estimate] = []
         for htask in new.htasks:
             if not htask.slot_of.keys() <= old_tasks:
                 slots = htask.shapes[-1].slots

@@ -238,6 +238,22 @@ class ProfiledCostModel(ComposedCostModel):
     def move_s(self, slot: AdapterSlot) -> Estimate:
         return self._by_parameters("move", slot)
 
+    @property
+    def charges_ends(self) -> bool:
+        return "finish" in self.profile.ops
+
+    def finish_s(self, slot: AdapterSlot) -> Estimate:
+        """Measured where the profile has it: its adapter is written to the disk."""
+        if "finish" not in self.profile.ops:
+            return super().finish_s(slot)
+        return self._by_parameters("finish", slot)
+
+    def leave_s(self) -> Estimate:
+        if "leave" not in self.profile.ops:
+            return super().leave_s()
+        value, width, outside = self._table("leave").at((float(self.model.num_layers),))
+        return Estimate(value, max(value - width, 0.0), value + width, outside)
+
     def _by_parameters(self, name: str, slot: AdapterSlot) -> Estimate:
         size = (float(ops.adapter_parameters(self.model, slot)),)
         value, width, outside = self._table(name).at(size)

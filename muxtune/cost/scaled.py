@@ -9,6 +9,7 @@ from typing import Any
 from muxtune.errors import ConfigError
 from muxtune.protocols import CostBook, CostModel
 from muxtune.types import (
+    AdapterSlot,
     Estimate,
     Estimates,
     PassCoefficients,
@@ -65,6 +66,9 @@ class ScaledCostModel:
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         return self._scaled(self._model.capture_s(shape, replica))
+
+    def finish_s(self, slot: AdapterSlot) -> Estimate:
+        return self._scaled(self._model.finish_s(slot))
 
     def _scaled(self, plain: Estimate) -> Estimate:
         factor = self._factor

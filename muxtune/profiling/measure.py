@@ -48,6 +48,7 @@ from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import StepBench, is_lost, short_collections
+from muxtune.profiling.takeovers import measure_takeovers, takeover_jobs
 from muxtune.runtime.bank import grad_dtype_for
 
 ROWS = (16, 64, 256, 1024)
@@ -173,9 +174,11 @@ def profile_machine(
             more, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
             whole += more
             left_out += failed
-            bench.close()
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
+            if is_captured:  # instead of what was measured apart
+                left_out += _add_takeovers(ops, bench, most, kept)
+            bench.close()
         ops |= exchanges
         clocks.append(clocks_now(target))
     if style == CAPTURED and target.type == "cuda" and "capture" not in ops:
@@ -248,7 +251,8 @@ def _step_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
         *whole_cases(shape, max_rows),
         *(few_block_cases(few, max_rows) if (few := shallow(shape)) else ()),
     ]
-    return [job for case in wanted for job in step_jobs(shape, case.plan(), case.specs())]
+    jobs = [job for case in wanted for job in step_jobs(shape, case.plan(), case.specs())]
+    return [*jobs, *takeover_jobs(shape, max_rows)]
 
 
 def _whole_steps(
@@ -298,6 +302,31 @@ def _whole_steps(
         # To warm up, and three repeats; what was compiled says nothing of the next one.
         per_row_s = 4 * median(times_s) / case.micro_batch_tokens
     return steps, captures, missing
+
+
+def _add_takeovers(
+    ops: dict[str, Any], bench: StepBench, max_rows: int, kept: captured_profile.Kept | None
+) -> list[str]:
+    """What plans and ends of tasks cost on the executor that trains. What went wrong."""
+    if kept is not None and kept.has("takeovers"):
+        row = next(row for row in kept.rows if row["name"] == "takeovers")
+        ops |= row.get("ops", {})
+        return [f"takeovers: {row['error']}"] if row.get("error") else []
+    if kept is not None:
+        kept.begin({"name": "takeovers"})
+    try:
+        found = measure_takeovers(
+            bench.shape, bench.store, step=bench.options.step,
+            deterministic=bench.options.deterministic, max_rows=max_rows,
+        )  # fmt: skip
+    except Exception as error:
+        if is_lost(bench.device):
+            raise
+        return [f"takeovers: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    ops |= found
+    if kept is not None:
+        kept.add({"name": "takeovers", "ops": found})
+    return []
 
 
 def _add_joins(

@@ -121,15 +121,16 @@ class StepBench:
         self.shape, self.device, self._clock = shape, device, clock
         self._give_back()
         self._others_bytes = 0 if device.type == "cuda" else MemoryMeter(device).current_bytes()
-        store = BackboneStore({shape.name: random_weights(shape, 0, device, dtype)}, device, dtype)
-        self.backbone = store.get(shape.name)
+        weights = {shape.name: random_weights(shape, 0, device, dtype)}
+        self.store = BackboneStore(weights, device, dtype)
+        self.backbone = self.store.get(shape.name)
         self.options = TorchOptions(Path(), deterministic=deterministic, step=step)
         self._notices: list[str] = []
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def close(self) -> None:
         """Let the model go; nothing can run after that."""
-        del self.backbone
+        del self.backbone, self.store
         self._give_back()
 
     def run(

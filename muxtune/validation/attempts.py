@@ -4,6 +4,7 @@
     steps.jsonl, ops.jsonl, dynamic.jsonl   one record a line
     report.json, predicted_measured.png, errors.png   of the last attempt
     attempts.jsonl one line an attempt, appended, never rewritten
+    machine.json   how the machine that measured differs from the profiled one; may be missing
     attempt-N/     the records and the profile of earlier attempts
 
 Another profile in the same folder is another attempt; the same one goes on where it stopped.
@@ -11,17 +12,20 @@ Another profile in the same folder is another attempt; the same one goes on wher
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from muxtune.cost.machine import carried
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.errors import ProfileError
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records, append_line, read_lines
 
 PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
+MACHINE = "machine.json"
 RECORDS = ("steps", "ops", "dynamic")
 
 
@@ -38,8 +42,23 @@ class Attempt:
         if here.resolve() != profile_path.resolve():
             here.write_bytes(profile_path.read_bytes())
         stamp = {"profile": self.profile.content_hash}
-        self.models = Models(self.profile)
+        self.models = Models(self.profile)  # by which the suite is drawn
+        self.here, self.models_here = self.profile, self.models  # by which it is predicted
+        if (folder / MACHINE).exists():
+            self.carry_to(json.loads((folder / MACHINE).read_text(encoding="utf-8")))
         self.records = {name: Records(folder / f"{name}.jsonl", stamp) for name in RECORDS}
+
+    @property
+    def is_checked(self) -> bool:
+        return self.here is not self.profile
+
+    def carry_to(self, check: Mapping[str, Any]) -> None:
+        """Predictions are for the machine of the check from now on, which is kept. Raises
+        ProfileError for one of another profile."""
+        self.here = carried(self.profile, check)
+        self.models_here = Models(self.here)
+        text = json.dumps(check, indent=1) + "\n"
+        (self.folder / MACHINE).write_text(text, encoding="utf-8")
 
     def _are_of_this_profile(self, here: Path) -> bool:
         """The profile and the records of the folder: the profile may have been replaced."""
@@ -56,7 +75,7 @@ class Attempt:
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("attempt-*")]
         kept = self.folder / f"attempt-{max(numbers, default=0) + 1}"
         kept.mkdir()
-        for name in (PROFILE, REPORT, *(f"{name}.jsonl" for name in RECORDS)):
+        for name in (PROFILE, MACHINE, REPORT, *(f"{name}.jsonl" for name in RECORDS)):
             if (self.folder / name).exists():
                 (self.folder / name).rename(kept / name)
 

@@ -18,6 +18,7 @@ from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.errors import ConfigError
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob, step_jobs
+from muxtune.profiling.machine_check import check_jobs, check_machine
 from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import is_lost, short_collections
@@ -48,7 +49,8 @@ class ValidationOptions(NamedTuple):
     """``budget_s``: seconds for all of it; 0 scores and draws what is there. ``max_rows``: of a
     micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none.
     ``min_rows``, ``own_every``: see ``SuiteOptions``. ``steps_first``: share of the time for steps
-    after which the dynamic runs come. ``min_repeats``: of each step."""
+    after which the dynamic runs come. ``min_repeats``: of each step. ``checks_machine``: carry the
+    profile to the machine at hand first (``muxtune.cost.machine``)."""
 
     budget_s: float
     num_cases: int = 240
@@ -62,6 +64,7 @@ class ValidationOptions(NamedTuple):
     own_every: int = 0
     steps_first: float = 0.6
     min_repeats: int = 3
+    checks_machine: bool = False
 
 
 def validate(
@@ -102,6 +105,7 @@ def validate(
         "software": dict(profile.software),
         "program": dict(profile.program),
         "profile": profile.content_hash,
+        "checked_machine": attempt.is_checked,
         "clock": options.clock or profile_clock(profile),
         "left": left,
         "warnings": warnings,
@@ -123,7 +127,7 @@ def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
     found = []
     for row in attempt.records["dynamic"].rows:
         try:
-            found.append(with_prediction(row, attempt.profile))
+            found.append(with_prediction(row, attempt.here))
         except Exception as error:  # what was measured of others is to be scored all the same
             found.append({**row, "error": f"no prediction: {error}"})
     return found
@@ -136,7 +140,7 @@ def _run(
     report: Callable[[str, float, str], None],
     compilers: Compilers,
 ) -> dict[str, int]:
-    profile, models, records = attempt.profile, attempt.models, attempt.records
+    profile, records = attempt.profile, attempt.records
     clock = options.clock or profile_clock(profile)
     now, end_s = clock_of(clock, device), time.perf_counter() + options.budget_s
     of: Callable[[str], Report] = lambda what: lambda share, text: report(what, share, text)  # noqa: E731
@@ -146,19 +150,26 @@ def _run(
         report("dynamic runs", 0.0, f"none: {drawn.no_runs}")
         left = {"dynamic": NUM_DYNAMIC}
     limit_s = COMPILING_SHARE * options.budget_s
-    for text in compilers.compile(jobs_of(attempt, drawn), of("compiling"), limit_s):
+    for text in compilers.compile(jobs_of(attempt, drawn, options), of("compiling"), limit_s):
         report("compiling", 1.0, text)
+    if options.checks_machine and not attempt.is_checked:
+        most = _grid_rows(profile, options)[-1]
+        check = check_machine(profile, device, most, clock=now, report=of("checking the machine"))
+        for text in check["failed"]:
+            report("checking the machine", 1.0, text)
+        attempt.carry_to(check)
+    here, models = attempt.here, attempt.models_here
     start_s = time.perf_counter()
     left |= {
         "ops": run_ops(
-            profile, models, device, records["ops"],
+            here, models, device, records["ops"],
             end_s=start_s + OPS_SHARE * (end_s - start_s), clock=now, report=of("operations"),
         )
     }  # fmt: skip
 
     def steps_until(until_s: float) -> int:
         return run_steps(
-            cases, profile, models, device, records["steps"], end_s=until_s,
+            cases, here, models, device, records["steps"], end_s=until_s,
             case_s=options.case_s, min_repeats=options.min_repeats, clock=now,
             report=of("steps"),
         )  # fmt: skip
@@ -193,11 +204,14 @@ def drawn_of(attempt: Attempt, options: ValidationOptions) -> Drawn:
         return Drawn(cases, [], [], str(error))
 
 
-def jobs_of(attempt: Attempt, drawn: Drawn) -> list[OpJob | StepJob]:
+def jobs_of(attempt: Attempt, drawn: Drawn, options: ValidationOptions) -> list[OpJob | StepJob]:
     """All that has to be compiled for what is left of a suite."""
-    records = attempt.records
+    records, profile = attempt.records, attempt.profile
     todo = [case for case in drawn.cases if not records["steps"].has(case.name)]
-    return [*op_jobs(attempt.profile, records["ops"]), *_jobs_of(todo), *drawn.of_runs]
+    jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *drawn.of_runs]
+    if options.checks_machine and not attempt.is_checked:
+        jobs += check_jobs(profile, _grid_rows(profile, options)[-1])
+    return jobs
 
 
 @contextmanager
@@ -252,7 +266,7 @@ def _run_dynamic(
     end_s: float,
     report: Report,
 ) -> int:
-    records, profile = attempt.records["dynamic"], attempt.profile
+    records, profile = attempt.records["dynamic"], attempt.here
     for number, case in enumerate(todo):
         if time.perf_counter() + duration_s > end_s:
             return len(todo) - number

@@ -86,7 +86,9 @@ class InstanceActor:
 
     __slots__ = (
         "_charges_checkpoints",
+        "_charges_ends",
         "_charges_transitions",
+        "_closing_ns",
         "_course",
         "_forecast",
         "_is_paced",
@@ -133,6 +135,8 @@ class InstanceActor:
         self._plans_take_time = bool(options.planning_base_s or options.planning_per_task_s)
         self._charges_transitions = options.charge_transitions
         self._charges_checkpoints = options.charge_checkpoints
+        # Most know nothing of it, and segments are many.
+        self._charges_ends = options.charge_transitions and getattr(cost, "charges_ends", False)
         # On one GPU passes follow each other, and nothing else sets their pace.
         self._is_paced = sum(replica.num_gpus for replica in spec.replicas) > 1
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
@@ -148,6 +152,7 @@ class InstanceActor:
         self._course: PlanCourse | None = None  # of the segment
         self._forecast = NO_FORECAST
         self._transition_ns = 0
+        self._closing_ns = 0  # behind the last round: tasks that are done are written
         self._target_rounds = self._target_work_ns = 0
         self._work_ns = self._segment_start_ns = self._last_ns = 0
         self._joined: dict[str, tuple[int, int]] = {}  # (steps, tokens) of each task, then
@@ -312,7 +317,8 @@ class InstanceActor:
         self.is_running = True
         self._work_ns, self._segment_start_ns, self._last_ns = 0, now_ns, now_ns
         self._target_rounds = rounds
-        self._target_work_ns = self._transition_ns + duration_ns
+        self._closing_ns = self._writing_ns(task_ids) if self._charges_ends else 0
+        self._target_work_ns = self._transition_ns + duration_ns + self._closing_ns
         if not self.is_busy:
             world.busy_changed(self)
 
@@ -435,8 +441,9 @@ class InstanceActor:
             self._start(now_ns)
             return
         assert self._course is not None
-        rounds, work_ns = self._course.rounds_until(max(1, self._work_ns - self._transition_ns))
+        rounds, work_ns = self._course.rounds_until(max(1, self._worked_ns()))
         if rounds < self._target_rounds:
+            self._closing_ns = 0
             self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns
 
     def _schedule(self, now_ns: int) -> None:
@@ -480,10 +487,25 @@ class InstanceActor:
         """Whole rounds behind it in mid-segment."""
         assert self._course is not None
         self._account(now_ns)
-        worked_ns = self._work_ns - self._transition_ns
+        worked_ns = self._worked_ns()
         rounds, end_ns = self._course.rounds_until(max(0, worked_ns))
         self._target_rounds = rounds if end_ns == worked_ns else max(0, rounds - 1)
         return self._target_rounds
+
+    def _worked_ns(self) -> int:
+        """On rounds."""
+        rounds_ns = self._target_work_ns - self._closing_ns
+        return min(self._work_ns, rounds_ns) - self._transition_ns
+
+    def _writing_ns(self, task_ids: tuple[str, ...]) -> int:
+        """Those of them that will be done, not released."""
+        plan, seconds = self.plan, 0.0
+        assert plan is not None
+        for htask in plan.htasks:
+            for task_id, slot in htask.slot_of.items():
+                if task_id in task_ids and task_id not in plan.drains:
+                    seconds += self.cost.finish_s(htask.shapes[-1].slots[slot]).value
+        return to_ns(seconds) if seconds else 0
 
     def _cursors_after(self, rounds: int) -> dict[str, Cursor]:
         if rounds == 0 or self._course is None:
@@ -531,9 +553,10 @@ class InstanceActor:
         self._sums["padded_tokens"] += padded_tokens
         # Under contention the transition took its share of the wall time, too.
         wall_ns, work_ns = now_ns - self._segment_start_ns, max(1, self._target_work_ns)
+        others_ns = self._transition_ns + self._closing_ns
         data = ProgressData(
             rounds,
-            wall_ns * (work_ns - self._transition_ns) // work_ns,
+            wall_ns * (work_ns - others_ns) // work_ns,
             effective_tokens,
             padded_tokens,
             {name: at.step for name, at in self.cursors.items() if name not in self.gone},

@@ -11,6 +11,7 @@ from muxtune.errors import TaskError
 from muxtune.planning.journal import JournalBatch
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.types import (
+    AdapterSlot,
     DispatchRule,
     Estimate,
     Event,
@@ -39,10 +40,19 @@ GB = 10**9
 
 
 class FakeCost:
-    """Each pass takes ``pass_s``; nothing else takes time but a transition."""
+    """Each pass takes ``pass_s``; nothing else takes time but a transition and a task's end."""
 
-    def __init__(self, pass_s: float = PASS_S, transition_s: float = 0.0) -> None:
-        self.pass_s, self._transition_s = pass_s, transition_s
+    def __init__(
+        self, pass_s: float = PASS_S, transition_s: float = 0.0, finish_s: float = 0.0
+    ) -> None:
+        self.pass_s, self._transition_s, self._finish_s = pass_s, transition_s, finish_s
+
+    @property
+    def charges_ends(self) -> bool:
+        return self._finish_s > 0
+
+    def finish_s(self, slot: AdapterSlot) -> Estimate:
+        return exactly(self._finish_s)
 
     def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape) -> PassCoefficients:
         return PassCoefficients(self.pass_s, 0.0, 0.0, (0.0,) * len(shape.slots), 0.1)
@@ -55,8 +65,8 @@ def exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-def fake_book(pass_s: float = PASS_S, transition_s: float = 0.0) -> Any:
-    cost = FakeCost(pass_s, transition_s)
+def fake_book(pass_s: float = PASS_S, transition_s: float = 0.0, finish_s: float = 0.0) -> Any:
+    cost = FakeCost(pass_s, transition_s, finish_s)
     return lambda model, device: cost
 
 

@@ -70,6 +70,28 @@ def prepared(sim: SimExecutor, *specs: Any) -> Any:
     return plan
 
 
+@pytest.mark.parametrize("finish_s", [0.0, 2.0])
+def test_a_task_is_told_as_done_when_it_is_written(finish_s: float):
+    sim = executor(finish_s=finish_s)
+    prepared(sim, task("a", 3), task("b", 5))
+    told = {}
+    for _ in range(4):
+        for event in sim.wait(FOREVER_NS):
+            told[event.kind, event.task_id] = event
+    ends = [told[EventKind.TASK_DONE, name].time_ns for name in "ab"]
+    both = executor(finish_s=0.0)
+    prepared(both, task("a", 3), task("b", 5))
+    plain = {}
+    for _ in range(4):
+        for event in both.wait(FOREVER_NS):
+            plain[event.kind, event.task_id] = event
+    # Each end waits for its own writing, and the second for the first's.
+    first, second = (plain[EventKind.TASK_DONE, name].time_ns for name in "ab")
+    assert ends == [first + seconds(finish_s), second + 2 * seconds(finish_s)]
+    progress = [e for (kind, _), e in told.items() if kind is EventKind.PROGRESS]
+    assert all(e.data == plain[EventKind.PROGRESS, e.task_id].data for e in progress)
+
+
 def test_commands_are_idempotent_and_answered_again():
     sim = executor()
     plan = prepared(sim, task("a", 3))
