@@ -144,6 +144,7 @@ SETS: dict[str, Sequence[Config]] = {
     ],
     "pp-slow": [_pipeline("tiles"), _pipeline("8", "1f1b", 2)],
     "tp-slow": [_tensor("3", "interleaved"), _tensor("3", "sequential")],
+    "pp-tiles": [_pipeline("tiles")],
     "tp-one": [_tensor("3", "interleaved")],
     "tp-four": [_tensor("4", "interleaved")],
     "pp-one": [_pipeline("8", "1f1b", 2)],

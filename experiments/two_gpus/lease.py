@@ -111,9 +111,13 @@ def warm(args: Any) -> None:
 
 
 def chosen(names: str, sets: str = "") -> Sequence[Phase]:
-    """By numbers, from 0; with other ``sets`` if any are given, and then all of the time."""
+    """By numbers, from 0; with other ``sets`` if any are given, and then all of the time. Of
+    several phases in turn, parted by ``;``, or the same for all."""
     phases = PHASES if not names else [PHASES[int(number)] for number in names.split(",")]
-    return [phase._replace(sets=sets, share=1.0) for phase in phases] if sets else phases
+    if not sets:
+        return phases
+    own = sets.split(";") if ";" in sets else [sets] * len(phases)
+    return [p._replace(sets=s, share=1.0) for p, s in zip(phases, own, strict=True)]
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=1e5, help="seconds for all of it")
     parser.add_argument("--phases", default="", help="numbers, to go on where a run was cut off")
-    parser.add_argument("--only", default="", help="other sets of configurations for all phases")
+    parser.add_argument("--only", default="", help="other sets of configurations; by phase: a;b,c")
     parser.add_argument("--rounds", type=int, default=KNOWN_ROUNDS)
     parser.add_argument("--layers", type=int, default=0, help="of the model, 0: all of them")
     parser.add_argument("--compile-s", type=float, default=0.0, help="for compiling before, 0: not")

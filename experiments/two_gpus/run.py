@@ -57,6 +57,8 @@ HOST_BYTES = {"cuda": 640 << 20, "cpu": 1 << 24}
 # For a configuration after it is captured, which took 10 to 25 s, and before.
 HUNG_S, COMPILING_S = {"cuda": 30.0, "cpu": 600.0}, 90.0
 _CPU_S = 1e-4  # of everything: the CPU shows that it works, not how fast
+# The device waits so long for each exchange that it is timed for: as in a round, the host is ahead.
+_CYCLES_AHEAD, _SUMS_IN_A_ROW = 2_000_000, 8
 TINY = ModelShape("tiny", 2, 64, 8, 4, 8, 128, 512)
 SEARCH = TemplateOptions(evaluations=40, node_budget=400_000)
 
@@ -237,7 +239,11 @@ def run_config(
         "peak_memory_gb": _peak_gb(rank.device),
         "waiting_slowdown": profile.waiting, "contention": list(profile.contention),
     }  # fmt: skip
-    row["compute_alone_ms"], row["comm_alone_ms"] = busiest_ms(base, profile)
+    row["compute_alone_ms"] = busiest_ms(base, profile, 0)
+    row["comm_alone_ms"], row["comm_one_by_one_ms"] = (
+        profile.comm_alone_ms,
+        busiest_ms(base, profile, 1),
+    )
     row |= measured_shares([item[1] for item in every])
     row["traced_rounds"] = TRACED if is_interleaved else rounds
     row |= predicted(problem, order, config, rounds, profile, row["traced_rounds"])
@@ -351,15 +357,17 @@ class Profile(NamedTuple):
     """What was timed before an order ran. ``durations_ns``: of every operation alone, by the
     slowest rank; on a pipeline's stages beside a receive that waits, as it does there.
     ``waiting``: what such a receive costs a computation, as a factor. ``contention``: between a
-    computation and an exchange."""
+    computation and an exchange. ``comm_alone_ms``: all of a round's exchanges in a row, of which
+    one may begin while those before it are under way."""
 
     durations_ns: dict[int, int]
     waiting: float
     contention: Contention
+    comm_alone_ms: float
 
 
 def profiled(runner: OrderRunner, config: Config, visits: Visits) -> Profile:
-    durations = op_durations_s(runner, visits)
+    durations, in_a_row = op_durations_s(runner, visits)
     graph = runner.schedule.graph
     own = [
         op for op in range(graph.num_ops)
@@ -374,9 +382,14 @@ def profiled(runner: OrderRunner, config: Config, visits: Visits) -> Profile:
         mine = exchange_contention(runner, heaviest)
         contention = Contention(*(_slowdown(value) for value in mine))
     factors = [1.0 if graph.stream_of[op] % 2 else waiting for op in range(graph.num_ops)]
+    by_stage = [
+        sum(seconds for op, seconds in in_a_row.items() if graph.stage_of[op] == stage)
+        for stage in range(graph.num_stages)
+    ]
     return Profile(
-        {op: round(1e9 * durations[op] * factors[op]) for op in durations}, waiting, contention
-    )
+        {op: round(1e9 * durations[op] * factors[op]) for op in durations}, waiting, contention,
+        1e3 * max(by_stage),
+    )  # fmt: skip
 
 
 def _slowdown(value: float) -> float:
@@ -384,23 +397,28 @@ def _slowdown(value: float) -> float:
     return max(1.0, _highest(value))
 
 
-def op_durations_s(runner: OrderRunner, visits: Visits) -> dict[int, float]:
-    """Every operation, in the mean over the known rounds; the slowest rank counts. Computing as
-    ``computed_s`` has it, exchanges and transfers between ranks that do nothing else."""
+def op_durations_s(
+    runner: OrderRunner, visits: Visits
+) -> tuple[dict[int, float], dict[int, float]]:
+    """(every operation, those of communication in a row), in the mean over the known rounds; the
+    slowest rank counts. Computing as ``computed_s`` has it, exchanges and transfers between ranks
+    that do nothing else."""
     graph, known = runner.schedule.graph, {}
     for at in covering(visits.sizes):
         runner.run(1, first_round=at)
-    own = computed_s(runner, visits)
+    own, in_a_row = computed_s(runner, visits), {}
     for op in (op for op in range(graph.num_ops) if graph.stream_of[op] % 2):
-        visit = graph.visit_of[op]
-        by_size = {
-            size: _moved_s(runner, op, size, known)
-            for size in sorted({sizes[visit] for sizes in visits.sizes})
-        }
-        own[op] = statistics.mean(by_size[sizes[visit]] for sizes in visits.sizes)
+        taken = [sizes[graph.visit_of[op]] for sizes in visits.sizes]
+        by_size = {size: _moved_s(runner, op, size, known) for size in sorted(set(taken))}
+        own[op], in_a_row[op] = (statistics.mean(by_size[t][i] for t in taken) for i in (0, 1))
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return {op: max(one[op] for one in every if op in one) for op in range(graph.num_ops)}
+    dist.all_gather_object(every, (own, in_a_row))
+    slowest = [
+        {op: max(one[kind][op] for one in every if op in one[kind]) for op in range(graph.num_ops)
+         if any(op in one[kind] for one in every)}
+        for kind in (0, 1)
+    ]  # fmt: skip
+    return slowest[0], slowest[1]
 
 
 def covering(sizes: list[list[int]]) -> list[int]:
@@ -452,8 +470,10 @@ def _passed(runner: OrderRunner, visits: Visits, ops: list[int], at: int) -> lis
     return marks
 
 
-def _moved_s(runner: OrderRunner, op: int, size: int, known: dict[Any, float]) -> float:
-    """Transfers of one kind and size take the same."""
+def _moved_s(
+    runner: OrderRunner, op: int, size: int, known: dict[Any, tuple[float, float]]
+) -> tuple[float, float]:
+    """(by itself, in a row). Transfers of one kind and size take the same."""
     program, operation = runner.program(op, size), runner.schedule.operation(op)
     summed = runner._reduced.get((op, size), ())
     key = (operation.action, program.num_rows, *[tensor.nbytes for tensor in summed])
@@ -535,7 +555,7 @@ def exchange_contention(runner: OrderRunner, op: int) -> tuple[float, float]:
         runner.add_up([buffer])
 
     compute_s = _highest(_replayed_s(runner, op, 8))
-    comm_s = _highest(_seconds(runner, exchange, 8, COMM))
+    comm_s = _highest(summed_s(runner, exchange)[1])
     found = []
     # Each is watched while the other is busy all the time.
     for watched, share in ((COMPUTE, 0.5), (COMM, 2.0)):
@@ -559,8 +579,12 @@ def _together(runner: OrderRunner, works: dict[str, Any], counts: dict[str, int]
         works[COMM]()
         return {name: _CPU_S * counts[name] for name in works}
     marks = {}
+    with torch.cuda.stream(runner._streams[COMPUTE]):
+        torch.cuda._sleep(max(counts.values()) * _CYCLES_AHEAD)
+        begun = torch.cuda.current_stream().record_event()
     for name, work in works.items():
         with torch.cuda.stream(runner._streams[name]):
+            runner._streams[name].wait_event(begun)
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(counts[name]):
@@ -596,22 +620,50 @@ def _replayed_s(runner: OrderRunner, op: int, repeats: int, size: int = 0) -> fl
     return _seconds(runner, runner.graph(op, size), repeats) if runner.on_cuda else _CPU_S
 
 
-def _transfer_seconds(runner: OrderRunner, op: int, size: int) -> float:
+def _transfer_seconds(runner: OrderRunner, op: int, size: int) -> tuple[float, float]:
     action = runner.schedule.operation(op).action
     if action is Action.REDUCE:
-        return _seconds(runner, runner.summing(op, size), 4) if runner.on_cuda else _CPU_S
+        return summed_s(runner, runner.summing(op, size))
     assert action in TRANSFERS
     sends = runner.schedule.graph.stage_of[op] == runner.stage
     wire = wire_of(runner, op, size, sends)
-    return _seconds(runner, wire.send if sends else wire.receive, 5)
+    seconds = _seconds(runner, wire.send if sends else wire.receive, 5)
+    return seconds, seconds
 
 
-def busiest_ms(base: Schedule, profile: Profile) -> list[float]:
-    """Of a round: the most that one stage computes, and that it communicates, by the profile."""
+def summed_s(runner: OrderRunner, work: Any) -> tuple[float, float]:
+    """Of an exchange between ranks that do nothing else: (each begins when the one before has
+    ended, all in a row). Launched ahead: what the host takes is nothing that a link does."""
+    if not runner.on_cuda:
+        work()
+        return _CPU_S, _CPU_S
+    return _launched_ahead_s(runner, work, True), _launched_ahead_s(runner, work, False)
+
+
+def _launched_ahead_s(runner: OrderRunner, work: Any, by_itself: bool) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(runner._streams[COMM]):
+        torch.cuda._sleep((1 + _SUMS_IN_A_ROW) * _CYCLES_AHEAD)
+        work()
+        runner.join()
+        start.record()
+        for _ in range(_SUMS_IN_A_ROW):
+            work()
+            if by_itself:
+                runner.join()
+        runner.join()
+        stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / _SUMS_IN_A_ROW
+
+
+def busiest_ms(base: Schedule, profile: Profile, kind: int) -> float:
+    """Of a round, by the profile: the most that one stage computes, or that it communicates if
+    ``kind`` is 1 and each operation waits for the one before."""
     sums = [0] * base.graph.num_streams
     for op, duration_ns in profile.durations_ns.items():
         sums[base.graph.stream_of[op]] += duration_ns
-    return [max(sums[kind::2]) / 1e6 for kind in (0, 1)]
+    return max(sums[kind::2]) / 1e6
 
 
 def by_htask(base: Schedule, profile: Profile) -> tuple[tuple[int, ...], ...]:

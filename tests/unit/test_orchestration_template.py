@@ -270,6 +270,17 @@ def test_one_all_reduce_hides_behind_another_tasks_compute():
     assert together.ratio < 1.02
 
 
+def test_every_htask_begins_in_the_first_pass():
+    """Two of three keep the link busy, so list scheduling lets the third wait for five rounds."""
+    problem = problem_of([Table(300, all_reduce_us=400)] * 3, [1] * 3, ReplicaShape(3, 1))
+    template = periodic_template(problem, QUICK)
+    refs = [ref for row in template.order.values() for ref in row]
+    assert template.period_ns == 2_400_000  # of all-reduces
+    for turn in range(3):
+        assert min(ref.round_offset for ref in refs if ref.turn == turn) == 0
+    assert max(ref.round_offset for ref in refs) <= 1
+
+
 def test_contention_is_weighed_by_the_search():
     tables = [Table(300, all_reduce_us=120), Table(300, all_reduce_us=120)]
     problem = problem_of(tables, [1, 1], ReplicaShape(3, 1), groups=10)

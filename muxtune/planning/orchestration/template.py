@@ -175,7 +175,23 @@ def _folded(graph: RoundGraph, start: np.ndarray, period: int) -> list[StreamSeq
         ranks = graph.structures[graph.visits[graph.visit_of[op]].htask].ranks
         # Of one instant: what ends a step before what the next step enters by.
         rows[stream].append((position, not item.backward, ranks[item.index], op, offset))
-    return [[(row[3], row[4]) for row in sorted(stream_rows)] for stream_rows in rows]
+    return _from_first_pass(
+        graph, [[(row[3], row[4]) for row in sorted(stream_rows)] for stream_rows in rows]
+    )
+
+
+def _from_first_pass(
+    graph: RoundGraph, sequences: Sequence[StreamSequence]
+) -> list[StreamSequence]:
+    """Each hTask begins in the first pass. List scheduling may let one wait for rounds while
+    others keep what is scarcest busy; but no hTask waits for another's results, so it may run all
+    it does so many rounds earlier: the steady round is the same, and less of it fills and drains.
+    """
+    htask_of = [graph.visits[visit].htask for visit in graph.visit_of]
+    least: dict[int, int] = {}
+    for op, offset in (item for sequence in sequences for item in sequence):
+        least[htask_of[op]] = min(offset, least.get(htask_of[op], offset))
+    return [[(op, offset - least[htask_of[op]]) for op, offset in row] for row in sequences]
 
 
 def _origins(graph: RoundGraph, start: np.ndarray) -> list[int]:

@@ -27,6 +27,7 @@ from muxtune.runtime.distributed.static_stage import Captured, VisitProgram, cap
 from muxtune.runtime.static_step.captured import no_collection
 
 COMPUTE, COMM = "compute", "comm"
+_ASIDE = "aside"  # for what follows a sum, so that the next one need not wait for it
 # Of a visit: what neighbours write to.
 _MESSAGES = ("received_TD", "gradient_TD", "squares_S", "norm_S")
 
@@ -134,7 +135,9 @@ class OrderRunner:
                 name: torch.cuda.Stream(device, priority=-1 if name == COMPUTE else -2)
                 for name in names
             }
-            if not separate:  # communication on the compute stream: nothing overlaps
+            if separate:
+                self._streams[_ASIDE] = torch.cuda.Stream(device, priority=-2)
+            else:  # communication on the compute stream: nothing overlaps
                 self._streams[COMM] = self._streams[COMPUTE]
         self._lanes = {} if self.on_cuda else {
             name: Lane(name, device) for name in (COMM, "below", "above")
@@ -393,6 +396,8 @@ class OrderRunner:
         targets = self.targets(op, size)
 
         def send() -> None:
+            if visit.part.tp is not None:
+                self.join()
             if pack is not None:
                 pack()
             self.move(sources(), targets, channel, self.flags.get(op))
@@ -402,18 +407,33 @@ class OrderRunner:
     def add_up(self, tensors: Sequence[Tensor], after: Callable[[], None] | None = None) -> Any:
         """The stage's ranks sum tensors in place, then do ``after``. What begins on the current
         stream may be over on another, which is returned then."""
+        ended_on = None
         if self._sum is not None:
-            return self._sum(tensors, after)
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self.links.tp)
-        if after is not None:
-            after()
-        return None
+            ended_on = self._sum(tensors)
+        else:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.links.tp)
+        return ended_on if after is None else self._follow(ended_on, after)
+
+    def _follow(self, stream: Any, work: Callable[[], None]) -> Any:
+        """``work`` after what ``stream``, or the current one, has to do; where it ends."""
+        if not self.on_cuda:
+            work()
+            return None
+        before = stream or torch.cuda.current_stream()
+        aside = self._streams.get(_ASIDE, before)
+        if aside is not before:
+            aside.wait_stream(before)
+        with torch.cuda.stream(aside):
+            work()
+        return aside
 
     def join(self) -> None:
-        """The current stream waits for all sums."""
+        """The current stream waits for all sums, and for what follows them."""
         if self._sum is not None:
             self._sum.join()
+        if _ASIDE in self._streams:
+            torch.cuda.current_stream().wait_stream(self._streams[_ASIDE])
 
     def move(
         self, sources: Sequence[Tensor], targets: Sequence[Tensor], channel: Channel,

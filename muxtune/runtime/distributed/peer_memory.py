@@ -191,15 +191,14 @@ class PairSum:
             self.fetching = torch.cuda.Stream(device, priority=-2)
         self._fetched: list[Any] = []  # events of the last messages, if so
 
-    def __call__(self, tensors: Sequence[Tensor], after: Callable[[], None] | None = None) -> Any:
-        """In place, and ``after`` when it is done. The stream on which it is, if not the current
-        one."""
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        """In place. The stream on which it is done, if not the current one."""
         self._buffers.append(self._buffers.pop(0))
         chunks = list(self._chunks(tensors, self._buffers[-1]))
         if self.fetching is None:
             self._send(chunks)
             self._fetch(chunks)
-            self._add(tensors, self._buffers[-1], after)
+            self._add(tensors, self._buffers[-1])
             return None
         current = torch.cuda.current_stream()
         if len(self._fetched) == _AHEAD:
@@ -209,7 +208,7 @@ class PairSum:
         with torch.cuda.stream(self.fetching):
             self._fetch(chunks)
             self.fetching.wait_event(sent)  # until then tensors are read
-            self._add(tensors, self._buffers[-1], after)
+            self._add(tensors, self._buffers[-1])
             self._fetched.append(self.fetching.record_event())
         return self.fetching
 
@@ -228,13 +227,9 @@ class PairSum:
         for chunk in chunks:
             self._memory.heed(self._flag, *(twin for _, twin in chunk))
 
-    def _add(
-        self, tensors: Sequence[Tensor], buffer: Tensor, after: Callable[[], None] | None
-    ) -> None:
+    def _add(self, tensors: Sequence[Tensor], buffer: Tensor) -> None:
         for tensor, theirs in self._places(tensors, buffer):
             tensor.add_(theirs)
-        if after is not None:
-            after()
 
     def _places(self, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[_Twins]:
         start = 0
