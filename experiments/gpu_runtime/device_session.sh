@@ -4,6 +4,8 @@
 #
 #     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150 [NAMES]]
 #
+# PARTS: of the step throughput, in their order; MEMORY_TASKS, MEMORY_S, JOINS_S, RATIO_S.
+#
 # In two calls: WORK=a folder for both, first `side_by_side.py --work`, then this with 0 seconds for it.
 # First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
 # alone: the step throughput, the memory curve, joins, the kernel ratio, each as far as the time goes;
@@ -59,11 +61,12 @@ memory_s=${MEMORY_S:-72} joins_s=${JOINS_S:-24} ratio_s=${RATIO_S:-60}
 checked=()
 [ -s "$work/steps/main.json" ] && checked=(--checked "$work/steps/main.json")
 keep=$((memory_s + joins_s + ratio_s))
-parts=check,lora_8,bound,hf_peft,sl_peft,ledger,lora_32,hf_peft_again,all_methods,mixed_methods
-[ "${#checked[@]}" -eq 0 ] || parts=${parts#check,}
+# HF PEFT, which waits for the host, first, and again while it has fallen short.
+parts=hf_peft,check,lora_8,bound,sl_peft,ledger,lora_32,hf_peft_again,all_methods,lora_1,lora_4
+parts=${PARTS:-$parts,mixed_methods,mixed_ranks,llama_3_1_8b,lora_16,hf_peft_again}
+[ "${#checked[@]}" -eq 0 ] || parts=${parts/check,/}
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
-  --only "$parts,mixed_ranks,llama_3_1_8b,lora_16,lora_4,lora_1" \
-  --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
+  --only "$parts" --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
 
 run="$here/run.py --out $work/alone --hf-instances ${HF_INSTANCES:-99}"
 alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory --memory-tasks "${MEMORY_TASKS:-}" \

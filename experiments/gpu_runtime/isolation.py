@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,41 +46,55 @@ def mixed_tasks() -> list[TaskSpec]:
     ]
 
 
-def lora(shape: ModelShape, device: str) -> dict[str, Any]:
+def lora(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
     return _exact(shape, device, lora_tasks())
 
 
-def mixed(shape: ModelShape, device: str) -> dict[str, Any]:
+def mixed(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
     return _exact(shape, device, mixed_tasks())
 
 
-def _exact(shape: ModelShape, device: str, tasks: list[TaskSpec]) -> dict[str, Any]:
-    """Deterministic mode: each adapter in company and alone, bit for bit."""
+def _exact(shape: ModelShape, device: str, tasks: list[TaskSpec]) -> Iterator[dict[str, Any]]:
+    """Deterministic mode: each adapter in company and alone, bit for bit; what is known after each
+    task, ``passed`` after the last one only."""
     store = store_of(shape, device)
     together = _together(store, shape, tasks, True)
-    alone = {task.task_id: _alone(store, shape, tasks, task, True) for task in tasks}
-    pairs = {key: (together.weights[key], alone[key].weights[key]) for key in alone}
-    return {
+    gaps, same = {}, {}
+    known = {
         "layers": shape.num_layers, "steps": STEPS, "captured": not together.notices,
-        "notices": together.notices,
-        "gaps": {key: gap(*pair) for key, pair in pairs.items()},
-        "passed": not together.notices and all(_same(*pair) for pair in pairs.values()),
+        "notices": together.notices, "gaps": gaps, "bit_identical": same,
     }  # fmt: skip
+    for task in tasks:
+        key = task.task_id
+        alone = _alone(store, shape, tasks, task, True).weights[key]
+        gaps[key], same[key] = (
+            gap(together.weights[key], alone),
+            _same(together.weights[key], alone),
+        )
+        yield known
+    yield known | {"passed": not together.notices and all(same.values())}
 
 
-def faults(shape: ModelShape, device: str) -> dict[str, Any]:
+def faults(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
     """A NaN planted in one task, an exception in its data, a cancel: the others bit for bit."""
     store, tasks = store_of(shape, device), lora_tasks()
     whole = _together(store, shape, tasks, True).weights
-    out = {what: _fault(store, shape, tasks, what, whole) for what in ("nan", "data", "cancel")}
-    return out | {"passed": all(item["others_bit_identical"] for item in out.values())}
+    out: dict[str, Any] = {}
+    for what in ("nan", "data", "cancel"):
+        out[what] = _fault(store, shape, tasks, what, whole)
+        yield out
+    yield out | {"passed": all(item["others_bit_identical"] for item in out.values())}
 
 
-def fast(shape: ModelShape, device: str) -> dict[str, Any]:
+def fast(shape: ModelShape, device: str) -> Iterator[dict[str, Any]]:
     """Fast mode: company against solitude, beside solitude with one BLAS against another."""
     store, tasks = store_of(shape, device), lora_tasks()
     together = _together(store, shape, tasks, False)
     gaps, spreads, sizes = {}, {}, {}
+    known = {
+        "layers": shape.num_layers, "steps": STEPS, "gaps": gaps, "library_gaps": spreads,
+        "sizes_together": together.replays, "sizes_alone": sizes,
+    }  # fmt: skip
     for task in tasks:
         key = task.task_id
         solo, other = (
@@ -88,9 +103,8 @@ def fast(shape: ModelShape, device: str) -> dict[str, Any]:
         gaps[key] = gap(together.weights[key], solo.weights[key])
         spreads[key] = gap(other.weights[key], solo.weights[key])
         sizes[key] = solo.replays
-    return {
-        "layers": shape.num_layers, "steps": STEPS, "gaps": gaps, "library_gaps": spreads,
-        "sizes_together": together.replays, "sizes_alone": sizes,
+        yield known
+    yield known | {
         "worst_gap": max(gaps.values()), "worst_library_gap": max(spreads.values()),
         "passed": all(gaps[key] <= spreads[key] for key in gaps),
     }  # fmt: skip

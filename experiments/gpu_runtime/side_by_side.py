@@ -4,9 +4,11 @@ kernels into the caches of this machine.
 
     PYTHONPATH=.:sim:kernels python3 experiments/gpu_runtime/side_by_side.py --out OUT --seconds 200
 
-In OUT: ``summary.json`` (how each process ended, which tests passed, failed or were not run),
-``tests.log`` and ``rehearsal.log`` (whole, but for what lies in the middle of very long ones),
-``gpu_runtime.json`` and ``rehearsal.json`` (results of the parts). ``--list`` shows the processes.
+In OUT: ``summary.json`` (how each process ended, which tests passed, failed or were not run; anew
+every few seconds), ``tests.log`` and ``rehearsal.log`` (whole, but for what lies in the middle of
+very long ones), ``gpu_runtime.json`` and ``rehearsal.json`` (results of the parts). ``--list``
+shows the processes. ``--tests FILE``: these tests in this order, as ``--collect`` prints them on
+any machine: looking for them takes a machine that has just started its time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +34,12 @@ TEST_FILES = (
     "tests/gpu/test_static_stage_cuda.py",
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
-SHARDS = {  # processes for the tests of a file; the others share those of ""
-    "test_triton_linear.py": 4, "test_captured_memory_cuda.py": 1, "test_gpu_runtime.py": 4,
-    "test_static_step_cuda.py": 2, "test_static_stage_cuda.py": 1, "": 3,
+# Processes by group of tests. A process starts longer than most tests run.
+SHARDS = {"triton_linear": 3, "gpu_runtime": 3, "steps": 1, "others": 2}
+GROUPS = {
+    "test_triton_linear.py": "triton_linear", "test_gpu_runtime.py": "gpu_runtime",
+    "test_captured_memory_cuda.py": "steps", "test_static_step_cuda.py": "steps",
+    "test_static_stage_cuda.py": "steps",
 }  # fmt: skip
 MANY_SLOTS = "test_many_slots.py"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=long", "-p", "no:cacheprovider",
@@ -54,6 +59,17 @@ RUNTIME_PARTS = {
     "isolation_fast": (), "joins": FEW_LAYERS,
     "memory": ("--rehearse", "--memory-seconds", "60"),
 }  # fmt: skip
+# What each of the processes loads, once by one alone: beside each other they take longer to read it
+# from a cold disk.
+WARM = """
+import peft, torch, transformers, triton
+import muxtune.cli, muxtune.runtime.executor
+from transformers import LlamaForCausalLM
+x = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
+(x @ x).sum().item()
+"""
+WARM_S = 30  # not longer
+KNOWN_EVERY_S = 5
 ENDING_S = 12  # to print what is known, after the interrupt
 LOG_BYTES, PROCESSES = 400_000, 21
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
@@ -113,12 +129,12 @@ def jobs(python: str, work: Path, test_ids: Sequence[str]) -> list[Job]:
 
 
 def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
-    by_file: dict[str, list[str]] = {}
+    by_group: dict[str, list[str]] = {}
     for test_id in ids:
         file = Path(test_id.split("::")[0]).name
-        known = file if file in (*SHARDS, MANY_SLOTS) else ""
-        by_file.setdefault(known, []).append(test_id)
-    many = by_file.pop(MANY_SLOTS, [])
+        group = MANY_SLOTS if file == MANY_SLOTS else GROUPS.get(file, "others")
+        by_group.setdefault(group, []).append(test_id)
+    many = by_group.pop(MANY_SLOTS, [])
     uncaptured = [test_id for test_id in many if "[" in test_id and "-False" in test_id]
     captured = [test_id for test_id in many if test_id not in uncaptured]
     out = [
@@ -126,11 +142,9 @@ def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
         # With blocking launches an error is told by the launch that made it.
         _tests(python, "many_uncaptured", uncaptured, ("CUDA_LAUNCH_BLOCKING", "1")),
     ]
-    kernels_last = sorted(by_file.items(), key=lambda item: "kernels" in item[1][0])
-    for file, members in kernels_last:
-        for number in range(SHARDS[file]):
-            name = f"{file.removesuffix('.py').removeprefix('test_') or 'others'}_{number}"
-            out.append(_tests(python, name, members[number :: SHARDS[file]]))
+    for group, members in by_group.items():
+        shards = SHARDS[group]
+        out += [_tests(python, f"{group}_{i}", members[i::shards]) for i in range(shards)]
     return [job for job in out if job.wanted]
 
 
@@ -148,10 +162,22 @@ def tests_marked_gpu(python: str) -> list[str]:
     return ids
 
 
-def run(waiting: list[Job], work: Path, end_s: float) -> list[Running]:
+def warm(python: str) -> None:
+    start_s = time.monotonic()
+    try:
+        done = subprocess.run([python, "-c", WARM], capture_output=True, text=True, timeout=WARM_S)
+        what = done.stderr.strip().splitlines()[-1] if done.returncode else "done"
+    except subprocess.TimeoutExpired:
+        what = "cut off"
+    print(f"[warm] {time.monotonic() - start_s:.0f} s: {what}", flush=True)
+
+
+def run(
+    waiting: list[Job], work: Path, end_s: float, tell: Callable[[list[Running]], object]
+) -> list[Running]:
     """All of them, PROCESSES at a time, as far as the time goes; the rest is interrupted so that
-    it says what it knows, then killed."""
-    waiting, started = list(waiting), []
+    it says what it knows, then killed. ``tell`` hears every few seconds what is known."""
+    waiting, started, told_s = list(waiting), [], time.monotonic()
     while time.monotonic() < end_s:
         alive = [item for item in started if item.process.poll() is None]
         if not waiting and not alive:
@@ -161,6 +187,9 @@ def run(waiting: list[Job], work: Path, end_s: float) -> list[Running]:
             started.append(alive[-1])
         time.sleep(0.2)
         _report(started, set(alive))
+        if time.monotonic() - told_s > KNOWN_EVERY_S:
+            told_s = time.monotonic()
+            tell(started)
     for item in started:
         item.is_interrupted = item.process.poll() is None
         item.signal(signal.SIGINT)
@@ -242,15 +271,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="kept, for what measures afterwards")
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--only", default="", help="kinds or names, with commas")
+    parser.add_argument("--tests", type=Path, help="ids of tests, one a line")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--collect", action="store_true", help="prints the ids of all tests")
     args = parser.parse_args()
     from muxtune.report.kernel_cache import kernels_there
 
     end_s = time.monotonic() + args.seconds - ENDING_S
+    ids = args.tests.read_text().split("\n") if args.tests else tests_marked_gpu(sys.executable)
+    if args.collect:
+        print("\n".join(ids))
+        return
     work = args.work or Path(tempfile.mkdtemp())
     for folder in (args.out, work / "parts", work / "steps"):
         folder.mkdir(parents=True, exist_ok=True)
-    waiting = jobs(sys.executable, work, tests_marked_gpu(sys.executable))
+    waiting = jobs(sys.executable, work, list(filter(None, ids)))
     chosen = set(filter(None, args.only.split(",")))
     if chosen:
         waiting = [job for job in waiting if chosen & {job.name, job.kind}]
@@ -259,10 +294,15 @@ def main() -> None:
             print(job.kind, job.name, len(job.wanted) or "")
         return
     before = kernels_there()
-    started = run(waiting, work, end_s)
-    found: dict[str, Any] = summary(started, waiting)
-    found["kernels_compiled"] = kernels_there() - before
-    (args.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def tell(started: list[Running]) -> dict[str, Any]:
+        found = summary(started, waiting) | {"kernels_compiled": kernels_there() - before}
+        (args.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
+    warm(sys.executable)
+    started = run(waiting, work, end_s, tell)
+    found = tell(started)
     gather(started, work, args.out)
     print(json.dumps(found["tests"]), json.dumps(found["tests_not_passed"])[:3000])
     failed = [item["name"] for item in found["processes"] if item["exit"]]

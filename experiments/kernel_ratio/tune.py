@@ -85,10 +85,13 @@ class Bench:
 
     def _roomy_shrink(self, i: int, tuning: Tuning) -> Any:
         (linear, x_TW, _), rows = self.room[i], self.rows_with_room
-        if isinstance(linear.weight, wide.WideWeight):
-            return wide.wide_shrink(x_TW, linear.weight, rows.rows, self.layout, tuning)
+        weight = linear.weight
+        x_TD, behind = x_TW[:, : weight.width], x_TW[:, weight.width :]
+        factor_RD = weight.weight_PW[weight.num_out :]
+        if isinstance(weight, wide.WideWeight):
+            return wide.wide_shrink(x_TD, factor_RD, behind, weight, rows.rows, self.layout, tuning)
         return window.window_shrink(
-            x_TW, linear.weight, rows.rows, rows.window, self.layout, tuning
+            x_TD, factor_RD, weight.bad_S, behind, rows.rows, rows.window, self.layout, tuning
         )
 
     def _dh_dbs(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
@@ -152,7 +155,11 @@ class Bench:
         (linear, x_TW, dy_TW), rows = self.room[i], self.rows_with_room
         weight, left = linear.weight, x_TW if forward else dy_TW
         if isinstance(weight, window.WideWeight):
-            return window.window_linear(left, weight, rows.window, rows.rows, self.layout, forward)
+            shape = weight.width, weight.num_out
+            return window.window_linear(
+                window.Operand(left), window.Operand(weight.weight_PW),
+                shape if forward else shape[::-1], rows.window, rows.rows, self.layout, forward,
+            )  # fmt: skip
         used = (weight.width if forward else weight.num_out) + weight.columns
         if forward:
             return left[:, :used] @ weight.weight_PW[: weight.num_out, :used].t()

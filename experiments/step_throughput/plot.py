@@ -54,11 +54,8 @@ def main() -> None:
 
 
 def _throughput(axes, data: dict) -> None:
-    bars = {
-        LABELS[name]: (data[name]["effective_tokens_per_s"], name in BASELINES)
-        for name in LABELS
-        if "effective_tokens_per_s" in (data.get(name) or {})
-    }
+    rates = {name: _tokens_per_s(data.get(name) or {}) for name in LABELS}
+    bars = {LABELS[name]: (rate, name in BASELINES) for name, rate in rates.items() if rate}
     colours = ["tab:grey" if is_baseline else "tab:blue" for _, is_baseline in bars.values()]
     drawn = axes.barh(list(bars), [value for value, _ in bars.values()], color=colours)
     axes.bar_label(drawn, fmt="%.0f", padding=2)
@@ -69,6 +66,12 @@ def _throughput(axes, data: dict) -> None:
         axes.set_title(f"dashed: bound of the frozen backbone, {best:.0f}", fontsize=9)
     axes.set_xlabel("effective tokens/s")
     axes.margins(x=0.12)
+
+
+def _tokens_per_s(row: dict) -> float:
+    """Of what was measured several times, the fastest."""
+    return max((run["effective_tokens_per_s"] for run in row.get("runs", [])),
+               default=row.get("effective_tokens_per_s", 0.0))  # fmt: skip
 
 
 def _ledger(axes, ledger: dict) -> None:

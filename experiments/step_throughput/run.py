@@ -7,8 +7,8 @@ task at a time and one padded batch of all tasks, in one process.
 ``--list`` shows the parts with their seconds; ``--only`` chooses among them and gives their order;
 ``--seconds`` leaves out what would not end in time. Each part is caught on its own and written as
 it comes. ``verdict.reportable`` is true only when the correctness check passed and the bound and
-HF PEFT reached 90% of DESIGN section 6. Steps are whole: fresh data from the host, forward,
-backward, optimizer, metrics read.
+HF PEFT reached 90% of DESIGN section 6; HF PEFT, which waits for the host, in the better one of its
+measurements. Steps are whole: fresh data from the host, forward, backward, optimizer, metrics read.
 
 ``--rehearse``: one layer and two rounds of everything, to compile kernels ahead and to see that
 each part works; its figures say nothing.
@@ -46,6 +46,11 @@ from muxtune_kernels import multi_task_adamw_
 # DESIGN section 6, one H100, Llama-2-7B shape: effective tokens/s.
 KNOWN = {"bound": 21_329.0, "hf_peft": 1_943.0, "sl_peft": 2_709.0}
 LEAST_SHARE = 0.9  # that the bound and HF PEFT must reach of it
+COUNTS = (
+    "the fastest of its measurements, all told in 'measured': it can only make less of what is "
+    "compared with it"
+)
+PEFT_LIMIT_S = 25.0  # for its steps, where --sl-limit-s ends the padded batch
 LORA: dict[str, Any] = {"targets": "all-linear", "rank": 16, "alpha": 32}
 SCALED = ["k_proj", "v_proj", "down_proj"]
 METHODS = (
@@ -152,13 +157,23 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
             reasons.append(f"{name} is at {reached[name]:.0%} of DESIGN section 6")
     if not data.get("lora_8"):
         reasons.append("no measurement")
-    return {"reportable": not reasons, "reasons": reasons, "baselines_reached": reached}
+    hf_peft = {"measured": _measured(data, "hf_peft"), "counts": COUNTS}
+    return {
+        "reportable": not reasons, "reasons": reasons, "baselines_reached": reached,
+        "hf_peft": hf_peft,
+    }  # fmt: skip
 
 
 def _baseline(data: dict[str, Any], name: str) -> float:
-    """Tokens/s; of two measurements the faster one, 0 without any."""
-    found = (data.get(key) or {} for key in (name, f"{name}_again"))
-    return max(row.get("effective_tokens_per_s", 0.0) for row in found)
+    """Tokens/s of the fastest of its measurements, 0 without any."""
+    return max(_measured(data, name), default=0.0)
+
+
+def _measured(data: dict[str, Any], name: str) -> list[float]:
+    """Tokens/s, in the order of the measurements."""
+    again = (data.get(f"{name}_again") or {}).get("runs", [])
+    rows = [data.get(name) or {}, *again]
+    return [row["effective_tokens_per_s"] for row in rows if "effective_tokens_per_s" in row]
 
 
 class Bench:
@@ -225,19 +240,19 @@ class Bench:
         warm_up = 2 if args.rehearse else 3 if whole else 16
         steps = 2 if args.rehearse else args.sl_steps if whole else args.peft_steps
         batches = batches_of(self.workload(), not whole)
+        limit_s = args.sl_limit_s if whole else PEFT_LIMIT_S
         try:
-            return baselines.time_steps(
-                wrapped, optimizer, batches, warm_up, steps, args.sl_limit_s
-            )
+            return baselines.time_steps(wrapped, optimizer, batches, warm_up, steps, limit_s)
         finally:
             wrapped.to("meta")  # its weights go, whatever of its steps still refers to it
 
     def peft_again(self) -> dict[str, Any]:
-        """Where HF PEFT fell short, which waits for the host most of the time: once more."""
+        """Where HF PEFT fell short so far, which waits for the host most of the time: once more."""
         data = self.report.data
-        if verdict(data)["baselines_reached"]["hf_peft"] >= LEAST_SHARE:
-            return {"not_needed": True}
-        data[AGAIN] = self.peft("hf_peft")
+        runs = (data.get(AGAIN) or {}).get("runs", [])
+        if verdict(data)["baselines_reached"]["hf_peft"] < LEAST_SHARE:
+            runs = [*runs, self.peft("hf_peft")]
+        data[AGAIN] = {"runs": runs}
         if "ledger" in data:
             data["ledger"] = ledger(data)
         return data[AGAIN]

@@ -101,20 +101,11 @@ def controller_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "step": "eager"}
 
 
-def captures(options: Mapping[str, Any]) -> bool:
-    """Whether ranks run rounds as captured stages where a plan lets them. Not by themselves: on
-    GPUs they have trained in experiments only."""
-    return options.get("step") == "captured"
-
-
-def eager_notice(options: Mapping[str, Any], device: Any, count: int) -> str:
-    """What the user is told of what ``auto`` has chosen; empty where one process chooses it too."""
-    if device.type != "cuda" or options.get("step", "auto") != "auto":
-        return ""
-    return (
-        f"{count} ranks run their operations one by one (eagerly). Say backend.step=captured for "
-        "captured stages, or eager to choose this"
-    )
+def captures(options: Mapping[str, Any], device: Any) -> bool:
+    """Whether ranks run rounds as captured stages where a plan lets them; ``auto`` on GPUs. Where
+    it does not, the run says why."""
+    step = options.get("step", "auto")
+    return step == "captured" or (step == "auto" and device.type == "cuda")
 
 
 def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
@@ -146,9 +137,8 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     team = Team(info.rank, info.world_size)
     patience = Patience(limit_s, watch.is_controller_idle)
     deterministic = bool(config.backend.get("deterministic", True))
-    worker = Worker(
-        backbone, team, patience, deterministic, traces=True, captures=captures(config.backend)
-    )
+    as_graphs = captures(config.backend, store.device)
+    worker = Worker(backbone, team, patience, deterministic, traces=True, captures=as_graphs)
     return worker, watch, store
 
 

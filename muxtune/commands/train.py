@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from muxtune.config import CommonConfig, TrainConfig
 from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
 from muxtune.planning.journal import Journal, JournalBatch, read_journal
+from muxtune.planning.orchestration import played, schedule_spans
+from muxtune.protocols import CostModel
+from muxtune.report.gantt import schedule_trace
 from muxtune.report.perfetto import Span, TraceWriter
 from muxtune.report.plots import slowdowns
 from muxtune.report.progress import TaskProgress
@@ -36,7 +39,8 @@ from muxtune.report.run_folder import SUMMARY, RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 
-TASKS_FILE, TRACE_FILE = "tasks.csv", "trace.json"
+TASKS_FILE, TRACE_FILE, PLAN_TRACE_FILE = "tasks.csv", "trace.json", "plan_trace.json"
+PREDICTED_ROUNDS = 12  # in that trace
 SLOWDOWN_PLOT = "slowdown.png"
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -108,7 +112,8 @@ class Outcomes:
 def run(
     config: TrainConfig, folder: RunFolder, loaded: build.BackboneStore | None = None
 ) -> dict[str, Any]:
-    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json.
+    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json; of several GPUs'
+    order also plan_trace.json, what was predicted of it.
 
     ``loaded``: backbones that a caller has in memory already. With ``config.resume`` the run in
     the folder goes on, and all but trace.json, which begins anew, are continued.
@@ -131,12 +136,11 @@ def run(
     chapters = _turn_page(config, folder.path)
     ended_before = tasks_that_ended(chapters)
     with ExitStack() as stack:
-        store, make_instance, notice = loaded or build.backbone_store(config), None, ""
+        store, make_instance = loaded or build.backbone_store(config), None
         backend: Mapping[str, Any] = config.backend
         if info is not None and info.world_size > 1:
             crew = ranks.crew_of(config, info)
             store, make_instance = crew.store, crew.make_instance
-            notice = ranks.eager_notice(backend, store.device, info.world_size)
             backend = ranks.controller_options(backend)
             stack.push(lambda kind, error, trace: crew.close() if kind is None else None)
         display = stack.enter_context(TaskProgress())
@@ -145,8 +149,6 @@ def run(
         file = stack.enter_context(folder.stream(TASKS_FILE))
         rows = stack.enter_context(TaskRows(file))
         listener = TorchListener(display, trace)
-        if notice:
-            listener.on_notice(notice)
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
             make_instance=make_instance,
@@ -174,9 +176,26 @@ def run(
         engine.observers += (display,)  # it shows what happens, not what has happened
         totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
+    if predicted := _ordered(outcomes.plans.values()):
+        spec = next(item for item in instances if item.instance_id == predicted.instance_id)
+        write_plan_trace(folder.path / PLAN_TRACE_FILE, predicted, costs(spec.model, spec.device))
     _show(folder, summary, outcomes)
     summary["error"] = troubles.error()
     return summary
+
+
+def _ordered(plans: Iterable[Plan]) -> Plan | None:
+    """The first of most tasks that has an order."""
+    found = [plan for plan in plans if plan.order]
+    return max(found, key=lambda plan: len(plan.task_ids), default=None)
+
+
+def write_plan_trace(path: Path, plan: Plan, cost: CostModel) -> None:
+    """The plan's first rounds as they are predicted, in the form in which a trace shows ranks."""
+    timeline = played(plan, cost.subgraph_times_s(plan), PREDICTED_ROUNDS)
+    names = [f"hTask {number}" for number in range(len(plan.htasks))]
+    process = f"predicted {plan.instance_id}, plan {plan.epoch}: stage"
+    schedule_trace(path, schedule_spans(timeline, names), process)
 
 
 def _tell_how_to_go_on(path: Path) -> None:

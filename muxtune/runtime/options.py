@@ -21,8 +21,8 @@ class TorchOptions(NamedTuple):
 
     ``device``: cpu, cuda, or auto: CUDA for a fleet of GPUs where torch sees one. ``dtype`` of the
     base model: float32, bfloat16, or auto: bfloat16 on CUDA. ``step``: captured (forward to
-    optimizer as one program, on CUDA a graph), eager (autograd), or auto: captured on one CUDA
-    device. What the program does not know runs eagerly, and the run says so."""
+    optimizer as one program, on CUDA a graph), eager (autograd), or auto: captured on CUDA.
+    What the program does not know runs eagerly, and the run says so."""
 
     output_dir: Path
     deterministic: bool = True

@@ -8,12 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runtime.test_distributed_command import WORDS, fewer, words, worst
+from tests.runtime.test_distributed_command import (
+    BOTH_STREAMS,
+    WORDS,
+    fewer,
+    traced_streams,
+    words,
+    worst,
+)
 
 DEVICE = os.environ.get("MUXTUNE_TEST_DEVICE", "cuda")  # cpu: to try the test itself
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
@@ -110,6 +118,17 @@ def check(found: Path, one: Path, gap: float, loss_gap: float = LOSS_GAP) -> Non
     assert mine == pytest.approx(theirs, rel=loss_gap)
 
 
+def overlapping(run: Path) -> list[tuple[float, float]]:
+    """Operations that a rank is said to have computed while it computed another (microseconds)."""
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    streams = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    own: dict[int, list[tuple[float, float]]] = {}
+    for event in events:
+        if event["ph"] == "X" and streams[event["tid"]] == "compute":
+            own.setdefault(event["pid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    return [b for spans in own.values() for a, b in pairwise(sorted(spans)) if a[1] > b[0] + 2.0]
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_two_gpus_train_what_one_trains(folder: Path, one: Path, name: str) -> None:
     check(train(folder, name, *LAYOUTS[name]), one, GAPS.get(name, 1e-3))
@@ -123,6 +142,8 @@ def test_captured_stages_train_what_one_captured_gpu_trains(folder: Path, name: 
         train(folder, alone.name, *SMALL, step="captured")
     run = train(folder, f"{name} captured", *SMALL, *LAYOUTS[name], step="captured")
     assert "eagerly" not in (folder / f"{name} captured.log").read_text()
+    assert traced_streams(run) == {(rank, stream) for rank in "01" for stream in BOTH_STREAMS}
+    assert not overlapping(run)
     check(run, alone, CAPTURED_GAPS.get(name, 1e-3), CAPTURED_LOSS_GAP)
 
 

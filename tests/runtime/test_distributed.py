@@ -346,3 +346,33 @@ def test_a_rank_tells_as_many_operations_of_a_plan_as_a_trace_holds(
                 log.timed(lambda: None, schedule, number, op)()
             found = log.taken(is_last=False)
             assert (len(found.spans), found.is_cut) == ((2, False), (1, True))[number]
+
+
+class _Event:
+    """An event, at ``at_ms`` of its device."""
+
+    def __init__(self, at_ms: float, is_over: bool = True) -> None:
+        self.at_ms, self.is_over = at_ms, is_over
+
+    def query(self) -> bool:
+        return self.is_over
+
+    def elapsed_time(self, later: _Event) -> float:
+        return later.at_ms - self.at_ms
+
+
+def test_operations_of_a_gpu_are_told_when_its_events_are_over() -> None:
+    plan = two_htasks(five_tasks(1), PIPELINE, 3)
+    schedule = plan_schedule(plan, SHAPE, 0)
+    assert schedule is not None
+    log = SpanLog(Layout(PIPELINE).places[0], ahead_ns=500)
+    log.begin_plan(plan)
+    log.begin_device(_Event(2.0), at_ns=1_000_500)
+    under_way = _Event(5.5, is_over=False)
+    log.note_events(schedule, 0, 0, _Event(3.0), _Event(5.0))
+    log.note_events(schedule, 0, 1, _Event(5.0), under_way)
+    found = log.taken(is_last=False)
+    assert [(item.start_ns, item.stop_ns) for item in found.spans] == [(2_000_000, 4_000_000)]
+    under_way.is_over = True
+    found = log.taken(is_last=True)
+    assert [(item.start_ns, item.stop_ns) for item in found.spans] == [(4_000_000, 4_500_000)]

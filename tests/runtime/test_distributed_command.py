@@ -215,6 +215,19 @@ def test_what_ranks_on_gpus_cannot_do_is_refused_before_any_rank_starts(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("step", "device", "expected"),
+    [
+        (None, "cuda", True),
+        ("auto", "cpu", False),
+        ("captured", "cpu", True),
+        ("eager", "cuda", False),
+    ],
+)  # fmt: skip
+def test_ranks_capture_by_themselves_on_gpus(step: str, device: str, expected: bool) -> None:
+    assert ranks.captures({"step": step}, torch.device(device)) is expected
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_a_wrong_world_size(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], rank: int,

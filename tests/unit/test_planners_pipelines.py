@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from experiments.near_optimum.by_iteration import cost_of
 from experiments.near_optimum.instances import random_instance
 from experiments.paper_figures.testbeds import CASES, H100, MIXED, Assumptions, books
 from experiments.paper_figures.testbeds import view as paper_view
+from muxtune.commands.train import PREDICTED_ROUNDS, write_plan_trace
 from muxtune.cost import CostBook
 from muxtune.errors import ConfigError
 from muxtune.planners.base import site_of
@@ -27,6 +30,7 @@ from muxtune.planning.orchestration import (
     round_problem,
 )
 from muxtune.planning.orchestration.accounting import contended_bound_ns
+from muxtune.protocols import CostModel
 from muxtune.types import Plan, ReplicaShape
 
 COSTS = CostBook()
@@ -86,7 +90,7 @@ def test_a_round_without_an_order_is_predicted_as_it_was_played(replica: Replica
     assert sum(predicted.breakdown_s.values()) == pytest.approx(predicted.round_time_s.value)
 
 
-def test_communication_is_hidden_where_two_smaller_micro_batches_fit_in_memory():
+def test_communication_is_hidden_where_two_smaller_micro_batches_fit_in_memory(tmp_path: Path):
     """The largest micro-batches leave no memory for a second one, and a fifth of the round to their
     collectives; what is exposed beside a second one is contention, which no order avoids."""
     case, heavy = CASES[0], Assumptions(tasks=4, batch=32)
@@ -101,6 +105,17 @@ def test_communication_is_hidden_where_two_smaller_micro_batches_fit_in_memory()
     bound_ns = contended_bound_ns(timeline.graph, contention)
     assert timeline.period_ns <= 1.005 * bound_ns
     assert plan.predicted.peak_memory_bytes.value <= view.memory_limit_bytes
+    check_plan_trace(tmp_path / "plan_trace.json", plan, costs(view.model, view.device))
+
+
+def check_plan_trace(path: Path, plan: Plan, cost: CostModel) -> None:
+    """What `muxtune train` writes of an order: every stage's two streams, as long as predicted."""
+    write_plan_trace(path, plan, cost)
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert len({event["tid"] for event in events}) == 2 * plan.replicas[0].pp
+    end_ms = max(event["ts"] + event["dur"] for event in events) / 1e3
+    rounds = end_ms / (1e3 * plan.predicted.round_time_s.value)
+    assert PREDICTED_ROUNDS <= rounds < PREDICTED_ROUNDS + 1.5
 
 
 def test_a_plain_plan_that_plays_better_than_its_closed_form_is_not_missed():

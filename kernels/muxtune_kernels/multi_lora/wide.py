@@ -15,6 +15,7 @@ sum of the ranks, rounded up), W columns of a buffer, P rows of a buffer, J colu
 h, R pool rows, S slots.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from .launch import (
 )
 from .tuning import Tuning, cdiv, next_power_of_2
 from .wide_kernels import wide_shrink_kernel, wide_sum_kernel, widen_weight_kernel
+from .window import DEFAULT, Ahead, How
 
 _widen, _shrink, _sum = map(Launcher, (widen_weight_kernel, wide_shrink_kernel, wide_sum_kernel))
 _BLOCK_N = 512
@@ -93,28 +95,31 @@ def wide_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y_TO, h_TJ). x_TW: x in its first columns; those behind are overwritten."""
     layout = layout_of(adapters, x_TW.device)
-    h_TJ = wide_shrink(x_TW, wide, rows, layout, tuning)
+    h_TJ = wide_shrink(
+        x_TW[:, : wide.width], wide.weight_PW[wide.num_out :], x_TW[:, wide.width :], wide, rows,
+        layout, tuning,
+    )  # fmt: skip
     used = wide.width + wide.columns
     return x_TW[:, :used] @ wide.weight_PW[: wide.num_out, :used].t(), h_TJ
 
 
 def wide_shrink(
-    x_TW: Tensor, wide: WideWeight, rows: RowTensors, layout: Layout, tuning: Tuning
-) -> Tensor:
-    num_rows = x_TW.shape[0]
+    x_TD: Tensor, factor_RD: Tensor, behind: Tensor, wide: WideWeight, rows: RowTensors,
+    layout: Layout, tuning: Tuning,
+) -> Tensor:  # fmt: skip
+    num_rows = x_TD.shape[0]
     # The library cannot add up parts of h: few rows are cut into more tiles instead.
     shrink_t, shrink_k = (16, 256) if num_rows < 6144 else (tuning.shrink_t, tuning.shrink_k)
-    h_TJ = empty((num_rows, layout.j_width), x_TW.dtype, x_TW.device)
-    factor_RD, behind = wide.weight_PW[wide.num_out :], x_TW[:, wide.width :]
+    h_TJ = empty((num_rows, layout.j_width), x_TD.dtype, x_TD.device)
     _shrink(
         (cdiv(num_rows, shrink_t), 1, 1),
         (
-            x_TW, factor_RD, h_TJ, behind, wide.bad_SB, rows.slot_of_row_T, rows.slot_bounds_S3,
+            x_TD, factor_RD, h_TJ, behind, wide.bad_SB, rows.slot_of_row_T, rows.slot_bounds_S3,
             layout.offset_S, layout.rank_S, rows.scale_S,
         ),
         (
-            num_rows, wide.width, layout.total_rank, x_TW.stride(0), factor_RD.stride(0),
-            layout.j_width, wide.columns, wide.bad_SB.shape[1], x_TW.stride(0),
+            num_rows, x_TD.shape[1], layout.total_rank, x_TD.stride(0), factor_RD.stride(0),
+            layout.j_width, wide.columns, wide.bad_SB.shape[1], behind.stride(0),
         ),
         (
             layout.num_members, layout.rank_pad, shrink_t, shrink_k,
@@ -128,7 +133,7 @@ def wide_shrink(
 
 def wide_backward(
     dy_TW: Tensor, x_TW: Tensor, h_TJ: Tensor, wide: WideWeight, a_RD: Tensor, b_RO: Tensor,
-    rows: RowTensors, adapters: Adapters, tuning: Tuning,
+    rows: RowTensors, adapters: Adapters, tuning: Tuning, how: How = DEFAULT,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dA [M * R, D], dB [R, O]). dy_TW: dy in its first columns; those behind are
     overwritten."""
@@ -139,13 +144,22 @@ def wide_backward(
     ) -> tuple[Tensor, Tensor]:
         return _wide_sum(parts, partials, h_TJ, b_OR, dy_TW, wide, rows, layout, tuning)
 
-    dh_TJ, db_RO = dh_db(
-        dy_TW[:, : wide.num_out], h_TJ, b_RO.t(), rows, adapters, layout, tuning,
-        sum_parts=sum_parts,
-    )  # fmt: skip
+    dy_TO, x_TD, db_RO = dy_TW[:, : wide.num_out], x_TW[:, : wide.width], None
+    if how.two_reads:
+        dh_TJ = wide_shrink(dy_TO, b_RO, dy_TW[:, wide.num_out :], wide, rows, layout, tuning)
+    else:
+        dh_TJ, db_RO = dh_db(
+            dy_TO, h_TJ, b_RO.t(), rows, adapters, layout, tuning, sum_parts=sum_parts
+        )
     used = wide.num_out + wide.columns
-    dx_TD = dy_TW[:, :used] @ wide.weight_PW[:used, : wide.width]
-    da_RD = outer(dh_TJ, x_TW[:, : wide.width], a_RD, rows, adapters, layout, tuning)
+    ahead = Ahead() if how.outer == "stream" else None
+    with ahead or contextlib.nullcontext():
+        dx_TD = dy_TW[:, :used] @ wide.weight_PW[:used, : wide.width]
+    da_RD = outer(dh_TJ, x_TD, a_RD, rows, adapters, layout, tuning)
+    if db_RO is None:
+        db_RO = outer(h_TJ, dy_TO, b_RO, rows, adapters, layout, tuning)
+    if ahead:
+        ahead.join()
     return dx_TD, da_RD, db_RO
 
 

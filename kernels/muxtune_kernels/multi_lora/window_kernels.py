@@ -63,13 +63,17 @@ def _rows_of_slots(slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first):
 @triton.jit
 def window_shrink_kernel(
     x_ptr, factor_ptr, h_ptr, to_ptr, bad_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr,
-    scale_ptr, window_ptr, num_rows, width, total_rank, x_stride, factor_stride, h_stride,
-    to_stride, room,
-    INNER: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_T: tl.constexpr, WINDOW: tl.constexpr,
+    scale_ptr, window_ptr, edges_ptr, num_rows, width, total_rank, x_stride, factor_stride,
+    h_stride, to_stride, room,
+    NUM_MEMBERS: tl.constexpr, OWN_COLUMNS: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, TILE_T: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """h of a tile of rows and one member, compact, and in its window behind x."""
+    """h of a tile of rows and one member, compact, and in its window. OWN_COLUMNS: of dy; the
+    members have columns of their own, and their factors are the same rows of other columns."""
     first_row, member = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    if OWN_COLUMNS and NUM_MEMBERS > 1:
+        start, stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, 64)
+        x_ptr, factor_ptr, width = x_ptr + start, factor_ptr + start, stop - start
     row_T = first_row + tl.arange(0, BLOCK_T)
     in_T = row_T < num_rows
     slot_0, uniform = uniform_slot(
@@ -83,7 +87,8 @@ def window_shrink_kernel(
         slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
     )
     x_row_T = x_ptr + row_T.to(tl.int64) * x_stride
-    factor_ptr += member.to(tl.int64) * total_rank * factor_stride
+    if not OWN_COLUMNS:
+        factor_ptr += member.to(tl.int64) * total_rank * factor_stride
     if uniform:
         h_TJ = _shrink_slot(
             slot_0, x_row_T, in_T, row_T, row_T, factor_ptr, offset_ptr, rank_ptr, 0, width,
@@ -169,12 +174,26 @@ def _place(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
 
 
 @triton.jit
+def _halves(acc_TN, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_halves(y_desc, acc_TN, t_0, n_0, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc_TN, BLOCK_T, BLOCK_N)
+    y_desc.store([t_0, n_0], left.to(y_desc.dtype))
+    y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(y_desc.dtype))
+
+
+@triton.jit
 def _product(
     program, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out, num_in, total_rank,
-    room,
-    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+    room, x_first, w_first,
+    DISTANT: tl.constexpr, WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One loop over the steps of all of a program's tiles, so that loads run on into the next tile
     while one is finished; the last steps of a tile are its window of ranks."""
@@ -182,6 +201,9 @@ def _product(
     tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
     num_tiles = tiles_t * tiles_n
     steps_k = num_in // BLOCK_K
+    k_behind = num_in
+    if DISTANT:
+        k_behind = 0
     i_I = program + tl.arange(0, TILES_PAD) * NUM_PROGRAMS
     t_I, _ = _place(i_I, tiles_t, tiles_n, GROUP_T)
     steps_I = steps_k + INNER * tl.load(window_ptr + 2 * t_I + 1)
@@ -213,22 +235,35 @@ def _product(
             behind = step - steps_k
             member = behind // tl.maximum(count, 1)
             within = (behind - member * count) * BLOCK_K
-            k_x = tl.where(behind >= 0, num_in + member * room + within, k_x)
-            k_w = tl.where(behind >= 0, num_in + member * total_rank + first + within, k_w)
+            k_x = tl.where(behind >= 0, k_behind + member * room + within, k_x)
+            k_w = tl.where(behind >= 0, k_behind + member * total_rank + first + within, k_w)
         else:
-            k_x += tl.where(step >= steps_k, column_0, 0)
-            k_w += tl.where(step >= steps_k, first, 0)
-        x_TK = x_desc.load([t_0, k_x])
-        if WEIGHT_NK:  # noqa: SIM108
-            w_KN = w_desc.load([n_0, k_w]).T
+            k_x += tl.where(step >= steps_k, column_0 + k_behind - num_in, 0)
+            k_w += tl.where(step >= steps_k, first + k_behind - num_in, 0)
+        if DISTANT:
+            # What lies behind is another buffer: one step of the descriptor's first dimension.
+            i_x = tl.where(step >= steps_k, 1 - x_first, x_first)
+            i_w = tl.where(step >= steps_k, 1 - w_first, w_first)
+            x_TK = x_desc.load([i_x, t_0, k_x]).reshape([BLOCK_T, BLOCK_K])
+            if WEIGHT_NK:
+                w_KN = w_desc.load([i_w, n_0, k_w]).reshape([BLOCK_N, BLOCK_K]).T
+            else:
+                w_KN = w_desc.load([i_w, k_w, n_0]).reshape([BLOCK_K, BLOCK_N])
         else:
-            w_KN = w_desc.load([k_w, n_0])
+            x_TK = x_desc.load([t_0, k_x])
+            if WEIGHT_NK:  # noqa: SIM108
+                w_KN = w_desc.load([n_0, k_w]).T
+            else:
+                w_KN = w_desc.load([k_w, n_0])
         acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
         if step == stop - 1:
-            pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(pairs)
-            y_desc.store([t_0, n_0], left.to(dtype))
-            y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
+            left, right = _halves(acc_TN, BLOCK_T, BLOCK_N)
+            if PARTS == 2:
+                y_desc.store([t_0, n_0], left.to(dtype))
+                y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
+            else:
+                _store_halves(y_desc, left, t_0, n_0, BLOCK_T, BLOCK_N // 2)
+                _store_halves(y_desc, right, t_0, n_0 + BLOCK_N // 2, BLOCK_T, BLOCK_N // 2)
             acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
 
 
@@ -292,8 +327,9 @@ def _outer_item(
 def window_linear_kernel(
     x_desc, w_desc, y_desc, window_ptr, count_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
     slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, num_rows, num_out, num_in, total_rank,
-    room, num_slots, h_stride, v_stride, out_stride,
-    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
+    room, num_slots, h_stride, v_stride, out_stride, x_first, w_first,
+    DISTANT: tl.constexpr, PARTS: tl.constexpr, WEIGHT_NK: tl.constexpr,
+    NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
     RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr, NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr,
     STAGES: tl.constexpr, OUTER: tl.constexpr, NUM_SIDE: tl.constexpr, SIDE_T: tl.constexpr,
@@ -306,8 +342,9 @@ def window_linear_kernel(
     if side >= NUM_SIDE:
         _product(
             side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out,
-            num_in, total_rank, room, WEIGHT_NK, NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K,
-            GROUP_T, NUM_PROGRAMS, TILES_PAD, STAGES,
+            num_in, total_rank, room, x_first - 2, w_first - 2, DISTANT,
+            WEIGHT_NK, NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, NUM_PROGRAMS,
+            TILES_PAD, STAGES, PARTS,
         )  # fmt: skip
     if OUTER:
         blocks = tl.cdiv(num_out, SIDE_N)

@@ -18,6 +18,7 @@ Shape suffixes: S slots.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -384,9 +385,19 @@ class _Player(OrderRunner):
         self, name: str, work: Callable[[], Any], waits: Sequence[Any],
         traced: tuple[int, int] | None = None, flags: Sequence[Any] = (),
     ) -> Any:  # fmt: skip
-        if traced is not None and self._log is not None:
-            work = self._log.timed(work, self.schedule, *traced)
-        return super()._on_stream(name, work, waits, None, flags)
+        log = self._log
+        if traced is None or log is None:
+            return super()._on_stream(name, work, waits, None, flags)
+        if not self.on_cuda:
+            work = log.timed(work, self.schedule, *traced)
+            return super()._on_stream(name, work, waits, None, flags)
+        token = super()._on_stream(
+            name, work, waits, traced if log.takes_another() else None, flags
+        )
+        for _, number, op, start, stop in self.timed:
+            log.note_events(self.schedule, number, op, start, stop)
+        self.timed.clear()
+        return token
 
     def graph(self, op: int, size: int) -> Callable[[], None]:
         return self._unit(op).graph(self.schedule.graph.subgraphs[op].index, size)
@@ -430,8 +441,7 @@ class StaticRunner:
         self.programs, self.patience, self.report = programs, patience, report
         self.backbone, self.states = programs.backbone, states
         self.on_cuda = self.backbone.device.type == "cuda"
-        # A GPU's host runs rounds ahead: when it launches a graph says nothing of when it runs.
-        self._log = None if self.on_cuda else log
+        self._log = log
         use_own = partial(torch.cuda.set_device, self.backbone.device) if self.on_cuda else None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports", initializer=use_own)
         names = () if self.on_cuda else (COMM, "below", "above")
@@ -462,6 +472,15 @@ class StaticRunner:
         self._copies = {name: [self._try_copy(name)] for name in task_ids} if self.on_cuda else {}
         if self.on_cuda:
             torch.cuda.synchronize()  # adapters have been laid out on other streams
+            self._begin_trace()
+
+    def _begin_trace(self) -> None:
+        if self._log is None:
+            return
+        origin = torch.cuda.Event(enable_timing=True)
+        origin.record(self.programs.streams[COMPUTE])
+        origin.synchronize()
+        self._log.begin_device(origin, time.monotonic_ns())
 
     def end_plan(self) -> None:
         self._rounds, self._players = {}, {}

@@ -1,6 +1,7 @@
 """What a rank's operations were and when they ran, for the trace of a run.
 
-Times are those of the host: of an operation on a GPU, when it was launched. Nothing waits for a
+Of a captured operation on a GPU the device tells, by events around it, when it ran; of any other
+the times are those of the host: of an eager one on a GPU, when it was launched. Nothing waits for a
 device here.
 """
 
@@ -57,6 +58,16 @@ class HostClock(NamedTuple):
     now_ns: int
 
 
+class _OnDevice(NamedTuple):
+    """An operation between two events of a GPU, the operation ``op`` of round ``number``."""
+
+    schedule: Schedule
+    number: int
+    op: int
+    start: Any
+    stop: Any
+
+
 class SpanLog:
     """Collects a rank's spans, from any of its threads, until they are taken. ``ahead_ns``: of
     this rank's clock before rank 0's; see ``clock_ahead_ns``."""
@@ -64,17 +75,33 @@ class SpanLog:
     def __init__(self, place: Place, ahead_ns: int) -> None:
         self.place, self.ahead_ns = place, ahead_ns
         self._spans: deque[Span] = deque()
+        self._on_device: deque[_OnDevice] = deque()
+        self._origin: tuple[Any, int] = (None, 0)
         self._task_ids: list[tuple[str, ...]] = []
-        self._num_taken = 0
+        self._num_noted, self._is_cut = 0, False
 
     def begin_plan(self, plan: Plan) -> None:
+        """Nothing of another plan is under way."""
         self._task_ids = [tuple(sorted(htask.quota)) for htask in plan.htasks]
-        self._num_taken = 0
+        self._on_device.clear()
+        self._num_noted, self._is_cut = 0, False
+
+    def begin_device(self, origin: Any, at_ns: int) -> None:
+        """``origin``: an event that the device has just reached, at ``at_ns`` of this clock."""
+        self._origin = origin, at_ns
+
+    def takes_another(self) -> bool:
+        """Not too much of a plan: traces of long runs must stay readable."""
+        self._is_cut |= self._num_noted >= MOST_SPANS
+        self._num_noted += not self._is_cut
+        return not self._is_cut
 
     def timed(
         self, work: Callable[[], Any], schedule: Schedule, number: int, op: int
     ) -> Callable[[], Any]:
         """``work``, the operation ``op`` of round ``number``, which is noted when it has run."""
+        if not self.takes_another():
+            return work
 
         def run() -> Any:
             start_ns = time.monotonic_ns()
@@ -102,12 +129,27 @@ class SpanLog:
             stop_ns - self.ahead_ns,
         )
 
+    def note_events(self, schedule: Schedule, number: int, op: int, start: Any, stop: Any) -> None:
+        """Of an operation that has been put on a stream between these."""
+        self._on_device.append(_OnDevice(schedule, number, op, start, stop))
+
     def taken(self, is_last: bool) -> Spans:
-        """All that is there, and not too much of a plan: traces of long runs must stay readable."""
-        spans = [self._spans.popleft() for _ in range(len(self._spans))]
-        kept = spans[: max(0, MOST_SPANS - self._num_taken)]
-        self._num_taken += len(spans)
-        return Spans(tuple(kept), is_last, self._num_taken > MOST_SPANS)
+        """All that is there."""
+        while self._on_device and _is_over(self._on_device[0]):
+            self._spans.append(self._timed_by_device(self._on_device.popleft()))
+        spans = tuple(self._spans.popleft() for _ in range(len(self._spans)))
+        return Spans(spans, is_last, self._is_cut)
+
+    def _timed_by_device(self, item: _OnDevice) -> Span:
+        origin, origin_ns = self._origin
+        start_ns, stop_ns = (
+            origin_ns + round(1e6 * origin.elapsed_time(event)) for event in (item.start, item.stop)
+        )
+        return self._span(item.schedule, item.number, item.op, start_ns, stop_ns)
+
+
+def _is_over(item: _OnDevice) -> bool:
+    return item.start.query() and item.stop.query()
 
 
 def span_log(place: Place, world_size: int) -> SpanLog:

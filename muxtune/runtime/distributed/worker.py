@@ -48,9 +48,8 @@ class Worker:
 
     ``captures``: rounds run as static visits (see ``static_runner``) where a plan lets them, else
     operation by operation. ``traces``: whether the controller is told when operations ran, of all
-    ranks or of none (of captured ones on a CPU only). ``shares``: see ``StaticPrograms``; None: on
-    GPUs. ``why_eager``: why the plan's rounds do not run as wanted, empty where they do.
-    ``static``: what runs them now.
+    ranks or of none. ``shares``: see ``StaticPrograms``; None: on GPUs. ``why_eager``: why the
+    plan's rounds do not run as wanted, empty where they do. ``static``: what runs them now.
     """
 
     def __init__(
