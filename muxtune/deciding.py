@@ -22,6 +22,7 @@ from muxtune.types import (
     DispatchRule,
     Drain,
     DrainInstance,
+    DriftData,
     Estimate,
     Event,
     EventKind,
@@ -453,7 +454,8 @@ class Decider:
         record.corrections = record.corrections._replace(time_percent=percent)
         self._touch(record)
         name, now_ns = record.name, self.fleet.now_ns
-        self._raised.append(Event(now_ns, EventKind.DRIFT, "", name, record.epoch, data))
+        told = DriftData(data.rounds, round_time_s(data), plan.predicted.round_time_s, percent)
+        self._raised.append(Event(now_ns, EventKind.DRIFT, "", name, record.epoch, told))
 
     def _on_pressure(self, event: Event) -> bool:
         record, data = self.fleet.records.get(event.instance_id), event.data
@@ -711,13 +713,17 @@ def drifted_percent(
     expected = plan.predicted.round_time_s
     if data.rounds < max(1, options.drift_min_rounds) or expected.value <= 0:
         return None
-    measured_s = data.duration_ns / NS_PER_S / data.rounds
+    measured_s = round_time_s(data)
     slack_s = expected.value * options.drift_tolerance
     if expected.low - slack_s <= measured_s <= expected.high + slack_s:
         return None
     quantum = options.correction_quantum_percent
     percent = quantum * round(planned_percent * measured_s / expected.value / quantum)
     return min(max(percent, LEAST_CORRECTION_PERCENT), MOST_CORRECTION_PERCENT)
+
+
+def round_time_s(data: ProgressData) -> float:
+    return data.duration_ns / NS_PER_S / data.rounds
 
 
 def relieved_limit_bytes(

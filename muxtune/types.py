@@ -558,6 +558,16 @@ class ProgressData(NamedTuple):
     steps_done: Mapping[str, int]
 
 
+class DriftData(NamedTuple):
+    """Rounds of the event's plan took ``measured_s`` each, beyond what was ``predicted`` of one;
+    from now on times are planned as ``time_percent`` of what the cost model says."""
+
+    rounds: int
+    measured_s: float
+    predicted: Estimate
+    time_percent: int
+
+
 class PressureData(NamedTuple):
     used_bytes: int
     limit_bytes: int
@@ -567,7 +577,7 @@ class Event(NamedTuple):
     """Sorted by (time_ns, kind, ids); journalled in batches of one instant.
 
     ``data``: TaskSpec for TASK_ARRIVED, TaskReadyData, FailureData (TASK_FAILED,
-    INSTANCE_FAILED), GpuData (GPUS_*), ResultData (TASK_DONE), ProgressData (PROGRESS, DRIFT),
+    INSTANCE_FAILED), GpuData (GPUS_*), ResultData (TASK_DONE), ProgressData, DriftData,
     PressureData, Refusal (PLACEMENT_REFUSED), steps done as int (TASK_RELEASED,
     TASK_CANCELLED), else None.
     """

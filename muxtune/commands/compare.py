@@ -10,6 +10,7 @@ from muxtune import build
 from muxtune.commands.train import Outcomes, real_tasks, warn_of_profiles
 from muxtune.config import CompareConfig
 from muxtune.cost.book import CostBook
+from muxtune.deciding import EngineOptions
 from muxtune.engine import Engine, Observer, RunTotals
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.plots import PredictedMeasured, predicted_vs_measured, throughput_by_planner
@@ -21,6 +22,8 @@ from muxtune.types import NS_PER_S, InstanceSpec, Plan, TaskSpec
 
 # A planner that takes one task an instance needs a policy that places them so.
 POLICY_OF_PLANNER = {"exclusive": "fifo_exclusive"}
+# What is measured must not correct what it is compared with.
+UNCORRECTED = EngineOptions(drift_tolerance=float("inf"))
 
 
 class StepTime(NamedTuple):
@@ -149,6 +152,7 @@ def _run(
         tasks,
         instances,
         observers=(outcomes, troubles, *displays),
+        options=UNCORRECTED,
     )
     totals = engine.run()
     if troubles.num_tasks:

@@ -34,13 +34,13 @@ from muxtune.report.gantt import schedule_trace
 from muxtune.report.perfetto import Span, TraceWriter
 from muxtune.report.plots import slowdowns
 from muxtune.report.progress import TaskProgress
-from muxtune.report.recording import RecordingPlanner, TaskRows, Troubles, slowdown
+from muxtune.report.recording import DriftRows, RecordingPlanner, TaskRows, Troubles, slowdown
 from muxtune.report.run_folder import SUMMARY, RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
 from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
 
-TASKS_FILE, TRACE_FILE, PLAN_TRACE_FILE = "tasks.csv", "trace.json", "plan_trace.json"
-PREDICTED_ROUNDS = 12  # in that trace
+TASKS_FILE, TRACE_FILE, DRIFTS_FILE = "tasks.csv", "trace.json", "drifts.csv"
+PLAN_TRACE_FILE, PREDICTED_ROUNDS = "plan_trace.json", 12
 SLOWDOWN_PLOT = "slowdown.png"
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -112,8 +112,8 @@ class Outcomes:
 def run(
     config: TrainConfig, folder: RunFolder, loaded: build.BackboneStore | None = None
 ) -> dict[str, Any]:
-    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv and trace.json; of several GPUs'
-    order also plan_trace.json, what was predicted of it.
+    """Writes adapters, metrics.jsonl, journal.jsonl, tasks.csv, drifts.csv and trace.json; of
+    several GPUs' order also plan_trace.json, what was predicted of it.
 
     ``loaded``: backbones that a caller has in memory already. With ``config.resume`` the run in
     the folder goes on, and all but trace.json, which begins anew, are continued.
@@ -148,6 +148,7 @@ def run(
         stack.callback(trace.end)
         file = stack.enter_context(folder.stream(TASKS_FILE))
         rows = stack.enter_context(TaskRows(file))
+        drifts = DriftRows(stack.enter_context(folder.stream(DRIFTS_FILE)))
         listener = TorchListener(display, trace)
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
@@ -167,7 +168,7 @@ def run(
             [task for task in tasks if task.task_id not in ended_before],
             instances,
             journal,
-            (rows, outcomes, troubles),
+            (rows, drifts, outcomes, troubles),
         )
         if past is not None:
             engine.resume(past)
@@ -321,6 +322,7 @@ def _summary(
         "padded_tokens_per_s": listener.padded_tokens / busy_s if busy_s else None,
         "peak_memory_bytes": peak_bytes,
         "num_plans": totals.num_plans,
+        "num_drifts": totals.num_drifts,
         "mean_planning_us": planner.mean_us,
         "seed": config.seed,
         "notices": "; ".join(listener.notices),
@@ -358,6 +360,7 @@ def _show(folder: RunFolder, summary: dict[str, Any], outcomes: Outcomes) -> Non
         ("padded tokens/s", summary["padded_tokens_per_s"]),
         ("peak memory", format_bytes(summary["peak_memory_bytes"])),
         ("plans", summary["num_plans"]),
+        ("drifts", summary["num_drifts"]),
     ]
     console.print(make_table(f"Run under '{summary['planner']}'", ("measured", "value"), rows))
     console.print(f"wrote {folder.path}", soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from muxtune.engine import QuietObserver, TaskOutcome
 from muxtune.report.tables import format_seconds, make_console
-from muxtune.types import NS_PER_S, Event, EventKind, Plan, ProgressData
+from muxtune.types import NS_PER_S, DriftData, Event, EventKind, Plan
 
 LIVE_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 10.0
@@ -110,8 +109,6 @@ class TaskProgress(_Display, QuietObserver):
         # When a task was first heard of, and with which step: a resumed one does not begin at 1.
         self._started: dict[str, tuple[float, int]] = {}
         self._tokens: dict[str, int] = {}
-        # (epoch, s) of each instance's last plans: a drift is told after the plan that it led to.
-        self._predicted: dict[str, deque[tuple[int, float]]] = {}
 
     def __enter__(self) -> TaskProgress:
         self.bars.start()
@@ -157,8 +154,6 @@ class TaskProgress(_Display, QuietObserver):
         self._changed.clear()
 
     def on_plan(self, plan: Plan) -> None:
-        known = self._predicted.setdefault(plan.instance_id, deque(maxlen=2))
-        known.append((plan.epoch, plan.predicted.round_time_s.value))
         if plan.htasks:
             groups = " | ".join("+".join(sorted(htask.quota)) for htask in plan.htasks)
             self.line(f"{plan.instance_id}: plan {plan.epoch}: {groups}")
@@ -166,14 +161,13 @@ class TaskProgress(_Display, QuietObserver):
     def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
         """Says when the run corrects what was predicted."""
         for event in events:
-            if event.kind is EventKind.DRIFT and isinstance(event.data, ProgressData):
-                measured = format_seconds(event.data.duration_ns / NS_PER_S / event.data.rounds)
-                predicted_s = dict(self._predicted.get(event.instance_id, ())).get(event.epoch)
-                # A plan of before a resumption was told to nobody here.
-                told = f" in place of {format_seconds(predicted_s)}" if predicted_s else ""
+            if event.kind is EventKind.DRIFT and isinstance(event.data, DriftData):
+                _, measured_s, predicted, percent = event.data
+                value, low, high = map(format_seconds, predicted[:3])
                 self.line(
-                    f"{event.instance_id}: drift: a round of plan {event.epoch} takes {measured}"
-                    f"{told}; times are corrected from now on"
+                    f"{event.instance_id}: drift: a round of plan {event.epoch} takes"
+                    f" {format_seconds(measured_s)} where {value} ({low} to {high}) was predicted;"
+                    f" planned with {percent}% of the cost model's times from now on"
                 )
 
     def on_task_end(self, outcome: TaskOutcome) -> None:

@@ -18,6 +18,9 @@ from muxtune.engine import QuietObserver, TaskOutcome
 from muxtune.protocols import InstancePlanner
 from muxtune.types import (
     NS_PER_S,
+    DriftData,
+    Event,
+    EventKind,
     InstanceView,
     Plan,
     Refusal,
@@ -253,6 +256,28 @@ def csv_line(cells: Sequence[str]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
+
+
+DRIFT_COLUMNS = (
+    *("time_s", "instance", "plan", "rounds", "measured_s"),
+    *("predicted_s", "predicted_low_s", "predicted_high_s", "time_percent"),
+)
+
+
+class DriftRows(QuietObserver):
+    """Writes one CSV row each time that measured rounds corrected the predictions."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._file.write(csv_line(DRIFT_COLUMNS))
+
+    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.kind is EventKind.DRIFT and isinstance(event.data, DriftData):
+                rounds, measured_s, predicted, percent = event.data
+                cells = (time_ns / NS_PER_S, event.instance_id, event.epoch, rounds, measured_s)
+                self._file.write(csv_line([str(x) for x in (*cells, *predicted[:3], percent)]))
+                self._file.flush()
 
 
 class Troubles(QuietObserver):

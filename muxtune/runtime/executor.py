@@ -204,7 +204,11 @@ class TorchExecutor:
                 self._watch_memory(instance)
             elif not self._pass_time(until_ns):
                 break
-        return self._take_events() if self._events else []
+        if not self._events:
+            return []
+        for instance in self._instances.values():
+            instance.tell_progress_so_far()
+        return self._take_events()
 
     def restore(self, history: Sequence[tuple[JournalBatch, Sequence[object]]]) -> None:
         """Called by ``Engine.resume`` before it repeats its commands: tasks will go on from their

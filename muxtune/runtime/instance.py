@@ -101,6 +101,9 @@ class Host(Protocol):
         ...
 
 
+ROUNDS_TO_JUDGE_BY = 5
+
+
 class _Started(NamedTuple):
     """A pass whose result has not been read."""
 
@@ -391,6 +394,12 @@ class RunningInstance:
         )
         for listener in self.host.listeners:
             listener.on_round(record)
+
+    def tell_progress_so_far(self) -> None:
+        """Beside other news: the plan that answers those is made with what its predecessor's
+        rounds taught. A few rounds are too few to judge by, and go on being counted."""
+        if self._progress.rounds >= ROUNDS_TO_JUDGE_BY:
+            self._tell_progress()
 
     def _tell_progress(self) -> None:
         progress, self._progress = self._progress, _Progress(self.host.now_ns)

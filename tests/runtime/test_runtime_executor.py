@@ -118,6 +118,22 @@ def test_progress_is_told_when_a_plan_ends(store: BackboneStore, tmp_path: Path)
     assert [event.epoch for event in bench.of(EventKind.PLAN_APPLIED)] == [0, 1]
 
 
+def test_progress_comes_with_the_news_that_another_plan_will_answer(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """Else the next plan would be made without what the running one's rounds taught."""
+    longer = A._replace(task_id="longer", num_steps=8)
+    bench = Bench(tmp_path, store)
+    bench.prepare(A, longer)
+    bench.executor.apply(make_plan([make_htask([A, longer])]))
+    while not bench.done():
+        batch = bench.step()
+    assert [event.kind for event in batch] == [EventKind.PROGRESS, EventKind.TASK_DONE]
+    assert batch[0].data.rounds == 6  # type: ignore[union-attr]
+    bench.until_ended(longer)
+    assert bench.of(EventKind.PROGRESS)[-1].data.rounds == 2, "and is counted once"  # type: ignore
+
+
 def test_metrics_are_one_line_a_step(store: BackboneStore, tmp_path: Path) -> None:
     bench = Bench(tmp_path, store)
     bench.run(make_plan([make_htask([A, B])]), A, B)

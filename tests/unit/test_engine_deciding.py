@@ -9,6 +9,7 @@ import pytest
 from muxtune.deciding import Decider, Decision, EngineOptions
 from muxtune.registry import CLUSTER_POLICIES
 from muxtune.types import (
+    DriftData,
     Event,
     EventKind,
     PressureData,
@@ -102,7 +103,10 @@ def test_drift_is_quantised_and_not_raised_twice():
     decider = started(2)
     data = ProgressData(10, seconds(13.1), 1, 1, {})
     decision = tell(decider, 50, EventKind.PROGRESS, data)
-    assert [event.kind for event in decision.raised] == [EventKind.DRIFT]
+    (event,) = decision.raised
+    assert event.kind is EventKind.DRIFT and isinstance(event.data, DriftData)
+    assert event.data.measured_s == pytest.approx(1.31) and event.data.predicted.value == 1.0
+    assert event.data.time_percent == 130
     assert decider.fleet.instances["i0"].corrections.time_percent == 130
     (plan,) = decision.batch.plans
     assert plan.predicted.round_time_s.value == pytest.approx(1.3)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from muxtune.report import progress
 from muxtune.report.progress import TaskProgress
-from muxtune.types import Event, EventKind, ProgressData
+from muxtune.report.recording import DriftRows
+from muxtune.types import NS_PER_S, DriftData, Estimate, Event, EventKind
 
 
 class Clock:
@@ -39,10 +40,15 @@ def test_the_time_left_is_that_of_the_steps_seen(clock: Clock, first: int) -> No
     assert said.getvalue() == f"a: {step} loss 2.5000 5 tok/s ETA 3.33 min\n"
 
 
-def test_a_drift_of_a_plan_from_before_names_no_prediction() -> None:
-    said = io.StringIO()
-    data = ProgressData(2, 3_000_000_000, 10, 10, {})
-    event = Event(0, EventKind.DRIFT, "", "instance-0", 1, data)
-    TaskProgress(Console(file=said, width=200)).on_batch(0, [event])
-    expected = "instance-0: drift: a round of plan 1 takes 1.5 s; times are corrected from now on\n"
-    assert said.getvalue() == expected
+def test_a_drift_is_told_with_what_was_predicted_and_the_correction() -> None:
+    said, rows = io.StringIO(), io.StringIO()
+    data = DriftData(2, 1.5, Estimate(1.0, 0.9, 1.1), 150)
+    event = Event(NS_PER_S, EventKind.DRIFT, "", "instance-0", 1, data)
+    TaskProgress(Console(file=said, width=200)).on_batch(NS_PER_S, [event])
+    DriftRows(rows).on_batch(NS_PER_S, [event])
+    assert said.getvalue() == (
+        "instance-0: drift: a round of plan 1 takes 1.5 s where 1 s (900 ms to 1.1 s) was"
+        " predicted; planned with 150% of the cost model's times from now on\n"
+    )
+    _, row = rows.getvalue().splitlines()
+    assert row == "1.0,instance-0,1,2,1.5,1.0,0.9,1.1,150"
