@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune.cost.calibration import WholeStep
-from muxtune.cost.shapes import ModelShape
-from muxtune.errors import ProfileError
+from muxtune.cost.shapes import ModelShape, checked_shape
+from muxtune.errors import ConfigError, ProfileError
 
 SCHEMA_VERSION = 1
 EAGER, CAPTURED = "eager", "captured"
 SHARED_SPREAD = 0.25  # of a typical point: somebody else used the device
 _REMEDY = "Make it again with `muxtune profile`"
 _SECTIONS = ("device", "software", "model", "ops")
+_OPTIONAL = {"program": Mapping, "steps": list, "clocks": Mapping, "quality": Mapping}
+_KNOWN = {*_SECTIONS, *_OPTIONAL, "schema_version", "created", "content_hash"}
 _TIMES = ("median_s", "p05_s", "p95_s")
 
 
@@ -69,8 +71,8 @@ class Profile(NamedTuple):
     def model_shape(self) -> ModelShape:
         """Raises ProfileError when the model section is not a shape."""
         try:
-            return ModelShape(**self.model)
-        except TypeError as error:
+            return checked_shape(ModelShape(**self.model))
+        except (TypeError, ConfigError) as error:
             raise ProfileError(f"profile.model: {error}. {_REMEDY}") from error
 
 
@@ -90,9 +92,7 @@ def parse_profile(raw: Mapping[str, Any], source: str = "profile") -> Profile:
             f"{source}: schema_version is {version!r}, this muxtune reads {SCHEMA_VERSION}."
             f" {_REMEDY}"
         )
-    for section in _SECTIONS:
-        if not isinstance(raw.get(section), Mapping):
-            raise ProfileError(f"{source}: section '{section}' is missing. {_REMEDY}")
+    _check_sections(source, raw)
     if raw.get("content_hash") != _safe_hash(raw, source):
         raise ProfileError(
             f"{source}: content_hash does not match the content, so the file was altered or cut."
@@ -102,11 +102,46 @@ def parse_profile(raw: Mapping[str, Any], source: str = "profile") -> Profile:
         raise ProfileError(f"{source}: holds no operation at all. {_REMEDY}")
     for name, op in raw["ops"].items():
         _check_op(source, name, op)
-    return Profile(
+    profile = Profile(
         raw["device"], raw["software"], raw["model"], str(raw.get("created", "")), raw["ops"],
         raw["content_hash"], raw.get("program", {}), _steps(source, raw.get("steps", [])),
         raw.get("quality", {}),
     )  # fmt: skip
+    _check_fields(source, profile)
+    return profile
+
+
+def _check_sections(source: str, raw: Mapping[str, Any]) -> None:
+    for section in _SECTIONS:
+        if not isinstance(raw.get(section), Mapping):
+            raise ProfileError(f"{source}: section '{section}' is missing. {_REMEDY}")
+    for section, kind in _OPTIONAL.items():
+        if section in raw and not isinstance(raw[section], kind):
+            raise ProfileError(f"{source}: section '{section}' is no {kind.__name__}. {_REMEDY}")
+    if unknown := sorted(set(raw) - _KNOWN):
+        raise ProfileError(f"{source}: section '{unknown[0]}' is not known. {_REMEDY}")
+
+
+def _check_fields(source: str, profile: Profile) -> None:
+    """What would otherwise be found out far from here, or never."""
+    if not profile.device_name:
+        raise ProfileError(f"{source}: device.name is missing. {_REMEDY}")
+    for section, field, values in (
+        ("device", "memory_bytes", profile.device),
+        ("quality", "spread", profile.quality),
+    ):
+        if not _is_number(values.get(field, 0.0)):
+            problem = f"{section}.{field} is {values[field]!r}, which is no number"
+            raise ProfileError(f"{source}: {problem}. {_REMEDY}")
+    if profile.style not in (EAGER, CAPTURED):
+        problem = f"program.style is '{profile.style}', not {EAGER} or {CAPTURED}"
+        raise ProfileError(f"{source}: {problem}. {_REMEDY}")
+    _ = profile.model_shape
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and math.isfinite(value)
 
 
 def _steps(source: str, raw: Any) -> tuple[WholeStep, ...]:
@@ -115,7 +150,8 @@ def _steps(source: str, raw: Any) -> tuple[WholeStep, ...]:
     except (TypeError, KeyError, AttributeError) as error:
         raise ProfileError(f"{source}: its steps cannot be read ({error}). {_REMEDY}") from error
     for step in steps:
-        if not step.loads or not step.repeats_s or not min(step.repeats_s) > 0:
+        times = step.repeats_s
+        if not step.loads or not times or not all(_is_number(t) and t > 0 for t in times):
             raise ProfileError(f"{source}: step '{step.name}' has no times. {_REMEDY}")
     return steps
 
@@ -131,17 +167,22 @@ def _check_op(source: str, name: str, op: Any) -> None:
     where = f"{source}: op '{name}'"
     if not isinstance(op, Mapping) or op.get("unit") != "s":
         raise ProfileError(f"{where} has no unit 's'. {_REMEDY}")
-    axes, points = op.get("axes"), op.get("points")
+    axes, points, seen = op.get("axes"), op.get("points"), set()
     if not isinstance(axes, list) or not isinstance(points, list) or not points:
         raise ProfileError(f"{where} has no axes or no points. {_REMEDY}")
     for index, point in enumerate(points):
-        numbers = [point.get(key) for key in (*axes, *_TIMES)]
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        numbers = [point.get(key) for key in (*axes, *_TIMES)] if isinstance(point, Mapping) else []
+        if not numbers or not all(map(_is_number, numbers)):
             raise ProfileError(f"{where} point {index} has a missing or odd number. {_REMEDY}")
         if point["median_s"] <= 0 or not 0 <= point["p05_s"] <= point["median_s"] <= point["p95_s"]:
             raise ProfileError(
                 f"{where} point {index} has times that are negative or out of order. {_REMEDY}"
             )
+        sizes = tuple(numbers[: len(axes)])
+        if sizes in seen or min(sizes, default=0) < 0:
+            problem = "stands there twice" if sizes in seen else "has a negative size"
+            raise ProfileError(f"{where} point {index} {problem}. {_REMEDY}")
+        seen.add(sizes)
 
 
 def load_profile(path: str | Path) -> Profile:
