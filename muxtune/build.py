@@ -124,6 +124,19 @@ def cost_book(config: CommonConfig, cost: CostConfig | None = None) -> CostBook:
     )
 
 
+def published_costs(config: CommonConfig) -> CostBook:
+    """``cost_book`` of how the system executes that published the planner: where ``cost.style``
+    says eagerly, a profile of captured steps says nothing."""
+    book = cost_book(config)
+    return book.with_options(book.options)
+
+
+def analytic_notes(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[str]:
+    """A note for every base model and device that nothing was measured of."""
+    pairs = dict.fromkeys((item.model, item.device) for item in instances)
+    return [note for pair in pairs if (note := costs.note(*pair))]
+
+
 def simulator_book(config: CommonConfig, simulator_cost: CostConfig, planner_book: CostBook) -> Any:
     """The planner's own book for ``same``; else a book of its own."""
     return planner_book if simulator_cost.kind == "same" else cost_book(config, simulator_cost)

@@ -177,7 +177,7 @@ class Laboratory:
     def _book(self, pool: Pool) -> CostBook:
         if pool not in self._costs:
             config = self._config(pool, self.config.seed, self.smallest(pool))
-            self._costs[pool] = build.cost_book(config)
+            self._costs[pool] = build.published_costs(config)
         return self._costs[pool]
 
     def _planner(self, pool: Pool) -> InstancePlanner:

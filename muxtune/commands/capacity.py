@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from muxtune import build
@@ -14,7 +15,6 @@ from muxtune.capacity.service import ServiceLevel
 from muxtune.capacity.study import Row, Study, run_study
 from muxtune.config import CapacityConfig, TraceWorkload
 from muxtune.cost.devices import DeviceFigures
-from muxtune.cost.schema import load_profile
 from muxtune.errors import ConfigError
 from muxtune.report.capacity_figures import draw_all
 from muxtune.report.capacity_page import shown, write_page, write_tables
@@ -37,7 +37,8 @@ def run(config: CapacityConfig, folder: RunFolder) -> dict[str, Any]:
     study = _study(config, choices, prices, figures)
     tables: dict[str, Any] = dict(study.tables)
     for row in tables["answers"]:
-        row["figures"] = _kind_of_figures(config, row["device"])
+        choice = next(choice for choice in choices if choice.name == row["policy"])
+        row["figures"] = _kind_of_figures(config, choice, row["device"])
     drawings = draw_all(folder.path, tables)
     points = [row for drawing in drawings for row in drawing.rows]
     tables["figures"] = [{"row": number} | row for number, row in enumerate(points)]
@@ -84,16 +85,14 @@ def check(config: CapacityConfig) -> None:
 
 
 def _figures(config: CapacityConfig, device: str) -> DeviceFigures:
-    from dataclasses import replace
-
     return build.figures_of(replace(config.cluster, device=device))
 
 
-def _kind_of_figures(config: CapacityConfig, device: str) -> str:
-    if config.cost.kind != "profile":
-        return ANALYTIC
-    measured = load_profile(build.profile_path(config.cost.path)).device_name
-    return MEASURED if measured.lower() == device.lower() else ANALYTIC
+def _kind_of_figures(config: CapacityConfig, choice: PolicyChoice, device: str) -> str:
+    cluster = replace(config.cluster, device=device)
+    cost = replace(config.cost, **choice.cost)
+    book = build.published_costs(replace(config, cluster=cluster, cost=cost))
+    return MEASURED if book.is_measured(config.model.name, device) else ANALYTIC
 
 
 def _study(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune import build
-from muxtune.commands.train import Outcomes, real_tasks, warn_of_profiles
+from muxtune.commands.train import Outcomes, real_tasks, warn_of_costs
 from muxtune.config import CompareConfig
 from muxtune.cost.book import CostBook
 from muxtune.deciding import EngineOptions
@@ -66,8 +66,8 @@ def run(
     """
     build.need_torch()
     costs = build.cost_book(config)
-    warn_of_profiles(costs)
     tasks = _shortened(real_tasks(config, costs), config.steps)
+    warn_of_costs(costs, build.instances(config, costs, tasks))
     store = loaded or build.backbone_store(config)
     names = config.planners or [config.planner["name"]]
     rows = [_compare(config, name, costs, tasks, store, folder.path) for name in names]

@@ -10,7 +10,6 @@ from typing import Any
 
 from muxtune import build
 from muxtune.config import SimulateConfig
-from muxtune.cost.book import CostBook
 from muxtune.engine import Engine, RunTotals
 from muxtune.planning.journal import Journal
 from muxtune.report.collecting import few_collections
@@ -34,7 +33,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     """Writes tasks.csv while it runs, then tasks.parquet with the same rows, tenants.csv and
     plan_samples.jsonl; returns the summary."""
     started_s = time.perf_counter()
-    costs = build.cost_book(config)
+    costs = build.published_costs(config)
     tasks = build.tasks(config, costs)
     instances = build.instances(config, costs, tasks)
     power = build.power_draw(config, instances, costs)
@@ -57,7 +56,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
     with folder.stream(TENANTS_FILE) as file:
         metrics.write_tenants(file)
-    down_ns, analytic = executor.down_ns(), _analytic(costs, instances)
+    down_ns, analytic = executor.down_ns(), build.analytic_notes(costs, instances)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
@@ -80,12 +79,6 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     if config.workload.kind == "tasks" or not totals.num_done:
         summary["error"] = troubles.error()
     return summary
-
-
-def _analytic(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[str]:
-    """A note for every base model and device that nothing was measured of."""
-    pairs = dict.fromkeys((item.model, item.device) for item in instances)
-    return [note for pair in pairs if (note := costs.note(*pair))]
 
 
 def _run_engine(

@@ -37,7 +37,7 @@ from muxtune.report.progress import TaskProgress
 from muxtune.report.recording import DriftRows, RecordingPlanner, TaskRows, Troubles, slowdown
 from muxtune.report.run_folder import SUMMARY, RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
-from muxtune.types import NS_PER_S, Event, Plan, TaskSpec
+from muxtune.types import NS_PER_S, Event, InstanceSpec, Plan, TaskSpec
 
 TASKS_FILE, TRACE_FILE, DRIFTS_FILE = "tasks.csv", "trace.json", "drifts.csv"
 PLAN_TRACE_FILE, PREDICTED_ROUNDS = "plan_trace.json", 12
@@ -123,7 +123,6 @@ def run(
     if info is None and ranks.num_ranks(config) > 1:
         return _launch(config, folder)
     costs = build.cost_book(config)
-    warn_of_profiles(costs)
     tasks = real_tasks(config, costs)
     check_folder(config, folder.path, tasks)
     if config.resume and (ended := ended_summary(folder.path)) is not None:
@@ -132,6 +131,7 @@ def run(
     planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
     policy = build.cluster_policy(config.cluster_policy)
     instances = build.instances(config, costs, tasks)
+    warn_of_costs(costs, instances)
     outcomes, troubles = Outcomes(), Troubles()
     chapters = _turn_page(config, folder.path)
     ended_before = tasks_that_ended(chapters)
@@ -276,13 +276,17 @@ def _journal(
     return Journal(path / JOURNAL_FILE, origin, dict(provenance(config.seed)["packages"])), None
 
 
-def warn_of_profiles(costs: build.CostBook) -> None:
-    """Names in which respects a profile is of another machine than this one."""
+def warn_of_costs(costs: build.CostBook, instances: Sequence[InstanceSpec]) -> None:
+    """Names in which respects a profile is of another machine than this one, and what nothing was
+    measured of."""
     from muxtune.profiling.measure import profile_warnings_here
 
-    for profile in costs.profiles:
-        for line in profile_warnings_here(profile):
-            make_console().print(f"warning: {line}", soft_wrap=True)
+    lines = [line for profile in costs.profiles for line in profile_warnings_here(profile)]
+    told = [f"warning: {line}" for line in lines] + [
+        f"note: {note}" for note in build.analytic_notes(costs, instances)
+    ]
+    for line in told:
+        make_console().print(line, soft_wrap=True)
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from muxtune.cost.shapes import model_shape
 from muxtune.errors import ConfigError
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
+from muxtune.validation.scoring import GOALS
 
 Report = Callable[[str, float, str], None]
 COLUMNS = ("what", "cases", "mean", "p95", "bias", "in 90% interval", "repeats' spread", "goal")
@@ -24,6 +26,7 @@ COLUMNS = ("what", "cases", "mean", "p95", "bias", "in 90% interval", "repeats' 
 def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
     """Writes records, summary and plots into the folder; a second run there goes on."""
     build.need_torch()
+    from muxtune.profiling.measure import profile_warnings_here
     from muxtune.validation.running import (
         ValidationOptions,
         other_shapes,
@@ -32,7 +35,11 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
     )
 
     _check(config)
-    profile = load_profile(config.profile)
+    path = build.profile_path(config.profile)
+    profile = load_profile(path)
+    if config.budget_s:
+        for line in profile_warnings_here(profile):  # before the time is spent, too
+            make_console().print(f"warning: {line}", soft_wrap=True)
     shapes = shapes_named(config.models, model_shape) or other_shapes(profile)
     options = ValidationOptions(
         config.budget_s,
@@ -47,7 +54,7 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
         config.own_every,
     )
     with _progress() as report:
-        summary = validate(folder.path, Path(config.profile), options, report)
+        summary = validate(folder.path, path, options, report)
     show(summary, folder.path)
     return {
         "profile": summary["profile"],
@@ -81,7 +88,7 @@ def _check(config: ValidateConfig) -> None:
 def show(summary: dict[str, Any], path: Path) -> None:
     console = make_console()
     rows = [
-        _row(name, summary[name], f"{summary[name]['goal_mean']:.0%}")
+        _row(name, summary[name], _goal(name, summary[name]))
         for name in ("op", "step", "memory", "completion")
         if summary[name]
     ]
@@ -96,6 +103,7 @@ def show(summary: dict[str, Any], path: Path) -> None:
             f"workload {item['workload']}: Kendall's tau {_tau(item['tau'])} of {item['plans']} "
             f"plans; {item['excluded']} pairs within the repeats' spread left out"
         )
+    _show_failures(console, summary)
     for run_ in summary["dynamic"]:
         why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
         console.print(f"dynamic run {run_['name']}: {why}", soft_wrap=True)
@@ -104,7 +112,39 @@ def show(summary: dict[str, Any], path: Path) -> None:
     for what, count in summary["left"].items():
         if count:
             console.print(f"{what}: {count} left; run again in the same folder to go on")
+    for row in summary["attempts"][:-1]:
+        console.print(_earlier(row), soft_wrap=True)
     console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _goal(name: str, item: dict[str, Any]) -> str:
+    mean, tail = GOALS[name]
+    at = "worst decile" if name == "completion" else "p95"
+    asked = f"{mean:.0%}" + (f", {at} {tail:.0%}" if isfinite(tail) else "")
+    return f"{asked}: {'met' if item['met'] else 'missed'}"
+
+
+def _show_failures(console: Any, summary: dict[str, Any]) -> None:
+    """What was asked and could not be measured, which no mean tells."""
+    if failed := summary["failed_steps"]:
+        first = failed[0]["error"]
+        console.print(f"{len(failed)} steps failed, the first: {first}", soft_wrap=True)
+    count = summary["predicted_to_fit_but_failed"]
+    console.print(f"{count} cases failed that were to fit in memory")
+    if names := summary["failed_ops"]:
+        console.print(f"{len(names)} operations failed: {', '.join(names[:3])}", soft_wrap=True)
+
+
+def _earlier(row: dict[str, Any]) -> str:
+    """One attempt of before; every one is kept."""
+    head = f"attempt {row['attempt']}, profile {row['profile'][:8]}"
+    if "cut_off" in row:
+        counts = ", ".join(f"{count} {name}" for name, count in row["cut_off"].items())
+        return f"{head}: cut off after {counts}"
+    told = [
+        f"{name} {row[name]['mean']:.1%} of {row[name]['count']}" for name in GOALS if name in row
+    ]
+    return f"{head}: {', '.join(told) or 'nothing measured'}"
 
 
 def _tau(value: float | None) -> str:

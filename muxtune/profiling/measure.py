@@ -554,7 +554,7 @@ def _processor() -> str:
 def software_description() -> dict[str, str]:
     """Versions that a profile's times depend on."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "triton"):
+    for name in ("muxtune", "torch", "transformers", "triton"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -72,6 +72,7 @@ class Attempt:
         return all(row.get("profile") == self.profile.content_hash for row in rows)
 
     def _put_away(self) -> None:
+        self._tell_of_cut_off()
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("attempt-*")]
         kept = self.folder / f"attempt-{max(numbers, default=0) + 1}"
         kept.mkdir()
@@ -79,11 +80,27 @@ class Attempt:
             if (self.folder / name).exists():
                 (self.folder / name).rename(kept / name)
 
+    def _tell_of_cut_off(self) -> None:
+        """Of records that no line of the list speaks of: their process was ended."""
+        told = {row["profile"] for row in self.concluded()}
+        counts: dict[str, dict[str, int]] = {}
+        for name in RECORDS:
+            for row in read_lines(self.folder / f"{name}.jsonl"):
+                count = counts.setdefault(str(row.get("profile")), dict.fromkeys(RECORDS, 0))
+                count[name] += 1
+        for profile, records in counts.items():
+            if profile not in told:
+                row = {"attempt": len(self.concluded()) + 1, "profile": profile}
+                append_line(self.folder / ATTEMPTS, row | {"cut_off": records})
+
+    def concluded(self) -> list[dict[str, Any]]:
+        """One row an attempt, the last one last."""
+        return read_lines(self.folder / ATTEMPTS)
+
     def conclude(self, summary: Mapping[str, Any], left: Mapping[str, int]) -> dict[str, Any]:
         """Appends the attempt to the list, with its number."""
-        path = self.folder / ATTEMPTS
         row = {
-            "attempt": len(read_lines(path)) + 1,
+            "attempt": len(self.concluded()) + 1,
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "profile": self.profile.content_hash,
             "left": dict(left),
@@ -93,4 +110,4 @@ class Attempt:
                 if summary.get(name)
             },
         }
-        return append_line(path, row)
+        return append_line(self.folder / ATTEMPTS, row)

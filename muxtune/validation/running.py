@@ -19,7 +19,7 @@ from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.errors import ConfigError
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob, step_jobs
 from muxtune.profiling.machine_check import check_jobs, check_machine
-from muxtune.profiling.measure import checked_device, clock_of, profile_warnings_here
+from muxtune.profiling.measure import clock_of, profile_warnings_here
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import is_lost, short_collections
 from muxtune.report.run_folder import provenance
@@ -79,8 +79,12 @@ def validate(
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
-    if options.budget_s:
-        device = checked_device(device.type)
+    if options.budget_s and device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "profile",
+            f"is of a {profile.device_name}, and there is no GPU here",
+            "Validate it there; budget_s=0 scores what was measured before",
+        )
     warnings = profile_warnings_here(profile) if options.budget_s else []
     if options.dynamic_s and (options.clock or profile_clock(profile)) != WALL:
         warnings.append(
@@ -108,6 +112,7 @@ def validate(
         "checked_machine": attempt.is_checked,
         "clock": options.clock or profile_clock(profile),
         "left": left,
+        "attempts": attempt.concluded(),
         "warnings": warnings,
         "provenance": provenance(),
     }

@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 class Errors(NamedTuple):
     """Relative errors of predictions, as shares. ``coverage``: how many of the measured values lie
     inside the 90% interval. ``spread``: half of the middle 90% of the repeats over their median,
-    at a typical case. ``extrapolated``: share of the cases that the model flagged."""
+    at a typical case; 0 of what was measured once. ``extrapolated``: share of the cases that the
+    model flagged."""
 
     count: int
     mean: float
@@ -42,7 +43,8 @@ def errors_of(rows: Sequence[Row], kind: str = "s") -> Errors | None:
         for row in rows
         if f"low_{kind}" in row
     ]
-    spreads = [spread_of(row["repeats_s"]) for row in rows if row.get("repeats_s")]
+    timed = rows if kind == "s" else ()
+    spreads = [spread_of(row["repeats_s"]) for row in timed if row.get("repeats_s")]
     sizes = np.abs(errors)
     return Errors(
         len(rows),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from muxtune.commands.validate import show
 from muxtune.cost.book import profiled_model
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.schema import content_hash, load_profile
@@ -83,7 +84,10 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
     assert model.transition_s(apart, apart._replace(epoch=2)).value == 0
 
 
-def test_a_validation_writes_what_it_measured(report: dict[str, Any]) -> None:
+def test_a_validation_writes_what_it_measured(
+    report: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert report["step"]["count"] >= 1 and report["failed_steps"] == []
     assert report["op"]["count"] > 0 and report["failed_ops"] == []
     assert [run["name"] for run in report["dynamic"]] == ["arrivals and departures", "with a queue"]
@@ -94,6 +98,11 @@ def test_a_validation_writes_what_it_measured(report: dict[str, Any]) -> None:
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["attempt"] for line in attempts]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers
+    assert report["step"]["spread"] > 0 and report["memory"].get("spread", 0) == 0
+    show(report, report["folder"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0 cases failed that were to fit in memory" in said
+    assert "3%, p95 6%: m" in said, "met or missed"
 
 
 def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) -> None:
@@ -103,9 +112,14 @@ def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) 
     raw["created"] = "later"
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**raw, "content_hash": content_hash(raw)}))
-    validate(tmp_path, other, options)
+    first = load_profile(profile_path).content_hash
+    row = {"name": "case 000", "profile": first, "error": "the process was ended", "case": {}}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(row) + "\n")
+    attempts = validate(tmp_path, other, options)["attempts"]
+    cut_off = {"steps": 1, "ops": 0, "dynamic": 0}
+    assert attempts == [{"attempt": 1, "profile": first, "cut_off": cut_off}], "kept and told"
     kept = load_profile(tmp_path / "attempt-1" / "profile.json")
-    assert kept.content_hash == load_profile(profile_path).content_hash
+    assert kept.content_hash == first
     assert load_profile(tmp_path / "profile.json").created == "later"
 
 

@@ -86,7 +86,11 @@ def test_a_device_that_others_used_is_named():
     profile = Profile({}, {}, {}, "", {}, "", quality={"spread": 0.4})
     (line,) = profile_warnings(profile)
     assert "40%" in line and "muxtune profile" in line
-    assert profile_warnings(profile._replace(quality={"spread": 0.1})) == []
+    less = profile._replace(quality={"spread": 0.1})
+    assert profile_warnings(less) == []
+    replays = less._replace(device={"kind": "gpu"}, program={"style": "captured"})
+    assert "10%" in profile_warnings(replays)[0], "graphs on a GPU of one's own repeat to 1%"
+    assert profile_warnings(replays._replace(quality={"spread": 0.02})) == []
 
 
 def test_a_profile_is_carried_over_by_what_bounds_each_operation():
