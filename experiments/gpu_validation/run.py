@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=440.0, help="seconds for all of it")
     parser.add_argument("--profile-budget", type=float, default=170.0)
     parser.add_argument("--cases", type=int, default=201)
-    parser.add_argument("--case-s", type=float, default=0.0, help="for more repeats")
+    parser.add_argument("--case-s", type=float, default=0.25, help="until power has settled")
     parser.add_argument("--repeats", type=int, default=2, help="of each step, at least")
     parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")

@@ -6,7 +6,8 @@ that power limits, by the number of rows. What plans cost to take over is taken 
 Nothing of a check is ever scored, and nothing that is scored takes part in a check.
 
     {"profile": content hash, "products": [[rows, profiled_s, measured_s], ...],
-     "steps": [[rows, profiled_s, measured_s], ...], "ops": {name: operation}}
+     "steps": [[rows, profiled_s, measured_s], ...], "ops": {name: operation},
+     "planning_s": of one plan, for which an instance waits}
 """
 
 from __future__ import annotations
@@ -76,7 +77,16 @@ def carried(profile: Profile, check: Mapping[str, Any]) -> Profile:
         for name, op in profile.ops.items()
     }
     moved = tuple(_moved(step, steps) for step in profile.steps)
-    return profile._replace(ops={**ops, **check.get("ops", {})}, steps=moved)
+    ops |= check.get("ops", {})
+    if "leave" in ops:
+        ops["leave"] = _longer(ops["leave"], float(check.get("planning_s", 0.0)))
+    return profile._replace(ops=ops, steps=moved)
+
+
+def _longer(op: Mapping[str, Any], more_s: float) -> dict[str, Any]:
+    times = ("median_s", "p05_s", "p95_s")
+    points = [{**point, **{key: point[key] + more_s for key in times}} for point in op["points"]]
+    return {**op, "points": points}
 
 
 def _shifted(op: Mapping[str, Any], speed: Speed) -> dict[str, Any]:

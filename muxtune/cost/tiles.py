@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Of a wave's time, by the share of multiprocessors that are idle in it. Judged by whole steps of 96
-# tiles on 132 multiprocessors (the calibration steps of two devices), which no size says alone.
-IDLE_SPARES, LEAST_OF_WAVE = 0.85, 0.6
+# tiles on 132 multiprocessors (the calibration steps of two devices), which no size says alone; of
+# several waves by steps of a suite whose profile is none of those that are shipped.
+IDLE_SPARES, IDLE_LATER_SPARES, LEAST_OF_WAVE = 0.85, 0.4, 0.6
 
 
 class Tile(NamedTuple):
@@ -41,12 +42,14 @@ class Tiling(NamedTuple):
 
     def units(self, num_rows: int, widths: Sequence[int], inner: int) -> float:
         """What the product's time grows with: numbers of a tile, times waves, times ``inner``
-        (features that are summed over). ``widths``: of the members' outputs. An only wave that
-        leaves multiprocessors idle takes less: those at work have more of the memory and power."""
+        (features that are summed over). ``widths``: of the members' outputs. Waves that leave
+        multiprocessors idle take less: those at work have more of the memory and power."""
         tile = self.best(num_rows, widths)
         cost, count = self._cost(tile, num_rows, sum(widths)), self._count(tile, num_rows, widths)
-        idle = max(0.0, 1.0 - count / self.num_multiprocessors)
-        return inner * cost * max(LEAST_OF_WAVE, 1.0 - IDLE_SPARES * idle)
+        waves = cost * tile.efficiency / (tile.rows * tile.columns)
+        spares = IDLE_SPARES if count <= self.num_multiprocessors else IDLE_LATER_SPARES
+        idle = max(0.0, 1.0 - count / (self.num_multiprocessors * waves))
+        return inner * cost * max(LEAST_OF_WAVE, 1.0 - spares * idle)
 
     def _count(self, tile: Tile, num_rows: int, widths: Sequence[int]) -> int:
         return -(-num_rows // tile.rows) * -(-sum(widths) // tile.columns)

@@ -21,7 +21,7 @@ from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import StepBench, is_lost
 from muxtune.profiling.takeovers import measure_takeovers, takeover_jobs
 
-NUM_STEPS, STEP_S = 12, 0.3
+NUM_STEPS, STEP_S = 12, 0.4
 PRODUCT_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 Report = Callable[[float, str], None]
 
@@ -126,7 +126,12 @@ def _takeovers(
     bench = StepBench(profile.model_shape, device, dtype, step=profile.style, deterministic=exact)
     try:
         return measure_takeovers(
-            bench.shape, bench.store, step=profile.style, deterministic=exact, max_rows=max_rows
+            bench.shape,
+            bench.store,
+            step=profile.style,
+            deterministic=exact,
+            max_rows=max_rows,
+            repeats=2,
         )
     finally:
         bench.close()

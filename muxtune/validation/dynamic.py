@@ -7,6 +7,7 @@ logs are compared line by line, without their times.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,14 +29,17 @@ from muxtune.profiling.step_cases import StepCase, StepTask
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.options import TorchOptions
+from muxtune.runtime.records import Recorder
 from muxtune.types import (
     NS_PER_S,
     Drain,
     Event,
     EventKind,
     InstanceSpec,
+    InstanceView,
     Place,
     Plan,
+    Refusal,
     Reject,
     TaskSpec,
 )
@@ -118,6 +122,27 @@ def _as_long_as(case: DynamicCase, profile: Profile, duration_s: float) -> Dynam
     return case._replace(tasks=tuple(tasks))
 
 
+class TimedPlanner(MuxTunePlanner):
+    """Remembers how long each plan took to make, during which a real instance waits."""
+
+    def __init__(self, costs: CostBook) -> None:
+        super().__init__(costs)
+        self.seconds: list[float] = []
+
+    def plan(self, instance: InstanceView, previous: Plan | None) -> Plan | Refusal:
+        start_s = time.perf_counter()
+        made = super().plan(instance, previous)
+        self.seconds.append(time.perf_counter() - start_s)
+        return made
+
+
+def typical_planning_s(cases: Sequence[DynamicCase], profile: Profile) -> float:
+    """Of the plans of these runs, on this host; 0 where there is no simulator to make them in."""
+    if find_spec("simpy") is None or not cases:
+        return 0.0
+    return float(np.mean([x for case in cases for x in _simulate(case, profile).planning_s]))
+
+
 class End(NamedTuple):
     """Of one task."""
 
@@ -136,6 +161,9 @@ class Log(QuietObserver):
         self.ended: dict[str, End] = {}
         self.drifts = 0
         self.plans: list[Plan] = []
+        self.planning_s: list[float] = []
+        self.spans: list[tuple[str, float, float]] = []  # what took time besides steps
+        self.rounds: list[tuple[int, float, float]] = []  # epoch, start, duration
         self._news: list[str] = []
 
     def write(
@@ -166,7 +194,7 @@ class Log(QuietObserver):
         news = self._news[-3:]
         return {
             "lines": self.lines, "told": self.told, "ended": ended, "drifts": self.drifts,
-            "news": news,
+            "news": news, "planning_s": self.planning_s, "spans": self.spans, "rounds": self.rounds,
         }  # fmt: skip
 
     @classmethod
@@ -313,11 +341,22 @@ def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
             progress_interval_s=2.0,
             step=profile.style,
         )
-        executor = TorchExecutor(StepBuilder(), store, RandomTexts(shape.vocab), options)
+        recorder, texts = Recorder(), RandomTexts(shape.vocab)
+        executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
         try:
-            return _run(case, profile, _book(profile), executor)
+            log = _run(case, profile, _book(profile), executor)
         finally:
             executor.close()
+    log.spans = [
+        (item.name, item.start_ns / NS_PER_S, item.duration_ns / NS_PER_S)
+        for item in recorder.spans
+        if item.name != "step"
+    ]
+    log.rounds = [
+        (item.epoch, item.start_ns / NS_PER_S, item.duration_ns / NS_PER_S)
+        for item in recorder.rounds
+    ]
+    return log
 
 
 def _book(profile: Profile) -> CostBook:
@@ -331,6 +370,8 @@ def _run(case: DynamicCase, profile: Profile, book: CostBook, executor: Any) -> 
     shape = profile.model_shape
     instance = InstanceSpec(INSTANCE, shape.name, profile.device_name, limit_bytes)
     policy = FifoShared(max_tasks_per_instance=case.max_tasks)
-    planner = MuxTunePlanner(book)
+    planner = TimedPlanner(book)
+    book(shape.name, profile.device_name)  # what it is fitted to is no part of the run
     Engine(policy, planner, executor, case.tasks, [instance], log, (log,)).run()
+    log.planning_s = planner.seconds
     return log

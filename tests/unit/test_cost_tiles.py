@@ -42,19 +42,16 @@ def test_tiles_are_those_that_the_kernels_choose(tiling: Tiling) -> None:
 def test_a_wave_more_takes_longer_and_a_row_more_mostly_not(tiling: Tiling) -> None:
     # 16 columns of tiles: 8 rows of them are 128 tiles, and one wave of 132.
     assert tiling.units(1024, (4096,), 1) == tiling.units(1000, (4096,), 1)
-    assert tiling.units(1056, (4096,), 1) > 1.4 * tiling.units(1024, (4096,), 1)
+    assert tiling.units(1056, (4096,), 1) > 1.3 * tiling.units(1024, (4096,), 1)
 
 
-def test_an_only_wave_with_idle_multiprocessors_is_faster_and_a_last_one_is_not(
-    tiling: Tiling,
-) -> None:
+def test_waves_with_idle_multiprocessors_are_faster_the_only_one_most(tiling: Tiling) -> None:
     full, five_eighths = (tiling.units(rows, (4096,), 1) for rows in (1024, 640))
     assert tiling.best(640, (4096,)) == tiling.best(1024, (4096,)), "the same tiles, fewer of them"
     assert 0.6 * full <= five_eighths < 0.75 * full
-    # 8.5 tiles of rows: a wave of 132 and one of 12, whose 12 take as long as any.
-    assert tiling.units(1088, (4096,), 1) == pytest.approx(
-        tiling._cost(tiling.best(1088, (4096,)), 1088, 4096)
-    )
+    # 8.5 tiles of rows: a wave of 132, and one of 12 that is computed in halves.
+    waves = tiling._cost(tiling.best(1088, (4096,)), 1088, 4096)
+    assert full < 0.8 * waves < tiling.units(1088, (4096,), 1) < 0.95 * waves
 
 
 def _profile(tiling: Tiling) -> dict[str, Any]:
