@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE), str(HERE.parent.parent)]
 
 PROFILE, SUITE, RATIO, STAGES = "profile", "suite", "kernel_ratio", "two_gpus"
+COMMAND = "two_gpus_command"
 CHECK, BOUND = "check", "bound"
 RUNTIME = ("isolation", "kill", "joins", "memory")  # parts of this folder's run.py
 PIECE = 12  # of a profile's or a suite's operations and steps, which one worker runs through
@@ -68,7 +69,7 @@ class Done(NamedTuple):
 def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return [*CASES, CHECK, BOUND, *RUNTIME, PROFILE, RATIO, SUITE, STAGES]
+    return [*CASES, CHECK, BOUND, *RUNTIME, PROFILE, RATIO, SUITE, STAGES, COMMAND]
 
 
 def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
@@ -93,6 +94,10 @@ def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
                 Piece(f"{name}, {config.name}", ask_stages, (spared, config))
                 for spared, config in kinds(STAGE_PHASES)
             ]
+        elif name == COMMAND:
+            from experiments.two_gpus.command import COMPILED
+
+            found += [Piece(f"{name}, {layout}", ask_command, (layout,)) for layout in COMPILED]
         elif name in (CHECK, BOUND):
             found.append(Piece(name, ask_check if name == CHECK else ask_bound, ()))
         elif name in RUNTIME:
@@ -334,6 +339,17 @@ def ask_stages(spared: int, config: Any, target: str, _deterministic: bool) -> s
     return wanted
 
 
+def ask_command(layout: str, target: str, _deterministic: bool) -> set[Wanted]:
+    """Of ``muxtune train`` as experiments/two_gpus/command.py runs it."""
+    from experiments.two_gpus.ahead import launch_command
+    from experiments.two_gpus.command import words
+    from muxtune_kernels.without_gpu import TARGETS, asking_for
+
+    with asking_for(TARGETS[target]) as wanted:
+        launch_command(words(layout))
+    return wanted
+
+
 def compile_all(args: Any) -> bool:
     """Whether all went well, within the time."""
     from rich.progress import Progress
@@ -411,7 +427,7 @@ def arguments() -> Any:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--limit-s", type=float, default=3600.0)
     args = parser.parse_args()
-    no_default = (STAGES,) if args.profile else (STAGES, SUITE)
+    no_default = (STAGES, COMMAND) if args.profile else (STAGES, COMMAND, SUITE)
     default = [name for name in names if name not in no_default]
     args.cases = args.cases.split(",") if args.cases else default
     unknown = sorted(set(args.cases) - set(names))

@@ -101,6 +101,13 @@ def controller_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "step": "eager"}
 
 
+def planner_options(config: CommonConfig) -> dict[str, Any]:
+    """Of the planner: ranks carry out rounds across their bounds only where an order names their
+    micro-batches, so plans are chosen that have one."""
+    known = {"rounds_overlap": False} if config.planner.get("name") == "muxtune" else {}
+    return {**(known if num_ranks(config) > 1 else {}), **config.planner}
+
+
 def captures(options: Mapping[str, Any], device: Any) -> bool:
     """Whether ranks run rounds as captured stages where a plan lets them; ``auto`` on GPUs. Where
     it does not, the run says why."""

@@ -128,7 +128,9 @@ def run(
     if config.resume and (ended := ended_summary(folder.path)) is not None:
         make_console().print(f"{folder.path}: the run has ended already", soft_wrap=True)
         return ended
-    planner = RecordingPlanner(build.planner(config.planner, costs), seed=config.seed)
+    planner = RecordingPlanner(
+        build.planner(ranks.planner_options(config), costs), seed=config.seed
+    )
     policy = build.cluster_policy(config.cluster_policy)
     instances = build.instances(config, costs, tasks)
     warn_of_costs(costs, instances)

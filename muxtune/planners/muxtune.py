@@ -116,7 +116,8 @@ class MuxTunePlanner(PlannerBase):
     so. ``promise_margin``: predictions err, so a ``max_slowdown`` is planned for with this share
     of it in hand. ``plays``: in a pipeline, how many plans near the best of the closed form are
     played subgraph by subgraph to choose among them and to predict the one chosen; 0 (closed form
-    only) for fleets that plan often.
+    only) for fleets that plan often. ``rounds_overlap``: whether rounds of a pipeline that no
+    order names begin before the last is over, as a simulated executor's do and a real one's not.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class MuxTunePlanner(PlannerBase):
         orchestration: bool = True,
         promise_margin: float = 0.05,
         plays: int = 40,
+        rounds_overlap: bool = True,
     ) -> None:
         super().__init__(costs)
         one_of("planner.fusion", fusion, FUSION)
@@ -149,7 +151,7 @@ class MuxTunePlanner(PlannerBase):
             )
         if plays < 0:
             raise ConfigError("planner.plays", f"is {plays}", "give 0 (closed form) or more")
-        self.plays = plays
+        self.plays, self.rounds_overlap = plays, rounds_overlap
         if not 0 <= promise_margin < 10:
             raise ConfigError(
                 "planner.promise_margin", f"is {promise_margin}", "give a share, such as 0.05"
@@ -296,7 +298,8 @@ class MuxTunePlanner(PlannerBase):
     ) -> tuple[list[Group], Turns, float]:
         """In a pipeline: of plans near the best of the closed form, the one that plays best, and
         its played time over the closed form's where it gets no order."""
-        player = Player(self.cost(site), site.replica, PLAY_SEARCH)
+        overlap = self.rounds_overlap
+        player = Player(self.cost(site), site.replica, PLAY_SEARCH, rounds_overlap=overlap)
         most_s = NEAR_BEST * min(_turns(groups, site).step_time_s for groups in starts)
         pieces: dict[Group, Piece] = {}
 

@@ -17,11 +17,13 @@ from muxtune.cost import nominal_load
 from muxtune.planning.orchestration import (
     NO_CONTENTION,
     Contention,
+    DispatchOptions,
     RoundGraph,
     RoundProblem,
     TemplateOptions,
     Timeline,
     checked_sequences,
+    dispatch,
     periodic_template,
     pipeline_limits,
     play_contended,
@@ -43,6 +45,7 @@ from muxtune.types import (
 _NOTHING = Estimate(0.0, 0.0, 0.0)
 _NO_PREDICTION = Prediction(_NOTHING, 0.0, 0.0, _NOTHING, {}, {}, {}, 0.0)
 _WORTHWHILE = 1 - 1e-3
+_ROUNDS = 4  # of which the later ones are steady
 _COMPUTES = (SubgraphKind.COMPUTE, SubgraphKind.ADAPTER, SubgraphKind.OPTIMIZER)
 
 
@@ -80,7 +83,8 @@ def chain_s(graph: Sequence[Subgraph], times_s: Sequence[float]) -> float:
 
 
 class Player:
-    """Plays sets of hTasks on one replica. ``search``: how hard to look for an order."""
+    """Plays sets of hTasks on one replica. ``search``: how hard to look for an order.
+    ``rounds_overlap``: whether one begins before the last is over where no order names them."""
 
     def __init__(
         self,
@@ -88,8 +92,10 @@ class Player:
         replica: ReplicaShape,
         search: TemplateOptions,
         contention: Contention = NO_CONTENTION,
+        rounds_overlap: bool = True,
     ) -> None:
         self.model, self.replica, self.search = model, replica, search
+        self.rounds_overlap = rounds_overlap
         self.num_stages, self.contention = replica.pp, contention
 
     def piece(self, htask: HTask, pass_time_s: float, passes: float) -> Piece:
@@ -123,8 +129,21 @@ class Player:
         total_s = 0.0
         for low, high in pairwise(levels):
             counts = tuple([n + (share > low) for n, share in zip(whole, rest, strict=True)])
-            total_s += (high - low) * self._played_s(pieces, counts, counts)
+            played = self._played_s(pieces, counts, counts) if self.rounds_overlap else 0.0
+            total_s += (high - low) * (played or self._apart_s(pieces, counts))
         return total_s
+
+    def _apart_s(self, pieces: Sequence[Piece], counts: tuple[int, ...]) -> float:
+        """As the ranks run rounds that no order names: micro-batches enter as soon as they may, but
+        on each stage a round begins when the one before has left it."""
+        graph = RoundGraph(self.problem(pieces, counts, counts))
+        visits = DispatchOptions(tuple(range(len(graph.visits))))
+        start_ns = dispatch(graph, visits, 1).start_ns[0]
+        sequences: list[list[tuple[int, int]]] = [[] for _ in range(graph.num_streams)]
+        for op in sorted(range(graph.num_ops), key=lambda op: (start_ns[op], op)):
+            sequences[graph.stream_of[op]].append((op, 0))
+        timeline = play_contended(graph, sequences, _ROUNDS, self.contention)
+        return timeline.period_ns / NS_PER_S
 
     def counted_s(self, pieces: Sequence[Piece], counts: Sequence[int]) -> float:
         """Counted turns; every micro-batch may close a step."""

@@ -118,6 +118,18 @@ def check_plan_trace(path: Path, plan: Plan, cost: CostModel) -> None:
     assert PREDICTED_ROUNDS <= rounds < PREDICTED_ROUNDS + 1.5
 
 
+def test_where_uncounted_rounds_do_not_overlap_a_plan_with_an_order_is_better():
+    view = random_instance(8, COSTS, 4)._replace(replicas=(ReplicaShape(1, 2),))
+    plans = [
+        MuxTunePlanner(COSTS, plays=6, rounds_overlap=does).plan(view, None)
+        for does in (True, False)
+    ]
+    found = [(bool(plan.order), plan.predicted) for plan in plans if isinstance(plan, Plan)]
+    assert [has_order for has_order, _ in found] == [False, True]
+    times_s = [predicted.tasks_step_time_s for _, predicted in found]
+    assert times_s[0] < times_s[1] < 1.1 * times_s[0]
+
+
 def test_a_plain_plan_that_plays_better_than_its_closed_form_is_not_missed():
     light = Assumptions(tasks=4, batch=4)
     case = next(c for c in CASES if c.testbed is H100 and c.replica.pp == 4)

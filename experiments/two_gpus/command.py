@@ -1,0 +1,161 @@
+"""The same eight tasks by ``muxtune train`` itself: planned, captured, checkpoints left out.
+
+    python -m experiments.two_gpus.command --out FOLDER --layouts pp,one      # on two GPUs
+    python -m experiments.two_gpus.command --out /tmp/runs --device cpu       # tiny: does it work
+
+One process a layout, each with an end to its time. What is told: effective tokens a second of all
+rounds, the first and the last included, and of the steady ones between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from muxtune.report.run_folder import provenance
+
+HERE = Path(__file__).resolve().parent
+WORDS = (
+    "model.random=true", "cluster=h100_x1", "cluster.device=H200-SXM",
+    f"workload.tasks_file={HERE / 'tasks.yaml'}", "backend.checkpoint_steps=0",
+    "+backend.evaluate_tokens=0", "+backend.deterministic=false", "backend.rank_timeout_s=60",
+)  # fmt: skip
+LAYOUTS = {
+    "pp": ("cluster.pp=2", "cluster.num_gpus=2"),
+    "tp": ("cluster.tp=2", "cluster.num_gpus=2"),
+    "one": (),
+    "one-fused": ("planner.fusion=all_spatial",),
+}
+COMPILED = ("pp", "one")  # by experiments/gpu_runtime/compile_ahead.py
+TINY = (
+    "model.shape.num_layers=2", "model.shape.hidden=64", "model.shape.num_heads=8",
+    "model.shape.num_kv_heads=8", "model.shape.head_dim=8", "model.shape.intermediate=128",
+    "model.shape.vocab=512", "backend.device=cpu", "backend.step=captured",
+)  # fmt: skip
+WARM_UP, COOL_DOWN = 5, 3  # rounds that are not steady
+
+
+def words(layout: str, device: str = "cuda") -> list[str]:
+    """Of the command line, without the folder."""
+    return ["model=llama-2-13b", *WORDS, *LAYOUTS[layout], *(TINY if device == "cpu" else ())]
+
+
+def run(layout: str, folder: Path, device: str, limit_s: float) -> dict[str, Any]:
+    """A row of the table; ``status``: the command's exit code, or ``cut off``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start_s, log = time.monotonic(), folder / "train.log"
+    command = [sys.executable, "-m", "muxtune.cli", "train", *words(layout, device)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, f"output_dir={folder}"], stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1", "COLUMNS": "160"},
+        )  # fmt: skip
+        try:
+            status: Any = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = "cut off"
+            for number, grace_s in ((signal.SIGABRT, 3.0), (signal.SIGKILL, 0.0)):
+                os.killpg(process.pid, number)  # all of them tell where they are
+                time.sleep(grace_s)
+            process.wait()
+    row = {"layout": layout, "status": status, "seconds": time.monotonic() - start_s}
+    return {**row, **measured(folder)}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Of a run's folder, as far as it has come."""
+    path = folder / "metrics.jsonl"
+    steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = {"rounds": len({step["step"] for step in steps}), **steady(steps), **traced(folder)}
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+        names = (
+            "effective_tokens_per_s",
+            "training_s",
+            "num_plans",
+            "peak_memory_bytes",
+            "notices",
+        )
+        rows |= {name: summary[name] for name in (*names, "notices")}
+    return rows
+
+
+def steady(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of rounds in the middle, by when their steps were told."""
+    ends_ns, tokens = {}, {}
+    for step in steps:
+        number = step["step"]
+        ends_ns[number] = max(ends_ns.get(number, 0), step["time_ns"])
+        tokens[number] = tokens.get(number, 0) + step["tokens"]
+    first, last = WARM_UP, len(tokens) - COOL_DOWN
+    if last <= first:
+        return {}
+    seconds = (ends_ns[last] - ends_ns[first]) / 1e9
+    middle = sum(tokens[number] for number in range(first + 1, last + 1))
+    return {
+        "steady_tokens_per_s": middle / seconds,
+        "steady_round_ms": 1e3 * seconds / (last - first),
+        "tokens_per_round": middle / (last - first),
+    }
+
+
+def traced(folder: Path) -> dict[str, Any]:
+    """Of each rank's compute stream in the trace: how long a steady round took, and the share of
+    it in which nothing was computed."""
+    path = folder / "trace.json"
+    if not path.exists():
+        return {}
+    text = path.read_text().rstrip().rstrip(",")
+    events = json.loads(text if text.endswith("]}") else text + "]}")["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    own: dict[int, list[Any]] = {}
+    for event in events:
+        if event["ph"] == "X" and names[event["tid"]] == "compute":
+            own.setdefault(event["pid"], []).append(event)
+    found = [_steady_of(rank) for _, rank in sorted(own.items())]
+    return {"traced_ranks": [item for item in found if item]}
+
+
+def _steady_of(events: Iterable[Any]) -> dict[str, float]:
+    """From the end of one round's last operation to that of another."""
+    ends: dict[int, float] = {}
+    for event in events:
+        at = event["args"]["round"]
+        ends[at] = max(ends.get(at, 0.0), event["ts"] + event["dur"])
+    first, last = WARM_UP, max(ends) - COOL_DOWN
+    if first >= last:
+        return {}
+    start, stop = ends[first], ends[last]
+    inside = [e for e in events if start <= e["ts"] and e["ts"] + e["dur"] <= stop]
+    busy = sum(event["dur"] for event in inside)
+    return {"round_ms": (stop - start) / (last - first) / 1e3, "idle": 1 - busy / (stop - start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layouts", default="pp,one", help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--limit-s", default="70", help="seconds, one number or one a layout")
+    args = parser.parse_args()
+    layouts, limits = args.layouts.split(","), args.limit_s.split(",")
+    limits = limits * len(layouts) if len(limits) == 1 else limits
+    content = {**provenance(0), "words": {name: words(name, args.device) for name in layouts}}
+    rows: list[dict[str, Any]] = []
+    for layout, limit_s in zip(layouts, limits, strict=True):
+        rows.append(run(layout, args.out / layout, args.device, float(limit_s)))
+        path = args.out / "command.json"
+        path.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
