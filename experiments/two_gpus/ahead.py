@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -80,7 +80,7 @@ def planned(words: Sequence[str]) -> Planned:
 
     register_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("train", overrides=[*words, "output_dir=unused"]))
+        config: Any = OmegaConf.to_object(compose("train", overrides=[*words, "output_dir=unused"]))
     costs = build.cost_book(config)
     tasks = list(build.tasks(config, costs))
     shape = build.shape_of(config.model)

@@ -35,17 +35,13 @@ LAYOUTS = {
     "one-fused": ("planner.fusion=all_spatial",),
 }
 COMPILED = ("pp", "one")  # by experiments/gpu_runtime/compile_ahead.py
-TINY = (
-    "model.shape.num_layers=2", "model.shape.hidden=64", "model.shape.num_heads=8",
-    "model.shape.num_kv_heads=8", "model.shape.head_dim=8", "model.shape.intermediate=128",
-    "model.shape.vocab=512", "backend.device=cpu", "backend.step=captured",
-)  # fmt: skip
+TINY = ("model=tiny", "model.name=llama-2-13b", "backend.device=cpu", "backend.step=captured")
 WARM_UP, COOL_DOWN = 5, 3  # rounds that are not steady
 
 
 def words(layout: str, device: str = "cuda") -> list[str]:
     """Of the command line, without the folder."""
-    return ["model=llama-2-13b", *WORDS, *LAYOUTS[layout], *(TINY if device == "cpu" else ())]
+    return [*(TINY if device == "cpu" else ("model=llama-2-13b",)), *WORDS, *LAYOUTS[layout]]
 
 
 def run(layout: str, folder: Path, device: str, limit_s: float) -> dict[str, Any]:

@@ -333,7 +333,7 @@ class TorchExecutor:
             folder = write_adapter(
                 self.options.adapter_folder(task.spec.task_id),
                 task.spec,
-                instance.whole_state(task).parameters(),
+                instance.whole_parameters(task),
                 instance.backbone,
             )
             task.result = ResultData(

@@ -208,6 +208,10 @@ class RunningInstance:
         assert task.state is not None
         return task.state
 
+    def whole_parameters(self, task: RuntimeTask) -> dict[str, dict[str, torch.Tensor]]:
+        """Of ``whole_state``."""
+        return self.whole_state(task).parameters()
+
     def copy_of(self, task: RuntimeTask, step: int) -> HostCopy:
         """The whole state as optimizer step ``step`` left it; called when that is told."""
         kept = self._copies.pop((task.spec.task_id, step), None)

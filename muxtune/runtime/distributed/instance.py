@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from muxtune.errors import ConfigError
 from muxtune.planning.replica_dispatch import deal
 from muxtune.runtime.bank import AdapterPool, SlotPool, TaskState, TaskTensors
@@ -168,16 +170,22 @@ class DistributedInstance(RunningInstance):
 
     def whole_state(self, task: RuntimeTask) -> TaskState:
         """Of the whole model, on the CPU, as it is after the task's last step that was told."""
+        return self._whole(task)
+
+    def whole_parameters(self, task: RuntimeTask) -> dict[str, dict[str, Tensor]]:
+        return self._whole(task, weights_only=True).parameters()
+
+    def _whole(self, task: RuntimeTask, weights_only: bool = False) -> TaskState:
         assert task.state is not None
         task_id = task.spec.task_id
         kept = self._snapshots.pop((task_id, self._closed_steps.get(task_id, -1)), None)
         if kept is not None:
             return kept
         self._flush()
-        return self._gathered([task_id])[task_id]
+        return self._gathered([task_id], weights_only)[task_id]
 
-    def _gathered(self, task_ids: Sequence[str]) -> dict[str, TaskState]:
-        self._command(Gather(tuple(task_ids)))
+    def _gathered(self, task_ids: Sequence[str], weights_only: bool) -> dict[str, TaskState]:
+        self._command(Gather(tuple(task_ids), weights_only))
         found: list[Gathered] = []
         while len(found) < self.team.world_size:
             report = self.team.take(self.patience.limit_s)

@@ -450,12 +450,12 @@ class StageRunner:
             shares = {name: self.shares(name) for name in visit.input.snapshots}
             self.report(Snapshots(number, index, place.rank, shares))
 
-    def shares(self, task_id: str) -> dict[Any, Share]:
+    def shares(self, task_id: str, weights_only: bool = False) -> dict[Any, Share]:
         """What this rank contributes to a task's whole state; replicas hold the same."""
         state = self.states.get(task_id)
         if state is None or self.backbone.place.replica:
             return {}
-        return shares_of(state, self.backbone)
+        return shares_of(state, self.backbone, weights_only)
 
 
 def nodes_of(sequence: Sequence[tuple[int, int]], number: int, rounds: range) -> list[Node]:

@@ -218,17 +218,18 @@ class Share(NamedTuple):
     tensors: WholeTensors
 
 
-def shares_of(state: TaskState, backbone: StageBackbone) -> dict[ParameterKey, Share]:
+def shares_of(
+    state: TaskState, backbone: StageBackbone, weights_only: bool = False
+) -> dict[ParameterKey, Share]:
     """Copies on the CPU of what this rank holds. A factor that all ranks of the stage hold comes
-    from the first of them."""
+    from the first of them. ``weights_only``: the moments have no columns."""
     shares = {}
     for (site_name, name), values in state.tensors.items():
         columns = backbone.cuts[site_name].of_parameter(name)
         if columns is None and backbone.place.part:
             continue
-        copies = WholeTensors(
-            *(t.detach().to("cpu", copy=True) for t in (values.param, *values[2:]))
-        )
+        moments = [t[:, :0] if weights_only else t for t in values[2:]]
+        copies = WholeTensors(*(t.detach().to("cpu", copy=True) for t in (values.param, *moments)))
         bounds = None if columns is None else (columns.start, columns.stop)
         shares[site_name, name] = Share(bounds, copies)
     return shares

@@ -56,6 +56,7 @@ class Gather(NamedTuple):
     """Report your shares of these tasks. Nothing is in flight."""
 
     task_ids: tuple[str, ...]
+    weights_only: bool = False
 
 
 class Score(NamedTuple):

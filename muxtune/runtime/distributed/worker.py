@@ -191,7 +191,10 @@ class Worker:
             self.team.report(found)
 
     def gather(self, command: Gather) -> None:
-        shares = {task_id: self.runner.shares(task_id) for task_id in command.task_ids}
+        shares = {
+            task_id: self.runner.shares(task_id, command.weights_only)
+            for task_id in command.task_ids
+        }
         self.team.report(Gathered(self.backbone.place.rank, shares))
 
     def drop(self, command: Drop) -> None:
