@@ -218,7 +218,7 @@ def test_what_ranks_on_gpus_cannot_do_is_refused_before_any_rank_starts(
 @pytest.mark.parametrize(
     ("step", "device", "expected"),
     [
-        (None, "cuda", True),
+        ("auto", "cuda", True),
         ("auto", "cpu", False),
         ("captured", "cpu", True),
         ("eager", "cuda", False),
