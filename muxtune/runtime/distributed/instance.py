@@ -184,7 +184,9 @@ class DistributedInstance(RunningInstance):
         self._flush()
         return self._gathered([task_id], weights_only)[task_id]
 
-    def _gathered(self, task_ids: Sequence[str], weights_only: bool) -> dict[str, TaskState]:
+    def _gathered(
+        self, task_ids: Sequence[str], weights_only: bool = False
+    ) -> dict[str, TaskState]:
         self._command(Gather(tuple(task_ids), weights_only))
         found: list[Gathered] = []
         while len(found) < self.team.world_size:
