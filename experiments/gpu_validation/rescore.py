@@ -4,7 +4,6 @@
 
 For a model that was changed after the suite was measured. Nothing is measured anew and the attempt
 that was made stays as it is: the result, ``rescored.json``, says that the measurements were known.
-Dynamic runs are simulated anew wherever they are scored, so they are in the report.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from muxtune.cost.schema import load_profile
 from muxtune.report.run_folder import provenance
-from muxtune.validation.models import Models
-from muxtune.validation.records import read_lines
+from muxtune.validation.attempts import PROFILE, Attempt
+from muxtune.validation.dynamic import with_prediction
 from muxtune.validation.scoring import summarise, usable
 from muxtune.validation.steps import again
 
 
 def rescore(folder: Path) -> dict[str, Any]:
-    models = Models(load_profile(folder / "profile.json"))
-    rows = again(usable(read_lines(folder / "steps.jsonl")), models)
-    found = summarise(rows, [], [])
-    kept = ("step", "memory", "step_by", "rankings")
+    attempt = Attempt(folder, folder / PROFILE)
+    steps, dynamic = (attempt.records[name].rows for name in ("steps", "dynamic"))
+    rows = again(usable(steps), attempt.models_here)
+    found = summarise(rows, [], [with_prediction(row, attempt.here) for row in dynamic])
+    kept = ("step", "memory", "completion", "step_by", "rankings", "dynamic")
     note = "predicted by later code, when the measurements were known"
     return {"note": note, "provenance": provenance(), **{key: found[key] for key in kept}}
 
@@ -37,7 +36,11 @@ def main() -> None:
     folder = parser.parse_args().folder
     found = rescore(folder)
     (folder / "rescored.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: found[key] for key in ("step", "memory", "rankings")}, indent=1))
+    print(
+        json.dumps(
+            {key: found[key] for key in ("step", "memory", "completion", "rankings")}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

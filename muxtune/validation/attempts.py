@@ -71,6 +71,13 @@ class Attempt:
         rows = (row for name in RECORDS for row in read_lines(self.folder / f"{name}.jsonl"))
         return all(row.get("profile") == self.profile.content_hash for row in rows)
 
+    def predicted_runs(self) -> dict[str, Any]:
+        """What the last report of this profile said of its dynamic runs, by name."""
+        path = self.folder / REPORT
+        told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        of_this = told.get("profile") == self.profile.content_hash
+        return told.get("predicted_runs", {}) if of_this else {}
+
     def _put_away(self) -> None:
         self._tell_of_cut_off()
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("attempt-*")]

@@ -51,6 +51,8 @@ from muxtune.workload.synthetic import SyntheticLibrary
 
 INSTANCE = "gpu0"
 NUM_DYNAMIC = 2
+# What ``with_prediction`` adds to a measured run.
+OF_PREDICTION = ("tasks", "same_completion_order", "first_difference", "decisions", "drifts")
 
 
 class DynamicCase(NamedTuple):

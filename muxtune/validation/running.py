@@ -26,6 +26,7 @@ from muxtune.report.run_folder import provenance
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import (
     NUM_DYNAMIC,
+    OF_PREDICTION,
     DynamicCase,
     draw_dynamic,
     planned,
@@ -35,7 +36,7 @@ from muxtune.validation.dynamic import (
 )
 from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
-from muxtune.validation.scoring import summarise
+from muxtune.validation.scoring import summarise, usable
 from muxtune.validation.single_ops import op_jobs, run_ops
 from muxtune.validation.steps import Report, fits, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
@@ -114,6 +115,9 @@ def validate(
         "clock": options.clock or profile_clock(profile),
         "left": left,
         "attempts": attempt.concluded(),
+        "predicted_runs": {
+            row["name"]: {key: row[key] for key in OF_PREDICTION} for row in usable(rows[2])
+        },
         "warnings": warnings,
         "provenance": provenance(),
     }
@@ -127,11 +131,15 @@ def profile_clock(profile: Profile) -> str:
 
 
 def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
-    """None where there is no simulator: they are added when the folder is scored elsewhere."""
-    if find_spec("simpy") is None:
-        return []
-    found = []
+    """What was predicted first stays, as it does of steps, whatever later code would say.
+    None where there is no simulator: they are added when the folder is scored elsewhere."""
+    found, before = [], attempt.predicted_runs()
     for row in attempt.records["dynamic"].rows:
+        if row["name"] in before:
+            found.append({**row, **before[row["name"]]})
+            continue
+        if find_spec("simpy") is None:
+            continue
         try:
             found.append(with_prediction(row, attempt.here))
         except Exception as error:  # what was measured of others is to be scored all the same

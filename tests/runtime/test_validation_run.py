@@ -18,6 +18,7 @@ from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
 from muxtune.profiling.step_cases import plan_of
 from muxtune.types import AdapterSlot, HTask, PassLoad, ReplicaShape, ShapeKey
+from muxtune.validation import running
 from muxtune.validation.dynamic import Log, first_difference
 from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, validate
@@ -103,6 +104,17 @@ def test_a_validation_writes_what_it_measured(
     said = " ".join(capsys.readouterr().out.split())
     assert "0 cases failed that were to fit in memory" in said
     assert "3%, p95 6%: m" in said, "met or missed"
+
+
+def test_what_was_predicted_of_a_run_stays(
+    report: dict[str, Any], profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def later_code(*_: object) -> None:
+        raise AssertionError("predicted when the measurements were known")
+
+    monkeypatch.setattr(running, "with_prediction", later_code)
+    again = validate(report["folder"], profile_path, ValidationOptions(0.0))
+    assert again["completion"] == report["completion"] and again["dynamic"] == report["dynamic"]
 
 
 def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) -> None:
