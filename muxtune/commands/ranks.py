@@ -123,7 +123,7 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     from muxtune.runtime.distributed.launch import Watch, agree, connect
     from muxtune.runtime.distributed.layout import Layout
     from muxtune.runtime.distributed.links import Patience
-    from muxtune.runtime.distributed.sharding import StageBackbone
+    from muxtune.runtime.distributed.sharding import StageBackbone, weights_digest
     from muxtune.runtime.distributed.team import Team
     from muxtune.runtime.distributed.worker import Worker
 
@@ -131,17 +131,22 @@ def join_crew(config: TrainConfig, info: Any) -> tuple[Any, Any, Any]:
     limit_s = timeout_s(config)
     _share_cores(info.world_size)
     connect(info, limit_s)
-    agree(info, facts_of(config), limit_s)
+    agree(info, facts_of(config))
     watch = Watch(info, limit_s)
     place = layout.places[info.rank]
     store = build.backbone_store(config)
     if store.device.type == "cuda":
         store.device = own_gpu(info)
-    store.make = lambda name, model, tokenizer, device, dtype: StageBackbone(
-        name, model, tokenizer, layout, place, device, dtype
-    )
+    weights: dict[str, str] = {}
+
+    def make(name: str, model: Any, tokenizer: Any, device: Any, dtype: Any) -> StageBackbone:
+        weights[f"weights of {name}"] = weights_digest(model)
+        return StageBackbone(name, model, tokenizer, layout, place, device, dtype)
+
+    store.make = make
     backbone: Any = store.get(config.model.name)
     team = Team(info.rank, info.world_size)
+    agree(info, weights, team.control)  # who reads them faster waits for the others
     patience = Patience(limit_s, watch.is_controller_idle)
     deterministic = bool(config.backend.get("deterministic", True))
     as_graphs = captures(config.backend, store.device)

@@ -20,6 +20,7 @@ from muxtune.cli import main
 from muxtune.commands import ranks
 from muxtune.errors import ConfigError
 from muxtune.report.run_folder import provenance
+from muxtune.runtime.backbone import random_weights
 from muxtune.runtime.distributed.launch import RankInfo, agree
 from tests.runtime.distributed_helpers import free_port, run_world
 
@@ -35,6 +36,8 @@ NOTICE_S, STEPS = 30.0, 40
 BOTH_STREAMS = ("compute", "comm")
 PIPELINE = ("cluster.pp=2", "cluster.num_gpus=2")
 TENSOR = ("cluster.tp=2", "cluster.pp=1", "cluster.num_gpus=2")
+PROVENANCE = "muxtune.commands.ranks.provenance"
+RANDOM_WEIGHTS = "muxtune.runtime.backbone.random_weights"
 UNEQUAL = ("cluster.replicas=[{pp:2},{tp:1}]", "cluster.num_gpus=3", "planner=lobra")
 _FORK = multiprocessing.get_context("fork")
 
@@ -259,9 +262,9 @@ def _disagree(rank: int, folder: Path) -> None:
     info = RankInfo(rank, 2, rank)
     for field, value in (("version of torch", f"2.{rank}"), ("cost.path", f"hash-{rank}")):
         with pytest.raises(ConfigError, match=field) as caught:
-            agree(info, {"model": "same", field: value}, 5.0)
+            agree(info, {"model": "same", field: value})
         (folder / f"{field}-{rank}").write_text(str(caught.value))
-    agree(info, {"model": "same"}, 5.0)
+    agree(info, {"model": "same"})
 
 
 def _another_peft(seed: int) -> dict[str, Any]:
@@ -273,24 +276,31 @@ def _another_muxtune(seed: int) -> dict[str, Any]:
     return {**provenance(seed), "git_commit": "1234"}
 
 
+def _another_model(shape: Any, seed: int, *more: Any) -> Any:
+    return random_weights(shape, seed + 1, *more)
+
+
 @pytest.mark.parametrize(
-    ("change", "there", "said"),
+    ("change", "patched", "there", "said"),
     [
-        ("model.seed=5", provenance, "model.seed: rank 1 has '5', but rank 0 has '0'"),
-        ("seed=0", _another_peft, "version of peft: rank 1 has '9.9'"),
-        ("seed=0", _another_muxtune, "version of muxtune: rank 1 has '"),
+        ("model.seed=5", "", None, "model.seed: rank 1 has '5', but rank 0 has '0'"),
+        ("seed=0", PROVENANCE, _another_peft, "version of peft: rank 1 has '9.9'"),
+        ("seed=0", PROVENANCE, _another_muxtune, "version of muxtune: rank 1 has '"),
+        ("seed=0", RANDOM_WEIGHTS, _another_model, "weights of tiny: rank 1 has '"),
     ],
 )
 def test_commands_that_differ_name_what_differs_on_every_rank(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, there: Any, said: str
-) -> None:
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, patched: str,
+    there: Any, said: str,
+) -> None:  # fmt: skip
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     processes = []
     for rank, more in enumerate(((), (change,))):
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setattr(ranks, "provenance", there if rank else provenance)
+        if rank and patched:
+            monkeypatch.setattr(patched, there)
         arguments = words(data, tmp_path / "run", 2, *PIPELINE, *more)
         processes.append(started(tmp_path / f"log-{rank}", arguments))
     for rank, process in enumerate(processes):

@@ -69,11 +69,12 @@ def connect(info: RankInfo, timeout_s: float) -> None:
         ) from None
 
 
-def agree(info: RankInfo, facts: Mapping[str, str], timeout_s: float) -> None:
-    """Raises the same ConfigError on every rank where one differs from rank 0."""
+def agree(info: RankInfo, facts: Mapping[str, str], group: Any = None) -> None:
+    """Raises the same ConfigError on every rank where one differs from rank 0. ``group``: of all
+    ranks, whose limit of time holds."""
     every: list[Any] = [None] * info.world_size
     try:
-        dist.all_gather_object(every, dict(facts))
+        dist.all_gather_object(every, dict(facts), group=group)
     except RuntimeError as error:
         detail = str(error).splitlines()[0][:200]
         raise DistributedError(
@@ -86,7 +87,7 @@ def agree(info: RankInfo, facts: Mapping[str, str], timeout_s: float) -> None:
             raise ConfigError(
                 name,
                 f"rank {others[0]} has {values[others[0]]!r}, but rank 0 has {values[0]!r}",
-                "Give all ranks the same versions, profile and settings",
+                "Give all ranks the same versions, profile, settings and model",
             )
 
 

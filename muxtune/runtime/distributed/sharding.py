@@ -13,6 +13,7 @@ Shape suffixes: D input features, O output features, r rank of an adapter.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from muxtune.types import TaskSpec
 from muxtune.workload.encoding import Tokenizer
 
 # The magnitude needs the whole weight's norm; virtual tokens are known to no stage's attention.
+_DIGEST_VALUES = 64  # of each weight, at most
 NOT_SPREAD = ("dora", "prefix", "prompt")
 
 
@@ -105,6 +107,16 @@ class StageBackbone(Backbone):
                 linear = self.model.get_submodule(name)
                 linear.base = linear.base._replace(site=site._replace(first_feature=cut.start))
                 self.sites[name] = linear.base.site
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """Of a few values of every weight of the whole model: other weights have another one."""
+    parameters = list(model.named_parameters())
+    picked = [p.detach().flatten()[:: p.numel() // _DIGEST_VALUES + 1] for _, p in parameters]
+    digest = hashlib.blake2s(torch.cat(picked).float().cpu().numpy().tobytes(), digest_size=8)
+    digest.update(repr([(name, tuple(p.shape)) for name, p in parameters]).encode())
+    return digest.hexdigest()
 
 
 def _checked_shape(name: str, model: Any, layout: Layout) -> ModelShape:

@@ -99,9 +99,7 @@ class Team:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self._control: Any = dist.new_group(
-            list(range(world_size)), timeout=FOREVER, backend="gloo"
-        )
+        self.control: Any = dist.new_group(list(range(world_size)), timeout=FOREVER, backend="gloo")
         self._pairs: dict[int, Any] = {
             other: dist.new_group([0, other], timeout=FOREVER, backend="gloo")
             for other in range(1, world_size)
@@ -115,7 +113,7 @@ class Team:
     def tell(self, command: Any) -> None:
         """From the controller to everybody else."""
         try:
-            dist.broadcast_object_list([command], src=0, group=self._control)
+            dist.broadcast_object_list([command], src=0, group=self.control)
         except RuntimeError as error:
             raise lost("a rank", error) from None
 
@@ -123,7 +121,7 @@ class Team:
         """The controller's next command. Raises DistributedError when there is none any more."""
         box: list[Any] = [None]
         try:
-            dist.broadcast_object_list(box, src=0, group=self._control)
+            dist.broadcast_object_list(box, src=0, group=self.control)
         except RuntimeError as error:
             raise lost("rank 0, which controls the run,", error) from None
         return box[0]
