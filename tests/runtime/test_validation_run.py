@@ -37,7 +37,7 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(profile_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("validation")
-    options = ValidationOptions(9.0, 3, (), 64, 2, 0.0, dynamic_s=0.3)
+    options = ValidationOptions(9.0, 3, (), 64, 2, 0.0, dynamic_s=0.3, checks_machine=True)
     for _ in range(10):  # a busy host takes more than one call, each goes on
         first = validate(folder, profile_path, options)
         if not any(first["left"].values()):
@@ -83,6 +83,11 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
     more_s = model.transition_s(apart, together).value - without.transition_s(apart, together).value
     assert more_s == pytest.approx(2 * model.move_s(slot).value) and more_s > 0
     assert model.transition_s(apart, apart._replace(epoch=2)).value == 0
+    small, large = (model.finish_s(AdapterSlot("lora", rank, ALL)).value for rank in (16, 64))
+    assert 0 < small <= large, "each is written to the disk"
+    leave_s = model.leave_s().value
+    one_less_s = model.transition_s(apart, plan_of([htask("a")], 3)).value
+    assert one_less_s == pytest.approx(leave_s) and leave_s > 0
 
 
 def test_a_validation_writes_what_it_measured(
@@ -94,8 +99,11 @@ def test_a_validation_writes_what_it_measured(
     assert [run["name"] for run in report["dynamic"]] == ["arrivals and departures", "with a queue"]
     assert report["completion"]["count"] >= 9, "all but the task that was withdrawn"
     names = {path.name for path in report["folder"].iterdir()}
+    check = json.loads((report["folder"] / "machine.json").read_text())
+    assert report["checked_machine"] and check["failed"] == [] and "finish" in check["ops"]
+    assert check["profile"] == report["profile"] and check["planning_s"] > 0
     assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
-    assert len(names) <= 8
+    assert len(names) <= 9
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["attempt"] for line in attempts]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers

@@ -8,7 +8,7 @@ import pytest
 
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
-from muxtune.cost.captured import CapturedCostModel, fused_sites
+from muxtune.cost.captured import CapturedCostModel, Excess, fused_sites
 from muxtune.cost.curves import Grid, Leaf
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
@@ -52,6 +52,22 @@ def test_waves_with_idle_multiprocessors_are_faster_the_only_one_most(tiling: Ti
     # 8.5 tiles of rows: a wave of 132, and one of 12 that is computed in halves.
     waves = tiling._cost(tiling.best(1088, (4096,)), 1088, 4096)
     assert full < 0.8 * waves < tiling.units(1088, (4096,), 1) < 0.95 * waves
+
+
+def test_between_sizes_as_many_rows_a_slot_count() -> None:
+    """Exact where times depend on how many slots meet in a tile and on nothing else."""
+
+    def seconds(slots: float, rows: float) -> float:
+        return 1e-6 * (1.0 + slots * 128 / rows)
+
+    points = {
+        (float(slots), 16.0, float(rows)): Leaf(seconds(slots, rows), 0.0)
+        for slots in (1, 4, 12, 32) for rows in (512, 1024)
+    }  # fmt: skip
+    excess = Excess.of("site_forward.8x8", points)
+    for slots, rows in ((12, 768), (15, 640), (6, 512)):
+        assert excess.at((slots, 16, rows)).value_s == pytest.approx(seconds(slots, rows))
+    assert excess.at((48, 16, 768)).extrapolated and excess.at((4, 16, 4096)).extrapolated
 
 
 def _profile(tiling: Tiling) -> dict[str, Any]:
