@@ -17,7 +17,7 @@ from muxtune.cost.shapes import model_shape
 from muxtune.errors import ConfigError
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
-from muxtune.validation.scoring import GOALS
+from muxtune.validation.scoring import GOAL_COVERAGE, GOAL_TAU, GOALS
 
 Report = Callable[[str, float, str], None]
 COLUMNS = ("what", "cases", "mean", "p95", "bias", "in 90% interval", "repeats' spread", "goal")
@@ -101,8 +101,18 @@ def show(summary: dict[str, Any], path: Path) -> None:
     for item in summary["rankings"]:
         console.print(
             f"workload {item['workload']}: Kendall's tau {_tau(item['tau'])} of {item['plans']} "
-            f"plans; {item['excluded']} pairs within the repeats' spread left out"
+            f"plans (goal {GOAL_TAU}: {_met((item['tau'] or 0.0) >= GOAL_TAU)}); "
+            f"{item['excluded']} pairs within the repeats' spread left out",
+            soft_wrap=True,
         )
+    low, high = GOAL_COVERAGE
+    for name in ("op", "step"):
+        if summary[name]:
+            share = summary[name]["coverage"]
+            console.print(
+                f"{name}: 90% intervals cover {share:.0%} (goal {low:.0%} to {high:.0%}: "
+                f"{_met(low <= share <= high)})"
+            )
     _show_failures(console, summary)
     for run_ in summary["dynamic"]:
         why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
@@ -121,7 +131,11 @@ def _goal(name: str, item: dict[str, Any]) -> str:
     mean, tail = GOALS[name]
     at = "worst decile" if name == "completion" else "p95"
     asked = f"{mean:.0%}" + (f", {at} {tail:.0%}" if isfinite(tail) else "")
-    return f"{asked}: {'met' if item['met'] else 'missed'}"
+    return f"{asked}: {_met(item['met'])}"
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "missed"
 
 
 def _show_failures(console: Any, summary: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ GOALS: Mapping[str, tuple[float, float]] = {
 }
 
 
+GOAL_COVERAGE = (0.85, 0.95)  # of 90% intervals
+GOAL_TAU = 0.95
+
+
 def summarise(
     steps: Sequence[Row], single_ops: Sequence[Row], dynamic: Sequence[Row]
 ) -> dict[str, Any]:
