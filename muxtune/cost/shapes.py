@@ -114,10 +114,6 @@ class ModelShape(NamedTuple):
         edges = self.embedding_parameters + self.head_parameters + self.norm_parameters
         return self.num_layers * self.layer_parameters + edges
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Keys and values of one token over all layers."""
-        return 2 * self.kv_dim * self.num_layers * dtype_bytes
-
     def target_linears(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linears whose name is one of ``targets`` or ends with ``.target`` (PEFT's rule).
 

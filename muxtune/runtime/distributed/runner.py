@@ -136,11 +136,6 @@ class StageRunner:
         self._last: Schedule | None = None
         self._last_comm: Future[Arrival] | None = None
 
-    @property
-    def num_open(self) -> int:
-        """Rounds of which this stage has something left to do."""
-        return len(self._rounds)
-
     # -- feeding
 
     def feed(self, round_input: RoundInput, schedule: Schedule) -> None:
