@@ -2,6 +2,7 @@
 
     python -m experiments.two_gpus.command --out FOLDER --layouts pp,one      # on two GPUs
     python -m experiments.two_gpus.command --out /tmp/runs --device cpu       # tiny: does it work
+    python -m experiments.two_gpus.command --out FOLDER --draw pp        # a picture of its traces
 
 One process a layout, each with an end to its time. What is told: effective tokens a second of all
 rounds, the first and the last included, and of the steady ones between.
@@ -20,12 +21,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.two_gpus.cases import MODEL
+from muxtune.planning.orchestration.spans import ScheduleSpan
+from muxtune.report.gantt import gantt_panels
 from muxtune.report.run_folder import provenance
+from muxtune.types import SubgraphKind
 
-HERE = Path(__file__).resolve().parent
+TASKS = os.path.relpath(Path(__file__).resolve().parent / "tasks.yaml")
 WORDS = (
     "model.random=true", "cluster=h100_x1", "cluster.device=H200-SXM",
-    f"workload.tasks_file={HERE / 'tasks.yaml'}", "backend.checkpoint_steps=0",
+    f"workload.tasks_file={TASKS}", "backend.checkpoint_steps=0",
     "+backend.evaluate_tokens=0", "+backend.deterministic=false", "backend.rank_timeout_s=60",
 )  # fmt: skip
 LAYOUTS = {
@@ -35,13 +40,14 @@ LAYOUTS = {
     "one-fused": ("planner.fusion=all_spatial",),
 }
 COMPILED = ("pp", "one")  # by experiments/gpu_runtime/compile_ahead.py
-TINY = ("model=tiny", "model.name=llama-2-13b", "backend.device=cpu", "backend.step=captured")
+TINY = ("model=tiny", f"model.name={MODEL}", "backend.device=cpu", "backend.step=captured")
 WARM_UP, COOL_DOWN = 5, 3  # rounds that are not steady
+DRAWN = (5, 8)
 
 
 def words(layout: str, device: str = "cuda") -> list[str]:
     """Of the command line, without the folder."""
-    return [*(TINY if device == "cpu" else ("model=llama-2-13b",)), *WORDS, *LAYOUTS[layout]]
+    return [*(TINY if device == "cpu" else (f"model={MODEL}",)), *WORDS, *LAYOUTS[layout]]
 
 
 def run(layout: str, folder: Path, device: str, limit_s: float) -> dict[str, Any]:
@@ -135,13 +141,50 @@ def _steady_of(events: Iterable[Any]) -> dict[str, float]:
     return {"round_ms": (stop - start) / (last - first) / 1e3, "idle": 1 - busy / (stop - start)}
 
 
+def draw(folder: Path, title: str) -> None:
+    """Rounds in the middle as they were, above the same as the plan has them."""
+    panels = []
+    for name, what in (("trace.json", "measured"), ("plan_trace.json", "predicted")):
+        spans = spans_of(folder / name)
+        ends_ns: dict[int, int] = {}
+        for span in spans:
+            end_ns = span.start_ns + span.duration_ns
+            ends_ns[span.round] = max(ends_ns.get(span.round, 0), end_ns)
+        first, last = DRAWN
+        round_ms = (ends_ns[last] - ends_ns[first]) / (last - first) / 1e6
+        window = ends_ns[first], ends_ns[first] + round(1.05 * (ends_ns[last] - ends_ns[first]))
+        panels.append((f"{what}, {round_ms:.0f} ms a round", spans, window))
+    gantt_panels(folder / "trace.png", panels, title)
+
+
+def spans_of(path: Path) -> list[ScheduleSpan]:
+    """Operations of stages in a trace of Chromium's form."""
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    streams = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    return [
+        ScheduleSpan(
+            int(rows[e["pid"]].rpartition("stage ")[2]), streams[e["tid"]],
+            int(name.removeprefix("hTask ")), name, label, SubgraphKind(e["args"]["kind"]),
+            e["args"]["direction"] == "backward", e["args"]["round"], e["args"]["micro_batch"],
+            round(1e3 * e["ts"]), round(1e3 * e["dur"]),
+        )
+        for e in events if e["ph"] == "X" and "kind" in e["args"]
+        for name, _, label in (e["name"].partition(": "),)
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layouts", default="pp,one", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--limit-s", default="70", help="seconds, one number or one a layout")
+    parser.add_argument("--draw", metavar="LAYOUT", help="only draw the traces of a run")
     args = parser.parse_args()
+    if args.draw:
+        draw(args.out / args.draw, f"muxtune train, {args.draw}: {MODEL}, 8 tasks")
+        return
     layouts, limits = args.layouts.split(","), args.limit_s.split(",")
     limits = limits * len(layouts) if len(limits) == 1 else limits
     content = {**provenance(0), "words": {name: words(name, args.device) for name in layouts}}

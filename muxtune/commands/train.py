@@ -29,6 +29,7 @@ from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
 from muxtune.planning.journal import Journal, JournalBatch, read_journal
 from muxtune.planning.orchestration import played, schedule_spans
+from muxtune.planning.orchestration.spans import ScheduleSpan
 from muxtune.protocols import CostModel
 from muxtune.report.gantt import schedule_trace
 from muxtune.report.perfetto import Span, TraceWriter
@@ -194,11 +195,21 @@ def _ordered(plans: Iterable[Plan]) -> Plan | None:
 
 
 def write_plan_trace(path: Path, plan: Plan, cost: CostModel) -> None:
-    """The plan's first rounds as they are predicted, in the form in which a trace shows ranks."""
+    """The plan's first rounds as they are predicted, in the form in which a trace shows ranks. They
+    are played with the largest micro-batches, then all alike shortened to a round's mean."""
     timeline = played(plan, cost.subgraph_times_s(plan), PREDICTED_ROUNDS)
+    shorter = NS_PER_S * plan.predicted.round_time_s.value / timeline.period_ns
     names = [f"hTask {number}" for number in range(len(plan.htasks))]
     process = f"predicted {plan.instance_id}, plan {plan.epoch}: stage"
-    schedule_trace(path, schedule_spans(timeline, names), process)
+    spans = (_shortened(span, shorter) for span in schedule_spans(timeline, names))
+    schedule_trace(path, spans, process)
+
+
+def _shortened(span: ScheduleSpan, share: float) -> ScheduleSpan:
+    """What ends where another begins still does."""
+    start_ns = round(share * span.start_ns)
+    end_ns = round(share * (span.start_ns + span.duration_ns))
+    return span._replace(start_ns=start_ns, duration_ns=end_ns - start_ns)
 
 
 def _tell_how_to_go_on(path: Path) -> None:

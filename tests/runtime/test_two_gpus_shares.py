@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.two_gpus.cases import PIPELINE, TENSOR, Config
+from experiments.two_gpus.command import steady
 from experiments.two_gpus.run import (
     COMM,
     COMPUTE,
@@ -68,3 +69,17 @@ def test_exposed_communication_is_the_players(order: str) -> None:
     exposed = communication_shares(timeline)[0] * timeline.makespan_ns / TRACED / 1e6
     assert exposed_ms(as_traced(timeline, 0), TRACED) == pytest.approx(exposed, rel=1e-6)
     assert exposed > 0 or order == "interleaved"
+
+
+def test_a_commands_steady_rounds_are_those_between_warm_up_and_end() -> None:
+    """Two tasks; a round takes 100 ms, the first and the last three longer."""
+    ends_ns = [int(1e6 * (500 + 100 * min(n, 17) + 900 * max(0, n - 17))) for n in range(20)]
+    steps = [
+        {"step": number + 1, "time_ns": end_ns - late, "tokens": tokens}
+        for number, end_ns in enumerate(ends_ns)
+        for late, tokens in ((0, 300), (7, 50))
+    ]
+    found = steady(steps)
+    assert found["steady_round_ms"] == pytest.approx(100.0)
+    assert found["tokens_per_round"] == 350 and not steady(steps[:10])
+    assert found["steady_tokens_per_s"] == pytest.approx(3_500.0)
