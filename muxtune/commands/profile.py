@@ -8,12 +8,15 @@ from typing import Any
 from muxtune import build
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import load_profile
+from muxtune.errors import ConfigError
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
 
 
 def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     """Writes the profile into the folder and prints what was measured."""
+    if config.max_rows < 0:
+        raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (the default) or more")
     build.need_torch()
     from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
 

@@ -1,0 +1,40 @@
+"""What `muxtune profile` and `muxtune validate` refuse before they measure anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from muxtune.cli import EXIT_ERROR, main
+
+SHIPPED = "profile=h100-sxm_llama-2-7b"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["profile", "model=tiny", "max_rows=-5"], "max_rows: is -5"),
+        (["profile", "model=tiny", "program=foo"], "program: is 'foo'"),
+        (["validate"], "profile: is not given"),
+        (["validate", "profile=nowhere.json"], "nowhere.json: there is no such file"),
+        (["validate", SHIPPED, "max_rows=-3"], "max_rows: is -3"),
+        (["validate", SHIPPED, "models=[llama-2-7b:99]"], "models: 'llama-2-7b:99'"),
+        (["validate", SHIPPED], "of a H100-SXM, and there is no GPU here"),
+    ],
+)
+def test_it_is_refused_with_the_field(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, f"output_dir={tmp_path / 'out'}"]) == EXIT_ERROR
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_machine_is_told_before_the_time_is_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["validate", SHIPPED, f"output_dir={tmp_path / 'out'}", "budget_s=0.001", "dynamic_s=0"])
+    said = capsys.readouterr()
+    assert "profile of another" in said.out, said.err
