@@ -39,7 +39,7 @@ LAYOUTS = {
     "one": (),
     "one-fused": ("planner.fusion=all_spatial",),
 }
-COMPILED = ("pp", "one")  # by experiments/gpu_runtime/compile_ahead.py
+COMPILED = ("pp", "one", "tp")  # by experiments/gpu_runtime/compile_ahead.py
 TINY = ("model=tiny", f"model.name={MODEL}", "backend.device=cpu", "backend.step=captured")
 WARM_UP, COOL_DOWN = 5, 3  # rounds that are not steady
 DRAWN = (5, 8)

@@ -153,6 +153,8 @@ def run(
         rows = stack.enter_context(TaskRows(file))
         drifts = DriftRows(stack.enter_context(folder.stream(DRIFTS_FILE)))
         listener = TorchListener(display, trace)
+        if warning := device_warning(config, store.device):
+            listener.on_notice(warning)
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
             make_instance=make_instance,
@@ -300,6 +302,16 @@ def warn_of_costs(costs: build.CostBook, instances: Sequence[InstanceSpec]) -> N
     ]
     for line in told:
         make_console().print(line, soft_wrap=True)
+
+
+def device_warning(config: CommonConfig, device: Any) -> str:
+    """Where a GPU computes what is planned for another kind of device; else empty."""
+    if device.type != "cuda" or build.figures_of(config.cluster).kind == "gpu":
+        return ""
+    return (
+        f"cluster.device={config.cluster.device} is planned for as a CPU, with the host's memory, "
+        "but this run computes on cuda. Say which GPU it is, such as cluster.device=H100-SXM"
+    )
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:
