@@ -130,13 +130,22 @@ def _overlap(row: Row, without: Row) -> str:
     return (
         f"round {row['round_ms']:.1f} ms, {without['round_ms']:.1f} without overlap; compute alone "
         f"{compute_ms:.1f}, communication alone {row['comm_alone_ms']:.1f}: round "
-        f"{row['round_ms'] / larger_ms - 1:+.1%} over the larger (goal on the slow link 10%); "
+        f"{row['round_ms'] / larger_ms - 1:+.1%} over the larger (goal on the slow link 10%)"
+        f"{_steadily(row, larger_ms)}; "
         f"exposed beyond computing {beyond_ms:.1f} and {without_ms:.1f} ms: "
         f"{beyond_ms / without_ms:.0%} (goal on NVLink 70%); nothing computed meanwhile "
         f"{row['exposed_ms']:.1f} and {without['exposed_ms']:.1f} ms (predicted "
         f"{row['predicted_exposed_ms']:.1f} and {without['predicted_exposed_ms']:.1f}); contention "
         f"{', '.join(f'{factor:.2f}' for factor in row['contention'])}"
     )
+
+
+def _steadily(row: Row, larger_ms: float) -> str:
+    """Without filling and draining, by the difference of two runs."""
+    steady_ms = row.get("steady_round_ms")
+    if steady_ms is None:
+        return ""
+    return f", {steady_ms:.1f} ms one more round: {steady_ms / larger_ms - 1:+.1%}"
 
 
 def measured_spans(row: Row) -> list[ScheduleSpan]:

@@ -214,26 +214,29 @@ def run_config(
     runner.schedule, order = choose_order(problem, config, base)
     is_interleaved, compared, rounds = config.order == "interleaved", rounds, config.rounds(rounds)
     runner.run(1)
-    seconds = runner.run(compared, trace=not is_interleaved)
-    metrics = last_metrics(visits, compared - 1)
+    fewer_s = seconds = runner.run(compared, trace=not is_interleaved)
+    metrics, launched_s = last_metrics(visits, compared - 1), runner.launched_s
     if is_interleaved:
-        seconds = runner.run(rounds)
+        seconds, launched_s = runner.run(rounds), runner.launched_s
         runner.run(TRACED, trace=True)
-    mine = (seconds, runner.spans(), metrics)
+    mine = (seconds, runner.spans(), metrics, fewer_s, launched_s)
     runner.close()
     if rank.memory is not None:
         dist.barrier()
         rank.memory.give_back()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    seconds = max(item[0] for item in every)
+    seconds, fewer_s, launched_s = (max(item[at] for item in every) for at in (0, 3, 4))
     tokens = sum(visits.tokens[at % KNOWN_ROUNDS] for at in range(rounds))
     row = {
         "name": config.name, **config._asdict(), "groups": config.groups, "rounds": rounds,
         "compared_rounds": compared,
         "messages": _way(rank.memory) if links is not None else "none",
         "prepared_s": prepared_s, "profiled_s": profiled_s,
-        "round_ms": 1e3 * seconds / rounds, "effective_tokens_per_s": tokens / seconds,
+        "round_ms": 1e3 * seconds / rounds,
+        "compared_round_ms": 1e3 * fewer_s / compared,
+        "steady_round_ms": _steady_ms((seconds, rounds), (fewer_s, compared)),
+        "launched_ms": 1e3 * launched_s / rounds, "effective_tokens_per_s": tokens / seconds,
         "rows_per_round": visits.rows(),
         "losses": [metrics[0] for metrics in every[-1][2]],
         "peak_memory_gb": _peak_gb(rank.device),
@@ -276,6 +279,13 @@ def _way(memory: PeerMemory | None) -> str:
     if memory is None:
         return "nccl"
     return "copies by way of the host" if memory.through_host else "copies"
+
+
+def _steady_ms(longer: tuple[float, int], shorter: tuple[float, int]) -> float:
+    """What one more round takes, by two runs (seconds, rounds): both fill and drain once."""
+    if longer[1] == shorter[1]:
+        return 1e3 * longer[0] / longer[1]
+    return 1e3 * (longer[0] - shorter[0]) / (longer[1] - shorter[1])
 
 
 def _peak_gb(device: torch.device) -> float | None:
