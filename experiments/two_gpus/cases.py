@@ -10,7 +10,11 @@ import numpy as np
 
 from experiments.step_throughput.workload import BATCH_SIZE, MAX_LENGTH_TOKENS, MIX, Workload
 from experiments.two_gpus.grouping import Groups, tiled_groups
-from muxtune.cost.book import CostBook
+from muxtune.build import profile_path
+from muxtune.cost.analytic import AnalyticCostModel
+from muxtune.cost.book import CostBook, profiled_model
+from muxtune.cost.composition import ComposedCostModel
+from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import model_shape
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.types import AdapterSlot, InstanceView, Plan, ReplicaShape, TaskView
@@ -18,7 +22,7 @@ from muxtune.workload.lengths import summarise
 from muxtune.workload.synthetic import histogram
 
 NUM_TASKS, RANK = 8, 16
-MODEL, DEVICE = "llama-2-13b", "H200-SXM"
+MODEL, DEVICE, PROFILE = "llama-2-13b", "H200-SXM", "h200-sxm_llama-2-7b"
 SOLO, PIPELINE, TENSOR = ReplicaShape(1, 1), ReplicaShape(1, 2), ReplicaShape(2, 1)
 KNOWN_ROUNDS = 8
 
@@ -68,10 +72,25 @@ class Config(NamedTuple):
         return FIRST_S * is_first + EACH_S + layers_s * (layers or LAYERS) / LAYERS
 
 
+class MeasuredCosts(CostBook):
+    """As the captured step was measured on this device with another model; transfers, which one
+    GPU's profile has none of, are analytic."""
+
+    def _build(self, model: str, device: str) -> ComposedCostModel:
+        shape, profile = self.shape(model), load_profile(profile_path(PROFILE))
+        analytic = AnalyticCostModel(shape, self.figures(device), self.options, self.memory)
+        measured = profiled_model(shape, profile, self.memory)
+        known = measured.op_time
+        measured.op_time = lambda op: (analytic.op_time if op.name == "p2p" else known)(op)
+        return measured
+
+
 @lru_cache(maxsize=64)
 def groups_of(replica: ReplicaShape, grouping: str) -> Groups:
     if grouping == "planned":
         return planned_groups(replica)
+    if grouping == "planned, measured costs":
+        return planned_groups(replica, MeasuredCosts())
     if grouping == "tiles":
         return tiled_groups(tokens_by_round(), model_shape(MODEL))
     return balanced_groups(int(grouping))
@@ -102,9 +121,10 @@ def balanced_groups(count: int) -> Groups:
     return tuple(tuple(sorted(group)) for group in groups)
 
 
-def planned_groups(replica: ReplicaShape) -> Groups:
-    """The hTasks of the planner's plan, by the analytic costs of this device."""
-    costs = CostBook()
+def planned_groups(replica: ReplicaShape, costs: CostBook | None = None) -> Groups:
+    """The hTasks of the planner's plan, by the analytic costs of this device if no others are
+    given."""
+    costs = costs or CostBook()
     limit = int(0.9 * costs.figures(DEVICE).memory_bytes)
     tasks = tuple(_task(index) for index in range(NUM_TASKS))
     view = InstanceView("i", 0, tasks, None, limit, model=MODEL, device=DEVICE, replicas=(replica,))
