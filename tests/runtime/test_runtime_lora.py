@@ -94,6 +94,30 @@ def test_output_and_gradients(
         torch.testing.assert_close(got, exact.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_model_in_bfloat16_computes_in_it(store: BackboneStore) -> None:
+    """Factors and their gradients stay in float32."""
+    pool = make_pool(store)
+    current, site = make_pass(pool, True, True), pool.sites[SITE]
+    base = store.get("tiny").model.get_submodule(SITE).base
+    half = base._replace(weight_OD=base.weight_OD.bfloat16())
+    x = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x.requires_grad_()
+    y = site.method.linear(x, half, site, current)
+    y.sum().backward()
+    current.commit()
+    exact_x = x.detach().double().requires_grad_()
+    a, b = (
+        site.parameters[name].param_RW.double().requires_grad_() for name in ("lora_A", "lora_B")
+    )
+    exact_y = expected_output(exact_x, half, pool, a, b, current)
+    exact_y.sum().backward()
+    pairs = [(y, exact_y), (x.grad, exact_x.grad)]
+    pairs += [(site.parameters[n].grad_RW, e.grad) for n, e in (("lora_A", a), ("lora_B", b))]
+    for found, exact in pairs:
+        assert found is not None and exact is not None
+        assert (found.double() - exact).norm() <= 0.01 * exact.norm()
+
+
 def test_nothing_reaches_the_pool_before_commit(store: BackboneStore) -> None:
     pool = make_pool(store)
     current = make_pass(pool, True, False)

@@ -91,8 +91,9 @@ def _add_adapter(
     first = base.site.first_feature
     keep_CD, keep_scale = keep_rows(current, slot, rows, base.site.key, first + x_TD.shape[1])
     keep_CD = None if keep_CD is None else keep_CD[:, first:]
-    low_Cr = dropped(x_TD[rows], keep_CD, keep_scale) @ a.param_RW[pool_rows].T
-    y_TO[rows].addmm_(low_Cr, b.param_RW[pool_rows], alpha=scale)
+    a_rD, b_rO = _factors(a, b, pool_rows, x_TD.dtype)
+    low_Cr = dropped(x_TD[rows], keep_CD, keep_scale) @ a_rD.T
+    y_TO[rows].addmm_(low_Cr, b_rO, alpha=scale)
     return _Span(rows, pool_rows, scale, keep_scale, keep_CD, low_Cr)
 
 
@@ -107,13 +108,21 @@ def _backward_span(
 ) -> None:
     rows, pool_rows = span.rows, span.pool_rows
     grad_CO = grad_TO[rows]
-    grad_low_Cr = (grad_CO @ b.param_RW[pool_rows].T).mul_(span.scale)
+    a_rD, b_rO = _factors(a, b, pool_rows, x_TD.dtype)
+    grad_low_Cr = (grad_CO @ b_rO.T).mul_(span.scale)
     kept_CD = dropped(x_TD[rows], span.keep_CD, span.keep_scale)
     current.stage(a, pool_rows, grad_low_Cr.double().T @ kept_CD.double())
     current.stage(b, pool_rows, (span.low_Cr.double() * span.scale).T @ grad_CO.double())
     if grad_x_TD is not None:
-        grad_kept_CD = grad_low_Cr @ a.param_RW[pool_rows]
+        grad_kept_CD = grad_low_Cr @ a_rD
         grad_x_TD[rows] += dropped(grad_kept_CD, span.keep_CD, span.keep_scale)
+
+
+def _factors(
+    a: ParameterPool, b: ParameterPool, pool_rows: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of one slot, as the base model's type computes."""
+    return a.param_RW[pool_rows].to(dtype), b.param_RW[pool_rows].to(dtype)
 
 
 def keep_rows(
