@@ -155,10 +155,10 @@ class Bench:
         (linear, x_TW, dy_TW), rows = self.room[i], self.rows_with_room
         weight, left = linear.weight, x_TW if forward else dy_TW
         if isinstance(weight, window.WideWeight):
-            shape = weight.width, weight.num_out
+            num_in, num_out = (weight.width, weight.num_out)[:: 1 if forward else -1]
             return window.window_linear(
                 window.Operand(left), window.Operand(weight.weight_PW),
-                shape if forward else shape[::-1], rows.window, rows.rows, self.layout, forward,
+                (num_in, num_out), rows.window, rows.rows, self.layout, forward,
             )  # fmt: skip
         used = (weight.width if forward else weight.num_out) + weight.columns
         if forward:
