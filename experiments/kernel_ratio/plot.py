@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 METHODS = {
     "muxtune_fp32_adapters": ("MuxTune", "C0", "o-"),
-    "muxtune_with_room": ("MuxTune, buffers with room", "C3", "d-."),
+    "muxtune_windows": ("MuxTune, windows of ranks", "C3", "d-."),
     "concatenated": ("concatenated, masked (cuBLAS)", "C1", "s--"),
     "grouped_mm": ("torch._grouped_mm", "C2", "^:"),
 }

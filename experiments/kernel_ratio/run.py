@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
-from muxtune_kernels.multi_lora import launch, room
+from muxtune_kernels.multi_lora import launch, window
 from muxtune_kernels.multi_lora.tuning import tuning_of
 
 RANK = 16
@@ -44,14 +44,6 @@ class Inputs(NamedTuple):
     x_TD: Tensor
     weight_OD: Tensor
     dy_TO: Tensor
-
-
-class WithRoom(NamedTuple):
-    """One of the rotating sets with room behind weight, rows and gradients."""
-
-    linear: room.LinearWithRoom
-    x_TW: Tensor
-    dy_TW: Tensor
 
 
 class Case:
@@ -82,20 +74,16 @@ class Case:
         self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, device)
         self.scale_S = torch.full((num_tasks,), SCALE, device=device)
         self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
-        self._with_room: dict[int, WithRoom] = {}
+        self._with_windows: dict[int, window.LinearWithWindows] = {}
 
-    def with_room(self, index: int) -> WithRoom:
-        """The set's weight, x and dy in wider buffers."""
-        if index not in self._with_room:
-            inputs = self.sets[index]
-            linear = room.linear_with_room(inputs.weight_OD, self.adapters.slot_ranks)
+    def with_windows(self, index: int) -> window.LinearWithWindows:
+        """The set's weight as it is, the factors beside it."""
+        if index not in self._with_windows:
+            weight_OD = self.sets[index].weight_OD
+            linear = window.linear_with_windows(weight_OD, self.adapters.slot_ranks)
             linear.refresh(self.a_RD.detach(), self.b_RO.detach())
-            x_TW, dy_TW = (linear.buffer_of(self.shape[0], is_dy) for is_dy in (False, True))
-            x_TW[:, : self.shape[1]], dy_TW[:, : self.shape[2]] = (
-                inputs.x_TD.detach(), inputs.dy_TO,
-            )  # fmt: skip
-            self._with_room[index] = WithRoom(linear, x_TW, dy_TW)
-        return self._with_room[index]
+            self._with_windows[index] = linear
+        return self._with_windows[index]
 
 
 def even_spans(num_rows: int, num_tasks: int) -> list[tuple[int, int, int]]:
@@ -202,19 +190,18 @@ def ours(
     return step
 
 
-def ours_with_room(case: Case) -> Step:
-    """Weight, x and dy in buffers with room for the factors and h, as a step of our own would lay
-    them out; explicit calls, as there. Whoever changes the factors copies them behind the weight,
-    once an optimizer step: 5 us here, not counted, like the cast of bf16 adapters; nor is the
-    table of windows, once a micro-batch."""
+def ours_with_windows(case: Case, beside: bool = True) -> Step:
+    """Explicit calls, as in a step of our own. Whoever changes the factors copies them to where the
+    products read them, once an optimizer step: 5 us here, not counted, like the cast of bf16
+    adapters; nor is the table of windows, once a micro-batch."""
     index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
     a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
-    rows = room.rows_with_room(case.rows, case.scale_S, case.with_room(0).linear)
+    rows = window.rows_with_windows(case.rows, case.scale_S, case.with_windows(0))
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        linear, x_TW, dy_TW = case.with_room(index_of[id(inputs)])
-        y_TO, h_TJ = linear.forward(x_TW, rows)
-        return y_TO, *linear.backward(dy_TW, x_TW, h_TJ, a_RD, b_RO, rows)
+        linear, x_TD = case.with_windows(index_of[id(inputs)]), inputs.x_TD.detach()
+        y_TO, h_TJ = linear.forward(x_TD, rows)
+        return y_TO, *linear.backward(inputs.dy_TO, x_TD, h_TJ, a_RD, b_RO, rows, beside)
 
     return step
 
@@ -269,7 +256,8 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_bf16_adapters": ours(case, torch.bfloat16),
         "muxtune_explicit_calls": ours_explicitly(case),
     }
-    methods["muxtune_with_room"] = ours_with_room(case)
+    methods["muxtune_windows"] = ours_with_windows(case)
+    methods["muxtune_windows_in_turn"] = ours_with_windows(case, beside=False)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 

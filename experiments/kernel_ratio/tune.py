@@ -6,7 +6,7 @@ Microseconds and TB/s (the least bytes that the kernel must move, by the time) u
 inputs rotating past the L2 cache. `--warm I/N` only compiles the I-th of N parts of the variants,
 so that N processes fill Triton's cache. What is chosen goes into muxtune_kernels/multi_lora/tuning.
 
-Shape suffixes: T rows, D input features, O output features, W columns of a buffer with room.
+Shape suffixes: T rows, D input features, O output features.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from run import RANK, Case, environment
+from torch import Tensor
 
-from muxtune_kernels.multi_lora import launch, room, wide, window
+from muxtune_kernels.multi_lora import launch, window
 from muxtune_kernels.multi_lora.tuning import GemmBlocks, Tuning, tuning_of
 
 SHAPES = (
@@ -53,8 +54,8 @@ class Bench:
         self.a_RD, self.b_RO = case.a_RD.detach(), case.b_RO.detach()
         self.x = [inputs.x_TD.detach() for inputs in case.sets]
         self.h = [torch.randn(num_rows, 16, device="cuda").bfloat16() for _ in case.sets]
-        self.room = [case.with_room(i) for i in range(case.num_sets)]
-        self.rows_with_room = room.rows_with_room(case.rows, case.scale_S, self.room[0].linear)
+        self.windows = [case.with_windows(i) for i in range(case.num_sets)]
+        self.window_rows = window.rows_with_windows(case.rows, case.scale_S, self.windows[0])
 
     def kernels(self) -> Iterator[tuple[str, str, float, Run]]:
         """(kernel, variant, least bytes, call)."""
@@ -64,7 +65,7 @@ class Bench:
         yield from self._shrinks(x_bytes + factors * width)
         yield from self._dh_dbs(dy_bytes + 2 * factors * num_out)
         yield from self._outers(x_bytes + factors * width)
-        yield "widen", "as shipped", 6.0 * self.a_RD.shape[0] * (width + num_out), self._widen
+        yield "place", "as shipped", 6.0 * self.a_RD.shape[0] * (width + num_out), self._place
         yield from self._products(x_bytes + dy_bytes + 2.0 * width * num_out)
 
     def _variants(self, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Tuning]]:
@@ -81,18 +82,17 @@ class Bench:
             yield "shrink", name, least, lambda i, t=tuning: launch.shrink(
                 self.x[i], self.a_RD, self.rows, self.layout, t)  # fmt: skip
         for name, tuning in self._variants(**choices):
-            yield "shrink with room", name, least, lambda i, t=tuning: self._roomy_shrink(i, t)
+            yield "windowed shrink", name, least, lambda i, t=tuning: self._windowed_shrink(i, t)
 
-    def _roomy_shrink(self, i: int, tuning: Tuning) -> Any:
-        (linear, x_TW, _), rows = self.room[i], self.rows_with_room
-        weight = linear.weight
-        x_TD, behind = x_TW[:, : weight.width], x_TW[:, weight.width :]
-        factor_RD = weight.weight_PW[weight.num_out :]
-        if isinstance(weight, wide.WideWeight):
-            return wide.wide_shrink(x_TD, factor_RD, behind, weight, rows.rows, self.layout, tuning)
+    def _windowed_shrink(self, i: int, tuning: Tuning) -> Any:
+        (factors, _), (rows, of_rows) = self.windows[i], self.window_rows
         return window.window_shrink(
-            x_TD, factor_RD, weight.bad_S, behind, rows.rows, rows.window, self.layout, tuning
-        )
+            self.x[i], factors.a_PD, factors.bad_S, self.beside(i, False), rows, of_rows,
+            self.layout, tuning,
+        )  # fmt: skip
+
+    def beside(self, i: int, is_dy: bool) -> Tensor:
+        return torch.empty_like(self.case.sets[i].dy_TO if is_dy else self.x[i])
 
     def _dh_dbs(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
         splits = (self.tuning.db_splits, 1, 2) if self.case.shape[3] == 8 else (
@@ -131,8 +131,8 @@ class Bench:
                     self.h[i], self.x[i], self.a_RD, self.rows, self.adapters, self.layout,
                     t)  # fmt: skip
 
-    def _widen(self, i: int) -> None:
-        self.room[i].linear.refresh(self.a_RD, self.b_RO)
+    def _place(self, i: int) -> None:
+        self.windows[i].refresh(self.a_RD, self.b_RO)
 
     def _products(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
         sets = self.case.sets
@@ -140,8 +140,8 @@ class Bench:
         yield "backward", "plain", least, lambda i: sets[i].dy_TO @ sets[i].weight_OD
         yield "forward", "library", least, lambda i: self._library(i, True)
         yield "backward", "library", least, lambda i: self._library(i, False)
-        yield "forward", "with room", least, lambda i: self._roomy(i, True)
-        yield "backward", "with room", least, lambda i: self._roomy(i, False)
+        yield "forward", "windows", least, lambda i: self._windowed(i, True)
+        yield "backward", "windows", least, lambda i: self._windowed(i, False)
         for blocks in (
             GemmBlocks(128, 256, 64, 8, 3, True, 1.0), GemmBlocks(128, 256, 64, 8, 4, True, 1.0),
             GemmBlocks(128, 128, 64, 4, 4, False, 1.0), GemmBlocks(128, 128, 64, 8, 4, False, 1.0),
@@ -151,19 +151,15 @@ class Bench:
             yield "forward", name, least, lambda i, b=blocks: self._fused(i, b, True)
             yield "backward", name, least, lambda i, b=blocks: self._fused(i, b, False)
 
-    def _roomy(self, i: int, forward: bool) -> Any:
-        (linear, x_TW, dy_TW), rows = self.room[i], self.rows_with_room
-        weight, left = linear.weight, x_TW if forward else dy_TW
-        if isinstance(weight, window.WideWeight):
-            num_in, num_out = (weight.width, weight.num_out)[:: 1 if forward else -1]
-            return window.window_linear(
-                window.Operand(left), window.Operand(weight.weight_PW),
-                (num_in, num_out), rows.window, rows.rows, self.layout, forward,
-            )  # fmt: skip
-        used = (weight.width if forward else weight.num_out) + weight.columns
-        if forward:
-            return left[:, :used] @ weight.weight_PW[: weight.num_out, :used].t()
-        return left[:, :used] @ weight.weight_PW[:used, : weight.width]
+    def _windowed(self, i: int, forward: bool) -> Any:
+        factors, own = self.windows[i].factors, self.x[i] if forward else self.case.sets[i].dy_TO
+        num_out, width = factors.weight_OD.shape
+        return window.window_linear(
+            window.Operand(own, torch.zeros_like(own)),
+            window.Operand(factors.weight_OD, factors.bt_OD if forward else factors.a_PD),
+            (width, num_out) if forward else (num_out, width), self.window_rows.window,
+            self.layout, forward,
+        )  # fmt: skip
 
     def _library(self, i: int, forward: bool) -> Any:
         weight_OD, dy_TO = self.case.sets[i].weight_OD, self.case.sets[i].dy_TO
@@ -214,7 +210,7 @@ def report(timed: list[Timed]) -> None:
     """The best four of each kernel, and those that are always of interest."""
     for kernel in dict.fromkeys(found.kernel for found in timed):
         of_kernel = sorted((t for t in timed if t.kernel == kernel), key=lambda found: found.us)
-        always = ("as shipped", "plain", "library", "with room")
+        always = ("as shipped", "plain", "library", "windows")
         shown = [t for i, t in enumerate(of_kernel) if i < 4 or t.variant in always]
         line = "; ".join(f"{t.variant} {t.us:.1f} us {t.terabytes_s:.2f}" for t in shown)
         print(f"{kernel:14}{line}", flush=True)

@@ -98,33 +98,6 @@ def triton_form(problem: Problem, t: Tensors, rows=None, deterministic: bool = F
     return y, *torch.autograd.grad(y, leaves, t.dy)
 
 
-def wide_form(problem: Problem, t: Tensors):
-    """(y, dx, dA, dB) of the form whose factors lie behind the weight; room is full of NaN."""
-    from muxtune_kernels.multi_lora import launch, wide
-    from muxtune_kernels.multi_lora.tuning import tuning_of
-
-    device, ranks = t.x.device, problem.ranks
-    slots = slot_rows(problem.spans, problem.num_rows, len(ranks), device)
-    rows = launch.RowTensors(slots.slot_of_row_T, slots.slot_bounds_S3, t.scale, None)
-    adapters = launch.Adapters(ranks, problem.out)
-    tuning = tuning_of(
-        problem.num_rows, problem.width, problem.out, len(ranks),
-        launch.layout_of(adapters, device).rank_pad, t.x.element_size(), False,
-    )  # fmt: skip
-    weight, b_RO = wide.wide_weight(t.weight, adapters), t.b.t().contiguous()
-    wide.widen_weight(weight, t.a, b_RO, adapters)
-    x_TW, dy_TW = (
-        wide.wide_buffer(len(v), v.shape[1], weight.columns, v).fill_(float("nan"))
-        for v in (t.x, t.dy)
-    )
-    x_TW[:, : problem.width], dy_TW[:, : weight.num_out] = t.x, t.dy
-    y_TO, h_TJ = wide.wide_forward(x_TW, weight, rows, adapters, tuning)
-    dx_TD, da_RD, db_RO = wide.wide_backward(
-        dy_TW, x_TW, h_TJ, weight, t.a, b_RO, rows, adapters, tuning
-    )
-    return y_TO, dx_TD, da_RD, db_RO.t()
-
-
 def reference(problem: Problem, t: Tensors):
     host = Tensors(*(None if v is None else v.detach().double().cpu() for v in t))
     leaves = [tensor.requires_grad_() for tensor in (host.x, host.a, host.b)]
@@ -205,39 +178,6 @@ def test_bfloat16(
     t = tensors_of(problem, device, torch.bfloat16, factor_dtype)
     for got, wanted in zip(triton_form(problem, t), reference(problem, t), strict=True):
         assert error(got, wanted) < 8e-3
-
-
-@pytest.mark.parametrize("name", [n for n, p in (SMALL | LARGE).items() if not p.rate])
-def test_factors_behind_the_weight(name: str, device: torch.device) -> None:
-    if device.type == "cpu" and name in LARGE:
-        pytest.skip("too large for the interpreter")
-    problem = (SMALL | LARGE)[name]._replace(bias=False)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    t = tensors_of(problem, device, dtype, torch.float32)
-    for got, wanted in zip(wide_form(problem, t), reference(problem, t), strict=True):
-        assert error(got, wanted) < (2e-6 if device.type == "cpu" else 8e-3)
-
-
-@pytest.mark.parametrize("where", ["rows", "a", "b"])
-def test_nan_stays_in_its_slot_behind_the_weight(where: str, device: torch.device) -> None:
-    problem = Problem((4, 3, 8), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 72, (128,))
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    own = torch.ones(64, dtype=torch.bool)
-    own[21:40] = False
-
-    def run(poisoned: bool):
-        t = tensors_of(problem, device, dtype, torch.float32)
-        if poisoned:
-            target = {"rows": t.x[21:40], "a": t.a[4:7], "b": t.b[:, 4:7]}
-            target[where][..., -1:] = float("nan")
-            if where == "rows":
-                t.dy[30] = float("inf")
-        y, dx, da, db = wide_form(problem, t)
-        return [y[own], dx[own], da[[0, 1, 2, 3, *range(7, 15)]], db[:, [0, 1, 2, 3, 7, 14]]], y
-
-    (clean, _), (dirty, y) = run(False), run(True)
-    assert all(torch.equal(p, q) for p, q in zip(clean, dirty, strict=True))
-    assert not y[21:40].isfinite().all()
 
 
 @pytest.mark.parametrize("own_shrink", [False], indirect=True)

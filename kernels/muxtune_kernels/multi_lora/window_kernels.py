@@ -10,16 +10,54 @@ a tile or block, K reduced features, I tiles of a program, S slots.
 import triton
 import triton.language as tl
 
-from .tiles import _factor_rows, _member_range, _shrink_slot, slot_range, uniform_slot
+from .tiles import _member_range, _shrink_slot, slot_range, uniform_slot
+
+
+@triton.jit
+def _store_finite(to_ptr, value_JN, mask_JN):
+    """Stores what is finite, zeros for the rest; whether there is such."""
+    is_bad_JN = (value_JN != value_JN) | (tl.abs(value_JN) == float("inf"))
+    tl.store(to_ptr, tl.where(is_bad_JN, 0.0, value_JN).to(to_ptr.dtype.element_ty), mask=mask_JN)
+    return tl.max(tl.max((is_bad_JN & mask_JN).to(tl.int32), 1), 0)
+
+
+@triton.jit
+def place_factors_kernel(
+    a_ptr, b_ptr, a_to_ptr, b_to_ptr, bad_ptr, offset_ptr, rank_ptr, width, num_out, total_rank,
+    blocks_a, num_blocks, a_stride, b_stride, a_to_stride, b_to_stride,
+    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A and B^T where products read them, in their dtype. A factor that is not finite would reach
+    all rows through 0 * NaN, so it is zeroed there, and told: `bad` [S, blocks]."""
+    block, slot = tl.program_id(0), tl.program_id(1)
+    offset, rank = tl.load(offset_ptr + slot), tl.load(rank_ptr + slot)
+    j_J = tl.arange(0, RANK_PAD)
+    is_bad = 0
+    if block < blocks_a:
+        n_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_JN = (j_J < rank)[:, None] & (n_N < width)[None, :]
+        for member in range(NUM_MEMBERS):
+            row_J = (member * total_rank + offset + j_J).to(tl.int64)
+            a_JN = tl.load(a_ptr + row_J[:, None] * a_stride + n_N[None, :], mask=mask_JN,
+                           other=0.0)  # fmt: skip
+            to_JN = a_to_ptr + row_J[:, None] * a_to_stride + n_N[None, :]
+            is_bad = tl.maximum(is_bad, _store_finite(to_JN, a_JN, mask_JN))
+    else:
+        n_N = (block - blocks_a) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_JN = (j_J < rank)[:, None] & (n_N < num_out)[None, :]
+        b_JN = tl.load(b_ptr + (offset + j_J).to(tl.int64)[:, None] * b_stride + n_N[None, :],
+                       mask=mask_JN, other=0.0)  # fmt: skip
+        to_JN = b_to_ptr + n_N.to(tl.int64)[None, :] * b_to_stride + offset + j_J[:, None]
+        is_bad = _store_finite(to_JN, b_JN, mask_JN)
+    tl.store(bad_ptr + slot * num_blocks + block, is_bad)
 
 
 @triton.jit
 def window_table_kernel(
-    slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, count_ptr, num_rows,
+    slot_of_row_ptr, offset_ptr, rank_ptr, window_ptr, num_rows,
     TILE_T: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """(first rank, steps of WINDOW ranks) of each tile of rows; and a zero to count from."""
-    tl.store(count_ptr, 0)
+    """(first rank, steps of WINDOW ranks) of each tile of rows."""
     row_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     slot_T = tl.load(slot_of_row_ptr + row_T, mask=row_T < num_rows, other=-1)
     rank_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0)
@@ -174,36 +212,23 @@ def _place(tile, tiles_t, tiles_n, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def _halves(acc_TN, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _store_halves(y_desc, acc_TN, t_0, n_0, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc_TN, BLOCK_T, BLOCK_N)
-    y_desc.store([t_0, n_0], left.to(y_desc.dtype))
-    y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(y_desc.dtype))
-
-
-@triton.jit
-def _product(
-    program, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out, num_in, total_rank,
-    room, x_first, w_first,
-    DISTANT: tl.constexpr, WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr,
-    INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_T: tl.constexpr,
+def window_linear_kernel(
+    x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out, num_in, total_rank, room,
+    x_first, w_first,
+    WEIGHT_NK: tl.constexpr, NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr, STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One loop over the steps of all of a program's tiles, so that loads run on into the next tile
-    while one is finished; the last steps of a tile are its window of ranks."""
+    while one is finished; the last steps of a tile are its window of ranks. x and what lies beside
+    it are the two parts of a descriptor's first dimension, and so are the weight and the factors:
+    `first` is 2 where x (the weight) is part 0, else 3."""
     dtype = y_desc.dtype
+    program = tl.program_id(0)
+    x_first, w_first = x_first - 2, w_first - 2
     tiles_t, tiles_n = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_out, BLOCK_N)
     num_tiles = tiles_t * tiles_n
     steps_k = num_in // BLOCK_K
-    k_behind = num_in
-    if DISTANT:
-        k_behind = 0
     i_I = program + tl.arange(0, TILES_PAD) * NUM_PROGRAMS
     t_I, _ = _place(i_I, tiles_t, tiles_n, GROUP_T)
     steps_I = steps_k + INNER * tl.load(window_ptr + 2 * t_I + 1)
@@ -235,127 +260,22 @@ def _product(
             behind = step - steps_k
             member = behind // tl.maximum(count, 1)
             within = (behind - member * count) * BLOCK_K
-            k_x = tl.where(behind >= 0, k_behind + member * room + within, k_x)
-            k_w = tl.where(behind >= 0, k_behind + member * total_rank + first + within, k_w)
+            k_x = tl.where(behind >= 0, member * room + within, k_x)
+            k_w = tl.where(behind >= 0, member * total_rank + first + within, k_w)
         else:
-            k_x += tl.where(step >= steps_k, column_0 + k_behind - num_in, 0)
-            k_w += tl.where(step >= steps_k, first + k_behind - num_in, 0)
-        if DISTANT:
-            # What lies behind is another buffer: one step of the descriptor's first dimension.
-            i_x = tl.where(step >= steps_k, 1 - x_first, x_first)
-            i_w = tl.where(step >= steps_k, 1 - w_first, w_first)
-            x_TK = x_desc.load([i_x, t_0, k_x]).reshape([BLOCK_T, BLOCK_K])
-            if WEIGHT_NK:
-                w_KN = w_desc.load([i_w, n_0, k_w]).reshape([BLOCK_N, BLOCK_K]).T
-            else:
-                w_KN = w_desc.load([i_w, k_w, n_0]).reshape([BLOCK_K, BLOCK_N])
+            k_x += tl.where(step >= steps_k, column_0 - num_in, 0)
+            k_w += tl.where(step >= steps_k, first - num_in, 0)
+        i_x = tl.where(step >= steps_k, 1 - x_first, x_first)
+        i_w = tl.where(step >= steps_k, 1 - w_first, w_first)
+        x_TK = x_desc.load([i_x, t_0, k_x]).reshape([BLOCK_T, BLOCK_K])
+        if WEIGHT_NK:
+            w_KN = w_desc.load([i_w, n_0, k_w]).reshape([BLOCK_N, BLOCK_K]).T
         else:
-            x_TK = x_desc.load([t_0, k_x])
-            if WEIGHT_NK:  # noqa: SIM108
-                w_KN = w_desc.load([n_0, k_w]).T
-            else:
-                w_KN = w_desc.load([k_w, n_0])
+            w_KN = w_desc.load([i_w, k_w, n_0]).reshape([BLOCK_K, BLOCK_N])
         acc_TN = tl.dot(x_TK, w_KN, acc_TN, input_precision="ieee")
         if step == stop - 1:
-            left, right = _halves(acc_TN, BLOCK_T, BLOCK_N)
-            if PARTS == 2:
-                y_desc.store([t_0, n_0], left.to(dtype))
-                y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
-            else:
-                _store_halves(y_desc, left, t_0, n_0, BLOCK_T, BLOCK_N // 2)
-                _store_halves(y_desc, right, t_0, n_0 + BLOCK_N // 2, BLOCK_T, BLOCK_N // 2)
+            pairs = tl.permute(tl.reshape(acc_TN, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(pairs)
+            y_desc.store([t_0, n_0], left.to(dtype))
+            y_desc.store([t_0, n_0 + BLOCK_N // 2], right.to(dtype))
             acc_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-
-
-@triton.jit
-def _outer_rows(
-    start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
-    DENSE: tl.constexpr, NUM_J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """h^T v over the rows of a slot. DENSE: it owns all between its first and its last."""
-    j_J = tl.arange(0, BLOCK_J)
-    acc_JN = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
-    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
-        row_T = t + tl.arange(0, BLOCK_T)
-        own_T = row_T < stop
-        if not DENSE:
-            own_T &= tl.load(slot_of_row_ptr + row_T, mask=own_T, other=-1) == slot
-        h_TJ = tl.load(h_ptr + row_T.to(tl.int64)[:, None] * h_stride + j_J[None, :],
-                       mask=own_T[:, None] & (j_J < NUM_J)[None, :], other=0.0)  # fmt: skip
-        v_TN = tl.load(v_ptr + row_T.to(tl.int64)[:, None] * v_stride + n_N[None, :],
-                       mask=own_T[:, None] & in_N[None, :], other=0.0)  # fmt: skip
-        # So few rows of the result that the compiler takes no asynchronous products: where a
-        # kernel has any whose sums something else defines, it makes all of them wait.
-        acc_JN = tl.dot(tl.trans(h_TJ), v_TN, acc_JN, input_precision="ieee")
-    return acc_JN
-
-
-@triton.jit
-def _outer_item(
-    slot, block, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, width,
-    total_rank, h_stride, v_stride, out_stride,
-    INNER: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dA of one slot and one block of features. Rows of other slots are never loaded."""
-    rank = tl.load(rank_ptr + slot)
-    if rank > 0:
-        at = bounds_ptr + 3 * slot
-        start, stop, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-        n_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_N = n_N < width
-        if count == stop - start:
-            acc_JN = _outer_rows(
-                start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
-                True, INNER * RANK_PAD, BLOCK_T, BLOCK_N, BLOCK_J, STAGES,
-            )  # fmt: skip
-        else:
-            acc_JN = _outer_rows(
-                start, stop, slot, n_N, in_N, h_ptr, v_ptr, slot_of_row_ptr, h_stride, v_stride,
-                False, INNER * RANK_PAD, BLOCK_T, BLOCK_N, BLOCK_J, 2,
-            )  # fmt: skip
-        row_J, real_J = _factor_rows(
-            tl.load(offset_ptr + slot), rank, total_rank, INNER, RANK_PAD, BLOCK_J
-        )
-        out_JN = out_ptr + row_J.to(tl.int64)[:, None] * out_stride + n_N[None, :]
-        real_JN = in_N[None, :] & real_J[:, None]
-        tl.store(out_JN, acc_JN.to(out_ptr.dtype.element_ty), mask=real_JN)
-
-
-@triton.jit
-def window_linear_kernel(
-    x_desc, w_desc, y_desc, window_ptr, count_ptr, edges_ptr, h_ptr, v_ptr, out_ptr,
-    slot_of_row_ptr, bounds_ptr, offset_ptr, rank_ptr, num_rows, num_out, num_in, total_rank,
-    room, num_slots, h_stride, v_stride, out_stride, x_first, w_first,
-    DISTANT: tl.constexpr, PARTS: tl.constexpr, WEIGHT_NK: tl.constexpr,
-    NUM_MEMBERS: tl.constexpr, INNER: tl.constexpr,
-    RANK_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_T: tl.constexpr, NUM_PROGRAMS: tl.constexpr, TILES_PAD: tl.constexpr,
-    STAGES: tl.constexpr, OUTER: tl.constexpr, NUM_SIDE: tl.constexpr, SIDE_T: tl.constexpr,
-    SIDE_N: tl.constexpr, SIDE_STAGES: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """OUTER: dA = dh^T x is made, too, item by item: at once by the first NUM_SIDE programs, which
-    have no tiles and are on multiprocessors that the product's waves leave idle, and when the
-    product is through by all. Who makes an item changes no bit of it."""
-    side = tl.program_id(0)
-    if side >= NUM_SIDE:
-        _product(
-            side - NUM_SIDE, x_desc, w_desc, y_desc, window_ptr, edges_ptr, num_rows, num_out,
-            num_in, total_rank, room, x_first - 2, w_first - 2, DISTANT,
-            WEIGHT_NK, NUM_MEMBERS, INNER, BLOCK_T, BLOCK_N, BLOCK_K, GROUP_T, NUM_PROGRAMS,
-            TILES_PAD, STAGES, PARTS,
-        )  # fmt: skip
-    if OUTER:
-        blocks = tl.cdiv(num_out, SIDE_N)
-        item = tl.atomic_add(count_ptr, 1)
-        while item < num_slots * blocks:
-            _outer_item(
-                item // blocks, item % blocks, h_ptr, v_ptr, out_ptr, slot_of_row_ptr, bounds_ptr,
-                offset_ptr, rank_ptr, num_out, total_rank, h_stride, v_stride, out_stride, INNER,
-                RANK_PAD, SIDE_T, SIDE_N, BLOCK_J, SIDE_STAGES,
-            )  # fmt: skip
-            item = tl.atomic_add(count_ptr, 1)
-        # Whoever comes last clears the count for the next call.
-        if item == num_slots * blocks + NUM_PROGRAMS + NUM_SIDE - 1:
-            tl.store(count_ptr, 0)
