@@ -1,9 +1,10 @@
 """What the cost model of this code says of a validation's measurements.
 
-    python -m experiments.gpu_validation.rescore validation/h100_DATE
+    python -m experiments.gpu_validation.rescore validation/h100_DATE [--unchecked]
 
 For a model that was changed after the suite was measured. Nothing is measured anew and the attempt
 that was made stays as it is: the result, ``rescored.json``, says that the measurements were known.
+``--unchecked``: by the profile as it is, as if nobody had checked the machine (``unchecked.json``).
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from muxtune.validation.scoring import summarise, usable
 from muxtune.validation.steps import again
 
 
-def rescore(folder: Path) -> dict[str, Any]:
+def rescore(folder: Path, checked: bool = True) -> dict[str, Any]:
     attempt = Attempt(folder, folder / PROFILE)
     steps, dynamic = (attempt.records[name].rows for name in ("steps", "dynamic"))
-    rows = again(usable(steps), attempt.models_here)
-    found = summarise(rows, [], [with_prediction(row, attempt.here) for row in dynamic])
+    profile, models = attempt.here, attempt.models_here
+    if not checked:
+        profile, models = attempt.profile, attempt.models
+    rows = again(usable(steps), models)
+    found = summarise(rows, [], [with_prediction(row, profile) for row in dynamic])
     kept = ("step", "memory", "completion", "step_by", "rankings", "dynamic")
     note = "predicted by later code, when the measurements were known"
     return {"note": note, "provenance": provenance(), **{key: found[key] for key in kept}}
@@ -33,9 +37,11 @@ def rescore(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    found = rescore(folder)
-    (folder / "rescored.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--unchecked", action="store_true")
+    args = parser.parse_args()
+    folder, found = args.folder, rescore(args.folder, not args.unchecked)
+    name = "unchecked.json" if args.unchecked else "rescored.json"
+    (folder / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(
         json.dumps(
             {key: found[key] for key in ("step", "memory", "completion", "rankings")}, indent=1
