@@ -190,7 +190,7 @@ def ours(
     return step
 
 
-def ours_with_windows(case: Case, beside: bool = True) -> Step:
+def ours_with_windows(case: Case, beside: bool | None = None) -> Step:
     """Explicit calls, as in a step of our own. Whoever changes the factors copies them to where the
     products read them, once an optimizer step: 5 us here, not counted, like the cast of bf16
     adapters; nor is the table of windows, once a micro-batch."""
@@ -257,7 +257,8 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_explicit_calls": ours_explicitly(case),
     }
     methods["muxtune_windows"] = ours_with_windows(case)
-    methods["muxtune_windows_in_turn"] = ours_with_windows(case, beside=False)
+    the_other_way = len(case.scale_S) < window.LEAST_SLOTS_BESIDE
+    methods["muxtune_windows_the_other_way"] = ours_with_windows(case, the_other_way)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 

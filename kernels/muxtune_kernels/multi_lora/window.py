@@ -60,6 +60,7 @@ WINDOW = 64  # ranks a step, as many as reduced features
 TILE_T = 128
 _TILE_N = 256
 _GROUP_T = 8
+LEAST_SLOTS_BESIDE = 4
 
 
 class Factors(NamedTuple):
@@ -114,10 +115,13 @@ class LinearWithWindows(NamedTuple):
 
     def backward(
         self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
-        rows: RowsWithWindows, beside: bool = True,
+        rows: RowsWithWindows, beside: bool | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(dx_TD, dA [M * R, D], dB [R, O]). dy_TO: contiguous. beside: dA and dB are made beside
-        dx; else dA after it, and dB before it, from the read of dy that makes dh."""
+        dx; else dA after it, and dB before it, from the read of dy that makes dh; None: what was
+        measured faster."""
+        if beside is None:
+            beside = len(self.adapters.slot_ranks) >= LEAST_SLOTS_BESIDE
         backward = _backward_beside if beside else _backward_in_turn
         return backward(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
 
