@@ -15,6 +15,11 @@ import matplotlib.pyplot as plt
 METHODS = {
     "muxtune_fp32_adapters": ("MuxTune", "C0", "o-"),
     "muxtune_windows": ("MuxTune, windows of ranks", "C3", "d-."),
+    # As earlier runs in validation/kernel_ratio name them.
+    "muxtune_with_room": ("MuxTune, buffers with room", "C3", "d-."),
+    "without room": ("MuxTune", "C0", "o-"),
+    "distant": ("windows, gradients in turn", "C4", "v--"),
+    "distant 2 stream3": ("windows, gradients beside", "C3", "d-."),
     "concatenated": ("concatenated, masked (cuBLAS)", "C1", "s--"),
     "grouped_mm": ("torch._grouped_mm", "C2", "^:"),
 }
@@ -25,6 +30,8 @@ def draw(axis, rows: list[dict], title: str, top: float) -> None:
     tasks = [row["tasks"] for row in rows]
     for name, (label, color, style) in METHODS.items():
         having = [row for row in rows if name in row["methods"]]
+        if not having:
+            continue
         found, at = [row["methods"][name] for row in having], [row["tasks"] for row in having]
         ratio = [m["ratio"] for m in found]
         axis.plot(at, ratio, style, color=color, label=label, markersize=4)
@@ -51,6 +58,8 @@ def main(source: Path, target: Path) -> None:
         ]  # fmt: skip
         # Eager steps of few tokens are bound by the host and need a scale of their own.
         top = 6.0 if mode == "eager" and tokens == min(key[3] for key in keys) else 2.6
+        if not any("grouped_mm" in row["methods"] for row in rows):
+            top = 1.5
         draw(axis, rows, f"{width}x{out}, {tokens} tokens, {mode}", top)
     axes[0, 0].legend(fontsize=7)
     environment = report["environment"]
