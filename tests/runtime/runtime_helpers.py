@@ -281,7 +281,9 @@ class Bench:
         return state
 
     def weights(self, task: TaskSpec) -> dict[tuple[str, str], torch.Tensor]:
-        """Now, or when it was done."""
+        """Now, or when it was done; whole, for the executor copies on a stream of its own."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         final = self.executor.final.get(task.task_id)
         return weights_of(self.state(task)) if final is None else final
 
