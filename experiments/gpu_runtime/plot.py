@@ -1,10 +1,11 @@
 """Plots of ``gpu_runtime.json``: peak memory against the number of tasks, and joins and leaves.
 
     python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png \\
-        [--runs step_throughput.json ...]
+        [--runs step_throughput.json ...] [--before older.json]
 
 ``--runs``: results of ``experiments/step_throughput``, whose LoRA tasks of rank 16 are points of
-the curve too; they are printed.
+the curve too; they are printed. ``--before``: where HF PEFT's instances and joins come from, if the
+first file has none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--runs", type=Path, nargs="*", default=[])
+    parser.add_argument("--before", type=Path)
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
+    if args.before:
+        complete(data, json.loads(args.before.read_text("utf-8")))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
     )
@@ -46,6 +50,12 @@ def main() -> None:
     about = (memory or joins)["environment"]
     figure.suptitle(f"muxtune train, Llama-2-7B shape, {about['device']}, {about['date']}")
     figure.savefig(args.target, dpi=130)
+
+
+def complete(data: dict[str, Any], before: dict[str, Any]) -> None:
+    data.setdefault("joins", before.get("joins"))
+    memory = data.get("memory") or {}
+    memory["hf_peft"] = memory.get("hf_peft") or (before.get("memory") or {}).get("hf_peft", [])
 
 
 def whole_runs(paths: Sequence[Path]) -> list[dict[str, Any]]:

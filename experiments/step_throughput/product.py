@@ -106,7 +106,6 @@ class Stopwatch(StepListener):
         self.device_ms: dict[int, dict[int, list[float]]] = {}
 
     def on_round(self, record: RoundRecord) -> None:
-        self.runners = list(self.executor._instances[record.instance_id]._runners)
         plan = self._plans[record.instance_id, record.epoch]
         if len(plan.task_ids) < self._num_tasks:
             self.rounds.clear()
@@ -115,6 +114,8 @@ class Stopwatch(StepListener):
             self.rounds.clear()  # another plan took over: its sizes warm up anew
         self.rounds.append(record)
         if len(self.rounds) == WARM_UP:
+            # Not before: those of a plan that another one replaces would keep its adapters' memory.
+            self.runners = list(self.executor._instances[record.instance_id]._runners)
             _synchronise()
             self.replays_before = self._replays()
             for steps in self._captured_steps():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -39,6 +39,20 @@ def test_the_product_path_is_measured_over_whole_rounds(run: ModuleType) -> None
     assert row["effective_tokens_per_s"] == row["effective_tokens"] / row["seconds"]
     assert len(row["first_losses"]) == 4
     assert row["first_losses"] != row["last_losses"]
+
+
+def test_the_stopwatch_keeps_nothing_of_a_plan_that_another_replaces(run: ModuleType) -> None:
+    """Its runners hold adapters, for which the next plan needs the memory."""
+    few, all_of_them = (SimpleNamespace(task_ids=set(ids)) for ids in ("a", "ab"))
+    watch = run.product.Stopwatch(2, {("i0", 0): few, ("i0", 1): all_of_them}, count=3)
+    runners = [object()]
+    watch.executor = SimpleNamespace(_instances={"i0": SimpleNamespace(_runners=runners)})
+    watch.on_round(SimpleNamespace(instance_id="i0", epoch=0))
+    assert watch.runners == []
+    for _ in range(run.product.WARM_UP):
+        assert watch.runners == []
+        watch.on_round(SimpleNamespace(instance_id="i0", epoch=1))
+    assert watch.runners == runners
 
 
 def figures(bound: float, hf_peft: float) -> dict:
@@ -84,10 +98,12 @@ def test_weak_baselines_are_not_reported_against(
 
 def test_of_a_baseline_measured_twice_the_faster_one_counts(run: ModuleType) -> None:
     for again, reached in ((1_600.0, False), (2_000.0, True)):
-        data = figures(21_000.0, 1_700.0) | {run.AGAIN: {"effective_tokens_per_s": again}}
+        data = figures(21_000.0, 1_700.0) | {
+            run.AGAIN: {"runs": [{"effective_tokens_per_s": rate} for rate in (again, 1_500.0)]}
+        }
         assert run.verdict(data)["reportable"] == reached
         assert run.ledger(data)["over_hf_peft"] == pytest.approx(10_000 / max(again, 1_700.0))
-    assert run.verdict(figures(21_000.0, 1_800.0) | {run.AGAIN: {"not_needed": True}})["reportable"]
+    assert run.verdict(figures(21_000.0, 1_800.0) | {run.AGAIN: {"runs": []}})["reportable"]
 
 
 def test_a_smaller_plan_ends_a_measurement(run: ModuleType) -> None:
