@@ -135,6 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     end_s, failed = time.monotonic() + args.budget - GRACE_S, []
+    # Who is ended from outside ends its ranks, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.compile_s:
         warm(args)
     phases = chosen(args.phases, args.only)
