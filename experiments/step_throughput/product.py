@@ -114,7 +114,6 @@ class Stopwatch(StepListener):
             self.rounds.clear()  # another plan took over: its sizes warm up anew
         self.rounds.append(record)
         if len(self.rounds) == WARM_UP:
-            # Not before: those of a plan that another one replaces would keep its adapters' memory.
             self.runners = list(self.executor._instances[record.instance_id]._runners)
             _synchronise()
             self.replays_before = self._replays()
@@ -126,6 +125,11 @@ class Stopwatch(StepListener):
             self.seconds = time.perf_counter() - self.start_s
             self._read_times()
             raise Enough
+
+    def begin_anew(self) -> None:
+        """Another plan comes: what this one's runners hold, adapters and graphs, it needs."""
+        self.rounds.clear()
+        self.runners = []
 
     def _captured_steps(self) -> list[Any]:
         return [runner.steps for runner in self.captured.values()]
@@ -273,7 +277,7 @@ def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds:
                 list(tasks),
                 build.instances(config, costs, tasks),
                 journal,
-                (outcomes, troubles, _NoEnds()),
+                (outcomes, troubles, _NoEnds(watch)),
             )
             engine.run()
             raise RuntimeError(f"the tasks ended too soon: {troubles.error()}")
@@ -286,10 +290,14 @@ def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds:
 
 
 class _NoEnds:
-    """Observer: a task that ends before all rounds are measured is an error."""
+    """Observer: a task that ends before all rounds are measured is an error; a new plan begins the
+    measurement anew."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
 
     def on_plan(self, plan: Plan) -> None:
-        pass
+        self._watch.begin_anew()
 
     def on_task_end(self, outcome: Any) -> None:
         raise RuntimeError(f"task {outcome.task_id} ended: {outcome}")

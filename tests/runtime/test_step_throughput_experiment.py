@@ -53,6 +53,8 @@ def test_the_stopwatch_keeps_nothing_of_a_plan_that_another_replaces(run: Module
         assert watch.runners == []
         watch.on_round(SimpleNamespace(instance_id="i0", epoch=1))
     assert watch.runners == runners
+    watch.begin_anew()
+    assert watch.runners == [] and not watch.rounds
 
 
 def figures(bound: float, hf_peft: float) -> dict:
