@@ -36,9 +36,11 @@ def test_sizes_hold_what_rounds_need() -> None:
 
 def test_units_go_by_waves() -> None:
     """132 multiprocessors: 5,120 features are 20 tiles of columns."""
-    forward = {rows: products().units(rows)[0] for rows in (960, 1024, 1536, 1600)}
-    assert forward[960] == forward[1024] < forward[1536]
-    assert forward[1536] < 1.4 * forward[1024]  # for half as many rows again
+    forward = {rows: products().units(rows)[0] for rows in (960, 1024, 1280, 1536, 1600)}
+    a_row = {rows: units / rows for rows, units in forward.items()}
+    assert forward[960] == forward[1024]  # tiles that are not full cost as much
+    assert a_row[1536] < a_row[1280]  # waves that were begun are filled
+    assert a_row[1600] > a_row[1536]  # one more row of tiles is begun
 
 
 def test_two_equal_htasks_keep_two_stages_busy() -> None:
