@@ -162,6 +162,11 @@ class CostModel(Protocol):
         """Seconds for which an instance writes out a task that leaves it."""
         ...
 
+    @property
+    def charges_ends(self) -> bool:
+        """Whether ``finish_s`` is anything at all."""
+        ...
+
     def finish_s(self, slot: AdapterSlot) -> Estimate:
         """Seconds for which an instance writes out a task that is done, before it is told."""
         ...

@@ -11,6 +11,7 @@ rounds, the first and the last included, and of the steady ones between.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -64,9 +65,11 @@ def run(layout: str, folder: Path, device: str, limit_s: float) -> dict[str, Any
             status: Any = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             status = "cut off"
-            for number, grace_s in ((signal.SIGABRT, 3.0), (signal.SIGKILL, 0.0)):
-                os.killpg(process.pid, number)  # all of them tell where they are
-                time.sleep(grace_s)
+            os.killpg(process.pid, signal.SIGABRT)  # all of them tell where they are
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3.0)
+            with contextlib.suppress(ProcessLookupError):  # none of them is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     row = {"layout": layout, "status": status, "seconds": time.monotonic() - start_s}
     return {**row, **measured(folder)}
@@ -86,7 +89,7 @@ def measured(folder: Path) -> dict[str, Any]:
             "peak_memory_bytes",
             "notices",
         )
-        rows |= {name: summary[name] for name in (*names, "notices")}
+        rows |= {name: summary[name] for name in names}
     return rows
 
 

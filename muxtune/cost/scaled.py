@@ -67,6 +67,10 @@ class ScaledCostModel:
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         return self._scaled(self._model.capture_s(shape, replica))
 
+    @property
+    def charges_ends(self) -> bool:
+        return self._model.charges_ends
+
     def finish_s(self, slot: AdapterSlot) -> Estimate:
         return self._scaled(self._model.finish_s(slot))
 

@@ -136,7 +136,7 @@ class InstanceActor:
         self._charges_transitions = options.charge_transitions
         self._charges_checkpoints = options.charge_checkpoints
         # Most know nothing of it, and segments are many.
-        self._charges_ends = options.charge_transitions and getattr(cost, "charges_ends", False)
+        self._charges_ends = options.charge_transitions and cost.charges_ends
         # On one GPU passes follow each other, and nothing else sets their pace.
         self._is_paced = sum(replica.num_gpus for replica in spec.replicas) > 1
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them

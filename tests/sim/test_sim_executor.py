@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from muxtune.cost.scaled import ScaledCostBook
 from muxtune.fleet import task_view
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.registry import CLUSTER_POLICIES
-from muxtune.types import EventKind, InstanceView, ProgressData, TaskState
+from muxtune.types import AdapterSlot, EventKind, InstanceView, ProgressData, TaskState
 from muxtune_sim import SimExecutor, SimOptions, simulate
 from tests.sim.fakes import (
     GB,
@@ -90,6 +91,12 @@ def test_a_task_is_told_as_done_when_it_is_written(finish_s: float):
     assert ends == [first + seconds(finish_s), second + 2 * seconds(finish_s)]
     progress = [e for (kind, _), e in told.items() if kind is EventKind.PROGRESS]
     assert all(e.data == plain[EventKind.PROGRESS, e.task_id].data for e in progress)
+
+
+def test_a_scaled_cost_model_charges_ends_where_its_own_does():
+    scaled = ScaledCostBook(fake_book(finish_s=2.0), 1.5)("m", "d")
+    assert scaled.charges_ends and not ScaledCostBook(fake_book(), 1.5)("m", "d").charges_ends
+    assert scaled.finish_s(AdapterSlot("lora", 16, ("q_proj",))).value == 3.0
 
 
 def test_commands_are_idempotent_and_answered_again():

@@ -37,8 +37,8 @@ from muxtune.runtime.static_step.model import Unsupported, check_architecture
 from muxtune.types import TaskSpec
 from muxtune.workload.encoding import Tokenizer
 
-# The magnitude needs the whole weight's norm; virtual tokens are known to no stage's attention.
 _DIGEST_VALUES = 64  # of each weight, at most
+# The magnitude needs the whole weight's norm; virtual tokens are known to no stage's attention.
 NOT_SPREAD = ("dora", "prefix", "prompt")
 
 
