@@ -186,14 +186,16 @@ def test_together_is_bit_for_bit_alone(store: BackboneStore, tmp_path: Path, kin
 def test_joins_leaves_and_plan_changes_in_the_middle_of_steps(
     store: BackboneStore, tmp_path: Path
 ) -> None:
-    """Every round another plan; one of them runs an hTask eagerly, so gradients and moments move
-    between the two kinds of pools."""
-    tasks = tasks_of(0.1)
+    """Every round another plan, in which every method joins and leaves captured steps of others;
+    one of them runs an hTask eagerly, so gradients and moments move between the two kinds of
+    pools."""
+    every = [tasks_of(0.1)[1], *mixed_tasks()[1:4], *mixed_tasks()[5:]]
+    tasks = [task._replace(num_steps=5) for task in every]
     eager = trained(tmp_path / "eager", store, tasks, **EAGER)
     bench = Bench(tmp_path / "captured", store, **CAPTURED)
     bench.prepare(*tasks)
     dora = AdapterSlot("dora", 1, ("k_proj", "v_proj", "down_proj"), True)
-    groups = [[tasks], [tasks[2:], tasks[:2]], [tasks[::-1]], [tasks[:1], tasks[3:], tasks[1:3]]]
+    groups = [[tasks], [tasks[3:], tasks[:3]], [tasks[::-1]], [tasks[:1], tasks[4:], tasks[1:4]]]
     epoch = mixed = in_mid_step = 0
     while bench.done() < {task.task_id for task in tasks}:
         htasks = [make_htask(group) for group in groups[epoch % len(groups)]]

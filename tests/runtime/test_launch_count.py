@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from muxtune.runtime.adapters import METHODS, bottleneck, low_rank
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.bank import AdapterBank, SlotPool
 from muxtune.runtime.batch import DropoutSeed, Placed, assemble
+from muxtune.runtime.static_step import StepProgram, extras, program
 from muxtune.types import TaskSpec
 from muxtune.workload.encoding import EncodedSequence
 from muxtune.workload.methods import WITHOUT_TARGETS
-from tests.runtime.runtime_helpers import make_htask, make_task
+from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, make_store, make_task
 
 TOKENS = 8
 
@@ -148,3 +150,55 @@ def test_two_and_eight_tasks_of_every_method_take_the_same_operations(
     # Forward and backward of the low-rank product at the three targets of two layers.
     assert few["multi_lora_linear"] == few["multi_lora_linear backward"] == 6
     assert few["multi_task_bottleneck"] == few["multi_task_bottleneck backward"] == 6
+
+
+STATIC_KERNELS = (
+    (program, "lora_linear_forward"),
+    (program, "lora_linear_input_grad"),
+    (program, "lora_linear_factor_grad"),
+    (program, "multi_task_cross_entropy_grad"),
+    (program, "multi_task_adamw_"),
+    (program, "attention_with_shared"),
+    (program, "attention_with_shared_backward"),
+    (extras, "bottleneck_forward"),
+    (extras, "bottleneck_backward"),
+    (extras, "scale_slot_rows_"),
+    (extras, "scale_slot_rows_backward_"),
+)
+
+
+def count_static_ops(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> Counter[str]:
+    """Of one whole captured step, optimizer included, as the executor runs it."""
+    tasks = [task._replace(num_steps=1) for task in tasks_of(count, dropout=0.0)]
+    counter, run = CountOps(), StepProgram.run
+
+    def counted(self: StepProgram, *arguments: Any) -> Any:
+        counter.counts.clear()
+        with counter:
+            return run(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        for module, name in STATIC_KERNELS:
+            patch.setattr(module, name, paused_kernel(getattr(module, name), counter))
+        patch.setattr(StepProgram, "run", counted)
+        bench = Bench(folder, make_store(), step="captured")
+        bench.run(make_plan([make_htask(tasks)]), *tasks)
+    assert len(bench.done()) == len(tasks) and not bench.recorder.notices
+    return counter.counts
+
+
+def paused_kernel(kernel: Callable[..., Any], counter: CountOps) -> Callable[..., Any]:
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with counter.paused(kernel.__name__):
+            return kernel(*args, **kwargs)
+
+    return whole
+
+
+def test_captured_steps_of_two_and_four_tasks_of_every_method_take_the_same_operations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few, many = (count_static_ops(monkeypatch, tmp_path / str(count), count) for count in (2, 4))
+    assert few == many
+    assert few["lora_linear_forward"] == 4 * 2 and few["multi_task_adamw_"] == 1  # by layer; once
+    assert few["bottleneck_forward"] == few["bottleneck_backward"] == 6

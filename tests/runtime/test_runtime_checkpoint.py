@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,14 @@ from muxtune.errors import OutputError
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.checkpoint import fingerprint
 from muxtune.types import EventKind, ResultData
-from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, make_task, worst_gap
+from tests.runtime.runtime_helpers import (
+    Bench,
+    make_htask,
+    make_plan,
+    make_store,
+    make_task,
+    worst_gap,
+)
 
 TASK = make_task(
     "kept", num_steps=9, dropout=0.1, accumulation=2, schedule="cosine", weight_decay=0.1
@@ -46,6 +54,41 @@ def test_resume_is_exact(store: BackboneStore, tmp_path: Path, killed_after: int
     for task_id, result in mine.items():
         assert isinstance(result, ResultData) and isinstance(theirs[task_id], ResultData)
         assert result._replace(output_path="") == theirs[task_id]._replace(output_path="")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("step", ["eager", "captured"])
+def test_every_method_resumes_exactly(tmp_path: Path, step: str) -> None:
+    """The moments and gradients of each method's tensors go into the checkpoint and out of it."""
+    common: dict[str, Any] = {"num_steps": 7, "rank": 2}
+    tasks = [
+        make_task("lora", **common, dropout=0.1, options={"use_rslora": True}),
+        make_task("dora", **common, method="dora", targets=("q_proj", "up_proj")),
+        make_task("ia3", **common, method="ia3", targets=("k_proj", "v_proj", "down_proj")),
+        make_task("houlsby", **common, method="bottleneck", targets=("o_proj", "down_proj"),
+                  dropout=0.2),
+        make_task("prefix", **common, method="prefix", targets=()),
+        make_task("prompt", **common, method="prompt", targets=()),
+    ]  # fmt: skip
+    options: dict[str, Any] = {"checkpoint_steps": 2, "step": step}
+    # Its own for captured steps: fusing the weights changes where they lie.
+    store, every = make_store(), make_plan([make_htask(tasks)], counts=[1])
+    whole = Bench(tmp_path / "whole", store, **options)
+    whole.run(every, *tasks)
+
+    killed = Bench(tmp_path / "run", store, **options)
+    killed.prepare(*tasks)
+    killed.executor.apply(every)
+    for task in tasks:
+        killed.until_step(task, 3)
+    killed.executor.close()
+
+    resumed = Bench(tmp_path / "run", store, **options, resume=True)
+    resumed.run(every, *tasks)
+    assert not resumed.recorder.notices
+    for task in tasks:
+        steps = [r.step for r in resumed.recorder.steps if r.task_id == task.task_id]
+        assert steps and steps[0] in (3, 5, 7), task.task_id
+        assert worst_gap(resumed.weights(task), whole.weights(task)) == 0, task.task_id
 
 
 def test_a_finished_task_is_told_again_without_training(
