@@ -5,14 +5,17 @@
 
 Needs one CUDA device. Every method is checked against a float32 reference on the timed inputs
 first; nothing is timed when a check is red. All methods of a case are timed in turn within each
-repeat, the plain linear before and after each, so that a ratio compares neighbours in time; the
-spread is over the repeats. Inputs rotate among sets that together exceed the L2 cache.
+repeat, in one order and in the other, the plain linear before and after each, so that a ratio
+compares neighbours in time; the spread is over the repeats. Inputs rotate among sets that together
+exceed the L2 cache.
 
 Shape suffixes: T rows, D input features, O output features, R the sum of the ranks, S tasks.
 """
 
 import argparse
+import gc
 import json
+import math
 import os
 import statistics
 import time
@@ -25,8 +28,9 @@ import triton
 from torch import Tensor
 
 from muxtune_kernels import RowDropout, SlotRows, multi_lora_linear, row_keys, slot_rows
-from muxtune_kernels.multi_lora import launch, window
+from muxtune_kernels.multi_lora import launch, window_op
 from muxtune_kernels.multi_lora.tuning import tuning_of
+from muxtune_kernels.multi_lora.window import LinearWithWindows
 
 RANK = 16
 SCALE = 2.0
@@ -36,6 +40,7 @@ TASKS = (1, 4, 8, 32)
 MIN_ROTATED_BYTES = 200e6
 TOLERANCE = 1.2e-2
 MODES = ("graph", "eager")
+LEAST_EAGER_US = 10_000
 
 
 class Inputs(NamedTuple):
@@ -74,13 +79,13 @@ class Case:
         self.rows = slot_rows(even_spans(num_rows, num_tasks), num_rows, num_tasks, device)
         self.scale_S = torch.full((num_tasks,), SCALE, device=device)
         self.adapters = launch.Adapters((RANK,) * num_tasks, (num_out,))
-        self._with_windows: dict[int, window.LinearWithWindows] = {}
+        self._with_windows: dict[int, LinearWithWindows] = {}
 
-    def with_windows(self, index: int) -> window.LinearWithWindows:
+    def with_windows(self, index: int) -> LinearWithWindows:
         """The set's weight as it is, the factors beside it."""
         if index not in self._with_windows:
             weight_OD = self.sets[index].weight_OD
-            linear = window.linear_with_windows(weight_OD, self.adapters.slot_ranks)
+            linear = window_op.linear_with_windows(weight_OD, self.adapters.slot_ranks)
             linear.refresh(self.a_RD.detach(), self.b_RO.detach())
             self._with_windows[index] = linear
         return self._with_windows[index]
@@ -190,20 +195,26 @@ def ours(
     return step
 
 
-def ours_with_windows(case: Case, beside: bool | None = None) -> Step:
-    """Explicit calls, as in a step of our own. Whoever changes the factors copies them to where the
-    products read them, once an optimizer step: 5 us here, not counted, like the cast of bf16
-    adapters; nor is the table of windows, once a micro-batch."""
+def ours_with_windows(case: Case, in_turn: bool = False) -> Step:
+    """Under autograd. Whoever changes the factors copies them to where the products read them, once
+    an optimizer step: 5 us here, not counted, like the cast of bf16 adapters; nor is the table of
+    windows, once a micro-batch. in_turn: explicit calls, dB before dx and dA after it."""
     index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
-    a_RD, b_RO = case.a_RD.detach(), case.b_RO.detach()
-    rows = window.rows_with_windows(case.rows, case.scale_S, case.with_windows(0))
+    a_RD, b_RO = (t.detach().requires_grad_() for t in (case.a_RD, case.b_RO))
+    rows = window_op.rows_with_windows(case.rows, case.scale_S, case.with_windows(0))
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        linear = case.with_windows(index_of[id(inputs)])
+        y_TO = window_op.multi_lora_linear_with_windows(inputs.x_TD, a_RD, b_RO, linear, rows)
+        return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_RO), inputs.dy_TO)
+
+    def step_in_turn(inputs: Inputs) -> tuple[Tensor, ...]:
         linear, x_TD = case.with_windows(index_of[id(inputs)]), inputs.x_TD.detach()
         y_TO, h_TJ = linear.forward(x_TD, rows)
-        return y_TO, *linear.backward(inputs.dy_TO, x_TD, h_TJ, a_RD, b_RO, rows, beside)
+        factors = a_RD.detach(), b_RO.detach()
+        return y_TO, *linear.backward(inputs.dy_TO, x_TD, h_TJ, *factors, rows, False)
 
-    return step
+    return step_in_turn if in_turn else step
 
 
 def ours_explicitly(case: Case, **changes: Any) -> Step:
@@ -257,8 +268,8 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_explicit_calls": ours_explicitly(case),
     }
     methods["muxtune_windows"] = ours_with_windows(case)
-    the_other_way = len(case.scale_S) < window.LEAST_SLOTS_BESIDE
-    methods["muxtune_windows_the_other_way"] = ours_with_windows(case, the_other_way)
+    if len(case.scale_S) == 1:
+        methods["muxtune_windows_in_turn"] = ours_with_windows(case, in_turn=True)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 
@@ -352,15 +363,19 @@ def measure(
     case: Case, methods: dict[str, Step], use_graph: bool, repeats: int, steps: int
 ) -> dict[str, dict[str, float]]:
     """Microseconds a step (`host_us`: until the host is done), and the ratio to the plain linear
-    timed before and after: median, least and greatest over the repeats."""
+    timed before and after: median, least and greatest over the repeats. Eagerly so many steps that
+    the first one's wait for the host does not count."""
     prepare = graphed if use_graph else looped
+    if not use_graph:
+        plain_us, _ = time_us(looped(case, methods["plain"], steps), steps)
+        steps = max(steps, math.ceil(LEAST_EAGER_US / plain_us))
     runs = {name: prepare(case, step, steps) for name, step in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     host: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         before, _ = time_us(runs["plain"], steps)
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: -1 if repeat % 2 else 1]:
             us, host_us = time_us(run, steps)
             after, _ = time_us(runs["plain"], steps)
             if repeat:
@@ -440,6 +455,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="starts no case after that")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
+    gc.disable()  # the host's time is measured too
     results, start_s = [], time.monotonic()
     sizes = [size for size in SIZES if size[1] in arguments.out_features]
     shapes = all_shapes(sizes, arguments.tokens, arguments.tasks)
@@ -450,6 +466,7 @@ def main() -> None:
         results += run_case(
             shape, arguments.repeats, arguments.steps, arguments.modes, arguments.without
         )
+        gc.collect()
         torch.cuda.empty_cache()
         report = {"environment": environment(), "rank": RANK, "results": results}
         arguments.out.write_text(json.dumps(report, indent=1))

@@ -154,12 +154,14 @@ class Bench:
     def _windowed(self, i: int, forward: bool) -> Any:
         factors, own = self.windows[i].factors, self.x[i] if forward else self.case.sets[i].dy_TO
         num_out, width = factors.weight_OD.shape
-        return window.window_linear(
-            window.Operand(own, torch.zeros_like(own)),
-            window.Operand(factors.weight_OD, factors.bt_OD if forward else factors.a_PD),
-            (width, num_out) if forward else (num_out, width), self.window_rows.window,
+        out_TN = own.new_empty((own.shape[0], num_out if forward else width))
+        ranks, tile = (factors.bt_OD, (256, 64)) if forward else (factors.a_PD, (64, 256))
+        window.window_linear(
+            window.Operand(own, torch.zeros_like(own), (128, 64)),
+            window.Operand(factors.weight_OD, ranks, tile), out_TN, self.window_rows.window,
             self.layout, forward,
         )  # fmt: skip
+        return out_TN
 
     def _library(self, i: int, forward: bool) -> Any:
         weight_OD, dy_TO = self.case.sets[i].weight_OD, self.case.sets[i].dy_TO

@@ -57,6 +57,54 @@ def test_a_window_of_ranks(name: str, beside: bool, device: torch.device) -> Non
         assert error(got, wanted) < (2e-6 if device.type == "cpu" else 8e-3)
 
 
+def test_under_autograd_it_is_the_same_each_time(device: torch.device) -> None:
+    """The first calls are Triton's own, later ones are recorded, then repeated; elsewhere."""
+    from muxtune_kernels.multi_lora import window_op
+
+    problem = PROBLEMS["one slot, whose rows are cut into pieces"]
+    is_cpu = device.type == "cpu"
+    dtype = torch.float32 if is_cpu else torch.bfloat16
+    t = tensors_of(problem, device, dtype, torch.float32)
+    wanted = window_form(problem, t)
+    linear = window_op.linear_with_windows(t.weight, problem.ranks, problem.out)
+    slots = slot_rows(problem.spans, problem.num_rows, len(problem.ranks), device)
+    rows = window_op.rows_with_windows(slots, t.scale, linear)
+    kept = []  # so that every call's tensors lie elsewhere
+    for _ in range(1 if is_cpu else 6):
+        x, a = t.x.clone().requires_grad_(), t.a.clone().requires_grad_()
+        b_RO = t.b.t().contiguous().requires_grad_()
+        linear.refresh(a.detach(), b_RO.detach())
+        y = window_op.multi_lora_linear_with_windows(x, a, b_RO, linear, rows)
+        dx, da, db = torch.autograd.grad(y, (x, a, b_RO), t.dy)
+        assert all(map(torch.equal, (y, dx, da, db.t()), wanted))
+        kept.append((x, a, y, dx))
+    if not is_cpu:
+        assert any(isinstance(plan, window_op.Plan) for plan in window_op._plans.values())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from muxtune_kernels.multi_lora import launch, window, window_op
+
+    weight = torch.zeros(128, 64)
+    linear = window_op.linear_with_windows(weight, (16,))
+    slots = slot_rows([(0, 0, 4)], 4, 1, torch.device("cpu"))
+    rows = window.RowsWithWindows(
+        launch.RowTensors(slots.slot_of_row_T, slots.slot_bounds_S3, torch.ones(1), None),
+        window.Window(torch.zeros(1, 2, dtype=torch.int32), 64),
+    )
+    good = {"x_TD": torch.zeros(4, 64), "a_RD": torch.zeros(16, 64), "b_RO": torch.zeros(16, 128)}
+    for name, bad in (
+        ("x_TD", torch.zeros(5, 64)), ("x_TD", torch.zeros(4, 64).bfloat16()),
+        ("a_RD", torch.zeros(32, 64)), ("b_RO", torch.zeros(128, 16)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            window_op.multi_lora_linear_with_windows(
+                **(good | {name: bad}), linear=linear, rows=rows
+            )
+    with pytest.raises(ValueError, match="as wide as its members"):
+        window_op.linear_with_windows(weight, (16,), (64,))
+
+
 def test_nan_stays_in_its_slot(device: torch.device) -> None:
     problem = Problem((30, 3, 40), ((0, 0, 21), (1, 21, 40), (2, 40, 60)), 64, 128, (128,))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

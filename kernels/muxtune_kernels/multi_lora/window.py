@@ -32,7 +32,6 @@ compact h, R pool rows, S slots, I tiles of rows, B blocks.
 # pyright: reportAttributeAccessIssue=false
 
 import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +51,7 @@ from .window_kernels import (
     window_sum_kernel,
     window_table_kernel,
 )
+from .window_tape import Operand, ProductLaunch, WindowTape, beside_current
 
 _place, _table = Launcher(place_factors_kernel), Launcher(window_table_kernel)
 _shrink, _sum = Launcher(window_shrink_kernel), Launcher(window_sum_kernel)
@@ -60,7 +60,6 @@ WINDOW = 64  # ranks a step, as many as reduced features
 TILE_T = 128
 _TILE_N = 256
 _GROUP_T = 8
-LEAST_SLOTS_BESIDE = 4
 
 
 class Factors(NamedTuple):
@@ -100,30 +99,46 @@ class LinearWithWindows(NamedTuple):
     def forward(self, x_TD: Tensor, rows: RowsWithWindows) -> tuple[Tensor, Tensor]:
         """(y_TO, h_TJ). x_TD: contiguous."""
         factors, (row_tensors, window) = self.factors, rows
-        num_out, width = factors.weight_OD.shape
         layout = layout_of(self.adapters, x_TD.device)
         beside_TD = empty(tuple(x_TD.shape), x_TD.dtype, x_TD.device)
         h_TJ = window_shrink(
             x_TD, factors.a_PD, factors.bad_S, beside_TD, row_tensors, window, layout,
             self.tuning(x_TD),
         )  # fmt: skip
-        y_TO = window_linear(
-            Operand(x_TD, beside_TD), Operand(factors.weight_OD, factors.bt_OD), (width, num_out),
-            window, layout, True,
-        )  # fmt: skip
+        y_TO = empty((x_TD.shape[0], factors.weight_OD.shape[0]), x_TD.dtype, x_TD.device)
+        x = Operand(x_TD, beside_TD, (TILE_T, WINDOW))
+        weight = Operand(factors.weight_OD, factors.bt_OD, (_TILE_N, WINDOW))
+        window_linear(x, weight, y_TO, window, layout, True)
         return y_TO, h_TJ
 
     def backward(
         self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
-        rows: RowsWithWindows, beside: bool | None = None,
+        rows: RowsWithWindows, beside: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(dx_TD, dA [M * R, D], dB [R, O]). dy_TO: contiguous. beside: dA and dB are made beside
-        dx; else dA after it, and dB before it, from the read of dy that makes dh; None: what was
-        measured faster."""
-        if beside is None:
-            beside = len(self.adapters.slot_ranks) >= LEAST_SLOTS_BESIDE
-        backward = _backward_beside if beside else _backward_in_turn
-        return backward(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+        dx; else dA after it, and dB before it, from the read of dy that makes dh."""
+        launch = self.launch_backward if beside else self.launch_in_turn
+        found = launch(dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+        if beside:
+            self.end_backward(x_TD.device)
+        return found
+
+    def launch_backward(
+        self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
+        rows: RowsWithWindows,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`backward` but for its end: dx may still be made on another stream."""
+        return _backward_beside(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+
+    def launch_in_turn(
+        self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
+        rows: RowsWithWindows,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return _backward_in_turn(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+
+    def end_backward(self, device: torch.device) -> None:
+        if _has_streams(device):
+            beside_current().join()
 
     def tuning(self, x_TD: Tensor) -> Tuning:
         layout = layout_of(self.adapters, x_TD.device)
@@ -143,6 +158,11 @@ def linear_with_windows(
     size of its own. Raises ValueError where the copy engine could not read what it must."""
     num_out, width = weight_OD.shape
     adapters = Adapters(slot_ranks, out_features or (num_out,))
+    if sum(adapters.out_features) != num_out or not weight_OD.is_contiguous():
+        raise ValueError(
+            f"weight_OD {tuple(weight_OD.shape)} must be contiguous and as wide as its members, "
+            f"{adapters.out_features}"
+        )
     _check(adapters, width)
     ranks, members = sum(slot_ranks), len(adapters.out_features)
     a_PD = weight_OD.new_zeros((members * ranks + WINDOW, width))
@@ -262,80 +282,69 @@ def window_shrink(
     return h_TJ
 
 
-class Operand(NamedTuple):
-    """What a product reads, [rows, features], and the buffer that its ranks are the first columns
-    (or rows) of; rows of both have the same stride."""
-
-    own: Tensor
-    ranks: Tensor
-
-    def descriptor(self, rows: int, columns: int) -> tuple[int, TensorDescriptor]:
-        """(2 where the own one comes first in memory, else 3; what the copy engine is told)."""
-        step = self.ranks.data_ptr() - self.own.data_ptr()
-        base = self.own if step >= 0 else self.ranks
-        shape = [2, *self.own.shape]
-        strides = [max(16, abs(step)) // base.element_size(), *self.own.stride()]
-        return 2 + (step < 0), TensorDescriptor(base, shape, strides, [1, rows, columns])
-
-
 def window_linear(
-    x: Operand, weight: Operand, shape: tuple[int, int], window: Window, layout: Layout,
-    weight_nk: bool, stages: int = 4,
-) -> Tensor:  # fmt: skip
-    """shape: (features that are summed, features of the result)."""
-    num_rows, (num_in, num_out) = x.own.shape[0], shape
-    out_TN = empty((num_rows, num_out), x.own.dtype, x.own.device)
+    x: Operand, weight: Operand, out_TN: Tensor, window: Window, layout: Layout, weight_nk: bool,
+    stages: int = 4, is_urgent: bool = False,
+) -> None:  # fmt: skip
+    """out_TN: what is filled. weight_nk: the weight is [features of the result, summed ones].
+    is_urgent: see `ProductLaunch`."""
+    (num_rows, num_in), num_out = x.own.shape, out_TN.shape[1]
     tiles = cdiv(num_rows, TILE_T) * cdiv(num_out, _TILE_N)
     programs = cdiv(tiles, cdiv(tiles, num_sms()))  # the fewest that take no more waves of tiles
     members = layout.num_members
-    x_first, x_tiles = x.descriptor(TILE_T, WINDOW)
-    w_first, w_tiles = weight.descriptor(*((_TILE_N, WINDOW) if weight_nk else (WINDOW, _TILE_N)))
-    out_tiles = TensorDescriptor.from_tensor(out_TN, [TILE_T, _TILE_N // 2])
-    _linear(
-        programs, (x_tiles, w_tiles, out_tiles), (window.table_I2, layout.edges),
-        (num_rows, num_out, num_in, layout.total_rank, window.room, x_first, w_first),
-        (
-            weight_nk, members if weight_nk else 1, 1 if weight_nk else members, TILE_T, _TILE_N,
-            WINDOW, _GROUP_T, programs, next_power_of_2(cdiv(tiles, programs)), stages,
-        ),
+    constants = (
+        weight_nk, members if weight_nk else 1, 1 if weight_nk else members, TILE_T, _TILE_N,
+        WINDOW, _GROUP_T, programs, next_power_of_2(cdiv(tiles, programs)), stages,
     )  # fmt: skip
-    return out_TN
+    out_tiles = TensorDescriptor.from_tensor(out_TN, [TILE_T, _TILE_N // 2])
+    numbers = num_rows, num_out, num_in, layout.total_rank, window.room
+    tensors = window.table_I2, layout.edges
+    _linear(
+        ProductLaunch(
+            None, programs, (x, weight), out_tiles, tensors, numbers, constants, is_urgent
+        )
+    )
 
 
 _compiled: dict[Any, Any] = {}
 
 
-def _linear(
-    programs: int, tiles: tuple[TensorDescriptor, ...], tensors: tuple[Tensor, Tensor],
-    numbers: tuple[int, ...], constants: tuple[Any, ...],
-) -> None:  # fmt: skip
+def _linear(launch: ProductLaunch) -> None:
     """As `Launcher`, which knows no descriptors of three dimensions."""
-    kernel: Any = window_linear_kernel
+    urgent = beside_current().fork() if launch.is_urgent else None
+    with torch.cuda.stream(urgent) if urgent else contextlib.nullcontext():
+        compiled = _run(launch)
+    tape = launching._recorded.tape
+    if isinstance(tape, WindowTape) and compiled is not None:
+        tape.add_windowed(launch._replace(compiled=compiled))
+    elif tape is not None:
+        tape.is_whole = False
+
+
+def _run(launch: ProductLaunch) -> Any:
+    """What was launched; None where it was Triton that did it."""
+    operands = [operand.descriptor() for operand in launch.operands]
+    tiles = [*(descriptor for _, descriptor in operands), launch.out_tiles]
+    numbers = (*launch.numbers, *(first for first, _ in operands))
     device = driver.active.get_current_device() if not INTERPRETED else None
-    key = device, tiles[0].base.dtype, numbers, constants
+    key = device, launch.out_tiles.base.dtype, launch.numbers, launch.constants
     found = _compiled.get(key)
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in launch.tensors]
     if found is None or launching._is_hooked() or any(address & 15 for address in addresses):
-        found = kernel[(programs, 1, 1)](
-            *tiles, *tensors, *numbers, *constants, num_warps=8, num_stages=constants[-1]
-        )
+        kernel: Any = window_linear_kernel
+        found = kernel[(launch.programs, 1, 1)](
+            *tiles, *launch.tensors, *numbers, *launch.constants, num_warps=8,
+            num_stages=launch.constants[-1],
+        )  # fmt: skip
         # Of a real device: elsewhere nothing is launched, only compiled.
         if launching._KNOWN_TRITON and isinstance(device, int) and not launching._is_hooked():
             _compiled[key] = found
-        return
+        return None
     found.run(
-        programs, 1, 1, driver.active.get_current_stream(device), found.function,
-        found.packed_metadata, None, None, None, *tiles, *addresses, *numbers, *constants,
+        launch.programs, 1, 1, driver.active.get_current_stream(device), found.function,
+        found.packed_metadata, None, None, None, *tiles, *addresses, *numbers, *launch.constants,
     )  # fmt: skip
-
-
-def _dx(
-    linear: LinearWithWindows, dy_TO: Tensor, beside_TO: Tensor, rows: RowsWithWindows, stages: int
-) -> Tensor:
-    factors, layout = linear.factors, layout_of(linear.adapters, dy_TO.device)
-    dy, weight = Operand(dy_TO, beside_TO), Operand(factors.weight_OD, factors.a_PD)
-    shape = tuple(factors.weight_OD.shape)
-    return window_linear(dy, weight, (shape[0], shape[1]), rows.window, layout, False, stages)
+    return found
 
 
 def _backward_beside(
@@ -345,28 +354,31 @@ def _backward_beside(
     adapters = linear.adapters
     layout, tuning = layout_of(adapters, x_TD.device), linear.tuning(x_TD)
     beside_TO = empty(tuple(dy_TO.shape), dy_TO.dtype, dy_TO.device)
+    dx_TD = empty(tuple(x_TD.shape), dy_TO.dtype, dy_TO.device)
     dh_TJ = window_shrink(
         dy_TO, b_RO, linear.factors.bad_S, beside_TO, rows.rows, rows.window, layout, tuning,
         is_dy=True,
     )  # fmt: skip
     small = beside_tuning(tuning, len(adapters.slot_ranks), layout.j_width)
-    streams = None
-    if x_TD.is_cuda and torch.cuda.is_available():
-        streams = torch.cuda.current_stream(), _urgent_stream(x_TD.device)
-        streams[1].wait_stream(streams[0])
     # The product first, or small kernels would fill the multiprocessors before it.
-    with torch.cuda.stream(streams[1]) if streams else contextlib.nullcontext():
-        dx_TD = _dx(linear, dy_TO, beside_TO, rows, 3)
+    _dx(linear, dy_TO, beside_TO, dx_TD, rows, 3, _has_streams(x_TD.device))
     da_RD = outer(dh_TJ, x_TD, a_RD, rows.rows, adapters, layout, small)
     db_RO = _db(linear, h_TJ, dy_TO, b_RO, rows, layout, small)
-    if streams:
-        streams[0].wait_stream(streams[1])
     return dx_TD, da_RD, db_RO
 
 
-@functools.cache
-def _urgent_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def _dx(
+    linear: LinearWithWindows, dy_TO: Tensor, beside_TO: Tensor, dx_TD: Tensor,
+    rows: RowsWithWindows, stages: int, is_urgent: bool = False,
+) -> None:  # fmt: skip
+    factors, layout = linear.factors, layout_of(linear.adapters, dy_TO.device)
+    dy = Operand(dy_TO, beside_TO, (TILE_T, WINDOW))
+    weight = Operand(factors.weight_OD, factors.a_PD, (WINDOW, _TILE_N))
+    window_linear(dy, weight, dx_TD, rows.window, layout, False, stages, is_urgent)
 
 
 def _db(
@@ -400,7 +412,8 @@ def _backward_in_turn(
     dh_TJ, db_RO = dh_db(
         dy_TO, h_TJ, b_RO.t(), rows.rows, adapters, layout, tuning, sum_parts=sum_parts
     )
-    dx_TD = _dx(linear, dy_TO, beside_TO, rows, 4)
+    dx_TD = empty(tuple(x_TD.shape), dy_TO.dtype, dy_TO.device)
+    _dx(linear, dy_TO, beside_TO, dx_TD, rows, 4)
     return dx_TD, outer(dh_TJ, x_TD, a_RD, rows.rows, adapters, layout, tuning), db_RO
 
 
