@@ -843,6 +843,18 @@ def where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
     return torch.device(device), getattr(torch, dtype)
 
 
+def check_adapter(task: TaskSpec) -> None:
+    """What its method says of a task's settings, before any model is loaded. Raises ConfigError."""
+    from muxtune.runtime.adapters import adapter_method
+
+    try:
+        adapter_method(task.adapter.method).check(task.adapter)
+    except ConfigError as error:
+        raise ConfigError(
+            f"task '{task.task_id}': {error.field}", error.problem, error.remedy
+        ) from None
+
+
 def need_torch() -> None:
     """Raises ConfigError when what the real executor needs is not installed."""
     try:

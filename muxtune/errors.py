@@ -30,7 +30,7 @@ class ConfigError(MuxTuneError):
 
     def __init__(self, field: str, problem: str, remedy: str) -> None:
         super().__init__(f"{field}: {problem}. {remedy}")
-        self.field = field
+        self.field, self.problem, self.remedy = field, problem, remedy
 
 
 class DataError(MuxTuneError):

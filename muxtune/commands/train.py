@@ -315,10 +315,11 @@ def device_warning(config: CommonConfig, device: Any) -> str:
 
 
 def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:
-    """Raises ConfigError when a task has no text to train on. A random base model may be given
-    random tokens, as many as a histogram says."""
+    """Raises ConfigError for a task whose method does not take its settings, or that has no text
+    to train on. A random base model may be given random tokens, as many as a histogram says."""
     tasks = list(build.tasks(config, costs))
     for task in tasks:
+        build.check_adapter(task)
         if not task.data.path and not (config.model.random and task.data.histogram):
             raise ConfigError(
                 f"task '{task.task_id}': data",

@@ -19,6 +19,13 @@ METHOD_OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 # They adapt no linear, so a task's targets do not apply; rank is the number of virtual tokens.
 WITHOUT_TARGETS: tuple[str, ...] = ("prefix", "prompt")
+# Adapters known by names of their own, and how a task asks for them here.
+KNOWN_AS: Mapping[str, str] = {
+    "rslora": "lora with options: {use_rslora: true}",
+    "houlsby": "bottleneck with targets: [o_proj, down_proj]",
+    "serial": "bottleneck",
+    "adapter": "bottleneck",
+}
 
 
 def own_targets(method: str, targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -262,6 +262,9 @@ def _task(
     given = _merge(defaults, declaration)
     values = {key: _FIELDS[key].read(f"{where}: {key}", item) for key, item in given.items()}
     _check_together(where, values)
+    if declaration.get("targets") and values.get("method") in methods.WITHOUT_TARGETS:
+        problem = f"are given, but {values['method']} adapts no linear"
+        raise ConfigError(f"{where}: targets", problem, "Leave them out")
     return _spec(values, folder)
 
 
@@ -300,7 +303,9 @@ def _check_together(where: str, values: Mapping[str, Any]) -> None:
 def _check_method(where: str, values: Mapping[str, Any]) -> None:
     method = values.get("method", AdapterSpec().method)
     if method not in methods.METHODS:
-        remedy = f"{closest(method, methods.METHODS)}Choose one of: {', '.join(methods.METHODS)}"
+        known_as = methods.KNOWN_AS.get(method.lower())
+        hint = f"Say {known_as}. " if known_as else closest(method, methods.METHODS)
+        remedy = f"{hint}Choose one of: {', '.join(methods.METHODS)}"
         raise ConfigError(f"{where}: method", f"'{method}' does not exist", remedy)
     known = methods.METHOD_OPTIONS.get(method, ())
     for option in values.get("options", {}):

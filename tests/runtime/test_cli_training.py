@@ -110,6 +110,20 @@ def test_train_refuses_tasks_without_text(tmp_path: Path, capsys: pytest.Capture
     assert "sentiment-1" in told and "data" in told and not (tmp_path / "o").exists()
 
 
+def test_train_refuses_what_a_method_does_not_take_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "tasks.yaml"
+    file.write_text(
+        TASKS.format(data=folder / "data.jsonl") + "  - {id: w, method: ia3, dropout: 0.1}\n"
+    )
+    more = [f"workload.tasks_file={file}"]
+    assert main([*words(folder, "train", tmp_path / "out"), *more]) == 2
+    told = capsys.readouterr().err
+    assert "task 'w': adapter.dropout: is 0.1, but ia3 takes none. Give 0" in " ".join(told.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_refuses_a_model_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

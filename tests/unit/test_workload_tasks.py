@@ -162,6 +162,8 @@ def test_bad_value_names_file_task_field_and_remedy(field: str, value: object) -
 def test_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'lorra' does not exist. Did you mean 'lora'\?.* lora"):
         one(method="lorra")
+    with pytest.raises(ConfigError, match=r"Say bottleneck with targets: \[o_proj, down_proj\]\."):
+        one(method="houlsby")
 
 
 def test_unknown_field_suggests_the_closest() -> None:
@@ -310,3 +312,5 @@ def test_methods_of_virtual_tokens_take_the_rank_and_no_targets(method: str) -> 
         }
     )
     assert (task.adapter.rank, task.adapter.targets) == (20, ())
+    with pytest.raises(ConfigError, match=f"targets: are given, but {method} adapts no linear"):
+        one(method=method, targets=["q_proj"])
