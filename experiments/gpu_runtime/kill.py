@@ -80,7 +80,7 @@ def plans() -> Iterator[tuple[ModelShape, Plan, list[TaskSpec]]]:
 
 
 def run(_: Any, device: str) -> dict[str, Any]:
-    """The whole run and those to be killed beside each other, then those that resume."""
+    """The whole run, and beside it those that are killed and resumed."""
     place = Path(tempfile.mkdtemp())
     tasks = place / "tasks.yaml"
     tasks.write_text(TASKS)
@@ -93,23 +93,25 @@ def run(_: Any, device: str) -> dict[str, Any]:
     with ThreadPoolExecutor(KILLS + 1) as threads:
         unkilled = threads.submit(_trained, command(whole, tasks, device))
         begun = [
-            threads.submit(_killed, command(folder, tasks, device), folder, after)
+            threads.submit(_killed_and_resumed, command(folder, tasks, device), folder, after)
             for folder, after in killed
         ]
         kills = [future.result() for future in begun]
         assert unkilled.result().returncode == 0, unkilled.result().stderr[-3000:]
-        resume = (sys.executable, "-m", "muxtune.cli", "train")
-        resumed = [threads.submit(_trained, [*resume, f"resume={f}"]) for f, _ in killed]
-    for (folder, _), row, future in zip(killed, kills, resumed, strict=True):
-        done = future.result()
-        row["resumed"] = done.returncode == 0
-        row["error"] = done.stderr[-600:] if done.returncode else ""
+    for (folder, _), row in zip(killed, kills, strict=True):
         row["bit_identical"] = _same(folder, whole)
         print(row, flush=True)
     assert _lines(whole) == steps
     shutil.rmtree(place)
     passed = all(k["was_running"] and k["resumed"] and k["bit_identical"] for k in kills)
     return {"steps": steps, "kills": kills, "passed": passed}
+
+
+def _killed_and_resumed(words: list[str], folder: Path, after: int) -> dict[str, Any]:
+    row = _killed(words, folder, after)
+    done = _trained([sys.executable, "-m", "muxtune.cli", "train", f"resume={folder}"])
+    error = done.stderr[-600:] if done.returncode else ""
+    return row | {"resumed": done.returncode == 0, "error": error}
 
 
 def _trained(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ TEST_FILES = (
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 # Processes by group of tests. A process starts longer than most tests run.
-SHARDS = {"triton_linear": 3, "gpu_runtime": 3, "steps": 1, "others": 2}
+SHARDS = {"triton_linear": 2, "gpu_runtime": 5, "steps": 1, "others": 2}
 GROUPS = {
     "test_triton_linear.py": "triton_linear", "test_gpu_runtime.py": "gpu_runtime",
     "test_captured_memory_cuda.py": "steps", "test_static_step_cuda.py": "steps",
@@ -82,7 +82,6 @@ class Job(NamedTuple):
     kind: str
     command: tuple[str, ...]
     wanted: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
 
 
 class Running:
@@ -91,11 +90,10 @@ class Running:
     def __init__(self, job: Job, work: Path) -> None:
         self.job, self.log = job, work / f"{job.kind}_{job.name}.log"
         self.start_s, self.seconds, self.is_interrupted = time.monotonic(), 0.0, False
-        environment = os.environ | dict(job.environment)
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 job.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=environment, start_new_session=True,
+                start_new_session=True,
             )  # fmt: skip
 
     def signal(self, number: signal.Signals) -> None:
@@ -139,8 +137,7 @@ def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
     captured = [test_id for test_id in many if test_id not in uncaptured]
     out = [
         _tests(python, "many_captured", captured),
-        # With blocking launches an error is told by the launch that made it.
-        _tests(python, "many_uncaptured", uncaptured, ("CUDA_LAUNCH_BLOCKING", "1")),
+        _tests(python, "many_uncaptured", uncaptured),
     ]
     for group, members in by_group.items():
         shards = SHARDS[group]
@@ -148,8 +145,8 @@ def test_jobs(python: str, ids: Iterable[str]) -> list[Job]:
     return [job for job in out if job.wanted]
 
 
-def _tests(python: str, name: str, ids: Sequence[str], *environment: tuple[str, str]) -> Job:
-    return Job(name, "tests", (python, *PYTEST, *ids), tuple(ids), environment)
+def _tests(python: str, name: str, ids: Sequence[str]) -> Job:
+    return Job(name, "tests", (python, *PYTEST, *ids), tuple(ids))
 
 
 def tests_marked_gpu(python: str) -> list[str]:

@@ -27,11 +27,12 @@ from muxtune.runtime import random_models
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.records import RoundRecord, SpanRecord, StepListener, StepRecord
-from muxtune.types import Plan, TaskSpec
+from muxtune.types import EventKind, Plan, TaskSpec
 from muxtune.workload.random_texts import RandomTexts
 
 MIX = ("sst2", "sst2", "sst2", "openbookqa", "openbookqa", "openbookqa", "rte", "rte")
 WARM_UP = 5
+RESHAPES = (EventKind.MEMORY_PRESSURE, EventKind.DRIFT)  # tasks that stay get another plan
 SMALLER_PLAN = "a smaller one follows"  # as the runtime says it
 # All tasks are there from the start: no plan for the first few of them has run that it would cost
 # anything to leave.
@@ -291,7 +292,7 @@ def _run_in(folder: Path, case: Case, store: BackboneStore, device: str, rounds:
 
 class _NoEnds:
     """Observer: a task that ends before all rounds are measured is an error; a new plan begins the
-    measurement anew."""
+    measurement anew, and why it came is said."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch
@@ -303,7 +304,11 @@ class _NoEnds:
         raise RuntimeError(f"task {outcome.task_id} ended: {outcome}")
 
     def on_batch(self, time_ns: int, events: Sequence[Any]) -> None:
-        pass
+        for event in events:
+            if event.kind in RESHAPES:
+                self._watch.on_notice(
+                    f"{event.kind.name} after {time_ns / 1e9:.0f} s: {event.data}"
+                )
 
 
 def _row(case: Case, watch: Stopwatch, plans: Mapping[Any, Plan], executor: Any) -> dict[str, Any]:

@@ -425,6 +425,7 @@ class TorchExecutor:
         limit_bytes = sum(item.spec.memory_limit_bytes for item in self._instances.values())
         pressure = self.monitor.check(name, epoch, limit_bytes, self._idle_bytes)
         if pressure is not None:
+            instance.press()
             self.emit(EventKind.MEMORY_PRESSURE, "", name, epoch, pressure)
 
     def _idle_bytes(self) -> int:

@@ -152,6 +152,7 @@ class RunningInstance:
         self._copies: dict[tuple[str, int], HostCopy] = {}
         self._round: _Round | None = None
         self._is_idle = True
+        self._is_pressed = False
         self._reported: set[str] = set()
         self._progress = _Progress(host.now_ns)
 
@@ -182,6 +183,11 @@ class RunningInstance:
             self._run(self._round.micro_batches.popleft(), self._round)
         if not self._round.micro_batches:
             self._end_round(self._round)
+
+    def press(self) -> None:
+        """The memory runs short: the next plan computes in memory of its own size. Graphs share
+        theirs, which otherwise stays as large as the largest of them ever was."""
+        self._is_pressed = True
 
     def release_all(self) -> None:
         """Give every task storage of its own; the instance stops in the middle of anything."""
@@ -302,6 +308,9 @@ class RunningInstance:
     ) -> bool:
         """False where a step could not be captured: then its slots want pools of another kind."""
         self._runners = []  # nothing may hold on to pools that are not needed any more
+        if self._is_pressed:
+            self.runners.keep(())
+            self._is_pressed = False
         pools = self.bank.arrange(plan.htasks, states)
         for task_id in is_new:
             self.host.settle(tasks[task_id], self)

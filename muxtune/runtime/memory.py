@@ -96,9 +96,9 @@ class MemoryMonitor:
     """Tells, once per plan epoch of an instance, that more is used than ``share`` of the limit.
 
     Instances of one process share its memory, so their use is held against the sum of their
-    limits. Only what a plan can change counts: on a CPU, not what the process held besides the
-    weights when the first instance started (the interpreter and its libraries); on a GPU, not the
-    context. The limit should leave room for these.
+    limits. Only what a plan can change counts: not what the process held besides the weights when
+    the first instance started (on a CPU the interpreter and its libraries, on a GPU what else has
+    computed there), nor a GPU's context. The limit should leave room for these.
     """
 
     def __init__(self, meter: MemoryMeter, share: float) -> None:
@@ -112,9 +112,8 @@ class MemoryMonitor:
     def begin(self, weight_bytes: int) -> None:
         """An instance stands ready with its weights in memory; the first one counts."""
         if self._others_bytes is None:
-            on_gpu = self.meter.device.type == "cuda"
-            held = 0 if on_gpu else self.meter.current_bytes() - weight_bytes
-            self._others_bytes = max(0, held)
+            self._others_bytes = max(0, self.meter.current_bytes() - weight_bytes)
+            self._retries = self.meter.num_retries()
 
     def check(
         self,

@@ -67,6 +67,24 @@ def test_a_larger_pass_takes_the_place_of_smaller_ones(
         assert worst_gap(bench.weights(task), alone) == 0.0
 
 
+def test_a_plan_that_answers_pressure_holds_no_more_than_it_needs(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """Slots stay, and so their pools; the memory of the larger passes does not."""
+    small, large = small_and_large()
+    bench = Bench(tmp_path, store)
+    bench.prepare(SMALL, LARGE)
+    bench.executor.apply(make_plan([small, large]))
+    bench.until_step(LARGE, 3)
+    wanted = held_bytes(bench)
+    bench.executor._instances["i0"].press()
+    bench.executor.apply(make_plan([small, make_htask([LARGE], 64, 32)], 1))
+    bench.until_step(LARGE, 6)
+    assert 0 < held_bytes(bench) < 0.5 * wanted
+    bench.until_ended(SMALL, LARGE)
+    assert bench.done() == {"small", "large"} and not bench.recorder.notices
+
+
 def test_a_plan_that_does_not_fit_loses_no_task(store: BackboneStore, tmp_path: Path) -> None:
     """The allocator fails while the larger pass is tried; what it had is free for a smaller one."""
     tasks = [SMALL, LARGE]

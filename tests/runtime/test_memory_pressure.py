@@ -84,9 +84,12 @@ def test_it_tells_once_an_epoch_and_only_of_what_that_epoch_used() -> None:
     assert meter.marks == 2
 
 
-def test_what_the_process_held_before_does_not_count() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_process_held_before_does_not_count(device: str) -> None:
+    """A GPU's plans come close to its limit: of what else has computed there, little is enough to
+    take a plan for too large that does what its ledger says."""
     meter = ScriptedMeter()
-    meter.now_bytes = 5000
+    meter.device, meter.now_bytes, meter.retries = torch.device(device), 5000, 3
     monitor = MemoryMonitor(meter, 1.0)
     monitor.begin(weight_bytes=300)
     meter.recent_bytes = 5000
@@ -193,6 +196,31 @@ def test_pressure_makes_micro_batches_smaller_and_changes_no_adapter(
         gap = worst_gap(pressed.final[task.task_id], calm.final[task.task_id])
         assert gap <= 1e-5, task.task_id
     assert replay(batches, FifoShared(), MuxTunePlanner(BOOK)) == []
+
+
+@pytest.mark.parametrize("is_pressed", [False, True])
+def test_the_plan_that_answers_pressure_shares_no_memory_with_its_predecessor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_pressed: bool
+) -> None:
+    """Graphs share one memory, as large as the largest of them ever was: a smaller plan would be
+    found to need as much, and be followed by a smaller one still."""
+    answers = iter([None, PressureData(2, 1)] if is_pressed else [])
+    monkeypatch.setattr(MemoryMonitor, "check", lambda *_: next(answers, None))
+    bench, task = Bench(tmp_path, make_store(), step="captured"), make_task("a", num_steps=9)
+    bench.prepare(task)
+    bench.executor.apply(make_plan([make_htask([task])]))
+    if is_pressed:
+        bench.until(EventKind.MEMORY_PRESSURE)
+    else:
+        bench.until_step(task, 2)
+    instance = bench.executor._instances["i0"]
+    (before,) = instance._runners
+    bench.executor.apply(make_plan([make_htask([task])], 1))
+    bench.until_step(task, 5)
+    (after,) = instance._runners
+    assert after.pool is before.pool
+    assert (after is before) is not is_pressed
+    bench.until_ended(task)
 
 
 def test_a_plan_that_does_not_fit_is_followed_by_a_smaller_one(
