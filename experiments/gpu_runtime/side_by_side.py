@@ -35,9 +35,10 @@ TEST_FILES = (
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 # Processes by group of tests. A process starts longer than most tests run.
-SHARDS = {"triton_linear": 2, "gpu_runtime": 5, "steps": 1, "others": 2}
+SHARDS = {"triton_linear": 2, "window": 1, "gpu_runtime": 5, "steps": 1, "others": 2}
 GROUPS = {
-    "test_triton_linear.py": "triton_linear", "test_gpu_runtime.py": "gpu_runtime",
+    "test_triton_linear.py": "triton_linear", "test_triton_window.py": "window",
+    "test_gpu_runtime.py": "gpu_runtime",
     "test_captured_memory_cuda.py": "steps", "test_static_step_cuda.py": "steps",
     "test_static_stage_cuda.py": "steps",
 }  # fmt: skip
