@@ -72,7 +72,7 @@ MIN_RANK = 16
 SITE, FACTOR = "site", "factor"  # causes: products with adapters, and A's gradients beside them
 _CATEGORY_OF: Mapping[str, str] = dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS)
 _NORMAL_90 = 1.645
-_POWER_LIMITED_LOG_ROWS = 9.0, 10.0  # from none of a product's time to all of it
+_POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
 _ATTENTION_ERROR = 0.18
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
@@ -80,9 +80,6 @@ _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
 _TILE_ROWS = 128
-_WHOLE_ROWS = {
-    "frozen_forward": _TILE_ROWS, "frozen_backward": _TILE_ROWS, "full_loss": STATIC_LOSS_ROWS
-}  # fmt: skip
 # 90% of errors between measured sizes, judged by leaving sizes out.
 _BETWEEN: Mapping[str, float] = {
     "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
@@ -142,11 +139,6 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
     """Trained numbers that the step's pools hold for a slot, over all layers: a fused linear has
     room for all of its members as soon as one is adapted."""
     return ops.adapter_parameters(model, widened(slot))
-
-
-def _whole(rows: float, step: int) -> float:
-    """A multiple of ``step``; fewer than that are computed as they are."""
-    return rows if rows <= step else float(-(-int(rows) // step) * step)
 
 
 class Excess(NamedTuple):
@@ -285,15 +277,15 @@ class CapturedCostModel(ProfiledCostModel):
 
     def _op_time(self, op: Op) -> Time:
         """Products with adapters take what their tiles take in waves (``muxtune.cost.tiles``), and
-        besides what was measured of them, which changes slowly with their sizes. A library's
-        products take whole tiles of rows, the loss whole chunks."""
+        besides what was measured of them, which changes slowly with their sizes. The loss
+        takes whole chunks."""
         kind, _, size = op.name.partition(".")
         if kind.startswith(_SIZED_BY_WIDTH) and op.name not in self.profile.ops:
             # Of a model of another width, which their size counts already.
             found = super().op_time(op._replace(name=self._measured(op.name)[0]))
             return found._replace(extrapolated=True)
-        if kind in _WHOLE_ROWS:
-            return super().op_time(op._replace(size=(_whole(op.size[0], _WHOLE_ROWS[kind]),)))
+        if kind == "full_loss":
+            return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
         if self._tiling is None or kind not in _PRODUCTS:
             return super().op_time(op)
         site, like = self._site(size), self._measured_like(size)
@@ -302,6 +294,16 @@ class CapturedCostModel(ProfiledCostModel):
         tiles_s = self._tiles_s(kind, site, int(op.size[-1]))
         value = max(_LEAST_OF_TILES * tiles_s, tiles_s + ratio * more)
         return Time(value, ratio * width, outside or like != size)
+
+    def _loss_rows(self, name: str, rows: float) -> float:
+        """At least what was measured of its last chunk, which is computed whole."""
+        begun = (rows - 1) // STATIC_LOSS_ROWS * STATIC_LOSS_ROWS
+        key = ("measured of chunk", name, begun)
+        if key not in self._memo:
+            points = self.profile.ops[self._measured(name)[0]]["points"]
+            beyond = [x["rows"] for x in points if begun < x["rows"] <= begun + STATIC_LOSS_ROWS]
+            self._remember(key, min(beyond, default=begun + STATIC_LOSS_ROWS))
+        return max(rows, self._memo[key])  # type: ignore[call-overload]
 
     def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
         key = ("tiles", kind, site, rows)
