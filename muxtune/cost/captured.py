@@ -16,7 +16,8 @@ operations of its own:
   ``embedding.D``, ``full_loss.DxV`` (rows);
 - ``adamw_idle``, ``adamw_active`` (elements): no slot, and every slot closes its step;
 - ``extra_METHOD_forward.D``, ``extra_METHOD_backward.D`` (size, rows): what one block takes longer
-  for slots of another method, whose size is as ``extra_size`` says.
+  for slots of another method, whose size is as ``extra_size`` says; ``half_METHOD_forward.D`` and
+  ``half_METHOD_backward.D``: where half of the rows are filler.
 
 Rows are those of the shape: filler is computed too, but for the adapters. A load says how many
 rows have a label; these are taken as the rows in use, so that adapters are charged by them.
@@ -89,7 +90,8 @@ _BETWEEN_OTHERS = 0.05
 # Of intervals of steps: what is drawn at random lies further from the profile's steps than these
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
-_SIZED_BY_WIDTH = "extra_ia3", "extra_bottleneck"
+_EXTRA, _HALF = "extra_", "half_"  # other methods; where half of the rows are not theirs
+_MOST_SPARED_BY_FILLER = 0.9  # of what another method adds
 _LEAST_OF_TILES = 0.5  # of what a product's tiles take, however far beyond what was measured
 
 
@@ -280,10 +282,8 @@ class CapturedCostModel(ProfiledCostModel):
         besides what was measured of them, which changes slowly with their sizes. The loss
         takes whole chunks."""
         kind, _, size = op.name.partition(".")
-        if kind.startswith(_SIZED_BY_WIDTH) and op.name not in self.profile.ops:
-            # Of a model of another width, which their size counts already.
-            found = super().op_time(op._replace(name=self._measured(op.name)[0]))
-            return found._replace(extrapolated=True)
+        if kind.startswith(_EXTRA):
+            return self._extra_time(op.name, op.size)
         if kind == "full_loss":
             return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
         if self._tiling is None or kind not in _PRODUCTS:
@@ -295,6 +295,46 @@ class CapturedCostModel(ProfiledCostModel):
         value = max(_LEAST_OF_TILES * tiles_s, tiles_s + ratio * more)
         return Time(value, ratio * width, outside or like != size)
 
+    def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
+        """What the fewest rows take is launches, whatever the width; the rest grows with it."""
+        measured, ratio, outside = self._measured(name)
+        key = ("extra", measured)
+        if key not in self._memo:
+            points = self.profile.ops[measured]["points"]
+            leaves = {(point["size"], point["rows"]): leaf_of(point) for point in points}
+            self._remember(key, Grid.of(measured, leaves))
+        grid: Grid = self._memo[key]  # type: ignore[assignment]
+        if not name.startswith(f"{_EXTRA}prefix"):  # sizes count the width
+            ratio = size[0] / grid.axes[0][0] if len(grid.axes[0]) == 1 else 1.0
+        least, (value, width, beyond) = grid.at((size[0], 0.0)).value_s, grid.at(size)
+        value = least + ratio * (value - least)
+        return Time(max(value, 0.0), ratio * width, outside or beyond)
+
+    def _extra_row_s(self, name: str, size: float) -> float:
+        """What a row spares that is of none of the method's slots."""
+        key = ("extra row", name, size)
+        if key not in self._memo:
+            self._remember(key, self._measured_extra_row(name, size))
+        return self._memo[key]  # type: ignore[return-value]
+
+    def _measured_extra_row(self, name: str, size: float) -> float:
+        measured = self._measured(name)[0]
+        all_rows = [point["rows"] for point in self.profile.ops[measured]["points"]]
+        half = self.profile.ops.get(measured.replace(_EXTRA, _HALF, 1))
+        if half is None:  # as much as a row more takes
+            low_s, high_s = (
+                self._extra_time(name, (size, rows)).value_s
+                for rows in (min(all_rows), max(all_rows))
+            )
+            return max(0.0, high_s - low_s) / max(1.0, max(all_rows) - min(all_rows))
+        known, shares = [], []
+        for point in sorted(half["points"], key=lambda point: point["size"]):
+            whole_s = self._extra_time(measured, (point["size"], point["rows"])).value_s
+            known.append(point["size"])
+            shares.append(max(0.0, 1.0 - point["median_s"] / whole_s))
+        rows, share = half["points"][0]["rows"], float(np.interp(size, known, shares))
+        return share * self._extra_time(name, (size, rows)).value_s / (rows / 2)
+
     def _loss_rows(self, name: str, rows: float) -> float:
         """At least what was measured of its last chunk, which is computed whole."""
         begun = (rows - 1) // STATIC_LOSS_ROWS * STATIC_LOSS_ROWS
@@ -303,7 +343,7 @@ class CapturedCostModel(ProfiledCostModel):
             points = self.profile.ops[self._measured(name)[0]]["points"]
             beyond = [x["rows"] for x in points if begun < x["rows"] <= begun + STATIC_LOSS_ROWS]
             self._remember(key, min(beyond, default=begun + STATIC_LOSS_ROWS))
-        return max(rows, self._memo[key])  # type: ignore[call-overload]
+        return max(rows, self._memo[key])  # type: ignore[type-var]
 
     def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
         key = ("tiles", kind, site, rows)
@@ -669,15 +709,16 @@ class CapturedCostModel(ProfiledCostModel):
         yield from of_rows.elementwise
         hidden = self.model.hidden
         for method, size, own in used.extras:
-            # Kernels compute rows of their own slots, taken as even shares; attention all rows.
-            own_rows = rows if method == "prefix" else rows * own / used.num_slots
+            # Rows are taken as even shares of the slots; attention is every row's.
+            share = 1.0 if method == "prefix" else own / used.num_slots
             for backward, side in enumerate(("forward", "backward")):
                 name = f"extra_{method}_{side}.{hidden}"
-                op, time = self._timed(name, method, bool(backward), (size, own_rows))
-                # Of filler there is nothing to compute but what a call takes at least.
-                least = min(time.value_s, self._of_sizes(name, (size, 0.0)))
-                per_used_s[backward] += (time.value_s - least) / rows
-                yield op, time._replace(value_s=least)
+                op, time = self._timed(name, method, bool(backward), (size, rows))
+                spared_s = min(
+                    rows * self._extra_row_s(name, size), _MOST_SPARED_BY_FILLER * time.value_s
+                )
+                per_used_s[backward] += share * spared_s / rows
+                yield op, time._replace(value_s=time.value_s - spared_s)
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):

@@ -17,7 +17,8 @@ from muxtune.cost.schema import Profile
 # Bound by bytes whatever their size.
 _BY_BYTES = (
     "add_norm", "norm", "swiglu", "gated_activation", "plain_activation", "add", "embedding",
-    "rotary", "adamw", "adamw_idle", "adamw_active", "extra_ia3", "adapter_load", "adapter_dropout",
+    "rotary", "adamw", "adamw_idle", "adamw_active", "extra_ia3", "half_ia3",
+    "adapter_load", "adapter_dropout",
 )  # fmt: skip
 _UNCHANGED = ("capture", "join", "move", "layer_overhead", "pass_overhead")
 

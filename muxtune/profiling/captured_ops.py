@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from muxtune.cost.captured import MIN_RANK, extra_size, fused_sites, padded_rank, slot_elements
+from muxtune.cost.memory import STATIC_LOSS_ROWS
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.bench import summarise
 from muxtune.profiling.step_cases import TARGETS
@@ -78,7 +79,6 @@ _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
 _HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss")
 _HEAT_S, _MOST_HEATS, _HEATED_ROWS = 0.03, 24, 1024
 _UNEVEN_ROWS = 21  # no slot begins where a tile does
-_LOSS_CHUNK_ROWS = 1024
 Work = Callable[[], Any]
 BlockWork = Callable[[int], Any]  # of a block, by its place
 
@@ -126,11 +126,10 @@ class CapturedOps:
         self.products(num_rows)
         with self._clean():
             self._elementwise(num_rows)
-            self._loss(num_rows)
 
     @torch.no_grad()
     def products(self, num_rows: int) -> None:
-        """The fused linears without adapters."""
+        """The fused linears without adapters, and the logits with their loss."""
         with self._clean():
             for number, site in enumerate(fused_sites(self.shape)):
                 weights = [block.linears[number].weight_OD for block in self.model.blocks]
@@ -144,6 +143,7 @@ class CapturedOps:
                     f"frozen_backward.{site.size}", {"rows": num_rows},
                     lambda i, dy=dy_TO, w=weights: dy @ w[i],
                 )  # fmt: skip
+            self._loss(num_rows)
 
     @torch.no_grad()
     def sites(self, num_slots: int, rank: int, num_rows: int) -> None:
@@ -270,56 +270,61 @@ class CapturedOps:
                 )  # fmt: skip
 
     @torch.no_grad()
-    def extra(self, method: str, num_slots: int, rank: int, num_rows: int) -> None:
-        """One block's linears with slots of another method, over the frozen linears alone; of
-        prefixes, the attention with them, over that without."""
+    def extra(
+        self, method: str, num_slots: int, rank: int, num_rows: int, used_rows: int = 0
+    ) -> None:
+        """What slots of another method add to one block; of prefixes, the attention with them, over
+        that without. ``used_rows``: where not all rows are of these slots."""
         with self._clean():
             slot = AdapterSlot(method, rank, TARGETS[method])
-            pool, inputs, _ = self._loaded((slot,) * num_slots, num_rows)
-            size = extra_size(self.shape, (slot,), method)
-            sizes = {"size": size, "rows": num_rows}
-            forward, backward = self._extra_works(pool, inputs, num_rows)
-            for side, works in (("forward", forward), ("backward", backward)):
-                with_it, without = (self._time(work, len(self.model.blocks)) for work in works)
-                middle, least = float(np.median(without)), 0.01 * min(with_it)
-                more = [max(least, seconds - middle) for seconds in with_it]
-                name = f"extra_{method}_{side}.{self.shape.hidden}"
-                self.points.append(Point(name, sizes, more))
+            pool, inputs, _ = self._loaded((slot,) * num_slots, num_rows, used_rows=used_rows)
+            kind = "half" if used_rows else "extra"
+            sizes = {"size": extra_size(self.shape, (slot,), method), "rows": float(num_rows)}
+            works = self._extra_works(pool, inputs, num_rows)
+            for side, (with_it, without) in zip(("forward", "backward"), works, strict=True):
+                seconds = self._time(with_it, len(self.model.blocks))
+                if without is not None:
+                    middle = float(np.median(self._time(without, len(self.model.blocks))))
+                    seconds = [max(0.01 * item, item - middle) for item in seconds]
+                self.points.append(
+                    Point(f"{kind}_{method}_{side}.{self.shape.hidden}", sizes, seconds)
+                )
 
-    def _extra_works(self, pool: StaticPool, inputs: StepInputs, num_rows: int) -> Any:
-        """((forward with, without), (backward with, without)) as functions of a block."""
+    def _extra_works(
+        self, pool: StaticPool, inputs: StepInputs, num_rows: int
+    ) -> tuple[tuple[BlockWork, BlockWork | None], ...]:
+        """Forward and backward: a block with them, and without where they are not by themselves."""
         assert pool.extras is not None
-        with_extras = StepProgram(
-            self.model, pool.adapters, inputs, deterministic=self.deterministic, overlap=False,
-            extras=pool.extras,
-        )  # fmt: skip
-        plain = StepProgram(
-            self.model, pool.adapters, inputs, deterministic=self.deterministic, overlap=False
-        )
-        rows = inputs.step_rows(num_rows)
+        rows, layers = inputs.step_rows(num_rows), pool.extras.layers
         if pool.extras.prefixes:
+            with_extras, plain = (
+                StepProgram(
+                    self.model, pool.adapters, inputs, deterministic=self.deterministic,
+                    overlap=False, extras=extras,
+                )
+                for extras in (pool.extras, None)
+            )  # fmt: skip
             return self._prefix_works(with_extras, plain, rows, num_rows)
-        widths = [block.weight_OD.shape for block in self.model.blocks[0].linears]
+        widths = [linear.weight_OD.shape for linear in self.model.blocks[0].linears]
         xs = [self._fresh(num_rows, inputs_) for _, inputs_ in widths]
-        dys = [self._fresh(num_rows, outputs) for outputs, _ in widths]
+        ys = [self._fresh(num_rows, outputs) for outputs, _ in widths]
 
-        def forward(which: StepProgram) -> BlockWork:
-            return lambda i: [s.forward(x, rows) for s, x in zip(which._sites(i), xs, strict=True)]
-
-        def backward(which: StepProgram) -> BlockWork:
-            saved = [
-                [s.forward(x, rows)[1] for s, x in zip(which._sites(i), xs, strict=True)]
-                for i in range(len(self.model.blocks))
-            ]
-            return lambda i: [
-                which._linear_backward(s, dy.clone(), _unread(h), rows)
-                for s, dy, h in zip(which._sites(i), dys, saved[i], strict=True)
+        def forward(i: int) -> Any:
+            return [
+                (site.before(x, rows)[1], site.after(y, rows)[1])
+                for site, x, y in zip(layers[i], xs, ys, strict=True)
             ]
 
-        return (
-            (forward(with_extras), forward(plain)),
-            (backward(with_extras), backward(plain)),
-        )
+        saved = [forward(i) for i in range(len(layers))]
+
+        def backward(i: int) -> Any:
+            return [
+                (site.after_backward(y, _unread(around), rows, self.deterministic),
+                 site.before_backward(x, scaled, rows))
+                for site, x, y, (scaled, around) in zip(layers[i], xs, ys, saved[i], strict=True)
+            ]  # fmt: skip
+
+        return (forward, None), (backward, None)
 
     def _prefix_works(
         self, with_prefixes: StepProgram, plain: StepProgram, rows: Any, num_rows: int
@@ -380,7 +385,7 @@ class CapturedOps:
             f"full_loss.{self.shape.hidden}x{self.shape.vocab}", {"rows": num_rows},
             lambda _: multi_task_cross_entropy_grad(
                 normed_TD, self.model.lm_head_VD, labels_T, slot_T, scale_S, 1,
-                min(_LOSS_CHUNK_ROWS, num_rows), whole_chunks=True,
+                min(STATIC_LOSS_ROWS, num_rows), whole_chunks=True,
             ),
             blocks=1,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from muxtune.cost.memory import STATIC_LOSS_ROWS
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.captured_ops import CapturedOps, Point
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob
@@ -20,8 +21,11 @@ RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
 MAX_BENT_ROWS = 3
 COMPILING_SHARE = 0.7  # of the operations' budget at most
 REFINE_ERROR = 0.04
-# Of what runs without adapters: up to so many rows in steps of a tile, then of two.
-PRODUCT_STEP, FINE_ROWS = 128, 2048
+# Of what runs without adapters: (up to so many rows, in steps of so many). A library chooses other
+# tiles every few rows where they are few.
+PRODUCT_STEPS = ((512, 32), (1024, 64), (2048, 128), (1 << 20, 256))
+# A chunk of the loss is computed whole: also just beyond those.
+BEYOND_CHUNK = 32
 # From the shortest sequences to long ones; packed attention's time depends on how they fill tiles.
 MIXES = ("sst2", "sst2+openbookqa", "openbookqa", "rte+arc_easy", "gsm8k", "code_alpaca_2k+gsm8k")
 METHOD_RANKS = {"ia3": (1,), "bottleneck": (8, 64), "prefix": (8, 64)}
@@ -136,7 +140,7 @@ def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
 def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> Iterator[Work]:
     for count in rows:
         yield Work(True, f"{count} rows", "rows", (count,))
-    for count in sorted({*rows[1::2], rows[-1]}):
+    for count in rows:
         for mix in MIXES:
             yield Work(True, f"attention of {count} rows, {mix}", "attention", (count, mix))
     for num_slots, rank in ((1, 1), (slots[0], ranks[-1]), (slots[-1], ranks[-1])):
@@ -152,15 +156,26 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
     yield from _sites((many,), slots, ranks, False)
     for method, sizes in METHOD_RANKS.items():
         for rank in sizes:
-            for count in (rows[1], rows[-1]) if len(rows) > 2 else rows:
+            for count in (rows[1], many, rows[-1]) if len(rows) > 3 else rows:
                 name = f"{method} of rank {rank}, {count} rows"
                 yield Work(False, name, "extra", (method, 2, rank, count))
+            name, arguments = f"{method} of rank {rank}, half filler", (method, 2, rank, rows[-1])
+            yield Work(False, name, "extra", (*arguments, rows[-1] // 2))
     yield from _sites([x for x in rows[1:-1] if x != many][::-1], slots, ranks, False)
     # Of what runs without adapters: another library's tiles, whose waves nobody tells.
+    halfway = {(low + high) // 2 for low, high in pairwise(rows)}
+    for count in product_rows(rows):
+        method = "rows" if count in halfway else "products"
+        yield Work(False, f"{method} of {count} rows", method, (count,))
+
+
+def product_rows(rows: Sequence[int]) -> list[int]:
+    """Between those that are measured anyway."""
+    found: set[int] = set(range(STATIC_LOSS_ROWS + BEYOND_CHUNK, rows[-1], STATIC_LOSS_ROWS))
     for low, high in pairwise(rows):
-        step = PRODUCT_STEP if high <= FINE_ROWS else 2 * PRODUCT_STEP
-        for count in range(low + step, high, step):
-            yield Work(False, f"products of {count} rows", "products", (count,))
+        step = next(step for most, step in PRODUCT_STEPS if high <= most)
+        found |= set(range(low + step, high, step))
+    return sorted(found)
 
 
 def _sites(

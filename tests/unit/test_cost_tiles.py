@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -222,21 +223,52 @@ def test_attention_alone_follows_how_far_rows_look_back(tiling: Tiling) -> None:
     assert model.attention_time(name, 8192, 8192 * 32).extrapolated
 
 
-def test_library_products_and_logits_take_whole_tiles_and_chunks(tiling: Tiling) -> None:
-    raw = _profile(tiling)
-    for name in ("frozen_forward.4096x4096", "full_loss.4096x32000"):
-        points = [_timed(s=rows * 1e-9, rows=rows) for rows in (128, 4096)]
-        raw["ops"] |= {name: {"unit": "s", "axes": ["rows"], "points": points}}
+def _seconds_of(raw: dict[str, Any], shape: ModelShape = LLAMA_7B) -> Callable[..., float]:
+    model = CapturedCostModel(shape, {**raw, "content_hash": content_hash(raw)})
+    return lambda name, *size: (
+        1e9 * model.op_time(Op(name, BACKBONE, False, 1, size, 0.0, 0.0, 0.0, 1)).value_s
+    )
+
+
+def test_logits_take_at_least_what_was_measured_of_their_last_chunk(tiling: Tiling) -> None:
+    raw, name = _profile(tiling), "full_loss.4096x32000"
+    points = [_timed(s=rows * 1e-9, rows=rows) for rows in (128, 1056, 2048, 4096)]
+    raw["ops"] |= {name: {"unit": "s", "axes": ["rows"], "points": points}}
+    seconds = _seconds_of(raw)
+    assert seconds(name, 700.0) == pytest.approx(700)
+    assert seconds(name, 1030.0) == pytest.approx(1056)  # between two chunks there is a step
+    assert seconds(name, 1500.0) == pytest.approx(1500)
+    assert seconds(name, 2049.0) == pytest.approx(3072)  # of a chunk that was not measured: whole
+
+
+def _with_extras(raw: dict[str, Any], half_s: float = 0.0) -> dict[str, Any]:
+    """IA3 takes 100 ns of launches, and as many more as rows beyond 256."""
+    name = "ia3_forward.4096"
+    points = [_timed(s=(100 + rows - 256) * 1e-9, size=12288, rows=rows) for rows in (256, 1024)]
+    ops = {f"extra_{name}": {"unit": "s", "axes": ["size", "rows"], "points": points}}
+    if half_s:
+        half = [_timed(s=half_s, size=12288, rows=1024)]
+        ops[f"half_{name}"] = {"unit": "s", "axes": ["size", "rows"], "points": half}
+    return {**raw, "ops": raw["ops"] | ops}
+
+
+def test_launches_of_other_methods_do_not_grow_with_the_width(tiling: Tiling) -> None:
+    raw, wide = _with_extras(_profile(tiling)), LLAMA_7B._replace(hidden=5120)
+    seconds, wider = _seconds_of(raw), _seconds_of(raw, wide)
+    assert seconds("extra_ia3_forward.4096", 12288.0, 1024.0) == pytest.approx(868)
+    assert seconds("extra_ia3_forward.4096", 24576.0, 1024.0) == pytest.approx(100 + 2 * 768)
+    assert wider("extra_ia3_forward.5120", 24576.0, 1024.0) == pytest.approx(100 + 2 * 768)
+    assert wider("extra_ia3_forward.5120", 24576.0, 128.0) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("half_s", "spared_ns"), [(0.0, 1.0), (868e-9, 0.0), (612e-9, 0.5)])
+def test_rows_of_others_spare_what_was_measured_where_half_were(
+    tiling: Tiling, half_s: float, spared_ns: float
+) -> None:
+    raw = _with_extras(_profile(tiling), half_s)
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-
-    def rows_paid(name: str, rows: float) -> float:
-        op = Op(name, BACKBONE, False, 1, (rows,), 0.0, 0.0, 0.0, 1)
-        return 1e9 * model.op_time(op).value_s
-
-    assert rows_paid("frozen_forward.4096x4096", 1030) == pytest.approx(1152)
-    assert rows_paid("frozen_forward.4096x4096", 1024) == pytest.approx(1024)
-    assert rows_paid("full_loss.4096x32000", 700) == pytest.approx(700)
-    assert rows_paid("full_loss.4096x32000", 1030) == pytest.approx(2048)
+    found_s = model._extra_row_s("extra_ia3_forward.4096", 12288.0)
+    assert 1e9 * found_s == pytest.approx(spared_ns, abs=1e-6)
 
 
 def test_a_larger_pass_has_all_captured_anew(tiling: Tiling) -> None:
