@@ -18,13 +18,14 @@ from muxtune.profiling.step_cases import StepCase, StepTask, mean_tokens
 _MIX = ("sst2", "openbookqa", "rte", "gsm8k")
 _SHORT, _LONG = ("sst2",), ("code_alpaca_2k", "gsm8k")
 _ATTENTION = ("q_proj", "v_proj")
-_FILLED, _HALF = 0.85, 0.4
+_FILLED, _HALF = 0.85, 0.45
 _LEAST_ROWS, _MOST_ROWS = 128, 4096
 
 
 class _Step(NamedTuple):
     """``slots`` tasks in each of ``groups`` hTasks of ``rows`` rows. ``ranks``, ``lengths`` (names
-    of histograms), ``targets`` and ``methods``: of the tasks, in turn."""
+    of histograms), ``targets`` and ``methods``: of the tasks, in turn. ``filled``: of the rows;
+    three passes are that full, or one of ``_HALF``, as of a task whose steps fit one pass."""
 
     slots: int
     rows: int
@@ -41,22 +42,26 @@ _FEW_BLOCKS = (
     _Step(1, 512), _Step(4, 1024), _Step(12, 3072), _Step(4, 256, (64,)), _Step(1, 2048, (64,)),
     _Step(32, 2048), _Step(4, 4096), _Step(4, 2048, (16, 64)), _Step(1, 128, (64,)),
     _Step(4, 1024, (64,)), _Step(4, 1024, filled=_HALF), _Step(4, 2048, targets=(_ATTENTION,)),
-    _Step(12, 768, (64,)), _Step(1, 1024), _Step(4, 512), _Step(12, 1536, (16, 64)),
-    _Step(1, 128), _Step(1, 4096, (64,)), _Step(32, 1024, (64,)), _Step(4, 4096, (64,)),
-    _Step(1, 512, (64,)), _Step(12, 3072, (64,)), _Step(32, 4096), _Step(2, 1024, groups=3),
-    _Step(4, 2048, lengths=_LONG), _Step(4, 1024, lengths=_SHORT),
-    _Step(2, 1024, methods=("prefix", "lora")), _Step(2, 1024, methods=("ia3", "lora")),
-    _Step(2, 1024, methods=("bottleneck", "lora")), _Step(12, 384), _Step(4, 3072, (16, 32)),
-    _Step(1, 256), _Step(4, 128), _Step(12, 1536), _Step(4, 512, (64,)), _Step(1, 3072),
-    _Step(4, 3072, (64,), filled=_HALF), _Step(1, 512, targets=(_ATTENTION,)),
-    _Step(12, 3072, (16, 64), targets=(_ATTENTION, ())), _Step(1, 2048), _Step(4, 2048, (64,)),
-    _Step(12, 768), _Step(32, 2048, (16, 64)), _Step(1, 1024, (64,), filled=_HALF),
-    _Step(12, 1536, (64,), filled=_HALF), _Step(4, 3072, lengths=_SHORT),
-    _Step(1, 4096, lengths=_LONG), _Step(4, 4096, (16, 64), lengths=_LONG),
-    _Step(2, 3072, methods=("prefix", "lora")), _Step(2, 3072, methods=("ia3", "lora")),
-    _Step(2, 3072, methods=("bottleneck", "lora")), _Step(12, 384, (64,)), _Step(4, 256),
-    _Step(4, 512, targets=(_ATTENTION, ())), _Step(1, 256, (64,)), _Step(32, 4096, (64,)),
-    _Step(4, 512, (32,)), _Step(4, 2048, (32,)), _Step(12, 1536, (32,)), _Step(1, 1024, (32,)),
+    _Step(12, 768, (64,)), _Step(1, 2048, filled=_HALF), _Step(1, 1024), _Step(4, 512),
+    _Step(12, 1536, (16, 64)), _Step(1, 128), _Step(1, 4096, (64,)), _Step(32, 1024, (64,)),
+    _Step(4, 4096, (64,), filled=_HALF), _Step(1, 512, (64,)), _Step(12, 3072, (64,), filled=_HALF),
+    _Step(32, 4096), _Step(2, 1024, groups=3), _Step(4, 2048, lengths=_LONG),
+    _Step(4, 1024, lengths=_SHORT), _Step(2, 1024, methods=("prefix", "lora")),
+    _Step(2, 1024, methods=("ia3", "lora")), _Step(2, 1024, methods=("bottleneck", "lora")),
+    _Step(12, 384), _Step(4, 3072, (16, 32)), _Step(1, 256), _Step(4, 128), _Step(12, 1536),
+    _Step(4, 512, (64,)), _Step(1, 3072, filled=_HALF), _Step(4, 3072, (64,), filled=_HALF),
+    _Step(1, 512, targets=(_ATTENTION,)), _Step(12, 3072, (16, 64), targets=(_ATTENTION, ())),
+    _Step(1, 2048), _Step(4, 2048, (64,)), _Step(12, 768, filled=_HALF), _Step(32, 2048, (16, 64)),
+    _Step(1, 1024, (64,), filled=_HALF), _Step(12, 1536, (64,), filled=_HALF),
+    _Step(4, 3072, lengths=_SHORT), _Step(1, 4096, lengths=_LONG),
+    _Step(4, 4096, (16, 64), lengths=_LONG), _Step(2, 3072, methods=("prefix", "lora")),
+    _Step(2, 3072, methods=("ia3", "lora")), _Step(2, 3072, methods=("bottleneck", "lora")),
+    _Step(12, 384, (64,)), _Step(4, 256, filled=_HALF), _Step(4, 512, targets=(_ATTENTION, ())),
+    _Step(1, 256, (64,), filled=_HALF), _Step(32, 4096, (64,), filled=_HALF),
+    _Step(4, 512, (32,), filled=_HALF), _Step(4, 2048, (32,), filled=_HALF),
+    _Step(12, 1536, (32,), filled=_HALF), _Step(1, 1024, (32,), filled=_HALF),
+    _Step(1, 4096, filled=_HALF), _Step(32, 2048, filled=_HALF), _Step(1, 512, filled=_HALF),
+    _Step(4, 512, (64,), filled=_HALF), _Step(12, 384, filled=_HALF),
 )  # fmt: skip
 _WHOLE = (
     _Step(4, 1024), _Step(1, 128, (64,)), _Step(12, 3072, (16, 64)), _Step(1, 512),
@@ -111,6 +116,7 @@ def _task(step: _Step, number: int, share_rows: int) -> StepTask:
     rank = step.ranks[number % len(step.ranks)] if method != "ia3" else 1
     lengths = step.lengths[number % len(step.lengths)]
     longest = min(256 if step.lengths != _LONG else 1024, share_rows)
-    count = max(1, round(3 * step.filled * share_rows / mean_tokens(lengths, longest)))
+    passes = 3 if step.filled > _HALF else 1
+    count = max(1, round(passes * step.filled * share_rows / mean_tokens(lengths, longest)))
     targets = step.targets[number % len(step.targets)] if method == "lora" else ()
     return StepTask(method, rank, lengths, longest, count, 0.0, targets)
