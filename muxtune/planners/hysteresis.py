@@ -4,8 +4,10 @@ When tasks leave or conditions change, the running plan can often go on: shapes 
 slots of tasks that left stay empty, a task that arrived gets an hTask of its own. Such a plan
 prepares little. It is kept while what the better plan would gain up to the next finish, and what
 was forgone by keeping before, is less than what the better plan costs to prepare: as with renting
-or buying skis, at most twice the cost is lost to never knowing how long it will be used. Everything
-here is a function of the view and the running plan.
+or buying skis, at most twice the cost is lost to never knowing how long it will be used. But how
+long at most is known, if nobody else comes: a plan that could not pay for itself before the last of
+its tasks ends is not taken, whatever was forgone. Everything here is a function of the view and the
+running plan.
 """
 
 from __future__ import annotations
@@ -31,29 +33,34 @@ class Choice(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Seconds: gained until ``horizon_s``, the next finish; forgone before; and paid for it."""
+    """Seconds: gained until ``horizon_s``, the next finish; forgone before; paid for it; and gained
+    until the last finish."""
 
     gain_s: float
     forgone_s: float
     cost_s: float
     horizon_s: float
+    most_gain_s: float
 
     @property
     def keeps(self) -> bool:
-        return self.gain_s + self.forgone_s < self.cost_s
+        return self.gain_s + self.forgone_s < self.cost_s or self.most_gain_s < self.cost_s
 
 
-def horizon_s(instance: InstanceView, plan: Plan) -> float:
-    """Predicted time to the next finish of a task under the plan."""
+def horizons_s(instance: InstanceView, plan: Plan) -> tuple[float, float]:
+    """Predicted times to the next and to the last finish of a task under the plan."""
     steps = plan.predicted.step_time_s
-    return min(
+    ends = [
         max(1, task.num_steps - task.steps_done) * steps[task.task_id] for task in instance.tasks
-    )
+    ]
+    return min(ends), max(ends)
 
 
-def weigh(choice: Choice, until_s: float, forgone_s: float = 0.0) -> Verdict:
-    """``until_s``: to the next finish."""
-    return Verdict(until_s * choice.gain_share, forgone_s, choice.cost_s, until_s)
+def weigh(choice: Choice, until_s: tuple[float, float], forgone_s: float = 0.0) -> Verdict:
+    """``until_s``: to the next finish and to the last."""
+    next_s, last_s = until_s
+    share = choice.gain_share
+    return Verdict(next_s * share, forgone_s, choice.cost_s, next_s, last_s * share)
 
 
 def forgone_s(running: Prediction, now_ns: int) -> float:

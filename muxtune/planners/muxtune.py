@@ -38,7 +38,7 @@ from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.curves import LEVELS, ClassTable, Curve
 from muxtune.planners.grouping import Memo as GroupTimes
 from muxtune.planners.grouping import Part, Rules, cut_tasks, split_tasks
-from muxtune.planners.hysteresis import Choice, carried_htasks, forgone_s, horizon_s, reason, weigh
+from muxtune.planners.hysteresis import Choice, carried_htasks, forgone_s, horizons_s, reason, weigh
 from muxtune.planners.ladder import Fill
 from muxtune.planners.pacing import Demand, paced_turns
 from muxtune.planners.played import Candidate, Piece, Player, held_bytes, plan_of, refine
@@ -472,7 +472,7 @@ class MuxTunePlanner(PlannerBase):
         if choice is None:
             return plan
         verdict = weigh(
-            choice, horizon_s(instance, plan), forgone_s(previous.predicted, instance.now_ns)
+            choice, horizons_s(instance, plan), forgone_s(previous.predicted, instance.now_ns)
         )
         if not verdict.keeps:
             return plan

@@ -169,14 +169,15 @@ def profile_machine(
                 left_out += failed
                 bench.close()
             bench = StepBench(shape, target, dtype, step=style, deterministic=exact, clock=now)
-            left_out += _add_joins(ops, bench, kept)  # before what may take longer than is left
+            if not is_captured:
+                left_out += _add_joins(ops, bench, kept)  # before what may take longer than is left
             wanted = (whole_cases if is_captured else calibration_cases)(shape, most)
             more, captures, failed = _whole_steps(bench, wanted, end_s, report, kept)
             whole += more
             left_out += failed
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
-            if is_captured:  # instead of what was measured apart
+            if is_captured:
                 left_out += _add_takeovers(ops, bench, most, kept)
             bench.close()
         ops |= exchanges

@@ -1,7 +1,8 @@
 """What an instance takes besides its rounds, timed on the executor that trains.
 
-Tasks of one adapter each join, run a few steps and end. What the steps do not explain is what plans
-cost to take over (joining, capturing) and what a task's end costs (its adapter is written).
+Tasks of one adapter each join a running instance, with others and after others have left, are fused
+and end. What steps and captures do not explain is what plans cost to take over; what a task's end
+costs (its adapter is written) is timed by itself.
 """
 
 from __future__ import annotations
@@ -17,53 +18,64 @@ from muxtune.planning.step_builder import StepBuilder
 from muxtune.profiling.bench import summarise
 from muxtune.profiling.compiling import StepJob, step_jobs
 from muxtune.profiling.step_cases import INSTANCE, StepTask, plan_of
-from muxtune.runtime.backbone import BackboneStore
+from muxtune.runtime.backbone import Backbone, BackboneStore
 from muxtune.runtime.bank import adapter_slot
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.instance import RunningInstance
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
 from muxtune.runtime.tasks import RuntimeTask
-from muxtune.types import EventKind, HTask, InstanceSpec, PackRule, Plan, ShapeKey, TaskSpec
+from muxtune.types import Event, EventKind, HTask, InstanceSpec, PackRule, Plan, ShapeKey, TaskSpec
 from muxtune.workload.random_texts import RandomTexts
 
-ROWS = (128, 256, 512)  # sizes of each hTask, all of which are captured
-RANKS = (16, 64)
-STEPS = 8
+ROWS = (256, 512, 1024)  # sizes of each hTask, all of which are captured
+RANKS = (16, 32, 64)
+STEPS = 8  # under each plan
+_LED_BY = 2  # steps that are started before the first is read
+_MORE = 4  # so that nobody ends while a takeover is timed
 _CHUNK_TOKENS, _BATCH_SIZE = 64, 4
-_FOREVER_NS = 1 << 62
+_FOREVER_NS, _GLANCE_NS = 1 << 62, 1_000_000
 _LONGEST_S = 20.0  # of one wait
 
 
 class Timed(NamedTuple):
-    """Seconds by what they were for: ``captures`` of one size each, ``joins`` and ``finishes`` of
-    each of ``RANKS``, ``leaves``: a plan in which only somebody is missing."""
+    """Seconds by what they were for: ``captures`` of one size each; ``joins``, ``finishes`` and
+    ``moves`` of tasks by rank; ``leaves``: a plan in which only somebody is missing."""
 
     captures: list[float]
     joins: dict[int, list[float]]
     finishes: dict[int, list[float]]
+    moves: dict[int, list[float]]
     leaves: list[float]
+
+    @classmethod
+    def nothing(cls) -> Timed:
+        joins, finishes, moves = ({rank: [] for rank in RANKS} for _ in range(3))
+        return cls([], joins, finishes, moves, [])
 
 
 def measure_takeovers(
     shape: ModelShape, store: BackboneStore, *, step: str, deterministic: bool, max_rows: int,
-    repeats: int = 3,
+    repeats: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
-    """Operations of a profile: ``capture`` (blocks), ``join`` and ``finish`` (trained numbers),
-    ``leave`` (blocks). Wall time, whatever clock the rest was timed by: disks count."""
+    """Operations of a profile: ``capture`` (blocks), ``join``, ``move`` and ``finish`` (trained
+    numbers), ``leave`` (blocks). Wall time, whatever clock the rest was timed by: disks count."""
     sizes = _sizes(max_rows)
-    found = Timed([], {rank: [] for rank in RANKS}, {rank: [] for rank in RANKS}, [])
+    found = Timed.nothing()
     numbers: dict[int, float] = {}
     for _ in range(repeats if store.device.type == "cuda" else 1):
         with _driver(shape, sizes, store, step, deterministic) as driver:
-            _one_after_another(driver, found)
+            _come_and_go(driver, found)
             numbers |= driver.numbers
+            for rank, seconds in driver.executor.finishes_s.items():
+                found.finishes[rank] += seconds
     layers = {"layers": float(shape.num_layers)}
     ops = {"leave": _op("layers", [{**layers, **summarise(found.leaves)}])}
     if found.captures:
         ops["capture"] = _op("layers", [{**layers, **summarise(found.captures)}])
-    for name, seconds in (("join", found.joins), ("finish", found.finishes)):
-        points = [{"parameters": numbers[r], **summarise(seconds[r])} for r in RANKS]
+    named = (("join", found.joins), ("move", found.moves), ("finish", found.finishes))
+    for name, by_rank in named:
+        points = [{"parameters": numbers[r], **summarise(s)} for r, s in by_rank.items() if s]
         ops[name] = _op("parameters", points)
     return ops
 
@@ -72,8 +84,9 @@ def takeover_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
     """What is captured, so that it can be compiled before."""
     sizes = _sizes(max_rows)
     specs = {f"t{rank}": _spec(shape, f"t{rank}", rank, 0, sizes) for rank in RANKS}
-    plan = plan_of([_htask(spec, sizes) for spec in specs.values()])
-    return step_jobs(shape, plan, specs)
+    small, middle, large = ([spec] for spec in specs.values())
+    htasks = [_htask(members, sizes) for members in (small, middle, large, middle + small)]
+    return [job for htask in htasks for job in step_jobs(shape, plan_of([htask]), specs)]
 
 
 def _sizes(max_rows: int) -> tuple[int, ...]:
@@ -84,71 +97,70 @@ def _op(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"unit": "s", "axes": [axis], "points": list(points)}
 
 
-def _one_after_another(driver: _Driver, found: Timed) -> None:
-    """The small one alone; then both, until the small one ends and the large one goes on."""
-    small, large = RANKS
-    alone = driver.task("alone", small, STEPS)
-    driver.apply(alone)
-    begun_s = driver.begun_s
-    driver.until_done("alone")
-    step_s = driver.step_s("alone", 0)
-    spent_s = driver.now_s - begun_s - STEPS * step_s - driver.written_s - driver.captured_s
-    found.joins[small].append(max(1e-6, spent_s))
-    found.finishes[small].append(driver.written_s)
-    found.captures.extend(driver.each_capture())
+def _come_and_go(driver: _Driver, found: Timed) -> None:
+    """What joins beside others, and when another has left, is charged alike, less what a plan
+    without somebody takes; so is what is fused."""
+    small, middle, large = RANKS
+    first = driver.task("first", small, 2 * STEPS + _MORE)
+    alone_s = driver.take_over([first])
+    second = driver.task("second", large, 3 * STEPS)
+    beside_s = driver.take_over([first], [second])
+    driver.until_done("first")
+    third = driver.task("third", middle, 5 * STEPS + _MORE)
+    instead_s = driver.take_over([third], [second])
+    driver.until_done("second")
+    leave_s = driver.take_over([third])
+    fourth = driver.task("fourth", small, 3 * STEPS)
+    again_s = driver.take_over([third], [fourth])
+    fused_s = driver.take_over([third, fourth])
+    driver.until_done("third", "fourth")
     driver.apply()
-    long = driver.task("long", large, 2 * STEPS)
-    short = driver.task("short", small, STEPS)
-    driver.apply(long, short)
-    begun_s = driver.begun_s
-    driver.until_done("short")
-    both_s = driver.step_s("long", 0)
-    spent_s = driver.now_s - begun_s - STEPS * both_s - driver.written_s - driver.captured_s
-    found.joins[large].append(max(1e-6, spent_s - found.joins[small][-1]))
-    found.finishes[small].append(driver.written_s)
-    found.captures.extend(driver.each_capture())
-    driver.apply(long)
-    begun_s = driver.begun_s
-    driver.until_done("long")
-    alone_s = driver.step_s("long", STEPS)
-    spent_s = driver.now_s - begun_s - STEPS * alone_s - driver.written_s
-    found.leaves.append(max(1e-6, spent_s))
-    found.finishes[large].append(driver.written_s)
-    driver.apply()
+    charged = [
+        (found.joins[small], alone_s),
+        (found.joins[large], beside_s - leave_s),
+        (found.joins[middle], instead_s - leave_s),
+        (found.joins[small], again_s - leave_s),
+        *((found.moves[rank], (fused_s - leave_s) / 2) for rank in (small, middle)),
+        (found.leaves, leave_s),
+    ]
+    for seconds, taken_s in charged:
+        seconds.append(max(1e-6, taken_s))
+    found.captures.extend(driver.captures_s)
 
 
 class _TimedExecutor(TorchExecutor):
-    """Adds up what ends of tasks take."""
+    """Remembers what ends of tasks take, by rank."""
 
-    finish_ns = 0
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.finishes_s: dict[int, list[float]] = {}
 
     def finish(self, task: RuntimeTask, instance: RunningInstance) -> None:
         start_ns = self.now_ns
         super().finish(task, instance)
-        self.finish_ns += self.now_ns - start_ns
+        taken_s = (self.now_ns - start_ns) / 1e9
+        self.finishes_s.setdefault(task.spec.adapter.rank, []).append(taken_s)
 
 
 class _Driver:
-    """An executor with one instance, given plans of one hTask a task."""
+    """An executor with one instance, ``instances[0]``, given plans by hand."""
 
     def __init__(
         self,
         shape: ModelShape,
         sizes: tuple[int, ...],
         executor: _TimedExecutor,
+        instances: Sequence[RunningInstance],
         recorder: Recorder,
     ) -> None:
         self.shape, self.sizes = shape, sizes
-        self.executor, self.recorder = executor, recorder
+        self.executor, self.instances, self.recorder = executor, instances, recorder
         self.numbers: dict[int, float] = {}
-        self.begun_s = self.captured_s = self.written_s = 0.0
-        self._epoch, self._num_sizes, self._seed = 0, 0, 0
+        self.captures_s: list[float] = []  # of one size
+        self._epoch, self._seed = 0, 0
+        self._captured: set[ShapeKey] = set()
         executor.start(InstanceSpec(INSTANCE, shape.name, "gpu", 1 << 60))
         self._until(EventKind.INSTANCE_READY)
-
-    @property
-    def now_s(self) -> float:
-        return self.executor.now_ns / 1e9
 
     def task(self, name: str, rank: int, steps: int) -> TaskSpec:
         self._seed += 1
@@ -157,45 +169,75 @@ class _Driver:
         self._until(EventKind.TASK_READY)
         return spec
 
-    def apply(self, *specs: TaskSpec) -> None:
-        plan = plan_of([_htask(spec, self.sizes) for spec in specs], self._epoch)
+    def take_over(self, *groups: Sequence[TaskSpec]) -> float:
+        """Seconds that an hTask of each group takes to begin, without captures: what the steps
+        after it do not explain. The first group's first task takes a step in each round."""
+        self.instances[0].settle_all()
+        begun_ns = self.executor.now_ns
+        captured_s = self.apply(*groups)
+        times = self._step_times_s(groups[0][0].task_id, begun_ns)
+        step_s = (times[-1] - times[_LED_BY - 1]) / (len(times) - _LED_BY)
+        self._count_numbers(groups)
+        return times[_LED_BY - 1] - _LED_BY * step_s - captured_s
+
+    def apply(self, *groups: Sequence[TaskSpec]) -> float:
+        """Seconds of captures."""
+        plan = plan_of([_htask(group, self.sizes) for group in groups], self._epoch)
         self._epoch += 1
-        self.executor.finish_ns, spans = 0, len(self.recorder.spans)
-        self.begun_s = self.now_s
+        spans = len(self.recorder.spans)
         self.executor.apply(plan)
         self._until(EventKind.PLAN_APPLIED)
         captures = [x for x in self.recorder.spans[spans:] if x.name == "capture"]
-        self.captured_s = sum(item.duration_ns for item in captures) / 1e9
-        self._num_sizes = _num_sizes(plan)
-        for spec in specs:
+        captured_s = sum(item.duration_ns for item in captures) / 1e9
+        count = self._num_new(plan)
+        if count and captured_s:
+            self.captures_s += [captured_s / count]
+        return captured_s
+
+    def _num_new(self, plan: Plan) -> int:
+        """Sizes that the plan before did not have."""
+        shapes = {shape for htask in plan.htasks for shape in htask.shapes}
+        new, self._captured = shapes - self._captured, shapes
+        return len(new)
+
+    def _count_numbers(self, groups: Sequence[Sequence[TaskSpec]]) -> None:
+        for spec in (spec for group in groups for spec in group):
             state = self.executor.tasks[spec.task_id].state
             assert state is not None
             count = sum(tensors.param.numel() for tensors in state.tensors.values())
             self.numbers[spec.adapter.rank] = float(count)
 
-    def each_capture(self) -> list[float]:
-        """Seconds of one size."""
-        return [self.captured_s / self._num_sizes] * bool(self.captured_s)
+    def until_done(self, *task_ids: str) -> None:
+        end_ns = self.executor.now_ns + int(_LONGEST_S * 1e9)
+        while any(self.executor.tasks[task_id].result is None for task_id in task_ids):
+            if self.executor.now_ns > end_ns:
+                raise TimeoutError(f"{task_ids} are not done in {_LONGEST_S:.0f} s")
+            self._events(self.executor.now_ns + _GLANCE_NS)
 
-    def until_done(self, task_id: str) -> None:
-        self._until(EventKind.TASK_DONE, task_id)
-        self.written_s = self.executor.finish_ns / 1e9
-
-    def step_s(self, task_id: str, first: int) -> float:
-        """In the steady state: results come late in the first steps and together in the last."""
-        times = [x.time_ns for x in self.recorder.steps if x.task_id == task_id and x.step > first]
-        steady = times[1 : STEPS - 2]
-        return (steady[-1] - steady[0]) / (len(steady) - 1) / 1e9
-
-    def _until(self, kind: EventKind, task_id: str = "") -> None:
+    def _step_times_s(self, task_id: str, begun_ns: int) -> list[float]:
+        """When the first steps after that time were read, since then."""
         end_ns = self.executor.now_ns + int(_LONGEST_S * 1e9)
         while self.executor.now_ns < end_ns:
-            for event in self.executor.wait(_FOREVER_NS):
-                if event.kind in (EventKind.TASK_FAILED, EventKind.INSTANCE_FAILED):
-                    raise RuntimeError(f"{event.kind.name} {event.task_id}: {event.data}")
-                if event.kind is kind and task_id in ("", event.task_id):
-                    return
-        raise TimeoutError(f"no {kind.name} {task_id} in {_LONGEST_S:.0f} s")
+            told = [x.time_ns for x in self.recorder.steps if x.task_id == task_id]
+            times = [(time_ns - begun_ns) / 1e9 for time_ns in told if time_ns > begun_ns]
+            if len(times) >= STEPS - _LED_BY:
+                return times
+            self._events(self.executor.now_ns + _GLANCE_NS)
+        raise TimeoutError(f"{task_id} took no {STEPS - _LED_BY} steps in {_LONGEST_S:.0f} s")
+
+    def _until(self, kind: EventKind) -> None:
+        end_ns = self.executor.now_ns + int(_LONGEST_S * 1e9)
+        while self.executor.now_ns < end_ns:
+            if any(event.kind is kind for event in self._events(_FOREVER_NS)):
+                return
+        raise TimeoutError(f"no {kind.name} in {_LONGEST_S:.0f} s")
+
+    def _events(self, until_ns: int) -> list[Event]:
+        events = self.executor.wait(until_ns)
+        for event in events:
+            if event.kind in (EventKind.TASK_FAILED, EventKind.INSTANCE_FAILED):
+                raise RuntimeError(f"{event.kind.name} {event.task_id}: {event.data}")
+        return events
 
 
 @contextlib.contextmanager
@@ -213,9 +255,17 @@ def _driver(
             checkpoint_steps=0, progress_interval_s=1e6, step=step,
         )  # fmt: skip
         texts = RandomTexts(shape.vocab)
-        executor = _TimedExecutor(StepBuilder(), store, texts, options, [recorder])
+        instances: list[RunningInstance] = []
+
+        def make(spec: InstanceSpec, backbone: Backbone, host: TorchExecutor) -> RunningInstance:
+            instances.append(RunningInstance(spec, backbone, host))
+            return instances[-1]
+
+        executor = _TimedExecutor(
+            StepBuilder(), store, texts, options, [recorder], make_instance=make
+        )
         try:
-            yield _Driver(shape, sizes, executor, recorder)
+            yield _Driver(shape, sizes, executor, instances, recorder)
         finally:
             executor.stop(INSTANCE)
             executor.close()
@@ -228,15 +278,13 @@ def _spec(shape: ModelShape, name: str, rank: int, seed: int, sizes: tuple[int, 
     return kind.spec(name, shape.name, seed)
 
 
-def _htask(spec: TaskSpec, sizes: tuple[int, ...]) -> HTask:
-    slots, chunk = (adapter_slot(spec),), min(_CHUNK_TOKENS, sizes[0] // 2)
+def _htask(specs: Sequence[TaskSpec], sizes: tuple[int, ...]) -> HTask:
+    """Tasks that share its micro-batches evenly."""
+    slots, chunk = tuple(adapter_slot(spec) for spec in specs), min(_CHUNK_TOKENS, sizes[0] // 2)
     shapes = tuple(ShapeKey(chunk, rows // chunk, slots) for rows in sizes)
-    quota = {spec.task_id: shapes[-1].num_chunks}
-    return HTask(shapes, {spec.task_id: 0}, quota, PackRule.CHUNK)
-
-
-def _num_sizes(plan: Plan) -> int:
-    return sum(len(htask.shapes) for htask in plan.htasks)
+    share = shapes[-1].num_chunks // len(specs)
+    slot_of = {spec.task_id: slot for slot, spec in enumerate(specs)}
+    return HTask(shapes, slot_of, dict.fromkeys(slot_of, share), PackRule.CHUNK)
 
 
 __all__ = ["Timed", "measure_takeovers", "takeover_jobs"]

@@ -95,7 +95,9 @@ def test_a_departure_far_from_the_end_takes_the_better_plan():
 
 def test_what_was_forgone_is_what_time_has_passed_and_in_the_end_the_better_plan_is_taken():
     planner = planner_of(HandCost(launch_s=1e-3))
-    before, tasks = fleet_of(planner, "a", "b", "c")
+    tasks = [task("a"), task("b", num_steps=1_000_000), task("c")]
+    before = planner.plan(view(*tasks), None)
+    assert isinstance(before, Plan)
     left = view(*tasks[:2])
     kept = planner.plan(left, before)
     assert isinstance(kept, Plan) and 0 < kept.predicted.forgone_share < 1
@@ -109,6 +111,17 @@ def test_what_was_forgone_is_what_time_has_passed_and_in_the_end_the_better_plan
     assert half.predicted.forgone_s == pytest.approx(kept.predicted.forgone_share)
     much_later = left._replace(now_ns=10**15)
     assert planner.plan(much_later, kept).htasks == planner.plan(left, None).htasks  # type: ignore[union-attr]
+
+
+def test_a_plan_that_cannot_pay_for_itself_before_all_end_is_never_taken():
+    planner = planner_of(HandCost(launch_s=1e-3))
+    before, tasks = fleet_of(planner, "a", "b", "c")
+    left = view(*tasks[:2])
+    kept = planner.plan(left, before)
+    assert isinstance(kept, Plan)
+    much_later = planner.plan(left._replace(now_ns=10**15), kept)
+    assert isinstance(much_later, Plan) and much_later.reason.startswith("kept:")
+    assert much_later.predicted.forgone_s > 1e3
 
 
 def test_hysteresis_depends_on_the_view_and_the_running_plan_only():
