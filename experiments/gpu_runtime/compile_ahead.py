@@ -32,11 +32,13 @@ HERE = Path(__file__).resolve().parent
 # Two of them have a module ``run``.
 sys.path[:0] = [str(HERE.parent / "step_throughput"), str(HERE), str(HERE.parent.parent)]
 
-PROFILE, SUITE, RATIO, STAGES = "profile", "suite", "kernel_ratio", "two_gpus"
+PROFILE, SUITE, RUNS = "profile", "suite", "runs"
+RATIO, STAGES = "kernel_ratio", "two_gpus"
 COMMAND = "two_gpus_command"
 CHECK, BOUND = "check", "bound"
 RUNTIME = ("isolation", "kill", "joins", "memory")  # parts of this folder's run.py
 PIECE = 12  # of a profile's or a suite's operations and steps, which one worker runs through
+RUNS_PIECE = 3  # of its dynamic runs' steps, which have all blocks of a model
 RATIO_PARTS = 8
 PROFILED, MAX_ROWS = "llama-2-7b", 4096  # as experiments/gpu_validation/run.py has them
 
@@ -69,15 +71,15 @@ class Done(NamedTuple):
 def all_names() -> list[str]:
     from run import CASES  # type: ignore[import-not-found]
 
-    return [*CASES, CHECK, BOUND, *RUNTIME, PROFILE, RATIO, SUITE, STAGES, COMMAND]
+    return [*CASES, CHECK, BOUND, *RUNTIME, PROFILE, RATIO, SUITE, RUNS, STAGES, COMMAND]
 
 
 def pieces_of(names: Sequence[str], profile: Path) -> list[Piece]:
     found: list[Piece] = []
     for name in names:
-        if name in (PROFILE, SUITE):
-            jobs = profile_jobs() if name == PROFILE else suite_jobs(profile)
-            count = max(1, len(jobs) // PIECE)
+        if name in (PROFILE, SUITE, RUNS):
+            jobs = profile_jobs() if name == PROFILE else suite_jobs(profile, name == RUNS)
+            count = max(1, len(jobs) // (RUNS_PIECE if name == RUNS else PIECE))
             # Those that follow each other are of one model.
             ends = [len(jobs) * part // count for part in range(count + 1)]
             found += [
@@ -223,8 +225,9 @@ def profile_jobs() -> list[Any]:
     return [*op_jobs(shape, rows_up_to(MAX_ROWS)), *steps, *takeover_jobs(shape, MAX_ROWS)]
 
 
-def suite_jobs(path: Path) -> list[Any]:
-    """What experiments/gpu_validation/run.py measures, by its defaults, of what is not given."""
+def suite_jobs(path: Path, runs_only: bool) -> list[Any]:
+    """What experiments/gpu_validation/run.py measures, by its defaults, of what is not given, or
+    the plans of its dynamic runs."""
     from muxtune.validation.attempts import Attempt
     from muxtune.validation.running import drawn_of, jobs_of
 
@@ -236,7 +239,7 @@ def suite_jobs(path: Path) -> list[Any]:
         drawn = drawn_of(attempt, options)
         if drawn.no_runs:
             print(f"no dynamic runs: {drawn.no_runs}", flush=True)
-        return jobs_of(attempt, drawn, options)
+        return drawn.of_runs if runs_only else jobs_of(attempt, drawn, options)
 
 
 def ask_runtime(name: str, target: str, deterministic: bool) -> set[Wanted]:
@@ -427,14 +430,14 @@ def arguments() -> Any:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--limit-s", type=float, default=3600.0)
     args = parser.parse_args()
-    no_default = (STAGES, COMMAND) if args.profile else (STAGES, COMMAND, SUITE)
+    no_default = (STAGES, COMMAND, RUNS) if args.profile else (STAGES, COMMAND, RUNS, SUITE)
     default = [name for name in names if name not in no_default]
     args.cases = args.cases.split(",") if args.cases else default
     unknown = sorted(set(args.cases) - set(names))
     if unknown:
         parser.error(f"--cases: no {', '.join(unknown)}; choose of {', '.join(names)}")
-    if SUITE in args.cases and not args.profile:
-        parser.error("--cases suite: give the --profile whose hash draws it")
+    if {SUITE, RUNS} & set(args.cases) and not args.profile:
+        parser.error("--cases suite or runs: give the --profile whose hash draws it")
     if args.workers < 1 or args.limit_s <= 0:
         parser.error("--workers and --limit-s must be positive")
     return args

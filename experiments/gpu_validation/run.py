@@ -6,8 +6,11 @@ Needs one CUDA device (``--device cpu --model tiny`` tries the script out). Ever
 it comes, so that a run that is cut off leaves what it has; run again with the same folder, it goes
 on. Eight files at most. What it leaves is a validation's folder: see README.md.
 
-``--only profile`` and ``--only suite`` part it in two, which may run on two machines of a kind;
-``--ahead``: kernels were compiled before (``compile_ahead.py``), no processes compile them here.
+Profile and suite have a process each: the second one finds the device as it was. ``--only profile``
+and ``--only suite`` part them for good; they may then run on two machines of a kind, which
+``--check`` looks at first. ``--ahead``: kernels were compiled before (``compile_ahead.py``), and no
+processes compile them here but those of the dynamic runs' plans, without the GPU, once the profile
+has told them.
 
 ``--rehearse``: every part once, on few layers and sizes, beside other work; its times mean nothing.
 Its first process is killed where the suite's steps begin, so that the next one goes on. It then
@@ -62,6 +65,8 @@ OWN_EVERY = 36  # the profiled base model has many blocks: a case of it takes se
 PARTS, COMPILED, KILLED = "profile.parts.jsonl", "compiled.txt", "killed.txt"
 SHORT_S = 10.0
 MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 170.0, 3
+START_S, REPORT_S = 8.0, 25.0  # of a process; of what a suite writes when its time is up
+COMPILE_AHEAD = Path(__file__).resolve().parents[1] / "gpu_runtime" / "compile_ahead.py"
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16, 64)}
 
@@ -77,14 +82,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=int, default=201)
     parser.add_argument("--case-s", type=float, default=0.25, help="until power has settled")
     parser.add_argument("--repeats", type=int, default=2, help="of each step, at least")
-    parser.add_argument("--dynamic-s", type=float, default=20.0, help="of each; 0: none")
+    parser.add_argument("--dynamic-s", type=float, default=17.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
     parser.add_argument("--ahead", action="store_true", help="kernels are compiled already")
     parser.add_argument(
-        "--check", action=argparse.BooleanOptionalAction, default=True,
-        help="carry the profile to the machine at hand before its suite",
+        "--check", action="store_true",
+        help="carry the profile to the machine at hand, which is another, before its suite",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by the machine")
     parser.add_argument("--rehearse", action="store_true")
@@ -96,7 +101,7 @@ def main() -> None:
     args = arguments().parse_args()
     if not args.child:
         budget_s = min(args.budget, REHEARSAL_S) if args.rehearse else args.budget
-        sys.exit(supervise(budget_s, args.out))
+        sys.exit(supervise_parts(args, time.monotonic() + budget_s))
     args.out.mkdir(parents=True, exist_ok=True)
     device = checked_device(args.device)
     if args.rehearse:
@@ -115,14 +120,38 @@ def main() -> None:
     print(f"kernels compiled here: {kernels_there() - before} of {kernels_there()}", flush=True)
 
 
-def supervise(budget_s: float, out: Path) -> int:
+def supervise_parts(args: argparse.Namespace, end_s: float) -> int:
+    parts = [args.only]
+    if args.only == "both" and not args.rehearse:
+        parts = ["profile", "suite"]
+    for part in parts:
+        if part == "suite" and args.ahead and args.device == "cuda":
+            compile_runs(args.out / "profile.json")
+        status = supervise(part, end_s, args.out)
+        if status:
+            return status
+    return 0
+
+
+def compile_runs(profile: Path) -> None:
+    """Kernels of its dynamic runs' plans: others are compiled before anything is timed by whoever
+    needs them, but a run's takeovers are timed."""
+    folder = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    workers = str(max(1, (os.cpu_count() or 2) - 2))
+    options = ["--cases", "runs", "--profile", str(profile), "--out", folder, "--workers", workers]
+    no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [sys.executable, str(COMPILE_AHEAD), *options, "--limit-s", "60"], env=no_gpu, check=False
+    )
+
+
+def supervise(part: str, end_s: float, out: Path) -> int:
     """The work in a process of its own, which an error on a GPU ends: what has begun is recorded
     as failed then, and the next process goes on behind it."""
-    end_s = time.monotonic() + budget_s
     for start in range(1, MAX_STARTS + 1):
         begun_s, written = time.monotonic(), _written(out)
         left_s = end_s - begun_s
-        options = [*sys.argv[1:], "--child", "--budget", f"{left_s:.0f}"]
+        options = [*sys.argv[1:], "--child", "--only", part, "--budget", f"{left_s:.0f}"]
         done = subprocess.run([sys.executable, "-X", "faulthandler", __file__, *options])
         now_s = time.monotonic()
         is_over = done.returncode in (0, PARTS_FAILED) or end_s - now_s < LEAST_S
@@ -166,8 +195,9 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     if args.only == "profile":
         print(load_profile(path).content_hash, f"{time.perf_counter() - start_s:.0f} s", flush=True)
         return {}
-    left_s = max(1.0, args.budget - (time.perf_counter() - start_s))
-    options = options_of(args, left_s)
+    left_s = args.budget - (time.perf_counter() - start_s)
+    spared_s = min(START_S + REPORT_S, 0.3 * left_s)
+    options = options_of(args, max(1.0, left_s - spared_s))
     report = validate(args.out, path, options, _say_and_die if args.rehearse else _say, compilers)
     if not args.rehearse and not any(report["left"].values()):
         (args.out / COMPILED).unlink(missing_ok=True)

@@ -50,7 +50,7 @@ from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary
 
 INSTANCE = "gpu0"
-NUM_DYNAMIC = 2
+NUM_DYNAMIC = 3
 # What ``with_prediction`` adds to a measured run.
 OF_PREDICTION = ("tasks", "same_completion_order", "first_difference", "decisions", "drifts")
 
@@ -64,12 +64,13 @@ class DynamicCase(NamedTuple):
 
 
 def draw_dynamic(models: Models, duration_s: float, max_rows: int) -> list[DynamicCase]:
-    """Two runs of about ``duration_s``: one in which all share and one task is withdrawn, one in
-    which at most two run and the others wait."""
+    """Runs of about ``duration_s`` each: one in which all share and one task is withdrawn, and two
+    in which at most two, and at most three, run and the others wait."""
     random = np.random.default_rng(seed_of(models.profile.content_hash) + 2)
     return [
         _draw("arrivals and departures", models, random, 6, 16, duration_s, max_rows),
         _draw("with a queue", models, random, 5, 2, duration_s, max_rows),
+        _draw("with a shorter queue", models, random, 6, 3, duration_s, max_rows),
     ]
 
 
@@ -136,13 +137,6 @@ class TimedPlanner(MuxTunePlanner):
         made = super().plan(instance, previous)
         self.seconds.append(time.perf_counter() - start_s)
         return made
-
-
-def typical_planning_s(cases: Sequence[DynamicCase], profile: Profile) -> float:
-    """Of the plans of these runs, on this host; 0 where there is no simulator to make them in."""
-    if find_spec("simpy") is None or not cases:
-        return 0.0
-    return float(np.mean([x for case in cases for x in _simulate(case, profile).planning_s]))
 
 
 class End(NamedTuple):
@@ -247,10 +241,13 @@ def with_prediction(row: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
     if row.get("error"):
         return dict(row)
     case = DynamicCase(row["name"], codec.decode(row["specs"]), row["max_tasks"])
-    simulated, measured = _simulate(case, profile), Log.of_json(row["measured"])
-    model: Any = _book(profile)(profile.model_name, profile.device_name)
+    book = _book(profile)
+    model: Any = book(profile.model_name, profile.device_name)
     error = model.composition.relative_error
-    edges = [_simulate(case, profile, max(0.1, 1.0 + sign * error)) for sign in (-1, 1)]
+    simulated, *edges = (
+        _simulate(case, profile, max(0.1, 1.0 + sign * error), book) for sign in (0, -1, 1)
+    )
+    measured = Log.of_json(row["measured"])
     return {
         **row,
         "tasks": [
@@ -318,12 +315,14 @@ def planned(case: DynamicCase, profile: Profile) -> list[Plan]:
     return _simulate(case, profile).plans
 
 
-def _simulate(case: DynamicCase, profile: Profile, factor: float = 1.0) -> Log:
+def _simulate(
+    case: DynamicCase, profile: Profile, factor: float = 1.0, book: CostBook | None = None
+) -> Log:
     """``factor``: of all times, while the planner plans with those of the profile."""
     from muxtune_sim.executor import SimExecutor  # a machine with a GPU may lack simpy
     from muxtune_sim.options import SimOptions, make_builder
 
-    book = _book(profile)
+    book = book or _book(profile)
     times = book if factor == 1.0 else ScaledCostBook(book, factor)
     executor = SimExecutor(make_builder(SimOptions()), times, SyntheticLibrary(0), SimOptions())
     return _run(case, profile, book, executor)

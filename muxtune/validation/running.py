@@ -31,7 +31,6 @@ from muxtune.validation.dynamic import (
     draw_dynamic,
     planned,
     run_dynamic,
-    typical_planning_s,
     with_prediction,
 )
 from muxtune.validation.models import Models
@@ -169,7 +168,6 @@ def _run(
     if options.checks_machine and not attempt.is_checked:
         most = _grid_rows(profile, options)[-1]
         check = check_machine(profile, device, most, clock=now, report=of("checking the machine"))
-        check["planning_s"] = typical_planning_s(runs, profile)
         for text in check["failed"]:
             report("checking the machine", 1.0, text)
         attempt.carry_to(check)

@@ -96,12 +96,13 @@ def test_a_validation_writes_what_it_measured(
     monkeypatch.setenv("COLUMNS", "200")
     assert report["step"]["count"] >= 1 and report["failed_steps"] == []
     assert report["op"]["count"] > 0 and report["failed_ops"] == []
-    assert [run["name"] for run in report["dynamic"]] == ["arrivals and departures", "with a queue"]
-    assert report["completion"]["count"] >= 9, "all but the task that was withdrawn"
+    runs = ["arrivals and departures", "with a queue", "with a shorter queue"]
+    assert [run["name"] for run in report["dynamic"]] == runs
+    assert report["completion"]["count"] >= 15, "all but the task that was withdrawn"
     names = {path.name for path in report["folder"].iterdir()}
     check = json.loads((report["folder"] / "machine.json").read_text())
     assert report["checked_machine"] and check["failed"] == [] and "finish" in check["ops"]
-    assert check["profile"] == report["profile"] and check["planning_s"] > 0
+    assert check["profile"] == report["profile"]
     assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
     assert len(names) <= 9
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
