@@ -78,6 +78,7 @@ _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
 # Products draw so much power that a device lowers its clock; a step is nearly all products.
 _HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss")
 _HEAT_S, _MOST_HEATS, _HEATED_ROWS = 0.03, 24, 1024
+LARGE_VOCABULARY = 4  # times the model's; of Llama 3 over Llama 2
 _UNEVEN_ROWS = 21  # no slot begins where a tile does
 Work = Callable[[], Any]
 BlockWork = Callable[[int], Any]  # of a block, by its place
@@ -376,15 +377,24 @@ class CapturedOps:
         self._add(f"swiglu_backward.{inner}", sizes, lambda i: swiglu_backward_(dacts[i], gates[i]))
         self._add(f"embedding.{hidden}", sizes, lambda _: model.embedding_VD.index_select(0, ids_T))
 
-    def _loss(self, num_rows: int) -> None:
+    @torch.no_grad()
+    def large_loss(self, num_rows: int) -> None:
+        """The logits with their loss of a vocabulary ``LARGE_VOCABULARY`` times as large: logits
+        that no cache holds take longer than their number says."""
+        with self._clean():
+            vocabulary = LARGE_VOCABULARY * self.shape.vocab
+            self._loss(num_rows, self._fresh(vocabulary, self.shape.hidden))
+
+    def _loss(self, num_rows: int, head_VD: Tensor | None = None) -> None:
+        head_VD = self.model.lm_head_VD if head_VD is None else head_VD
         normed_TD = self._fresh(num_rows, self.shape.hidden)
-        labels_T = torch.randint(self.shape.vocab, (num_rows,), device=self.device)
+        labels_T = torch.randint(len(head_VD), (num_rows,), device=self.device)
         slot_T = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         scale_S = torch.ones(1, device=self.device)
         self._add(
-            f"full_loss.{self.shape.hidden}x{self.shape.vocab}", {"rows": num_rows},
+            f"full_loss.{self.shape.hidden}x{len(head_VD)}", {"rows": num_rows},
             lambda _: multi_task_cross_entropy_grad(
-                normed_TD, self.model.lm_head_VD, labels_T, slot_T, scale_S, 1,
+                normed_TD, head_VD, labels_T, slot_T, scale_S, 1,
                 min(STATIC_LOSS_ROWS, num_rows), whole_chunks=True,
             ),
             blocks=1,

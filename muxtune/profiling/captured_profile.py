@@ -82,6 +82,8 @@ def measure_captured(
     come; what ended the process before is left out."""
     end_s, left_out = time.perf_counter() + budget_s, []
     works = list(_works(sorted(rows), sorted(slots), sorted(ranks)))
+    if device.type == "cuda":  # where it takes a second
+        works += _large_losses(sorted(rows))
     jobs = [*_jobs(shape, works), *steps]
     if kept is None or not any(kept.has(_name(work)) for work in works):
         left_out += compilers.compile(jobs, report, COMPILING_SHARE * budget_s)
@@ -134,8 +136,8 @@ def op_jobs(
 
 
 def _jobs(shape: ModelShape, works: Sequence[Work]) -> list[OpJob]:
-    """Products without adapters are a library's."""
-    of_kernels = (work for work in works if work.method != "products")
+    """Products without adapters are a library's, and the loss has one kernel."""
+    of_kernels = (work for work in works if work.method not in ("products", "large_loss"))
     return [OpJob(shape, work.method, work.arguments) for work in of_kernels]
 
 
@@ -173,9 +175,19 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
         yield Work(False, f"{method} of {count} rows", method, (count,))
 
 
+def _large_losses(rows: Sequence[int]) -> Iterator[Work]:
+    for count in sorted({*rows, *_beyond_chunks(rows[-1])}):
+        name = f"loss of a large vocabulary, {count} rows"
+        yield Work(False, name, "large_loss", (count,))
+
+
+def _beyond_chunks(most: int) -> range:
+    return range(STATIC_LOSS_ROWS + BEYOND_CHUNK, most, STATIC_LOSS_ROWS)
+
+
 def product_rows(rows: Sequence[int]) -> list[int]:
     """Between those that are measured anyway."""
-    found: set[int] = set(range(STATIC_LOSS_ROWS + BEYOND_CHUNK, rows[-1], STATIC_LOSS_ROWS))
+    found = set(_beyond_chunks(rows[-1]))
     for low, high in pairwise(rows):
         step = next(step for most, step in PRODUCT_STEPS if high <= most)
         found |= set(range(low + step, high, step))

@@ -241,6 +241,17 @@ def test_logits_take_at_least_what_was_measured_of_their_last_chunk(tiling: Tili
     assert seconds(name, 2049.0) == pytest.approx(3072)  # of a chunk that was not measured: whole
 
 
+def test_a_large_vocabulary_takes_what_was_measured_of_one(tiling: Tiling) -> None:
+    raw = _profile(tiling)
+    for vocabulary, per_row in ((32000, 1e-9), (128000, 6e-9)):
+        points = [_timed(s=rows * per_row, rows=rows) for rows in (128, 1024)]
+        op = {"unit": "s", "axes": ["rows"], "points": points}
+        raw["ops"] |= {f"full_loss.4096x{vocabulary}": op}
+    assert _seconds_of(raw)("full_loss.4096x32000", 512.0) == pytest.approx(512)
+    large = _seconds_of(raw, LLAMA_8B)("full_loss.4096x128256", 512.0)
+    assert large == pytest.approx(512 * 6 * 128256 / 128000)
+
+
 def _with_extras(raw: dict[str, Any], half_s: float = 0.0) -> dict[str, Any]:
     """IA3 takes 100 ns of launches, and as many more as rows beyond 256."""
     name = "ia3_forward.4096"
