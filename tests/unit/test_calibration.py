@@ -85,11 +85,12 @@ def test_a_step_survives_its_json():
 def test_a_device_that_others_used_is_named():
     profile = Profile({}, {}, {}, "", {}, "", quality={"spread": 0.4})
     (line,) = profile_warnings(profile)
-    assert "40%" in line and "muxtune profile" in line
+    assert "40.0%" in line and "muxtune profile" in line
     less = profile._replace(quality={"spread": 0.1})
     assert profile_warnings(less) == []
     replays = less._replace(device={"kind": "gpu"}, program={"style": "captured"})
-    assert "10%" in profile_warnings(replays)[0], "graphs on a GPU of one's own repeat to 1%"
+    beside = replays._replace(quality={"spread": 0.042})  # as measured beside another process
+    assert "4.2%" in profile_warnings(beside)[0], "graphs on a GPU of one's own repeat to 1%"
     assert profile_warnings(replays._replace(quality={"spread": 0.02})) == []
 
 
