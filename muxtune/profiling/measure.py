@@ -68,7 +68,7 @@ STEPS_SHARE = 0.4  # of the budget
 LEAST_STEPS_SHARE = 0.25  # also where the operations took longer than theirs
 SHALLOW_SHARE = 0.35  # of the time for steps, at most, for those of a few blocks
 # Of captured steps more is measured: how they overlap is in no operation.
-CAPTURED_STEPS_SHARE, CAPTURED_SHALLOW_SHARE = 0.5, 0.55
+CAPTURED_STEPS_SHARE, CAPTURED_SHALLOW_SHARE = 0.45, 0.6
 MAX_ROWS = {"cpu": 512, "cuda": 8192}
 ProgressCallback = Callable[[float, str], None]
 
