@@ -25,8 +25,8 @@ from muxtune.validation.records import read_lines
 def finished(parts: list[dict[str, Any]], like: dict[str, Any], seconds: float) -> dict[str, Any]:
     by_name = {row["name"]: row for row in parts}
     ops, left_out = dict(by_name["operations"]["ops"]), list(by_name["operations"]["left_out"])
-    for name in ("join", "move"):
-        ops |= by_name.get(name, {}).get("ops", {})
+    ops |= by_name.get("takeovers", {}).get("ops", {})
+    for name in ("join", "move", "finish", "leave"):
         if name not in ops and name in like["ops"]:
             ops[name] = like["ops"][name]
             left_out.append(f"{name}: not reached; of profile {like['content_hash'][:16]}")
@@ -36,7 +36,8 @@ def finished(parts: list[dict[str, Any]], like: dict[str, Any], seconds: float) 
             few = row["name"].endswith(f", {SHALLOW_LAYERS} blocks")
             steps.append({**row["step"], "num_layers": SHALLOW_LAYERS if few else 0})
             captures += [] if few else row["captures"]
-    ops["capture"] = _capture_op(shape, captures)
+    if "takeovers" not in by_name:
+        ops["capture"] = _capture_op(shape, captures)
     raw = {
         "schema_version": SCHEMA_VERSION,
         "device": like["device"],
