@@ -65,7 +65,7 @@ OWN_EVERY = 36  # the profiled base model has many blocks: a case of it takes se
 PARTS, COMPILED, KILLED = "profile.parts.jsonl", "compiled.txt", "killed.txt"
 SHORT_S = 10.0
 MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 170.0, 3
-START_S, REPORT_S = 8.0, 25.0  # of a process; of what a suite writes when its time is up
+START_S, REPORT_S = 8.0, 15.0  # of a process; of what a suite writes when its time is up
 COMPILE_AHEAD = Path(__file__).resolve().parents[1] / "gpu_runtime" / "compile_ahead.py"
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16, 64)}
@@ -82,7 +82,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=int, default=201)
     parser.add_argument("--case-s", type=float, default=0.25, help="until power has settled")
     parser.add_argument("--repeats", type=int, default=2, help="of each step, at least")
-    parser.add_argument("--dynamic-s", type=float, default=17.0, help="of each; 0: none")
+    parser.add_argument("--dynamic-s", type=float, default=16.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))
