@@ -26,7 +26,6 @@ rows have a label; these are taken as the rows in use, so that adapters are char
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +40,17 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import Grid, Leaf, Time, fit_affine
+from muxtune.cost.curves import Grid, Time, fit_affine
+from muxtune.cost.low_rank import (
+    BACKWARD,
+    FORWARD,
+    Backward,
+    Counts,
+    Forward,
+    Point,
+    Products,
+    Sizes,
+)
 from muxtune.cost.memory import (
     STATIC_LOSS_ROWS,
     MemoryModel,
@@ -66,7 +75,7 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, Plan, ReplicaShape, S
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
 MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-_PRODUCTS = ("site_forward", "site_backward")
+_PRODUCTS = (FORWARD, BACKWARD)
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
@@ -80,7 +89,6 @@ _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
-_TILE_ROWS = 128
 # 90% of errors between measured sizes, judged by leaving sizes out.
 _BETWEEN: Mapping[str, float] = {
     "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
@@ -92,7 +100,6 @@ _BETWEEN_OTHERS = 0.05
 _DRAWN_WIDENING = 1.35
 _EXTRA, _HALF = "extra_", "half_"  # other methods; where half of the rows are not theirs
 _MOST_SPARED_BY_FILLER = 0.9  # of what another method adds
-_LEAST_OF_TILES = 0.5  # of what a product's tiles take, however far beyond what was measured
 
 
 class FusedSite(NamedTuple):
@@ -141,69 +148,6 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
     """Trained numbers that the step's pools hold for a slot, over all layers: a fused linear has
     room for all of its members as soon as one is adapted."""
     return ops.adapter_parameters(model, widened(slot))
-
-
-class Excess(NamedTuple):
-    """What products with adapters take besides their tiles, from measured points of (slots, rank,
-    rows): ``grids`` of (slots, rank) at each of ``rows``, and ``slopes``: more for each row beyond
-    the last. Between two numbers of rows it follows what as many rows a slot take at both, for
-    what counts is how many slots meet in a tile."""
-
-    rows: tuple[float, ...]
-    grids: tuple[Grid, ...]
-    slopes: Grid
-
-    @classmethod
-    def of(cls, name: str, points: Mapping[tuple[float, float, float], Leaf]) -> Excess:
-        """Raises ProfileError when the grid has holes."""
-        all_rows = tuple(sorted({rows for _, _, rows in points}))
-        grids = tuple(
-            Grid.of(name, {(s, k): leaf for (s, k, n), leaf in points.items() if n == rows})
-            for rows in all_rows
-        )
-        least, most = all_rows[0], all_rows[-1]
-        slopes = {}
-        for (slots, rank, rows), (value, width) in points.items():
-            if rows == most:
-                first = grids[0].at((min(slots, _met(slots, rows)), rank)).value_s
-                more = (value - first) / max(1.0, most - least)
-                slopes[slots, rank] = Leaf(more, width / most)
-        return cls(all_rows, grids, Grid.of(name, slopes))
-
-    def at(self, sizes: Sequence[float]) -> Time:
-        slots, rank, rows = sizes
-        least, most = self.rows[0], self.rows[-1]
-        if not least < rows < most:
-            end = 0 if rows <= least else -1
-            value, width, outside = self._near(end, slots, rank, rows)
-            value += max(0.0, rows - most) * self.per_row(slots, rank)
-            return Time(value, width, outside or rows != self.rows[end])
-        upper = bisect_right(self.rows, rows)
-        low, high = (self._near(place, slots, rank, rows) for place in (upper - 1, upper))
-        share = (rows - self.rows[upper - 1]) / (self.rows[upper] - self.rows[upper - 1])
-        value, width = (a + share * (b - a) for a, b in zip(low[:2], high[:2], strict=True))
-        return Time(value, width, low.extrapolated or high.extrapolated)
-
-    def _near(self, place: int, slots: float, rank: float, rows: float) -> Time:
-        """At a measured number of rows, with as many rows a slot as far as slots were measured."""
-        grid = self.grids[place]
-        known = grid.axes[0]
-        alike = min(max(slots * self.rows[place] / rows, known[0]), max(known[-1], slots))
-        value, width, _ = grid.at((alike, rank))
-        outside = not (known[0] <= slots <= known[-1]) or not _within(rank, grid.axes[1])
-        return Time(value, width, outside)
-
-    def per_row(self, slots: float, rank: float) -> float:
-        return self.slopes.at((slots, rank)).value_s
-
-
-def _within(x: float, axis: Sequence[float]) -> bool:
-    return axis[0] <= x <= axis[-1]
-
-
-def _met(slots: float, rows: float) -> float:
-    """Slots that meet in a tile of a product's rows."""
-    return min(slots, 1.0 + slots * _TILE_ROWS / rows)
 
 
 class StageSums(NamedTuple):
@@ -278,9 +222,8 @@ class CapturedCostModel(ProfiledCostModel):
         return Time(value, math.hypot(width, share * value), outside)
 
     def _op_time(self, op: Op) -> Time:
-        """Products with adapters take what their tiles take in waves (``muxtune.cost.tiles``), and
-        besides what was measured of them, which changes slowly with their sizes. The loss
-        takes whole chunks."""
+        """Products with adapters are counted (``muxtune.cost.low_rank``). The loss takes whole
+        chunks."""
         kind, _, size = op.name.partition(".")
         if kind.startswith(_EXTRA):
             return self._extra_time(op.name, op.size)
@@ -288,12 +231,9 @@ class CapturedCostModel(ProfiledCostModel):
             return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
         if self._tiling is None or kind not in _PRODUCTS:
             return super().op_time(op)
-        site, like = self._site(size), self._measured_like(size)
-        more, width, outside = self._excess(f"{kind}.{like}").at(op.size)
-        ratio = 1.0 if like == size else self._excess_ratio(kind, site, self._site(like))
-        tiles_s = self._tiles_s(kind, site, int(op.size[-1]))
-        value = max(_LEAST_OF_TILES * tiles_s, tiles_s + ratio * more)
-        return Time(value, ratio * width, outside or like != size)
+        like = self._measured_like(size)
+        found = self._products(kind).at(like, self._sizes(size), op.size)
+        return found._replace(extrapolated=found.extrapolated or like != size)
 
     def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
         """What the fewest rows take is launches, whatever the width; the rest grows with it."""
@@ -345,53 +285,35 @@ class CapturedCostModel(ProfiledCostModel):
             self._remember(key, min(beyond, default=begun + STATIC_LOSS_ROWS))
         return max(rows, self._memo[key])  # type: ignore[type-var]
 
-    def _tiles_s(self, kind: str, site: FusedSite, rows: int) -> float:
-        key = ("tiles", kind, site, rows)
+    def _products(self, kind: str) -> Products:
+        key = ("products", kind)
         if key not in self._memo:
-            self._remember(key, self._unit_s() * self._units(kind, site, rows))
+            assert self._tiling is not None
+            points = {
+                size: self._points(f"{kind}.{size}", self._sizes(size))
+                for of_kind, _, size in (name.partition(".") for name in self.profile.ops)
+                if of_kind == kind
+            }
+            side = Forward if kind == FORWARD else Backward
+            counted = side(self._counts(), [point for own in points.values() for point in own])
+            self._remember(key, Products(kind, counted, points))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _units(self, kind: str, site: FusedSite, rows: int) -> float:
-        assert self._tiling is not None
-        if kind.endswith("forward"):
-            return self._tiling.units(rows, site.out_features, site.in_features)
-        return self._tiling.units(rows, (site.in_features,), sum(site.out_features))
-
-    def _unit_s(self) -> float:
-        """Of large products without adapters; where there are none, of the fastest with them."""
-        if ("unit",) not in self._memo:
-            plain = self._rates_of(("frozen_forward", "frozen_backward"))
-            self._remember(("unit",), float(np.median(plain) if plain else min(self._rates_of())))
-        return self._memo["unit",]  # type: ignore[return-value]
-
-    def _rates_of(self, kinds: tuple[str, ...] = _PRODUCTS) -> list[float]:
-        """Seconds of a unit, of the half of the measured products that has more rows."""
-        points = [
-            (kind, size, point)
-            for kind, _, size in (name.partition(".") for name in self.profile.ops)
-            if kind in kinds
-            for point in self.profile.ops[f"{kind}.{size}"]["points"]
-        ]
-        most = max((point["rows"] for _, _, point in points), default=0.0)
+    def _points(self, name: str, sizes: Sizes) -> list[Point]:
         return [
-            point["median_s"] / self._units(kind, self._site(size), int(point["rows"]))
-            for kind, size, point in points
-            if point["rows"] >= most / 2
+            Point(sizes, int(raw["slots"]), raw["rank"], int(raw["rows"]), leaf_of(raw))
+            for raw in self._op(name)["points"]
         ]
 
-    def _excess(self, name: str) -> Excess:
-        """What a product with adapters takes besides its tiles, by slots, rank and rows."""
-        key = ("excess", name)
-        if key not in self._memo:
-            kind, _, size = name.partition(".")
-            op, site = self._op(name), self._site(size)
-            found = {}
-            for point in op["points"]:
-                value, width = leaf_of(point)
-                more = value - self._tiles_s(kind, site, int(point["rows"]))
-                found[point["slots"], point["rank"], point["rows"]] = Leaf(more, width)
-            self._remember(key, Excess.of(name, found))
-        return self._memo[key]  # type: ignore[return-value]
+    def _counts(self) -> Counts:
+        if ("counts",) not in self._memo:
+            assert self._tiling is not None
+            self._remember(("counts",), Counts(self._tiling))
+        return self._memo["counts",]  # type: ignore[return-value]
+
+    def _sizes(self, size: str) -> Sizes:
+        site = self._site(size)
+        return Sizes(site.in_features, site.out_features)
 
     def _measured_like(self, size: str) -> str:
         """The measured linears of these sizes, or those with the same part in a block."""
@@ -399,14 +321,6 @@ class CapturedCostModel(ProfiledCostModel):
             return size
         part = MEMBERS.index(self._site(size).members)
         return fused_sites(self.profile.model_shape)[part].size
-
-    def _excess_ratio(self, kind: str, site: FusedSite, measured: FusedSite) -> float:
-        """Forward, h is a sum over inputs that others wait for, and h B is added to the outputs;
-        backward, most is the one read of the outputs' gradient. Shares are judged."""
-        inputs = site.in_features / measured.in_features
-        outputs = sum(site.out_features) / sum(measured.out_features)
-        share = 0.3 if kind.endswith("forward") else 0.9
-        return share * outputs + (1.0 - share) * inputs
 
     def _site(self, size: str) -> FusedSite:
         if not self._site_of_size:
@@ -648,11 +562,11 @@ class CapturedCostModel(ProfiledCostModel):
         return SiteUse(site, len(ranks), known, paid)
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
-        """Where it was not measured: what a row more takes of a call with all rows in use."""
+        """Nothing where it was not measured."""
         side = name.partition(".")[0]
         found = WorkRatio.of(f"part_{side}", self.profile.ops).nearest(f"part_{name}")
         if found is None:
-            return self._slopes_by_rank(f"site_{name}")
+            return [], []
         whole = f"site_{side}.{found.name.partition('.')[2]}"
         spared: dict[float, list[float]] = {}
         for point in self.profile.ops[found.name]["points"]:
@@ -661,32 +575,6 @@ class CapturedCostModel(ProfiledCostModel):
             spared.setdefault(point["rank"], []).append(max(0.0, more_s) / (point["rows"] / 2))
         ranks = sorted(spared)
         return ranks, [found.ratio * float(np.mean(spared[rank])) for rank in ranks]
-
-    def _slopes_by_rank(self, name: str) -> tuple[list[float], list[float]]:
-        if self._tiling is None:
-            return [], []
-        kind, _, size = name.partition(".")
-        like = self._measured_like(size)
-        points = self.profile.ops.get(f"{kind}.{like}", {}).get("points", ())
-        ends = sorted({point["rows"] for point in points})
-        if len(ends) < 2:
-            return [], []
-        slopes: dict[float, list[float]] = {}
-        for slots, rank in {(point["slots"], point["rank"]) for point in points}:
-            if kind in _PRODUCTS:
-                slope = self._excess(f"{kind}.{like}").per_row(slots, rank)
-            else:
-                low, high = (
-                    self._of_sizes(f"{kind}.{like}", (slots, rank, rows))
-                    for rows in (ends[0], ends[-1])
-                )
-                slope = (high - low) / (ends[-1] - ends[0])
-            slopes.setdefault(rank, []).append(max(0.0, slope))
-        ratio = 1.0
-        if like != size:
-            ratio = self._excess_ratio(kind, self._site(size), self._site(like))
-        ranks = sorted(slopes)
-        return ranks, [ratio * float(np.mean(slopes[rank])) for rank in ranks]
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
         """See the base class; what rows in use cost is the adapters'."""
@@ -751,6 +639,8 @@ class CapturedCostModel(ProfiledCostModel):
             """The last: seconds that are spared where all rows are filler."""
             rank, per_row_s = use.paid[side]
             sizes = (float(use.count), rank, rows)
+            if side != "factor":
+                sizes = (*sizes, 0.0)  # no number of rows in use: as they mostly are
             cause = FACTOR if side == "factor" else SITE
             op, time = self._timed(f"site_{side}.{size}", cause, backward, sizes)
             time = Time(time[0], time[1], time[2] or not use.known)

@@ -28,6 +28,18 @@ class Tile(NamedTuple):
     halves: bool
 
 
+class Launch(NamedTuple):
+    """A product's tiles: ``count`` of them in ``waves``, of which the last may be of half tiles and
+    so less than one. ``free``: multiprocessors without a tile in the last wave, 0 where all have
+    one; ``busy``: share of all waves' time in which multiprocessors compute."""
+
+    tile: Tile
+    count: int
+    waves: float
+    free: int
+    busy: float
+
+
 class Tiling(NamedTuple):
     """``half_cost``: of half a tile, over a whole one."""
 
@@ -50,6 +62,16 @@ class Tiling(NamedTuple):
         spares = IDLE_SPARES if count <= self.num_multiprocessors else IDLE_LATER_SPARES
         idle = max(0.0, 1.0 - count / (self.num_multiprocessors * waves))
         return inner * cost * max(LEAST_OF_WAVE, 1.0 - spares * idle)
+
+    def launch(self, num_rows: int, widths: Sequence[int]) -> Launch:
+        tile = self.best(num_rows, widths)
+        count = self._count(tile, num_rows, widths)
+        full, rest = divmod(count, self.num_multiprocessors)
+        waves, taken = float(full + (rest > 0)), rest
+        if tile.halves and full and 0 < 2 * rest <= self.num_multiprocessors:
+            waves, taken = full + self.half_cost, 2 * rest
+        free = self.num_multiprocessors - taken if taken else 0
+        return Launch(tile, count, waves, free, count / (self.num_multiprocessors * waves))
 
     def _count(self, tile: Tile, num_rows: int, widths: Sequence[int]) -> int:
         return -(-num_rows // tile.rows) * -(-sum(widths) // tile.columns)

@@ -9,8 +9,9 @@ import pytest
 
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
-from muxtune.cost.captured import CapturedCostModel, Excess, fused_sites
+from muxtune.cost.captured import CapturedCostModel, fused_sites
 from muxtune.cost.curves import Grid, Leaf
+from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
@@ -55,31 +56,54 @@ def test_waves_with_idle_multiprocessors_are_faster_the_only_one_most(tiling: Ti
     assert full < 0.8 * waves < tiling.units(1088, (4096,), 1) < 0.95 * waves
 
 
-def test_between_sizes_as_many_rows_a_slot_count() -> None:
-    """Exact where times depend on how many slots meet in a tile and on nothing else."""
+def test_slots_that_meet_in_a_tile_are_counted() -> None:
+    # Of 33 rows and 53 in turn: 128 rows hold parts of five at most, read three times.
+    assert Met.of(12, 516, 516, 128).most_pairs == 3
+    assert Met.of(1, 512, 512, 128) == (0.6, 0, 1), "a slot that has every tile to itself"
+    # With filler behind it, its last tile is no longer its own, and the others are nobody's.
+    assert Met.of(1, 512, 200, 128) == (1, 0.25, 0.25)
+    assert Met.of(32, 512, 512, 128).most_pairs == 4 and Met.of(32, 512, 512, 64).most_pairs == 2
+    assert Met.of(12, 1024, 1023, 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
 
-    def seconds(slots: float, rows: float) -> float:
-        return 1e-6 * (1.0 + slots * 128 / rows)
 
-    points = {
-        (float(slots), 16.0, float(rows)): Leaf(seconds(slots, rows), 0.0)
-        for slots in (1, 4, 12, 32) for rows in (512, 1024)
-    }  # fmt: skip
-    excess = Excess.of("site_forward.8x8", points)
-    for slots, rows in ((12, 768), (15, 640), (6, 512)):
-        assert excess.at((slots, 16, rows)).value_s == pytest.approx(seconds(slots, rows))
-    assert excess.at((48, 16, 768)).extrapolated and excess.at((4, 16, 4096)).extrapolated
+def test_a_launch_tells_waves_and_who_is_free(tiling: Tiling) -> None:
+    half_tail, one, full = (tiling.launch(rows, (4096,)) for rows in (1088, 640, 1024))
+    assert (half_tail.count, half_tail.free) == (144, 132 - 24)
+    assert half_tail.waves == pytest.approx(1 + tiling.half_cost)
+    assert (one.waves, one.free, one.busy) == (1, 52, pytest.approx(80 / 132))
+    assert (full.waves, full.free) == (1, 4)
+
+
+def test_speeds_are_told_from_points_and_hold_between_them(tiling: Tiling) -> None:
+    """Of a device of known speeds: what is measured at a few sizes tells the others."""
+    site, counts = Sizes(4096, (4096,)), Counts(tiling)
+    known = Forward(counts, [])
+    known.speeds = [1.4 * speed for speed in known.speeds]
+    points = [
+        Point(site, slots, rank, rows, Leaf(known.seconds(site, slots, rank, rows, rows), 0.0))
+        for slots in (1, 4, 12, 32) for rank in (16, 32, 64) for rows in (128, 512, 1024, 4096)
+    ]  # fmt: skip
+    products = Products("x", Forward(counts, points), {"4096x4096": points})
+    for slots, rank, rows in ((28, 16, 320), (17, 32, 544), (9, 64, 992), (2, 16, 704)):
+        found = products.at("4096x4096", site, (slots, rank, rows))
+        wanted_s = known.seconds(site, slots, rank, rows, rows)
+        assert found.value_s == pytest.approx(wanted_s, rel=0.05) and not found.extrapolated
+    assert products.at("4096x4096", site, (48, 16, 320)).extrapolated
+    # 28 slots of 11 rows: a tile of 128 rows, of which there are three, holds twelve of them.
+    few, many = (products.at("4096x4096", site, (slots, 16, 320)).value_s for slots in (2, 28))
+    assert many > 3 * few
 
 
 def _profile(tiling: Tiling) -> dict[str, Any]:
-    """Of a device whose products take as long as their units say, and a little each."""
+    """Of a device whose products are what is usual."""
+    counts = Counts(tiling)
+    usual = Forward(counts, []), Backward(counts, [])
 
     def points(of_site: Any, backward: bool) -> list[dict[str, float]]:
         found = []
         for rows in (128, 512, 2048, 8192):
-            widths = (of_site.in_features,) if backward else of_site.out_features
-            inner = sum(of_site.out_features) if backward else of_site.in_features
-            seconds = 1e-6 + 1e-12 * tiling.units(rows, widths, inner)
+            sizes = Sizes(of_site.in_features, of_site.out_features)
+            seconds = usual[backward].seconds(sizes, 1, 16, rows, rows)
             found.append(
                 {
                     "slots": 1,
@@ -115,10 +139,10 @@ def test_products_of_any_rows_and_width_come_out(tiling: Tiling, shape: ModelSha
     model = CapturedCostModel(shape, _profile(tiling))
     for site in fused_sites(shape):
         for rows in (160, 1056, 2080, 3104, 4128):
-            size = (1.0, 16.0, rows)
-            op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, size, 0.0, 0.0, 0.0, 1)
-            units = tiling.units(rows, site.out_features, site.in_features)
-            assert model.op_time(op).value_s == pytest.approx(1e-6 + 1e-12 * units, rel=0.02)
+            op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, (1, 16, rows), 0, 0, 0, 1)
+            sizes = Sizes(site.in_features, site.out_features)
+            usual_s = Forward(Counts(tiling), []).seconds(sizes, 1, 16, rows, rows)
+            assert model.op_time(op).value_s == pytest.approx(usual_s, rel=0.02)
 
 
 def test_a_grid_is_linear_between_its_points_and_says_where_it_ends() -> None:
@@ -134,20 +158,18 @@ def test_a_grid_is_linear_between_its_points_and_says_where_it_ends() -> None:
         Grid.of("x", {(1.0, 1.0): Leaf(1, 0), (2.0, 2.0): Leaf(1, 0)})
 
 
-def test_a_wider_model_takes_its_own_waves_and_more_of_the_rest(tiling: Tiling) -> None:
+def test_a_wider_model_takes_its_own_waves_and_the_ratio_of_its_part(tiling: Tiling) -> None:
     raw = _profile(tiling)
-    for op in raw["ops"].values():
-        for point in op["points"]:
-            for name in ("median_s", "p05_s", "p95_s"):
-                point[name] += 20e-6
+    like, site = fused_sites(LLAMA_7B)[3], fused_sites(LLAMA_8B)[3]
+    for point in raw["ops"][f"site_forward.{like.size}"]["points"]:
+        for name in ("median_s", "p05_s", "p95_s"):
+            point[name] *= 1.1  # of one of eight: no speed explains it
     model = CapturedCostModel(LLAMA_8B, {**raw, "content_hash": content_hash(raw)})
-    site, like = fused_sites(LLAMA_8B)[3], fused_sites(LLAMA_7B)[3]
-    op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, (1, 16, 2048), 0.0, 0.0, 0.0, 1)
-    units = tiling.units(2048, site.out_features, site.in_features)
-    more = 0.3 + 0.7 * site.in_features / like.in_features
+    op = Op(f"site_forward.{site.size}", BACKBONE, False, 1, (1, 16, 2048), 0, 0, 0, 1)
+    sizes = Sizes(site.in_features, site.out_features)
+    usual_s = Forward(Counts(tiling), []).seconds(sizes, 1, 16, 2048, 2048)
     found = model.op_time(op)
-    assert found.extrapolated
-    assert found.value_s == pytest.approx(1e-12 * units + more * 21e-6, rel=0.03)
+    assert found.extrapolated and found.value_s == pytest.approx(1.1 * usual_s, rel=0.03)
 
 
 def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: Tiling) -> None:
@@ -164,7 +186,9 @@ def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: T
     plain = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
     assert plain._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == 64, "nothing is known of it"
     # Half of 16, half of 64: a quarter of the way from the mean, 40, to 64.
-    raw["ops"] |= {f"mixed_forward.{size}": {**axes, "points": [point(8, 64, 2048, 46)]}}
+    mean_s, most_s = (plain._of_sizes(f"site_forward.{size}", (8, k, 2048)) for k in (40, 64))
+    quarter = point(8, 64, 2048, 1e3 * (mean_s + (most_s - mean_s) / 4))
+    raw["ops"] |= {f"mixed_forward.{size}": {**axes, "points": [quarter]}}
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
     assert model._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == pytest.approx(44 + 20 / 4)
     assert model._rank_paid(f"forward.{size}", (32, 32)) == 32

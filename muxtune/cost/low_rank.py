@@ -1,0 +1,332 @@
+"""Products with adapters as the captured step's kernels compute them: counted, then fitted.
+
+What a product takes is a sum of few things, each counted from its sizes and each of a speed that
+the profile's own points tell (`fit`): its waves of tiles; the making of h = x A^T, for which one
+program reads a tile's rows once for every two slots that meet in it, while the others compute
+their first tile and then wait; the low-rank steps at the end of every tile, again one for every
+two slots in it; and backward, one program for each slot and block of outputs, which leave their
+parts of dh to be summed. So slots count by how many meet in a tile, and rows by how many tiles
+and waves they make: both change by jumps, which no line between measured sizes would find.
+
+What is left between a count and its measurement is kept as a ratio (``Products.seconds``), which
+changes little from size to size and lies between those of the sizes around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from muxtune.cost.curves import Grid, Leaf, Time
+from muxtune.cost.tiles import Launch, Tiling
+
+FORWARD, BACKWARD = "site_forward", "site_backward"
+_RANKS = (16.0, 32.0, 64.0)  # those that kernels pad to, of which the first factor's reads depend
+_PASS_WIDTH = 4096.0  # of the inputs that a pass over a tile's rows is counted by
+# Of what two slots take in a tile, one that has it to itself: in making h, and in low-rank steps.
+_ALONE, _ALONE_STEP = 0.6, 0.4
+_SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
+_UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
+_FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
+# Of a wave's time, by the share of multiprocessors that are idle. Judged by single products of few
+# rows and steps of a wider model, on two devices.
+_IDLE_SPARES = 0.4
+_PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
+_ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
+
+
+class Sizes(NamedTuple):
+    """Of a fused linear: its inputs, and its members' outputs."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+class Met(NamedTuple):
+    """How slots meet in tiles of rows. ``most_pairs``: reads of the rows of the fullest tile, one
+    for two slots; ``mean_pairs``: of all tiles with several slots, over all tiles; ``alone``: share
+    of the tiles that are one slot's."""
+
+    most_pairs: float
+    mean_pairs: float
+    alone: float
+
+    @classmethod
+    def of(cls, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
+        """Of slots with nearly equal shares of the rows in use, which come before the others. A
+        tile is one slot's where no row of it is filler."""
+        share = used_rows // slots
+        off = min(_UNEVEN_ROWS, share // 4)
+        shares = np.full(slots, share)
+        paired = slots // 2 * 2
+        shares[0:paired:2] -= off
+        shares[1:paired:2] += off
+        ends = np.cumsum(shares)
+        starts = np.arange(0, rows, tile_rows)
+        stops = np.minimum(starts + tile_rows, rows)
+        first = np.searchsorted(ends, starts, "right")
+        last = np.minimum(np.searchsorted(ends, stops, "left"), slots - 1)
+        alone = (first == last) & (stops <= used_rows // slots * slots)
+        pairs = np.where(alone | (first >= slots), 0, (last - first) // 2 + 1)
+        return cls(max(float(pairs.max()), _ALONE), float(pairs.mean()), float(alone.mean()))
+
+    @classmethod
+    def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
+        """Of a step's passes, whose first is nearly full and whose last nearly empty."""
+        fills = (int(share * rows) - 1 for share in _FILLS)
+        found = [cls.of(slots, rows, max(slots, used), tile_rows) for used in fills]
+        return cls(*(sum(values) / len(found) for values in zip(*found, strict=True)))
+
+
+class Counts:
+    """What a product's time is counted by, of a tiling. Remembers how slots meet."""
+
+    def __init__(self, tiling: Tiling) -> None:
+        self.tiling = tiling
+        self._met: dict[tuple[int, int, int, int], Met] = {}
+        self._launches: dict[tuple[int, tuple[int, ...]], Launch] = {}
+        self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
+        self._heights = sorted({tile.rows for tile in tiling.tiles})
+
+    def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
+        """``used_rows``: 0 where they are as a step's passes mostly have them."""
+        key = slots, rows, used_rows, tile_rows
+        if key not in self._met:
+            if used_rows:
+                self._met[key] = Met.of(*key)
+            else:
+                self._met[key] = Met.typical(slots, rows, tile_rows)
+        return self._met[key]
+
+    def launch(self, rows: int, widths: tuple[int, ...]) -> Launch:
+        key = rows, widths
+        if key not in self._launches:
+            self._launches[key] = self.tiling.launch(rows, widths)
+        return self._launches[key]
+
+    def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
+        launch = self.launch(rows, site.out_features)
+        tile = launch.tile
+        met = self.met(slots, rows, used_rows, tile.rows)
+        makers = -(-rows // tile.rows) * len(site.out_features)
+        return _Forward(
+            launch,
+            self._kinds.index((tile.rows, tile.columns)),
+            _tile_work(launch, site.in_features),
+            self._heights.index(tile.rows),
+            met.most_pairs * site.in_features / _PASS_WIDTH,
+            rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
+            makers > launch.free,
+        )
+
+    def backward(
+        self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
+    ) -> _Backward:
+        launch = self.launch(rows, (site.in_features,))
+        tile, members = launch.tile, len(site.out_features)
+        met = self.met(slots, rows, used_rows, tile.rows)
+        inner = sum(site.out_features)
+        blocks = -(-max(site.out_features) // _SUM_BLOCK)
+        programs = blocks * members * slots / self.tiling.num_multiprocessors
+        steps = rank / _RANKS[0]
+        return _Backward(
+            launch,
+            self._kinds.index((tile.rows, tile.columns)),
+            _tile_work(launch, inner),
+            steps * members * (met.mean_pairs + _ALONE_STEP * met.alone),
+            programs,
+            programs * steps,
+            rows * members * rank * blocks / 1e6,
+        )
+
+
+def _tile_work(launch: Launch, inner: int) -> float:
+    """Of a tile, in 1e9; less where multiprocessors are idle, which leave power and memory to the
+    others."""
+    work = launch.tile.rows * launch.tile.columns * inner / 1e9
+    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy))
+
+
+class _Forward(NamedTuple):
+    """``tile_work``: multiply-adds of a tile, in 1e9; ``kind``, ``height``: places of the tile and
+    its rows; ``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``:
+    low-rank steps of a mean tile; ``in_turn``: whoever makes h has a tile in the last wave too."""
+
+    launch: Launch
+    kind: int
+    tile_work: float
+    height: int
+    passes: float
+    steps: float
+    in_turn: bool
+
+
+class _Backward(NamedTuple):
+    """As ``_Forward``; ``programs``: of the first kernel, over multiprocessors; ``ranked``: times
+    their rank; ``parts``: numbers of dh that are left to be summed, in 1e6."""
+
+    launch: Launch
+    kind: int
+    tile_work: float
+    steps: float
+    programs: float
+    ranked: float
+    parts: float
+
+
+class Point(NamedTuple):
+    site: Sizes
+    slots: int
+    rank: float
+    rows: int
+    measured: Leaf
+
+
+# Usual speeds, in seconds of what they are counted by; the fit leaves them only for evidence.
+_TILE_WORK_S, _TILE_S, _STEP_S, _PASS_S = 3e-4, 5e-6, 3e-6, (20e-6, 32e-6, 48e-6)
+_FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S = 10e-6, 0.2e-6, 1e-6, 2e-6
+
+
+class Forward:
+    """Seconds of y = x W^T + s (x A^T) B^T."""
+
+    def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
+        self.counts = counts
+        tiles, heights = len(counts._kinds), len(counts._heights)
+        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles + [_TILE_S] + [*_PASS_S] * heights
+        self.speeds = usual
+        counted = [self._counted(point) for point in points]
+        for _ in range(_ROUNDS):
+            terms = [self._terms(*item) for item in counted]
+            self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+
+    def _counted(self, point: Point) -> tuple[_Forward, float]:
+        site, slots, rank, rows, _ = point
+        return self.counts.forward(site, slots, rank, rows, rows), rank
+
+    def _pass_weights(self, item: _Forward, rank: float) -> list[tuple[int, float]]:
+        """Places among the speeds of a pass, and how much each counts: ranks lie between two."""
+        first = len(self.speeds) - len(_RANKS) * (len(self.counts._heights) - item.height)
+        if rank <= _RANKS[0]:
+            return [(first, 1.0)]
+        for place in (1, 2):
+            if rank <= _RANKS[place]:
+                share = (rank - _RANKS[place - 1]) / (_RANKS[place] - _RANKS[place - 1])
+                return [(first + place - 1, 1.0 - share), (first + place, share)]
+        return [(first + 2, rank / _RANKS[2])]
+
+    def _parts(self, item: _Forward, rank: float) -> tuple[float, float]:
+        """(seconds of making h, of a tile's product)."""
+        made_s = item.passes * sum(w * self.speeds[at] for at, w in self._pass_weights(item, rank))
+        return made_s, self.speeds[item.kind] * item.tile_work
+
+    def _terms(self, item: _Forward, rank: float) -> list[float]:
+        """What the speeds are multiplied by."""
+        made_s, tile_s = self._parts(item, rank)
+        tiles, waves = len(self.counts._kinds), item.launch.waves
+        terms = [0.0] * len(self.speeds)
+        waits = made_s > tile_s
+        terms[item.kind] = item.tile_work * (waves - (waits and not item.in_turn))
+        terms[tiles + item.kind] = item.steps * math.ceil(waves)
+        terms[2 * tiles] = math.ceil(waves)
+        if waits or item.in_turn:
+            for at, weight in self._pass_weights(item, rank):
+                terms[at] = weight * item.passes
+        return terms
+
+    def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
+        item = self.counts.forward(site, slots, rank, rows, used_rows)
+        made_s, tile_s = self._parts(item, rank)
+        waves, tiles = item.launch.waves, len(self.counts._kinds)
+        ends_s = self.speeds[tiles + item.kind] * item.steps + self.speeds[2 * tiles]
+        first_s = made_s + tile_s if item.in_turn else max(made_s, tile_s)
+        return first_s + (waves - 1.0) * tile_s + math.ceil(waves) * ends_s
+
+
+class Backward:
+    """Seconds of dh = s dy B, dB = dy^T h and dx = dy W + dh A."""
+
+    def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
+        self.counts = counts
+        tiles = len(counts._kinds)
+        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
+        usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
+        terms = [self._terms(*point[:4], point.rows) for point in points]
+        self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+
+    def _terms(
+        self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
+    ) -> list[float]:
+        item = self.counts.backward(site, slots, rank, rows, used_rows)
+        tiles, waves = len(self.counts._kinds), item.launch.waves
+        terms = [0.0] * (2 * tiles)
+        terms[item.kind] = item.tile_work * waves
+        terms[tiles + item.kind] = item.steps * math.ceil(waves)
+        return [*terms, math.ceil(waves), 1.0, item.programs, item.ranked, item.parts]
+
+    def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
+        terms = self._terms(site, slots, rank, rows, used_rows)
+        return sum(speed * term for speed, term in zip(self.speeds, terms, strict=True))
+
+
+def _fitted(
+    terms: Sequence[Sequence[float]], measured_s: Sequence[float], usual: Sequence[float]
+) -> list[float]:
+    """Speeds, none negative, by least squares of relative errors. Each is drawn to its usual one,
+    which holds where no point has that term."""
+    if not terms:
+        return list(usual)
+    scale = np.array(usual)
+    rows = np.array(terms) * scale / np.array(measured_s)[:, None]
+    stacked = np.concatenate([rows, _PRIOR * np.eye(len(scale))])
+    wanted = np.concatenate([np.ones(len(rows)), np.full(len(scale), _PRIOR)])
+    active = np.arange(len(scale))
+    while True:
+        solved = np.linalg.lstsq(stacked[:, active], wanted, rcond=None)[0]
+        if (solved >= 0).all():
+            break
+        active = active[solved > 0]
+    speeds = np.zeros(len(scale))
+    speeds[active] = solved
+    return [float(value) for value in speeds * scale]
+
+
+class Products:
+    """One direction's products with adapters: what is counted of them, times what the points
+    around say that it is off by."""
+
+    def __init__(
+        self, name: str, counted: Forward | Backward, points: Mapping[str, Sequence[Point]]
+    ) -> None:
+        """``points``: by the size of the linear that was measured. Raises ProfileError when
+        they leave holes."""
+        self.counted = counted
+        self._ratios = {
+            size: Grid.of(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})
+            for size, own in points.items()
+        }
+
+    def _ratio(self, point: Point) -> Leaf:
+        counted_s = self.counted.seconds(*point[:4], point.rows)
+        return Leaf(point.measured.value_s / counted_s, point.measured.half_width_s / counted_s)
+
+    def at(self, like: str, site: Sizes, sizes: Sequence[float]) -> Time:
+        """``like``: the measured linear whose ratios hold. ``sizes``: slots, rank, rows, and rows
+        in use where these are not all; 0: as a step's passes mostly have them."""
+        slots, rank, rows = max(1, int(sizes[0])), sizes[1], max(1, int(sizes[2]))
+        grid = self._ratios[like]
+        place = tuple(math.log2(size) for size in (slots, rank, rows))
+        inside = tuple(
+            min(max(at, axis[0]), axis[-1]) for at, axis in zip(place, grid.axes, strict=True)
+        )
+        used_rows = int(sizes[3]) if len(sizes) > 3 else rows
+        counted_s = self.counted.seconds(site, slots, rank, rows, used_rows)
+        ratio, width, _ = grid.at(inside)
+        return Time(counted_s * ratio, counted_s * width, inside != place)
+
+
+def _place(point: Point) -> tuple[float, float, float]:
+    return math.log2(point.slots), math.log2(point.rank), math.log2(point.rows)
