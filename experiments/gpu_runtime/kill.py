@@ -37,9 +37,9 @@ MODEL = [
 TASKS = """
 defaults: {model: tiny, max_length: 256, batch_size: 8, targets: all-linear}
 tasks:
-  - {id: a, histogram: sst2, steps: 150, rank: 16, seed: 0, dropout: 0.1}
-  - {id: b, histogram: openbookqa, steps: 100, rank: 16, seed: 1, dropout: 0.1, accumulation: 2}
-  - {id: c, histogram: rte, steps: 120, rank: 16, seed: 2, dropout: 0.1, schedule: cosine}
+  - {id: a, histogram: sst2, steps: 60, rank: 16, seed: 0, dropout: 0.1}
+  - {id: b, histogram: openbookqa, steps: 40, rank: 16, seed: 1, dropout: 0.1, accumulation: 2}
+  - {id: c, histogram: rte, steps: 50, rank: 16, seed: 2, dropout: 0.1, schedule: cosine}
 """
 
 
@@ -109,7 +109,9 @@ def run(_: Any, device: str) -> dict[str, Any]:
 
 def _killed_and_resumed(words: list[str], folder: Path, after: int) -> dict[str, Any]:
     row = _killed(words, folder, after)
+    print(f"{folder.name}: {row}", flush=True)
     done = _trained([sys.executable, "-m", "muxtune.cli", "train", f"resume={folder}"])
+    print(f"{folder.name}: resumed, exit {done.returncode}", flush=True)
     error = done.stderr[-600:] if done.returncode else ""
     return row | {"resumed": done.returncode == 0, "error": error}
 

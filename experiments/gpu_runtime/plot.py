@@ -1,11 +1,11 @@
 """Plots of ``gpu_runtime.json``: peak memory against the number of tasks, and joins and leaves.
 
     python3 experiments/gpu_runtime/plot.py gpu_runtime.json gpu_runtime.png \\
-        [--runs step_throughput.json ...] [--before older.json]
+        [--runs step_throughput.json ...] [--before older.json ...]
 
 ``--runs``: results of ``experiments/step_throughput``, whose LoRA tasks of rank 16 are points of
-the curve too; they are printed. ``--before``: where HF PEFT's instances and joins come from, if the
-first file has none.
+the curve too; they are printed. ``--before``: where HF PEFT's instances, joins and other numbers of
+tasks come from, if the files before have none.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--runs", type=Path, nargs="*", default=[])
-    parser.add_argument("--before", type=Path)
+    parser.add_argument("--before", type=Path, nargs="*", default=[])
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
-    if args.before:
-        complete(data, json.loads(args.before.read_text("utf-8")))
+    for path in args.before:
+        complete(data, json.loads(path.read_text("utf-8")))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
     )
@@ -54,8 +54,10 @@ def main() -> None:
 
 def complete(data: dict[str, Any], before: dict[str, Any]) -> None:
     data.setdefault("joins", before.get("joins"))
-    memory = data.get("memory") or {}
-    memory["hf_peft"] = memory.get("hf_peft") or (before.get("memory") or {}).get("hf_peft", [])
+    memory, older = data.setdefault("memory", {}), before.get("memory") or {}
+    memory["hf_peft"] = memory.get("hf_peft") or older.get("hf_peft", [])
+    known = {row["tasks"] for row in memory.setdefault("curve", [])}
+    memory["curve"] += [row for row in older.get("curve", []) if row["tasks"] not in known]
 
 
 def whole_runs(paths: Sequence[Path]) -> list[dict[str, Any]]:
