@@ -1,7 +1,10 @@
 """Plot of ``step_throughput.json``: throughput of every case beside bound and baselines, and the
 ledger of a round.
 
-python3 experiments/step_throughput/plot.py step_throughput.json step_throughput.png
+    python3 experiments/step_throughput/plot.py step_throughput.json step_throughput.png \\
+        [--more more.json ...]
+
+``--more``: cases that were measured on the same machine by the processes that followed.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--more", type=Path, nargs="*", default=[])
     args = parser.parse_args()
     data = json.loads(args.source.read_text("utf-8"))
+    more = [json.loads(path.read_text("utf-8")) for path in args.more]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), constrained_layout=True, width_ratios=(3, 2)
     )
-    _throughput(left, data)
+    _throughput(left, data, more)
     _ledger(right, data.get("ledger") or {})
     verdict, environment = data["verdict"], data["environment"]
     note = "" if verdict["reportable"] else " (NOT reportable: see verdict)"
@@ -53,17 +58,23 @@ def main() -> None:
     figure.savefig(args.target, dpi=130)
 
 
-def _throughput(axes, data: dict) -> None:
-    rates = {name: _tokens_per_s(data.get(name) or {}) for name in LABELS}
-    bars = {LABELS[name]: (rate, name in BASELINES) for name, rate in rates.items() if rate}
-    colours = ["tab:grey" if is_baseline else "tab:blue" for _, is_baseline in bars.values()]
-    drawn = axes.barh(list(bars), [value for value, _ in bars.values()], color=colours)
+def _throughput(axes, data: dict, more: list[dict]) -> None:
+    bars = {}
+    for name, label in LABELS.items():
+        found = [(_tokens_per_s(each.get(name) or {}), each is data) for each in (data, *more)]
+        rate, is_here = max(found)
+        if rate:
+            colour = "tab:grey" if name in BASELINES else "tab:blue" if is_here else "tab:cyan"
+            bars[label] = rate, colour
+    rates, colours = zip(*bars.values(), strict=True)
+    drawn = axes.barh(list(bars), rates, color=colours)
     axes.bar_label(drawn, fmt="%.0f", padding=2)
     axes.invert_yaxis()
     best = data.get("bound", {}).get("best_tokens_per_s")
     if best:
         axes.axvline(best, color="black", linestyle="--")
-        axes.set_title(f"dashed: bound of the frozen backbone, {best:.0f}", fontsize=9)
+        after = "; light: measured in a process of its own" if "tab:cyan" in colours else ""
+        axes.set_title(f"dashed: bound of the frozen backbone, {best:.0f}{after}", fontsize=9)
     axes.set_xlabel("effective tokens/s")
     axes.margins(x=0.12)
 
