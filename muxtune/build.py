@@ -772,6 +772,9 @@ def torch_executor(
     rest = _without_name(options, "torch", field)
     made = call_checked(TorchOptions, field, rest, {"output_dir": output_dir})
     made.check(field)
+    if make_instance is not None and made.lora_products != "fused":
+        problem = "several ranks of a replica know no windows"
+        raise ConfigError(f"{field}.lora_products", problem, "Leave it out")
     return TorchExecutor(
         StepBuilder(), store, datasets, made, listeners, make_instance=make_instance
     )

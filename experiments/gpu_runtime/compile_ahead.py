@@ -143,8 +143,10 @@ def ask_case(name: str, target: str, deterministic: bool) -> set[Wanted]:
     from run import CASES  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as place:
-        shape, plan, tasks, lengths = product.planned(CASES[name], Path(place), rounds=50)
-    return _of_plans([(shape, plan, tasks, lengths)], target, deterministic)
+        case = CASES[name]
+        shape, plan, tasks, lengths = product.planned(case, Path(place), rounds=50)
+    windows = "backend.lora_products=windows" in case.overrides
+    return _of_plans([(shape, plan, tasks, lengths)], target, deterministic, windows)
 
 
 def ask_check(target: str, _deterministic: bool) -> set[Wanted]:
@@ -190,6 +192,7 @@ def _of_plans(
     plans: Iterable[tuple[ModelShape, Plan, dict[str, TaskSpec], Any]],
     target: str,
     deterministic: bool,
+    windows: bool = False,
 ) -> set[Wanted]:
     from muxtune.profiling.ahead import launch_plan
     from muxtune_kernels.without_gpu import TARGETS, asking_for
@@ -197,7 +200,7 @@ def _of_plans(
     found: set[Wanted] = set()
     for shape, plan, tasks, lengths in plans:
         with asking_for(TARGETS[target]) as wanted:
-            launch_plan(shape, plan, tasks, lengths, deterministic)
+            launch_plan(shape, plan, tasks, lengths, deterministic, windows=windows)
         found |= wanted
     return found
 

@@ -195,10 +195,10 @@ def ours(
     return step
 
 
-def ours_with_windows(case: Case, in_turn: bool = False) -> Step:
-    """Under autograd. Whoever changes the factors copies them to where the products read them, once
-    an optimizer step: 5 us here, not counted, like the cast of bf16 adapters; nor is the table of
-    windows, once a micro-batch. in_turn: explicit calls, dB before dx and dA after it."""
+def ours_with_windows(case: Case) -> Step:
+    """Whoever changes the factors copies them to where the products read them, once an optimizer
+    step: 5 us here, not counted, like the cast of bf16 adapters; nor is the table of windows, once
+    a micro-batch."""
     index_of = {id(inputs): index for index, inputs in enumerate(case.sets)}
     a_RD, b_RO = (t.detach().requires_grad_() for t in (case.a_RD, case.b_RO))
     rows = window_op.rows_with_windows(case.rows, case.scale_S, case.with_windows(0))
@@ -208,13 +208,7 @@ def ours_with_windows(case: Case, in_turn: bool = False) -> Step:
         y_TO = window_op.multi_lora_linear_with_windows(inputs.x_TD, a_RD, b_RO, linear, rows)
         return y_TO, *torch.autograd.grad(y_TO, (inputs.x_TD, a_RD, b_RO), inputs.dy_TO)
 
-    def step_in_turn(inputs: Inputs) -> tuple[Tensor, ...]:
-        linear, x_TD = case.with_windows(index_of[id(inputs)]), inputs.x_TD.detach()
-        y_TO, h_TJ = linear.forward(x_TD, rows)
-        factors = a_RD.detach(), b_RO.detach()
-        return y_TO, *linear.backward(inputs.dy_TO, x_TD, h_TJ, *factors, rows, False)
-
-    return step_in_turn if in_turn else step
+    return step
 
 
 def ours_explicitly(case: Case, **changes: Any) -> Step:
@@ -268,8 +262,6 @@ def own_methods(case: Case) -> dict[str, Step]:
         "muxtune_explicit_calls": ours_explicitly(case),
     }
     methods["muxtune_windows"] = ours_with_windows(case)
-    if len(case.scale_S) == 1:
-        methods["muxtune_windows_in_turn"] = ours_with_windows(case, in_turn=True)
     return methods | {name: ours_explicitly(case, **changes) for name, changes in TRIALS.items()}
 
 

@@ -61,12 +61,14 @@ METHODS = (
 )
 RANKS = tuple(LORA | {"rank": rank} for rank in (8, 16, 32, 64))
 SPATIAL = ("planner.fusion=all_spatial",)
+WINDOWS = (*SPATIAL, "backend.lora_products=windows")
 ALL_METHODS = (
     *METHODS, LORA | {"method": "dora", "dropout": 0.0},
     {"method": "prompt", "rank": 16, "alpha": 1},
 )  # fmt: skip
 CASES = {
     "lora_8": product.Case(8, (LORA,), 25, overrides=SPATIAL),
+    "lora_8_windows": product.Case(8, (LORA,), 25, overrides=WINDOWS),
     "mixed_methods": product.Case(8, METHODS, 24, overrides=SPATIAL),
     "lora_32": product.Case(
         32, (LORA,), 62, overrides=("+cluster_policy.max_tasks_per_instance=32",)

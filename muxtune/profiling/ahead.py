@@ -93,6 +93,7 @@ def launch_plan(
     lengths: LengthSource | None,
     deterministic: bool = False,
     report: Report = lambda _share, _text: None,
+    windows: bool = False,
 ) -> None:
     """Within ``compiling_for`` or ``asking_for``: what an instance with this plan launches when all
     its tasks begin: in the sizes of its shapes, and in those that its first rounds are best off
@@ -106,7 +107,7 @@ def launch_plan(
     done, total = 0, sum(len(item) for _, item in sizes)
     model = blank_static_model(shape)
     for htask, (capacity, row_counts) in zip(plan.htasks, sizes, strict=True):
-        steps = _steps(model, htask, capacity, deterministic)
+        steps = _steps(model, htask, capacity, deterministic, windows)
         for num_rows in row_counts:
             steps.compute(num_rows)
             done += 1
@@ -155,10 +156,10 @@ def blank_static_model(
 
 
 def _steps(
-    model: StaticModel, htask: HTask, capacity: Capacity, deterministic: bool
+    model: StaticModel, htask: HTask, capacity: Capacity, deterministic: bool, windows: bool = False
 ) -> CapturedSteps:
     pool = StaticPool(model, htask.shapes[0].slots, deterministic)
-    program = program_of(model, pool, capacity.layout, deterministic)
+    program = program_of(model, pool, capacity.layout, deterministic, windows)
     with on_host():
         return CapturedSteps(program, capacity.blocks, recompute=capacity.blocks)
 

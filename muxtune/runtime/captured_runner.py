@@ -160,12 +160,20 @@ def rows_ahead(
 
 
 def program_of(
-    model: StaticModel, pool: StaticPool, layout: StepLayout, deterministic: bool
+    model: StaticModel,
+    pool: StaticPool,
+    layout: StepLayout,
+    deterministic: bool,
+    windows: bool = False,
 ) -> StepProgram:
     """What is captured."""
-    inputs = StepInputs(layout, model.device)
     return StepProgram(
-        model, pool.adapters, inputs, deterministic=deterministic, extras=pool.extras
+        model,
+        pool.adapters,
+        StepInputs(layout, model.device),
+        deterministic=deterministic,
+        extras=pool.extras,
+        windows=windows,
     )
 
 
@@ -182,10 +190,11 @@ class CapturedRunner:
         deterministic: bool,
         pad_id: int = 0,
         memory: CaptureMemory | None = None,
+        windows: bool = False,
     ) -> None:
         self.pool, self.capacity, self.deterministic = pool, capacity, deterministic
         self.is_prepared = False
-        program = program_of(model, pool, capacity.layout, deterministic)
+        program = program_of(model, pool, capacity.layout, deterministic, windows)
         self.steps = CapturedSteps(program, capacity.blocks, pad_id, memory, capacity.blocks)
 
     @property

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from muxtune.errors import ConfigError
 
 STEPS = ("auto", "captured", "eager")
+LORA_PRODUCTS = ("fused", "windows")
 _ABOVE_0 = ("progress_interval_s", "rank_timeout_s")
 
 
@@ -22,7 +23,9 @@ class TorchOptions(NamedTuple):
     ``device``: cpu, cuda, or auto: CUDA for a fleet of GPUs where torch sees one. ``dtype`` of the
     base model: float32, bfloat16, or auto: bfloat16 on CUDA. ``step``: captured (forward to
     optimizer as one program, on CUDA a graph), eager (autograd), or auto: captured on CUDA.
-    What the program does not know runs eagerly, and the run says so."""
+    What the program does not know runs eagerly, and the run says so. ``lora_products`` of captured
+    steps on CUDA: fused, or windows (``muxtune_kernels.multi_lora.window``; not deterministic; for
+    slots of LoRA alone without dropout, the others stay fused)."""
 
     output_dir: Path
     deterministic: bool = True
@@ -35,6 +38,7 @@ class TorchOptions(NamedTuple):
     device: str = "auto"
     dtype: str = "auto"
     step: str = "auto"
+    lora_products: str = "fused"
     rank_timeout_s: float = 30.0
 
     def check(self, field: str = "backend") -> None:
@@ -42,6 +46,13 @@ class TorchOptions(NamedTuple):
         if self.step not in STEPS:
             problem = f"'{self.step}' is no way to compute a step"
             raise ConfigError(f"{field}.step", problem, f"Choose one of: {', '.join(STEPS)}")
+        if self.lora_products not in LORA_PRODUCTS:
+            remedy = f"Choose one of: {', '.join(LORA_PRODUCTS)}"
+            raise ConfigError(f"{field}.lora_products", f"is '{self.lora_products}'", remedy)
+        if self.lora_products == "windows" and self.deterministic:
+            problem = "with windows a task's bits may depend on its neighbours"
+            remedy = f"Give {field}.deterministic=false too"
+            raise ConfigError(f"{field}.lora_products", problem, remedy)
         for name in ("evaluate_tokens", "checkpoint_steps", "memory_pressure_share", *_ABOVE_0):
             value = getattr(self, name)
             if value < 0 or (value == 0 and name in _ABOVE_0):

@@ -157,6 +157,7 @@ class Runners:
             self.options.deterministic,
             self.backbone.pad_id,
             self._memory,
+            self.options.lora_products == "windows",
         )
         return runner
 

@@ -42,19 +42,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import launching
 from ..launching import Launcher, empty
 from ..rows import SlotRows
-from .launch import Adapters, Layout, RowTensors, dh_db, layout_of, new_sums, outer, parts_at_once
+from .launch import (
+    Adapters,
+    GradTargets,
+    Layout,
+    RowTensors,
+    layout_of,
+    outer,
+)
+from .launch import _total as total
 from .tuning import INTERPRETED, Tuning, cdiv, next_power_of_2, num_sms, tuning_of
 from .window_kernels import (
     place_factors_kernel,
     window_linear_kernel,
     window_shrink_kernel,
-    window_sum_kernel,
     window_table_kernel,
 )
 from .window_tape import Operand, ProductLaunch, WindowTape, beside_current
 
 _place, _table = Launcher(place_factors_kernel), Launcher(window_table_kernel)
-_shrink, _sum = Launcher(window_shrink_kernel), Launcher(window_sum_kernel)
+_shrink = Launcher(window_shrink_kernel)
 _BLOCK_N = 512
 WINDOW = 64  # ranks a step, as many as reduced features
 TILE_T = 128
@@ -113,14 +120,11 @@ class LinearWithWindows(NamedTuple):
 
     def backward(
         self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
-        rows: RowsWithWindows, beside: bool = True,
+        rows: RowsWithWindows,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(dx_TD, dA [M * R, D], dB [R, O]). dy_TO: contiguous. beside: dA and dB are made beside
-        dx; else dA after it, and dB before it, from the read of dy that makes dh."""
-        launch = self.launch_backward if beside else self.launch_in_turn
-        found = launch(dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
-        if beside:
-            self.end_backward(x_TD.device)
+        """(dx_TD, dA [M * R, D], dB [R, O]). dy_TO: contiguous."""
+        found = self.launch_backward(dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+        self.end_backward(x_TD.device)
         return found
 
     def launch_backward(
@@ -128,13 +132,67 @@ class LinearWithWindows(NamedTuple):
         rows: RowsWithWindows,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """`backward` but for its end: dx may still be made on another stream."""
-        return _backward_beside(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+        dh_TJ, beside_TO = self.shrink_dy(dy_TO, b_RO, rows)
+        # The product first, or small kernels would fill the multiprocessors before it.
+        dx_TD = self.input_grad(dy_TO, beside_TO, rows, _has_streams(x_TD.device))
+        return dx_TD, *self.factor_grads(dh_TJ, h_TJ, dy_TO, x_TD, a_RD, b_RO, rows)
 
-    def launch_in_turn(
-        self, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor, b_RO: Tensor,
-        rows: RowsWithWindows,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _backward_in_turn(self, dy_TO, x_TD, h_TJ, a_RD, b_RO, rows)
+    def shrink_dy(
+        self, dy_TO: Tensor, b_RO: Tensor, rows: RowsWithWindows
+    ) -> tuple[Tensor, Tensor]:
+        """(dh_TJ, the buffer beside dy that `input_grad` reads it from)."""
+        layout = layout_of(self.adapters, dy_TO.device)
+        beside_TO = empty(tuple(dy_TO.shape), dy_TO.dtype, dy_TO.device)
+        dh_TJ = window_shrink(
+            dy_TO, b_RO, self.factors.bad_S, beside_TO, rows.rows, rows.window, layout,
+            self.tuning(dy_TO), is_dy=True,
+        )  # fmt: skip
+        return dh_TJ, beside_TO
+
+    def input_grad(
+        self, dy_TO: Tensor, beside_TO: Tensor, rows: RowsWithWindows, is_urgent: bool = False,
+        stages: int = 3,
+    ) -> Tensor:  # fmt: skip
+        """dx_TD. stages: three leave room for small kernels beside it, four are a little faster."""
+        factors, layout = self.factors, layout_of(self.adapters, dy_TO.device)
+        width = factors.weight_OD.shape[1]
+        dx_TD = empty((dy_TO.shape[0], width), dy_TO.dtype, dy_TO.device)
+        dy = Operand(dy_TO, beside_TO, (TILE_T, WINDOW))
+        weight = Operand(factors.weight_OD, factors.a_PD, (WINDOW, _TILE_N))
+        window_linear(dy, weight, dx_TD, rows.window, layout, False, 3, is_urgent)
+        return dx_TD
+
+    def factor_grads(
+        self, dh_TJ: Tensor, h_TJ: Tensor, dy_TO: Tensor, x_TD: Tensor, a_RD: Tensor,
+        b_RO: Tensor, rows: RowsWithWindows, targets: GradTargets | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(dA [M * R, D], dB [R, O]), by kernels that fit beside a product of three stages."""
+        adapters, layout = self.adapters, layout_of(self.adapters, x_TD.device)
+        small = beside_tuning(self.tuning(x_TD), len(adapters.slot_ranks), layout.j_width)
+        da_RD = outer(dh_TJ, x_TD, a_RD, rows.rows, adapters, layout, small, targets)
+        return da_RD, self._db(h_TJ, dy_TO, b_RO, rows, layout, small, targets)
+
+    def _db(
+        self, h_TJ: Tensor, dy_TO: Tensor, b_RO: Tensor, rows: RowsWithWindows, layout: Layout,
+        tuning: Tuning, targets: GradTargets | None,
+    ) -> Tensor:  # fmt: skip
+        """By a read of dy of its own, a member at a time."""
+        one, start, found = layout._replace(num_members=1), 0, []
+        direct = targets if tuning.da_splits == 1 or layout.num_members == 1 else None
+        for member, width in enumerate(self.adapters.out_features):
+            own = slice(start, start + width)
+            h_part, start = h_TJ[:, member * layout.rank_pad :], start + width
+            to = direct and direct._replace(da_RD=direct.db_RO[:, own])
+            found.append(
+                outer(h_part, dy_TO[:, own], b_RO[:, own], rows.rows, self.adapters, one, tuning,
+                      to)
+            )  # fmt: skip
+        if direct is not None:
+            return direct.db_RO
+        db_RO = found[0] if len(found) == 1 else torch.cat(found, 1)
+        if targets is not None:
+            total(db_RO[None], db_RO, layout, (targets.db_RO, targets.keep_S))
+        return db_RO
 
     def end_backward(self, device: torch.device) -> None:
         if _has_streams(device):
@@ -158,12 +216,9 @@ def linear_with_windows(
     size of its own. Raises ValueError where the copy engine could not read what it must."""
     num_out, width = weight_OD.shape
     adapters = Adapters(slot_ranks, out_features or (num_out,))
-    if sum(adapters.out_features) != num_out or not weight_OD.is_contiguous():
-        raise ValueError(
-            f"weight_OD {tuple(weight_OD.shape)} must be contiguous and as wide as its members, "
-            f"{adapters.out_features}"
-        )
-    _check(adapters, width)
+    problem = _problem(adapters, weight_OD)
+    if problem:
+        raise ValueError(f"{problem}; use multi_lora_linear_group")
     ranks, members = sum(slot_ranks), len(adapters.out_features)
     a_PD = weight_OD.new_zeros((members * ranks + WINDOW, width))
     if bt_OD is None:
@@ -172,18 +227,21 @@ def linear_with_windows(
     return LinearWithWindows(Factors(weight_OD, a_PD, bt_OD, bad_S), adapters)
 
 
-def _check(adapters: Adapters, width: int) -> None:
-    members = adapters.out_features
-    if width % 64 or sum(members) % 64 or (len(members) > 1 and any(n % 256 for n in members)):
-        raise ValueError(
-            f"{width} features to {members}: windows of ranks want multiples of 64, of several "
-            "members 256; use multi_lora_linear_group"
-        )
-    if len(members) * window_room(adapters) > min(width, sum(members)):
-        raise ValueError(
-            f"{sum(adapters.slot_ranks)} ranks of {len(members)} members do not fit beside {width} "
-            f"features to {members}; use multi_lora_linear_group"
-        )
+def fits(weight_OD: Tensor, slot_ranks: tuple[int, ...], out_features: tuple[int, ...]) -> bool:
+    """Whether `linear_with_windows` takes them."""
+    return not _problem(Adapters(slot_ranks, out_features), weight_OD)
+
+
+def _problem(adapters: Adapters, weight_OD: Tensor) -> str:
+    (num_out, width), members = weight_OD.shape, adapters.out_features
+    if sum(members) != num_out or not weight_OD.is_contiguous():
+        return f"weight_OD {num_out, width} is not contiguous or not as wide as members {members}"
+    if width % 64 or num_out % 64 or (len(members) > 1 and any(n % 256 for n in members)):
+        return f"{width} features to {members}: windows want multiples of 64, several members 256"
+    if len(members) * window_room(adapters) > min(width, num_out):
+        ranks = f"{sum(adapters.slot_ranks)} ranks of {len(members)} members"
+        return f"{ranks} do not fit beside {width} features to {members}"
+    return ""
 
 
 def rows_with_windows(
@@ -202,20 +260,24 @@ def window_tuning(
 ) -> Tuning:  # fmt: skip
     tuning = tuning_of(num_rows, width, out_features, num_slots, rank_pad, itemsize, False)
     if num_rows < 6144:  # nobody could add up parts of h: it is cut into more tiles instead
-        tuning = tuning._replace(shrink_t=16, shrink_k=256, shrink_stages=6)
+        # Five stages of it, with float32 factors, must fit the shared memory.
+        shrink_k = max(64, min(256, 8192 // rank_pad))
+        tuning = tuning._replace(shrink_t=16, shrink_k=shrink_k, shrink_stages=6)
     if cdiv(max(out_features), tuning.db_n) * num_slots >= 128:  # and no parts of dB to add up
         tuning = tuning._replace(db_splits=1)
     return tuning
 
 
-def beside_tuning(tuning: Tuning, num_slots: int, rank_pad: int) -> Tuning:
+def beside_tuning(tuning: Tuning, num_slots: int, j_width: int) -> Tuning:
     """Of dA and dB beside a product: few registers, and at most 41 KB of shared memory of the 50
     that its three stages leave. Few slots: their rows are cut into pieces, which are added up."""
     da_n = 64 if num_slots < 16 else 128
-    rows = 4096 // da_n * 16 // max(16, rank_pad)
-    return tuning._replace(
-        da_n=da_n, da_t=max(16, rows), da_splits=max(1, 4 // num_slots), da_stages=4
-    )
+    a_row_bytes = 4 * 2 * (da_n + next_power_of_2(j_width))  # four stages of 16-bit numbers
+    da_t = max(16, next_power_of_2(_BESIDE_BYTES // a_row_bytes + 1) // 2)
+    return tuning._replace(da_n=da_n, da_t=da_t, da_splits=max(1, 4 // num_slots), da_stages=4)
+
+
+_BESIDE_BYTES = 41 << 10
 
 
 def window_room(adapters: Adapters) -> int:
@@ -347,95 +409,5 @@ def _run(launch: ProductLaunch) -> Any:
     return found
 
 
-def _backward_beside(
-    linear: LinearWithWindows, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor,
-    b_RO: Tensor, rows: RowsWithWindows,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    adapters = linear.adapters
-    layout, tuning = layout_of(adapters, x_TD.device), linear.tuning(x_TD)
-    beside_TO = empty(tuple(dy_TO.shape), dy_TO.dtype, dy_TO.device)
-    dx_TD = empty(tuple(x_TD.shape), dy_TO.dtype, dy_TO.device)
-    dh_TJ = window_shrink(
-        dy_TO, b_RO, linear.factors.bad_S, beside_TO, rows.rows, rows.window, layout, tuning,
-        is_dy=True,
-    )  # fmt: skip
-    small = beside_tuning(tuning, len(adapters.slot_ranks), layout.j_width)
-    # The product first, or small kernels would fill the multiprocessors before it.
-    _dx(linear, dy_TO, beside_TO, dx_TD, rows, 3, _has_streams(x_TD.device))
-    da_RD = outer(dh_TJ, x_TD, a_RD, rows.rows, adapters, layout, small)
-    db_RO = _db(linear, h_TJ, dy_TO, b_RO, rows, layout, small)
-    return dx_TD, da_RD, db_RO
-
-
 def _has_streams(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
-
-
-def _dx(
-    linear: LinearWithWindows, dy_TO: Tensor, beside_TO: Tensor, dx_TD: Tensor,
-    rows: RowsWithWindows, stages: int, is_urgent: bool = False,
-) -> None:  # fmt: skip
-    factors, layout = linear.factors, layout_of(linear.adapters, dy_TO.device)
-    dy = Operand(dy_TO, beside_TO, (TILE_T, WINDOW))
-    weight = Operand(factors.weight_OD, factors.a_PD, (WINDOW, _TILE_N))
-    window_linear(dy, weight, dx_TD, rows.window, layout, False, stages, is_urgent)
-
-
-def _db(
-    linear: LinearWithWindows, h_TJ: Tensor, dy_TO: Tensor, b_RO: Tensor, rows: RowsWithWindows,
-    layout: Layout, tuning: Tuning,
-) -> Tensor:  # fmt: skip
-    """dB by a read of dy of its own, a member at a time."""
-    one, start, found = layout._replace(num_members=1), 0, []
-    for member, width in enumerate(linear.adapters.out_features):
-        own = slice(start, start + width)
-        h_part, start = h_TJ[:, member * layout.rank_pad :], start + width
-        found.append(
-            outer(h_part, dy_TO[:, own], b_RO[:, own], rows.rows, linear.adapters, one, tuning)
-        )
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
-
-
-def _backward_in_turn(
-    linear: LinearWithWindows, dy_TO: Tensor, x_TD: Tensor, h_TJ: Tensor, a_RD: Tensor,
-    b_RO: Tensor, rows: RowsWithWindows,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    adapters = linear.adapters
-    layout, tuning = layout_of(adapters, x_TD.device), linear.tuning(x_TD)
-    beside_TO = empty(tuple(dy_TO.shape), dy_TO.dtype, dy_TO.device)
-
-    def sum_parts(
-        parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, *_: object
-    ) -> tuple[Tensor, Tensor]:
-        return _window_sum(parts, partials, h_TJ, b_OR, beside_TO, linear, rows, layout, tuning)
-
-    dh_TJ, db_RO = dh_db(
-        dy_TO, h_TJ, b_RO.t(), rows.rows, adapters, layout, tuning, sum_parts=sum_parts
-    )
-    dx_TD = empty(tuple(x_TD.shape), dy_TO.dtype, dy_TO.device)
-    _dx(linear, dy_TO, beside_TO, dx_TD, rows, 4)
-    return dx_TD, outer(dh_TJ, x_TD, a_RD, rows.rows, adapters, layout, tuning), db_RO
-
-
-def _window_sum(
-    parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, to_TO: Tensor,
-    linear: LinearWithWindows, rows: RowsWithWindows, layout: Layout, tuning: Tuning,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dh_TJ, db_RO, tiles, sums = new_sums(h_TJ, b_OR, partials, tuning)
-    _sum(
-        (tiles + sums, 1, 1),
-        (
-            parts, dh_TJ, to_TO, linear.factors.bad_S, partials, db_RO, rows.rows.slot_of_row_T,
-            layout.offset_S, layout.rank_S, rows.rows.scale_S, layout.edges, rows.window.table_I2,
-        ),
-        (
-            tiles, h_TJ.shape[0], b_OR.shape[0], db_RO.numel(), layout.j_width, parts.stride(0),
-            to_TO.stride(0), rows.window.room,
-        ),
-        (
-            layout.num_members, layout.rank_pad, partials.shape[0], layout.align, tuning.db_n,
-            tuning.sum_t, parts_at_once(parts, layout, tuning), 1024, TILE_T, WINDOW,
-        ),
-        2,
-    )  # fmt: skip
-    return dh_TJ, db_RO

@@ -63,7 +63,7 @@ def window_table_kernel(
     rank_T = tl.load(rank_ptr + slot_T, mask=slot_T >= 0, other=0)
     offset_T = tl.load(offset_ptr + slot_T, mask=rank_T > 0, other=0)
     stop = tl.max(offset_T + rank_T)
-    first = tl.min(tl.where(rank_T > 0, offset_T, stop))
+    first = tl.min(tl.where(rank_T > 0, offset_T, stop)) // 8 * 8  # a copy begins at 16 bytes
     window_ptr += 2 * tl.program_id(0)
     tl.store(window_ptr, first)
     tl.store(window_ptr + 1, tl.cdiv(stop - first, WINDOW))
@@ -150,55 +150,6 @@ def window_shrink_kernel(
     tl.store(at_TJ, h_TJ.to(h_ptr.dtype.element_ty), mask=in_T[:, None])
     _store_window(h_TJ, row_T, in_T, rank_T, shift_T, steps, to_ptr + member * room, to_stride,
                   RANK_PAD, WINDOW)  # fmt: skip
-
-
-@triton.jit
-def window_sum_kernel(
-    part_ptr, dh_ptr, to_ptr, bad_ptr, db_part_ptr, db_ptr, slot_of_row_ptr, offset_ptr, rank_ptr,
-    scale_ptr, edges_ptr, window_ptr, num_tiles, num_rows, width, num_db, h_stride, part_stride,
-    to_stride, room,
-    NUM_MEMBERS: tl.constexpr, RANK_PAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DB: tl.constexpr,
-    TILE_T: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """dh from its parts, compact, and in its window behind dy; where dB was cut over rows, dB
-    from its own."""
-    pid = tl.program_id(0)
-    if pid < num_tiles:
-        row_T = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-        in_T = row_T < num_rows
-        slot_T = tl.load(slot_of_row_ptr + row_T, mask=in_T, other=-1)
-        at_window = window_ptr + 2 * (pid * BLOCK_T // TILE_T)
-        first, steps = tl.load(at_window), tl.load(at_window + 1)
-        rank_T, shift_T, scale_T, is_bad_T = _rows_of_slots(
-            slot_T, offset_ptr, rank_ptr, scale_ptr, bad_ptr, first
-        )
-        for member in tl.static_range(NUM_MEMBERS):
-            start, stop = _member_range(edges_ptr, member, width, NUM_MEMBERS, ALIGN)
-            num_parts = tl.cdiv(stop - start, BLOCK_N)
-            j_J = tl.arange(0, RANK_PAD)
-            own_TJ = j_J[None, :] < rank_T[:, None]
-            at_TJ = row_T.to(tl.int64)[:, None] * h_stride + member * RANK_PAD + j_J[None, :]
-            total_PTJ = tl.zeros((BLOCK_P, BLOCK_T, RANK_PAD), tl.float32)
-            for part in range(0, num_parts, BLOCK_P):
-                p_P = part + tl.arange(0, BLOCK_P)
-                # Of rows of no slot nobody has written any: what is read there is not used.
-                total_PTJ += tl.load(
-                    part_ptr + p_P.to(tl.int64)[:, None, None] * part_stride + at_TJ[None, :, :],
-                    mask=(p_P < num_parts)[:, None, None] & in_T[None, :, None], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-            dh_TJ = tl.where(own_TJ, tl.sum(total_PTJ, 0) * scale_T[:, None], 0.0)
-            dh_TJ = tl.where(own_TJ & is_bad_T[:, None], float("nan"), dh_TJ)
-            tl.store(dh_ptr + at_TJ, dh_TJ.to(dh_ptr.dtype.element_ty), mask=in_T[:, None])
-            _store_window(dh_TJ, row_T, in_T, rank_T, shift_T, steps, to_ptr + member * room,
-                          to_stride, RANK_PAD, WINDOW)  # fmt: skip
-    elif SPLITS > 1:
-        at_N = (pid - num_tiles) * BLOCK_DB + tl.arange(0, BLOCK_DB)
-        total_N = tl.zeros((BLOCK_DB,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part_N = db_part_ptr + split * num_db.to(tl.int64) + at_N
-            total_N += tl.load(part_N, mask=at_N < num_db, other=0.0)
-        tl.store(db_ptr + at_N, total_N.to(db_ptr.dtype.element_ty), mask=at_N < num_db)
 
 
 @triton.jit

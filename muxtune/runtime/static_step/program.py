@@ -10,7 +10,8 @@ Shape suffixes as in the package.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from muxtune.runtime.static_step.extras import ExtraPools, SiteExtras
 from muxtune.runtime.static_step.inputs import StepInputs
 from muxtune.runtime.static_step.model import StaticModel
 from muxtune.runtime.static_step.virtual import SharedKeys
+from muxtune.runtime.static_step.windows import StepWindows, WindowedLinear
 from muxtune_kernels import AdamWSlots, multi_task_adamw_
 from muxtune_kernels.block import (
     add_rms_norm,
@@ -83,9 +85,13 @@ class _Site(NamedTuple):
 
     lora: LoraLinear
     extras: SiteExtras | None
+    windowed: WindowedLinear | None = None
 
     def forward(self, x_TD: Tensor, rows: StepRows) -> tuple[Tensor, Any]:
         """(y, (h, what the product has read, what comes behind it, what before))."""
+        if self.windowed is not None:
+            y_TC, h = self.windowed.forward(x_TD)
+            return y_TC, (h, x_TD, None, None)
         if self.extras is None:
             y_TC, h = lora_linear_forward(x_TD, self.lora, rows)
             return y_TC, (h, x_TD, None, None)
@@ -98,11 +104,12 @@ class _Site(NamedTuple):
 class StepProgram:
     """Runs a step of any number of rows up to the layout's. ``overlap``: factor gradients on a
     second stream. ``own_shrink``: products make their adapters' low-rank h themselves where that
-    is faster; else kernels of their own always do. ``deterministic``: no sum's order is left to
-    chance. ``extras``: the slots of methods that
-    have more than low-rank factors. ``recompute`` of a run: of how many blocks, the first ones,
-    only the input is kept; the backward computes the rest again, to the same bits (Chen et al.
-    2016, arXiv 1604.06174)."""
+    is faster; else kernels of their own always do. ``windows``: products of LoRA slots run on over
+    windows of ranks (``windows.py``) where neither dropout nor another method is in the way.
+    ``deterministic``: no sum's order is left to chance. ``extras``: the slots of methods that have
+    more than low-rank factors. ``recompute`` of a run: of how many blocks, the first ones, only the
+    input is kept; the backward computes the rest again, to the same bits (Chen et al. 2016, arXiv
+    1604.06174). Raises ValueError for windows in deterministic mode."""
 
     def __init__(
         self,
@@ -114,7 +121,10 @@ class StepProgram:
         loss_chunk_rows: int = 1024,
         extras: ExtraPools | None = None,
         own_shrink: bool = OWN_SHRINK,
+        windows: bool = False,
     ) -> None:
+        if windows and deterministic:
+            raise ValueError("with windows a row's bits may depend on its neighbours")
         self.model, self.pools, self.inputs, self.extras = model, pools, inputs, extras
         self._optimizer_pools = [
             *pools.optimizer_pools,
@@ -139,6 +149,8 @@ class StepProgram:
         count = _PRODUCTS_A_BLOCK * len(model.blocks) * tiles
         self._flags = ReadyFlags(count, model.device) if own_shrink else None
         self._rotary = Rotary(model.cos_LP, model.sin_LP, inputs.fields["positions"])
+        fits = extras is None and not inputs.layout.dropout and _runs_triton(inputs.buffer)
+        self._windows = StepWindows(pools) if windows and fits else None
         self._prompts = None if extras is None else extras.prompts
         if inputs.layout.prompt_rows != (0 if self._prompts is None else self._prompts.num_rows):
             raise ValueError(f"rows for prompts {inputs.layout.prompts}, the slots have others")
@@ -153,6 +165,8 @@ class StepProgram:
                 self._flags.clear()
             rows = self.inputs.step_rows(num_rows)._replace(flags=self._flags)
             self._lay_out(num_rows, rows)
+            if self._windows is not None:
+                self._windows.begin(rows)
             hidden, saved = self._forward(num_rows, rows, recompute)
             loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
             self._backward(num_rows, rows, hidden, saved, dnormed_TD)
@@ -260,6 +274,9 @@ class StepProgram:
 
     def _sites(self, index: int) -> tuple[_Site, ...]:
         loras = [pool.lora for pool in self.pools.layers[index]]
+        if self._windows is not None:
+            pairs = zip(loras, self._windows.of_layer(index), strict=True)
+            return tuple(_Site(lora, None, windowed) for lora, windowed in pairs)
         if self.extras is None:
             return tuple(_Site(lora, None) for lora in loras)
         pairs = zip(loras, self.extras.layers[index], strict=True)
@@ -269,10 +286,14 @@ class StepProgram:
         self, site: _Site, dy_TC: Tensor, saved: Any, rows: StepRows, needs_dx: bool = True
     ) -> Tensor | None:
         h, read_TD, around, scaled = saved
+        if site.windowed is not None:
+            return self._windowed_backward(site.windowed, dy_TC, read_TD, h, needs_dx)
         if site.extras is not None:
             dy_TC = site.extras.after_backward(dy_TC, around, rows, self.deterministic)
         dx_TD, made = lora_linear_input_grad(dy_TC, read_TD, h, site.lora, rows, needs_dx)
-        self._factor_grads(made, read_TD, site.lora, rows)
+        self._aside(
+            lambda: lora_linear_factor_grad(made, read_TD, site.lora, rows), (made, read_TD)
+        )
         if site.extras is None or dx_TD is None:
             return dx_TD
         return site.extras.before_backward(dx_TD, scaled, rows)
@@ -322,21 +343,38 @@ class StepProgram:
 
     # -- the second stream
 
-    def _factor_grads(self, made: Any, x_TD: Tensor, lora: LoraLinear, rows: StepRows) -> None:
-        """``made``: by the call of this linear's input gradient."""
+    def _windowed_backward(
+        self, linear: WindowedLinear, dy_TC: Tensor, x_TD: Tensor, h_TJ: Tensor, needs_dx: bool
+    ) -> Tensor | None:
+        dh_TJ, beside_TC = linear.shrink_dy(dy_TC)
+        since = None if self._side is None else torch.cuda.current_stream().record_event()
+        # The product first, or small kernels would fill the multiprocessors before it.
+        dx_TD = linear.input_grad(dy_TC, beside_TC) if needs_dx else None
+        self._aside(
+            lambda: linear.factor_grads(dh_TJ, h_TJ, dy_TC, x_TD), (dh_TJ, h_TJ, dy_TC, x_TD), since
+        )
+        return dx_TD
+
+    def _aside(self, call: Callable[[], object], read: tuple[Any, ...], since: Any = None) -> None:
+        """``call``, which reads ``read``, beside what comes next. ``since``: an event of this
+        stream that it waits for; None: now."""
         if self._side is None:
-            lora_linear_factor_grad(made, x_TD, lora, rows)
+            call()
             return
-        self._side.wait_stream(torch.cuda.current_stream())
+        self._side.wait_event(since or torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self._side):
-            lora_linear_factor_grad(made, x_TD, lora, rows)
+            call()
         # Memory must not be handed out again before the side stream has read it.
-        self._held.append((made, x_TD))
+        self._held.append(read)
 
     def _join_side(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
             self._held.clear()
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _some(tensor: Tensor | None) -> Tensor:
