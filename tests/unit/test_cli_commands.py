@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import pytest
 from muxtune import codec
 from muxtune.cli import COMMANDS, main
 from muxtune.types import Plan
+from muxtune.workload import tasks as task_file
+from muxtune.workload.methods import METHOD_OPTIONS, METHODS
 
 SMALL = ["workload=poisson", "workload.limit=12", "cluster.num_gpus=2", "workload.load=0.5"]
 
@@ -48,6 +52,13 @@ def test_help_of_a_command_shows_examples_groups_and_settings(
     assert "== Groups" in told and "== Settings" in told
     assert "planner: batched, exclusive, exclusive_fast, " in told.replace("base_planner, ", "")
     assert "num_gpus" in told
+
+
+def test_help_of_train_names_every_field_of_a_task(capsys: pytest.CaptureFixture[str]):
+    assert run("train", "--help") == 0
+    written = capsys.readouterr().out.partition("tasks.yaml:")[2].partition("== Groups")[0]
+    told = re.findall(r"\w+", written)
+    assert {*task_file._FIELDS, *METHODS, *chain(*METHOD_OPTIONS.values())} <= set(told)
 
 
 def test_help_of_report(capsys: pytest.CaptureFixture[str]):
