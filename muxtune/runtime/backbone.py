@@ -6,6 +6,7 @@ Shape suffixes: T rows of a micro-batch, D model features, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -316,7 +317,7 @@ def _from_pretrained(folder: Path, **options: Any) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _no_progress_bars():
+        with _no_progress_bars(), _parsed_once() if options else contextlib.nullcontext():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, **options
             )
@@ -330,6 +331,19 @@ def _from_pretrained(folder: Path, **options: Any) -> Loaded:
         model.hf_quantizer = None
         model.is_quantized = False
     return Loaded(model, HuggingFaceTokenizer(tokenizer, model.config))
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file four times for one model and its tokenizer: seconds each."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    setattr(gguf, "GGUFReader", functools.cache(reader))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ from tests.runtime.runtime_helpers import Bench, make_htask, make_plan, worst_ga
 pytestmark = pytest.mark.slow
 
 MODEL, STEPS, MAX_STEP_TOKENS = "smollm2-135m", 20, 128
-CHUNK_TOKENS, QUOTA = 32, 2
+CHUNK_TOKENS = 16
+PASS_TOKENS = {"chats": 48}  # of others 32: more would be filler, which is computed all the same
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Weights = dict[tuple[str, str], torch.Tensor]
 
@@ -93,11 +94,11 @@ def five_tasks(folder: Path, dropout: float) -> list[TaskSpec]:
         )
 
     return [
-        task("code", "code", 24, AdapterSpec(rank=4, targets=("q_proj", "v_proj")), batch_size=2),
-        task("pairs", "pairs", 20, AdapterSpec(rank=8, targets=ALL), batch_size=1, accumulation=2),
+        task("code", "code", 16, AdapterSpec(rank=4, targets=("q_proj", "v_proj")), batch_size=2),
+        task("pairs", "pairs", 16, AdapterSpec(rank=8, targets=ALL), batch_size=1, accumulation=2),
         task("chats", "chats", 48, AdapterSpec(rank=2, targets=("o_proj",)), batch_size=1),
-        task("short", "code", 10, AdapterSpec(rank=1, targets=("up_proj", "k_proj")), batch_size=5),
-        task("wide", "pairs", 28, AdapterSpec(rank=16, targets=("down_proj",)), batch_size=2),
+        task("short", "code", 8, AdapterSpec(rank=1, targets=("up_proj", "k_proj")), batch_size=4),
+        task("wide", "pairs", 16, AdapterSpec(rank=16, targets=("down_proj",)), batch_size=2),
     ]
 
 
@@ -110,8 +111,8 @@ def train(
     smol: Smol, tasks: Sequence[TaskSpec], where: str, chunk_tokens: int = CHUNK_TOKENS
 ) -> Trained:
     library = DatasetLibrary(smol.store.tokenizer)
-    bench = Bench(smol.folder / where, smol.store, library, model=MODEL, evaluate_tokens=100)
-    quota = QUOTA * CHUNK_TOKENS // chunk_tokens
+    bench = Bench(smol.folder / where, smol.store, library, model=MODEL, evaluate_tokens=60)
+    quota = {task.task_id: PASS_TOKENS.get(task.task_id, 32) // chunk_tokens for task in tasks}
     bench.run(make_plan([make_htask(tasks, chunk_tokens, quota)]), *tasks)
     assert bench.done() == {task.task_id for task in tasks}
     return Trained(bench, {task.task_id: bench.weights(task) for task in tasks})
@@ -137,7 +138,7 @@ def test_no_step_is_longer_than_promised_and_all_learn(together: Trained) -> Non
         assert event.data.perplexity_after < event.data.perplexity_before  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("index", "chunk_tokens"), [(0, 32), (1, 64), (2, 32), (3, 16), (4, 32)])
+@pytest.mark.parametrize(("index", "chunk_tokens"), [(0, 16), (1, 32), (2, 16), (3, 8), (4, 16)])
 def test_each_ends_as_if_it_were_alone(
     smol: Smol, together: Trained, index: int, chunk_tokens: int
 ) -> None:
