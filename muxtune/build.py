@@ -137,6 +137,11 @@ def analytic_notes(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[s
     return [note for pair in pairs if (note := costs.note(*pair))]
 
 
+def origin_of_times(costs: CostBook, instances: Sequence[InstanceSpec]) -> str:
+    """For a run's summary: whether any of its predicted times come from published figures only."""
+    return "analytic" if analytic_notes(costs, instances) else "measured"
+
+
 def simulator_book(config: CommonConfig, simulator_cost: CostConfig, planner_book: CostBook) -> Any:
     """The planner's own book for ``same``; else a book of its own."""
     return planner_book if simulator_cost.kind == "same" else cost_book(config, simulator_cost)

@@ -67,14 +67,16 @@ def run(
     build.need_torch()
     costs = build.cost_book(config)
     tasks = _shortened(real_tasks(config, costs), config.steps)
-    warn_of_costs(costs, build.instances(config, costs, tasks))
+    instances = build.instances(config, costs, tasks)
+    warn_of_costs(costs, instances)
+    figures = {"figures": build.origin_of_times(costs, instances)}
     store = loaded or build.backbone_store(config)
     names = config.planners or [config.planner["name"]]
     rows = [_compare(config, name, costs, tasks, store, folder.path) for name in names]
-    folder.write_json("compare.json", [_as_json(row) for row in rows])
+    folder.write_json("compare.json", [_as_json(row) | figures for row in rows])
     _plot(folder.path, rows)
     _show(folder, rows)
-    return _summary(rows[0]) | {
+    return (_summary(rows[0]) | figures) | {
         f"{row.planner}.{key}": value for row in rows[1:] for key, value in _summary(row).items()
     }
 

@@ -22,7 +22,6 @@ from muxtune.report.task_table import write_parquet
 from muxtune.types import NS_PER_S, InstanceSpec
 
 EXACT_TIMES, MEAN_TIMES = "exact", "mean"
-ANALYTIC, MEASURED = "analytic", "measured"  # figures of the device
 MAX_EXACT_TASKS = 2_000
 SLOWDOWN_PLOT = "slowdown.png"
 TASKS_FILE, PARQUET_FILE, TENANTS_FILE = "tasks.csv", "tasks.parquet", "tenants.csv"
@@ -67,7 +66,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         "num_planner_calls": planner.num_calls,
         "mean_planning_us": planner.mean_us,
         "times": backend["times"],
-        "figures": ANALYTIC if analytic else MEASURED,
+        "figures": build.origin_of_times(costs, instances),
         "wall_time_s": time.perf_counter() - started_s,
     }
     if promises.rows:

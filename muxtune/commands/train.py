@@ -185,6 +185,7 @@ def run(
     if predicted := _ordered(outcomes.plans.values()):
         spec = next(item for item in instances if item.instance_id == predicted.instance_id)
         write_plan_trace(folder.path / PLAN_TRACE_FILE, predicted, costs(spec.model, spec.device))
+    summary["figures"] = build.origin_of_times(costs, instances)
     _show(folder, summary, outcomes)
     summary["error"] = troubles.error()
     return summary

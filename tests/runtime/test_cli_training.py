@@ -172,7 +172,7 @@ def test_compare_shows_predicted_beside_measured(
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [row["planner"] for row in rows] == ["muxtune", "batched", "exclusive"]
     for row in rows:
-        assert row["step"]["tasks"] == 2
+        assert row["step"]["tasks"] == 2 and row["figures"] == "measured"
         assert row["step"]["measured_s"] > 0 and row["effective_tokens_per_s"] > 0
         assert row["padded_tokens_per_s"] >= row["effective_tokens_per_s"]
         expected = row["step"]["predicted_s"] / row["step"]["measured_s"] - 1

@@ -355,6 +355,7 @@ def test_a_run_that_has_ended_can_be_resumed_and_changes_nothing(
     with RunFolder(folder) as run_folder:
         summary = run(replace(case.config, resume=True), run_folder, case.store)
     assert "has ended already" in capsys.readouterr().out
+    assert summary["figures"] == "analytic"
     assert {path: path.read_bytes() for path in before} == before
     assert summary.items() <= json.loads((folder / "summary.json").read_text()).items()
 
