@@ -31,8 +31,8 @@ _ALONE, _ALONE_STEP = 0.6, 0.4
 _SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
 _UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
 _FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
-# Of a wave's time, by the share of multiprocessors that are idle. Judged by single products of few
-# rows and steps of a wider model, on two devices.
+# Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
+# of few rows and steps of a wider model, on two devices.
 _IDLE_SPARES = 0.4
 _PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
 _ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
@@ -144,10 +144,10 @@ class Counts:
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
-    """Of a tile, in 1e9; less where multiprocessors are idle, which leave power and memory to the
-    others."""
+    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
+    and memory to the others."""
     work = launch.tile.rows * launch.tile.columns * inner / 1e9
-    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy))
+    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
 
 
 class _Forward(NamedTuple):

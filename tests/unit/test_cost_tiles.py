@@ -15,7 +15,7 @@ from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Product
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
-from muxtune.cost.tiles import Tiling
+from muxtune.cost.tiles import HALF_WAVE, Tiling
 from muxtune.errors import ProfileError
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.step_cases import StepCase, StepTask, plan_of
@@ -69,7 +69,7 @@ def test_slots_that_meet_in_a_tile_are_counted() -> None:
 def test_a_launch_tells_waves_and_who_is_free(tiling: Tiling) -> None:
     half_tail, one, full = (tiling.launch(rows, (4096,)) for rows in (1088, 640, 1024))
     assert (half_tail.count, half_tail.free) == (144, 132 - 24)
-    assert half_tail.waves == pytest.approx(1 + tiling.half_cost)
+    assert half_tail.waves == pytest.approx(1 + HALF_WAVE)
     assert (one.waves, one.free, one.busy) == (1, 52, pytest.approx(80 / 132))
     assert (full.waves, full.free) == (1, 4)
 
