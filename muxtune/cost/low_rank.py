@@ -111,7 +111,9 @@ class Counts:
         launch = self.launch(rows, site.out_features)
         tile = launch.tile
         met = self.met(slots, rows, used_rows, tile.rows)
-        makers = -(-rows // tile.rows) * len(site.out_features)
+        members = len(site.out_features)
+        fills = (used_rows,) if used_rows else tuple(int(fill * rows) for fill in _FILLS)
+        in_turn = [-(-used // tile.rows) * members > launch.free for used in fills]
         return _Forward(
             launch,
             self._kinds.index((tile.rows, tile.columns)),
@@ -119,7 +121,7 @@ class Counts:
             self._heights.index(tile.rows),
             met.most_pairs * site.in_features / _PASS_WIDTH,
             rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
-            makers > launch.free,
+            sum(in_turn) / len(in_turn),
         )
 
     def backward(
@@ -153,7 +155,8 @@ def _tile_work(launch: Launch, inner: int) -> float:
 class _Forward(NamedTuple):
     """``tile_work``: multiply-adds of a tile, in 1e9; ``kind``, ``height``: places of the tile and
     its rows; ``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``:
-    low-rank steps of a mean tile; ``in_turn``: whoever makes h has a tile in the last wave too."""
+    low-rank steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows
+    in use, have a tile in the last wave too."""
 
     launch: Launch
     kind: int
@@ -161,7 +164,7 @@ class _Forward(NamedTuple):
     height: int
     passes: float
     steps: float
-    in_turn: bool
+    in_turn: float
 
 
 class _Backward(NamedTuple):
@@ -242,7 +245,7 @@ class Forward:
         made_s, tile_s = self._parts(item, rank)
         waves, tiles = item.launch.waves, len(self.counts._kinds)
         ends_s = self.speeds[tiles + item.kind] * item.steps + self.speeds[2 * tiles]
-        first_s = made_s + tile_s if item.in_turn else max(made_s, tile_s)
+        first_s = max(made_s, tile_s) + item.in_turn * min(made_s, tile_s)
         return first_s + (waves - 1.0) * tile_s + math.ceil(waves) * ends_s
 
 
