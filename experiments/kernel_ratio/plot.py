@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 METHODS = {
-    "muxtune_fp32_adapters": ("MuxTune", "C0", "o-"),
+    "muxtune_fp32_adapters": ("MuxTune, fused products", "C0", "o-"),
     "muxtune_windows": ("MuxTune, windows of ranks", "C3", "d-."),
     # As earlier runs in validation/kernel_ratio name them.
     "muxtune_with_room": ("MuxTune, buffers with room", "C3", "d-."),

@@ -143,6 +143,11 @@ def test_train_refuses_a_model_that_is_not_there(
             "backend.step=foo",
             "backend.step: 'foo' is no way to compute a step. Choose one of: auto",
         ),
+        (
+            "backend.lora_products=foo",
+            "backend.lora_products: is 'foo'. Choose one of: fused, wind",
+        ),
+        ("backend.lora_products=windows", "backend.lora_products: with windows a task's bits may"),
         ("backend.checkpoint_steps=-1", "backend.checkpoint_steps: is -1. Give at least 0"),
         ("backend.progress_interval_s=0", "backend.progress_interval_s: is 0. Give a number above"),
         ("backend.memory_pressure_share=1.5", "backend.memory_pressure_share: is 1.5, more than"),

@@ -4,6 +4,7 @@
 ``adapters`` the tasks' LoRA factors, gradients and moments, laid out for the fused linears
 ``extras``   the same for the other methods, and what they do around a linear
 ``virtual``  what prefixes and prompts put before a slot's sequences
+``windows``  LoRA linears by products over windows of ranks, where they are asked for
 ``inputs``   everything that changes from step to step, in one buffer that one copy refills
 ``program``  forward, loss, backward and optimizer as explicit calls, without autograd
 ``captured`` the program of each row count as a CUDA graph, and the loop around its replays
