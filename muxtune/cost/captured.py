@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import Grid, Time, fit_affine
+from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine
 from muxtune.cost.low_rank import (
     BACKWARD,
     FORWARD,
@@ -785,13 +786,23 @@ class CapturedCostModel(ProfiledCostModel):
         return free, free
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
-        """By the blocks that were captured: launches grow with them, rows hardly count. Nothing on
-        a CPU, where the program runs as it is; a guess where no capture was measured."""
+        """By the blocks that were captured, whose launches take longest, and by rows, for a trial
+        pass comes first; older profiles know nothing of rows. Nothing on a CPU, where the program
+        runs as it is; a guess where no capture was measured."""
         if "capture" not in self.profile.ops:
             is_cpu = self.profile.device.get("kind") == "cpu"
             return Estimate(0.0, 0.0, 0.0, False) if is_cpu else UNKNOWN_CAPTURE
+        if self.profile.ops["capture"]["axes"] == ["rows"]:
+            (once_s, per_row_s), error, _ = self._capture_fit
+            share = self.model.num_layers / self.profile.model_shape.num_layers
+            value = share * (once_s + per_row_s * shape.padded_tokens)
+            return Estimate(value, value * max(0.0, 1 - error), value * (1 + error), False)
         value, width, outside = self._table("capture").at((float(self.model.num_layers),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
+
+    @cached_property
+    def _capture_fit(self) -> AffineFit:
+        return self._fit("capture", "rows", lambda rows: (1.0, rows))
 
     def captures_anew(self, previous: Plan, new: Plan) -> bool:
         """Graphs of an instance share a memory as large as the largest pass, which must come

@@ -20,29 +20,34 @@ from muxtune.profiling.compiling import StepJob, step_jobs
 from muxtune.profiling.step_cases import INSTANCE, StepTask, plan_of
 from muxtune.runtime.backbone import Backbone, BackboneStore
 from muxtune.runtime.bank import adapter_slot
+from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.instance import RunningInstance
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
 from muxtune.runtime.tasks import RuntimeTask
-from muxtune.types import Event, EventKind, HTask, InstanceSpec, PackRule, Plan, ShapeKey, TaskSpec
+from muxtune.types import Event, EventKind, HTask, InstanceSpec, PackRule, ShapeKey, TaskSpec
 from muxtune.workload.random_texts import RandomTexts
 
-ROWS = (256, 512, 1024)  # sizes of each hTask, all of which are captured
+ROWS = (256, 512, 1024, 2560)  # sizes of each hTask, all of which are captured
 RANKS = (16, 32, 64)
 STEPS = 8  # under each plan
 _LED_BY = 2  # steps that are started before the first is read
 _MORE = 4  # so that nobody ends while a takeover is timed
-_CHUNK_TOKENS, _BATCH_SIZE = 64, 4
+# No two hTasks have the same rows, as in training: libraries take their time for new sizes. They
+# become smaller, so that no older graph is captured anew.
+_STEP_ROWS, _NUM_HTASKS, _REPEATS = 32, 5, 2
+_CHUNK_TOKENS, _BATCH_SIZE = 32, 4
 _FOREVER_NS, _GLANCE_NS = 1 << 62, 1_000_000
 _LONGEST_S = 20.0  # of one wait
 
 
 class Timed(NamedTuple):
-    """Seconds by what they were for: ``captures`` of one size each; ``joins``, ``finishes`` and
-    ``moves`` of tasks by rank; ``leaves``: a plan in which only somebody is missing."""
+    """Seconds by what they were for: ``captures`` of one size each, by rows; ``joins``,
+    ``finishes`` and ``moves`` of tasks by rank; ``leaves``: a plan in which only somebody is
+    missing."""
 
-    captures: list[float]
+    captures: dict[int, float]
     joins: dict[int, list[float]]
     finishes: dict[int, list[float]]
     moves: dict[int, list[float]]
@@ -51,20 +56,20 @@ class Timed(NamedTuple):
     @classmethod
     def nothing(cls) -> Timed:
         joins, finishes, moves = ({rank: [] for rank in RANKS} for _ in range(3))
-        return cls([], joins, finishes, moves, [])
+        return cls({}, joins, finishes, moves, [])
 
 
 def measure_takeovers(
     shape: ModelShape, store: BackboneStore, *, step: str, deterministic: bool, max_rows: int,
-    repeats: int = 2,
+    repeats: int = _REPEATS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Operations of a profile: ``capture`` (blocks), ``join``, ``move`` and ``finish`` (trained
+    """Operations of a profile: ``capture`` (rows), ``join``, ``move`` and ``finish`` (trained
     numbers), ``leave`` (blocks). Wall time, whatever clock the rest was timed by: disks count."""
-    sizes = _sizes(max_rows)
     found = Timed.nothing()
     numbers: dict[int, float] = {}
-    for _ in range(repeats if store.device.type == "cuda" else 1):
-        with _driver(shape, sizes, store, step, deterministic) as driver:
+    for repeat in range(repeats if store.device.type == "cuda" else 1):
+        all_sizes = _all_sizes(max_rows, repeat)
+        with _driver(shape, all_sizes, store, step, deterministic) as driver:
             _come_and_go(driver, found)
             numbers |= driver.numbers
             for rank, seconds in driver.executor.finishes_s.items():
@@ -72,7 +77,8 @@ def measure_takeovers(
     layers = {"layers": float(shape.num_layers)}
     ops = {"leave": _op("layers", [{**layers, **summarise(found.leaves)}])}
     if found.captures:
-        ops["capture"] = _op("layers", [{**layers, **summarise(found.captures)}])
+        points = [{"rows": float(rows), **summarise([s])} for rows, s in found.captures.items()]
+        ops["capture"] = _op("rows", points)
     named = (("join", found.joins), ("move", found.moves), ("finish", found.finishes))
     for name, by_rank in named:
         points = [{"parameters": numbers[r], **summarise(s)} for r, s in by_rank.items() if s]
@@ -82,15 +88,25 @@ def measure_takeovers(
 
 def takeover_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
     """What is captured, so that it can be compiled before."""
-    sizes = _sizes(max_rows)
-    specs = {f"t{rank}": _spec(shape, f"t{rank}", rank, 0, sizes) for rank in RANKS}
-    small, middle, large = ([spec] for spec in specs.values())
-    htasks = [_htask(members, sizes) for members in (small, middle, large, middle + small)]
-    return [job for htask in htasks for job in step_jobs(shape, plan_of([htask]), specs)]
+    jobs = []
+    for repeat in range(_REPEATS):
+        all_sizes = _all_sizes(max_rows, repeat)
+        specs = {f"t{rank}": _spec(shape, f"t{rank}", rank, 0, all_sizes[-1]) for rank in RANKS}
+        small, middle, large = ([spec] for spec in specs.values())
+        groups = (small, large, middle, small, middle + small)
+        for members, sizes in zip(groups, all_sizes, strict=True):
+            jobs += step_jobs(shape, plan_of([_htask(members, sizes)]), specs)
+    return jobs
 
 
-def _sizes(max_rows: int) -> tuple[int, ...]:
-    return tuple(sorted({min(rows, max_rows) for rows in ROWS}))
+def _all_sizes(max_rows: int, repeat: int) -> list[tuple[int, ...]]:
+    """Of each hTask of a repeat, as they come."""
+    most = max(_STEP_ROWS, max_rows // 8)
+    steps = [
+        min(most, _STEP_ROWS * ((repeat + 1) * _NUM_HTASKS - number))
+        for number in range(_NUM_HTASKS)
+    ]
+    return [tuple(sorted({min(rows, max_rows - most) + more for rows in ROWS})) for more in steps]
 
 
 def _op(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -125,7 +141,7 @@ def _come_and_go(driver: _Driver, found: Timed) -> None:
     ]
     for seconds, taken_s in charged:
         seconds.append(max(1e-6, taken_s))
-    found.captures.extend(driver.captures_s)
+    found.captures.update(driver.captures_s)
 
 
 class _TimedExecutor(TorchExecutor):
@@ -142,29 +158,37 @@ class _TimedExecutor(TorchExecutor):
         self.finishes_s.setdefault(task.spec.adapter.rank, []).append(taken_s)
 
 
+class _SeenInstance(RunningInstance):
+    @property
+    def captured(self) -> list[CapturedRunner]:
+        """Of the running plan."""
+        return [runner for runner in self._runners if isinstance(runner, CapturedRunner)]
+
+
 class _Driver:
     """An executor with one instance, ``instances[0]``, given plans by hand."""
 
     def __init__(
         self,
         shape: ModelShape,
-        sizes: tuple[int, ...],
+        all_sizes: Sequence[tuple[int, ...]],
         executor: _TimedExecutor,
-        instances: Sequence[RunningInstance],
+        instances: Sequence[_SeenInstance],
         recorder: Recorder,
     ) -> None:
-        self.shape, self.sizes = shape, sizes
+        self.shape, self._sizes_left = shape, list(all_sizes)
         self.executor, self.instances, self.recorder = executor, instances, recorder
         self.numbers: dict[int, float] = {}
-        self.captures_s: list[float] = []  # of one size
+        self.captures_s: dict[int, float] = {}  # of one size, by rows
         self._epoch, self._seed = 0, 0
-        self._captured: set[ShapeKey] = set()
+        self._htasks: dict[tuple[str, ...], HTask] = {}
         executor.start(InstanceSpec(INSTANCE, shape.name, "gpu", 1 << 60))
         self._until(EventKind.INSTANCE_READY)
 
     def task(self, name: str, rank: int, steps: int) -> TaskSpec:
         self._seed += 1
-        spec = _spec(self.shape, name, rank, self._seed, self.sizes)._replace(num_steps=steps)
+        smallest = self._sizes_left[-1]
+        spec = _spec(self.shape, name, rank, self._seed, smallest)._replace(num_steps=steps)
         self.executor.prepare(spec)
         self._until(EventKind.TASK_READY)
         return spec
@@ -182,23 +206,22 @@ class _Driver:
 
     def apply(self, *groups: Sequence[TaskSpec]) -> float:
         """Seconds of captures."""
-        plan = plan_of([_htask(group, self.sizes) for group in groups], self._epoch)
+        plan = plan_of([self._htask_of(group) for group in groups], self._epoch)
         self._epoch += 1
         spans = len(self.recorder.spans)
         self.executor.apply(plan)
         self._until(EventKind.PLAN_APPLIED)
+        for runner in self.instances[0].captured:
+            self.captures_s |= runner.steps.capture_s
         captures = [x for x in self.recorder.spans[spans:] if x.name == "capture"]
-        captured_s = sum(item.duration_ns for item in captures) / 1e9
-        count = self._num_new(plan)
-        if count and captured_s:
-            self.captures_s += [captured_s / count]
-        return captured_s
+        return sum(item.duration_ns for item in captures) / 1e9
 
-    def _num_new(self, plan: Plan) -> int:
-        """Sizes that the plan before did not have."""
-        shapes = {shape for htask in plan.htasks for shape in htask.shapes}
-        new, self._captured = shapes - self._captured, shapes
-        return len(new)
+    def _htask_of(self, group: Sequence[TaskSpec]) -> HTask:
+        """The same for the same tasks; of new ones with the next sizes."""
+        names = tuple(spec.task_id for spec in group)
+        if names not in self._htasks:
+            self._htasks[names] = _htask(group, self._sizes_left.pop(0))
+        return self._htasks[names]
 
     def _count_numbers(self, groups: Sequence[Sequence[TaskSpec]]) -> None:
         for spec in (spec for group in groups for spec in group):
@@ -243,7 +266,7 @@ class _Driver:
 @contextlib.contextmanager
 def _driver(
     shape: ModelShape,
-    sizes: tuple[int, ...],
+    all_sizes: Sequence[tuple[int, ...]],
     store: BackboneStore,
     step: str,
     deterministic: bool,
@@ -255,17 +278,17 @@ def _driver(
             checkpoint_steps=0, progress_interval_s=1e6, step=step,
         )  # fmt: skip
         texts = RandomTexts(shape.vocab)
-        instances: list[RunningInstance] = []
+        instances: list[_SeenInstance] = []
 
         def make(spec: InstanceSpec, backbone: Backbone, host: TorchExecutor) -> RunningInstance:
-            instances.append(RunningInstance(spec, backbone, host))
+            instances.append(_SeenInstance(spec, backbone, host))
             return instances[-1]
 
         executor = _TimedExecutor(
             StepBuilder(), store, texts, options, [recorder], make_instance=make
         )
         try:
-            yield _Driver(shape, sizes, executor, instances, recorder)
+            yield _Driver(shape, all_sizes, executor, instances, recorder)
         finally:
             executor.stop(INSTANCE)
             executor.close()
@@ -280,7 +303,7 @@ def _spec(shape: ModelShape, name: str, rank: int, seed: int, sizes: tuple[int, 
 
 def _htask(specs: Sequence[TaskSpec], sizes: tuple[int, ...]) -> HTask:
     """Tasks that share its micro-batches evenly."""
-    slots, chunk = tuple(adapter_slot(spec) for spec in specs), min(_CHUNK_TOKENS, sizes[0] // 2)
+    slots, chunk = tuple(adapter_slot(spec) for spec in specs), _CHUNK_TOKENS
     shapes = tuple(ShapeKey(chunk, rows // chunk, slots) for rows in sizes)
     share = shapes[-1].num_chunks // len(specs)
     slot_of = {spec.task_id: slot for slot, spec in enumerate(specs)}

@@ -105,8 +105,9 @@ def _draw(
     for index, kind in enumerate(kinds):
         spec = kind.spec(f"t{index}", shape.name, index)
         steps = max(3, int(random.uniform(0.5, 1.0) * share_s / step_s))
-        # One at a time: what arrives together is read one by one by the real executor only.
-        arrival_s = (0.1 * index + random.uniform(0.0, 0.05)) * duration_s if index else 0.0
+        # One at a time: what arrives together is read one by one by the real executor only. Soon
+        # enough for the first task not to end just as the second comes, which would be a tie.
+        arrival_s = (0.035 * index + random.uniform(0.0, 0.01)) * duration_s if index else 0.0
         tasks.append(spec._replace(num_steps=steps, arrival_ns=int(arrival_s * NS_PER_S)))
     if max_tasks >= count:
         cancel_ns = int(0.45 * duration_s * NS_PER_S)
@@ -343,9 +344,11 @@ def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
             step=profile.style,
         )
         recorder, texts = Recorder(), RandomTexts(shape.vocab)
+        book = _book(profile)
+        book(shape.name, profile.device_name)  # it is fitted before the executor's clock begins
         executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
         try:
-            log = _run(case, profile, _book(profile), executor)
+            log = _run(case, profile, book, executor)
         finally:
             executor.close()
     log.spans = [
@@ -372,7 +375,6 @@ def _run(case: DynamicCase, profile: Profile, book: CostBook, executor: Any) -> 
     instance = InstanceSpec(INSTANCE, shape.name, profile.device_name, limit_bytes)
     policy = FifoShared(max_tasks_per_instance=case.max_tasks)
     planner = TimedPlanner(book)
-    book(shape.name, profile.device_name)  # what it is fitted to is no part of the run
     Engine(policy, planner, executor, case.tasks, [instance], log, (log,)).run()
     log.planning_s = planner.seconds
     return log

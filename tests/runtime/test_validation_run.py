@@ -90,6 +90,21 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
     assert one_less_s == pytest.approx(leave_s) and leave_s > 0
 
 
+def test_captures_are_charged_by_their_rows(profile_path: Path) -> None:
+    profile = load_profile(profile_path)
+    points = [{"rows": n, **dict.fromkeys(("median_s", "p05_s", "p95_s"), s), "repeats": 1}
+              for n, s in ((256.0, 0.2), (1280.0, 0.3))]  # fmt: skip
+    ops = {**profile.ops, "capture": {"unit": "s", "axes": ["rows"], "points": points}}
+    deep = TINY._replace(num_layers=2 * TINY.num_layers)
+    found = [
+        CapturedCostModel(shape, profile._replace(ops=ops)).capture_s(
+            ShapeKey(64, rows // 64, ()), ReplicaShape()
+        ).value
+        for shape, rows in ((TINY, 256), (TINY, 2304), (deep, 256))
+    ]  # fmt: skip
+    assert found == pytest.approx([0.2, 0.4, 0.4])
+
+
 def test_a_validation_writes_what_it_measured(
     report: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
