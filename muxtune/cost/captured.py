@@ -80,8 +80,11 @@ _PRODUCTS = (FORWARD, BACKWARD)
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
-SITE, FACTOR = "site", "factor"  # causes: products with adapters, and A's gradients beside them
-_CATEGORY_OF: Mapping[str, str] = dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS)
+# Causes: what products take more with adapters, A's gradients beside them, and such products alone.
+SITE, FACTOR, ADAPTED = "site", "factor", "adapted"
+_CATEGORY_OF: Mapping[str, str] = {
+    **dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS), ADAPTED: ops.BACKBONE
+}  # fmt: skip
 _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
@@ -656,7 +659,8 @@ class CapturedCostModel(ProfiledCostModel):
                 continue
             op, whole, spared_s = timed(side, backward)
             alone_s = min(whole.value_s, alone[1].value_s)
-            yield alone[0], Time(alone_s, 0.0, whole.extrapolated)
+            of_adapted = alone[0]._replace(category=ADAPTED)
+            yield of_adapted, Time(alone_s, 0.0, whole.extrapolated)
             more_s = whole.value_s - alone_s - spared_s
             yield op, Time(more_s, whole.half_width_s, whole.extrapolated)
         if use.count:
@@ -819,7 +823,11 @@ def _idle_s(blocks: Tally, rows: float) -> float:
     limited = (math.log2(max(1.0, rows)) - _POWER_LIMITED_LOG_ROWS[0]) / (
         _POWER_LIMITED_LOG_ROWS[1] - _POWER_LIMITED_LOG_ROWS[0]
     )
-    products_s = sum(side.get(ops.BACKBONE, 0.0) for side in (blocks.forward_s, blocks.backward_s))
+    products_s = sum(
+        side.get(cause, 0.0)
+        for side in (blocks.forward_s, blocks.backward_s)
+        for cause in (ops.BACKBONE, ADAPTED)
+    )
     return min(1.0, max(0.0, limited)) * products_s
 
 

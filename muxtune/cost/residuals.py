@@ -24,7 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 # Prior standard deviations of the factors: how far a cause is trusted to be as alone.
-_SPREADS: Mapping[str, float] = {"backbone": 0.05, "loss": 0.05, "site": 0.25, "factor": 0.5}
+_SPREADS: Mapping[str, float] = {
+    "backbone": 0.05,
+    "adapted": 0.05,
+    "loss": 0.05,
+    "site": 0.25,
+    "factor": 0.5,
+}
 _OTHER_SPREAD = 0.2
 _FILLER, _PASS_S, _BLOCK_S = 0.15, 3e-4, 1e-5
 # Tried, and the likeliest taken: how far g and h go, over what distances, and what is noise.
