@@ -44,6 +44,7 @@ from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
 from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine
 from muxtune.cost.low_rank import (
     BACKWARD,
+    FILL,
     FORWARD,
     Backward,
     Counts,
@@ -640,17 +641,17 @@ class CapturedCostModel(ProfiledCostModel):
         size = use.site.size
 
         def timed(side: str, backward: bool) -> tuple[Op, Time, float]:
-            """The last: seconds that are spared where all rows are filler."""
+            """The last: seconds that are spared where all rows are filler. Products are as they are
+            where ``FILL`` of the rows are in use."""
             rank, per_row_s = use.paid[side]
-            sizes = (float(use.count), rank, rows)
+            sizes, cause, used_rows = (float(use.count), rank, rows), FACTOR, rows
             if side != "factor":
-                sizes = (*sizes, 0.0)  # no number of rows in use: as they mostly are
-            cause = FACTOR if side == "factor" else SITE
+                sizes, cause, used_rows = (*sizes, 0.0), SITE, FILL * rows
             op, time = self._timed(f"site_{side}.{size}", cause, backward, sizes)
             time = Time(time[0], time[1], time[2] or not use.known)
             per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
             per_used_s[backward] += per_row_s * use.count / num_slots
-            return op, time, per_row_s * rows
+            return op, time, per_row_s * used_rows
 
         for side, backward in (("forward", False), ("backward", True)):
             alone = frozen[f"frozen_{side}.{size}"]

@@ -31,6 +31,7 @@ _ALONE, _ALONE_STEP = 0.6, 0.4
 _SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
 _UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
 _FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
+FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
 # of few rows and steps of a wider model, on two devices.
 _IDLE_SPARES = 0.4
