@@ -170,6 +170,8 @@ class StepProgram:
             hidden, saved = self._forward(num_rows, rows, recompute)
             loss_S, dnormed_TD = self._loss(num_rows, hidden[1])
             self._backward(num_rows, rows, hidden, saved, dnormed_TD)
+            if self._windows is not None:
+                self._windows.end()
             self.metrics[0].copy_(loss_S)
             if not self.optimizes:
                 return StepResult(*self.metrics)

@@ -79,6 +79,10 @@ class StepWindows:
                     rows = rows_with_windows(step.rows, step.scale_S, linear)
                     self._rows[lora.slot_ranks] = rows
 
+    def end(self) -> None:
+        """Of every run: nothing that was made in it outlives it in the memory of graphs."""
+        self._rows, self._keep_S = {}, None
+
     def of_layer(self, index: int) -> list[WindowedLinear | None]:
         assert self._keep_S is not None
         return [
