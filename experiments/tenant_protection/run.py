@@ -231,7 +231,7 @@ def main() -> None:
                 for load in LOADS
                 for protected in (False, True)
             ]
-            slowdowns(arguments.output / "simulated.png", runs[-1]["rows"])
+            slowdowns(arguments.output / "simulated.png", runs[-1]["rows"], "analytic")
             content["simulation"] = [
                 {key: value for key, value in run.items() if key != "rows"} for run in runs
             ]

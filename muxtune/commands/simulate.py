@@ -72,7 +72,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
     if promises.rows:
         from muxtune.report.plots import slowdowns  # a second of imports, for few runs
 
-        slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows)
+        slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows, summary["figures"])
     _show(folder, summary, tasks, analytic)
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.
     if config.workload.kind == "tasks" or not totals.num_done:

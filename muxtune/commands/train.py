@@ -366,7 +366,8 @@ TASK_COLUMNS = (
 )
 
 
-def task_table(tasks: Sequence[TaskOutcome]) -> Any:
+def task_table(tasks: Sequence[TaskOutcome], figures: str) -> Any:
+    """``figures``: measured or analytic."""
     rows = [
         (
             *(item.task_id, str(item.state), item.steps, item.effective_tokens, item.final_loss),
@@ -375,15 +376,16 @@ def task_table(tasks: Sequence[TaskOutcome]) -> Any:
         )
         for item in sorted(tasks, key=lambda item: item.task_id)
     ]
-    return make_table("Tasks", TASK_COLUMNS, rows)
+    title = f"Tasks (slowdown: over the time alone that {figures} figures predict)"
+    return make_table(title, TASK_COLUMNS, rows)
 
 
 def _show(folder: RunFolder, summary: dict[str, Any], outcomes: Outcomes) -> None:
     console = make_console()
-    console.print(task_table(outcomes.tasks))
+    console.print(task_table(outcomes.tasks, summary["figures"]))
     rows = [(item.task_id, slowdown(item), item.max_slowdown) for item in outcomes.tasks]
     if known := sorted((name, value, bound) for name, value, bound in rows if value):
-        slowdowns(folder.path / SLOWDOWN_PLOT, known)
+        slowdowns(folder.path / SLOWDOWN_PLOT, known, summary["figures"])
     rows = [
         ("run", format_seconds(summary["makespan_s"])),
         ("of it training", format_seconds(summary["training_s"])),

@@ -130,11 +130,14 @@ def throughput_by_planner(path: Path, rows: Sequence[tuple[str, float, float]]) 
     return _save(figure, path)
 
 
-def slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Path:
+def slowdowns(
+    path: Path, rows: Sequence[tuple[str, float, float | None]], figures: str = "measured"
+) -> Path:
     """Rows of (task, slowdown, promised bound or None): a bar each, a tick at what was promised;
-    of many tasks the sorted slowdowns of those with and without a promise."""
+    of many tasks the sorted slowdowns of those with and without a promise. ``figures``: what
+    predicts the time alone, measured or analytic."""
     if len(rows) > MAX_SLOWDOWN_BARS:
-        return _sorted_slowdowns(path, rows)
+        return _sorted_slowdowns(path, rows, figures)
     figure, axes = _axes(max(5.0, 0.9 * len(rows) + 1.5), 4.0)
     for index, (_, slowdown, bound) in enumerate(rows):
         axes.bar(index, slowdown, 0.6, color=PALETTE[2 if bound else 0])
@@ -149,14 +152,16 @@ def slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Pa
             axes.bar(0, math.nan, color=color, label=label)
         axes.plot([], [], color=PALETTE[5], linewidth=2, label="promised")
     axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle=":")
-    axes.set_ylabel("time since placement\nover predicted time alone")
+    axes.set_ylabel(f"time since placement\nover time alone ({figures} figures)")
     axes.margins(y=0.15)
     _category_axis(axes, [row[0] for row in rows])
     _finish(axes, "Slowdown of each task")
     return _save(figure, path)
 
 
-def _sorted_slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]]) -> Path:
+def _sorted_slowdowns(
+    path: Path, rows: Sequence[tuple[str, float, float | None]], figures: str
+) -> Path:
     figure, axes = _axes(7.0, 4.2)
     parts = (("with max_slowdown", True, PALETTE[2]), ("without", False, PALETTE[0]))
     for label, promised, color in parts:
@@ -168,7 +173,7 @@ def _sorted_slowdowns(path: Path, rows: Sequence[tuple[str, float, float | None]
         axes.axhline(bound, color=PALETTE[5], linewidth=1, linestyle="--")
     axes.set_yscale("log")
     axes.set_xlabel("tasks, slowest last (%)")
-    axes.set_ylabel("time since placement / time alone (log)")
+    axes.set_ylabel(f"time since placement / time alone ({figures} figures, log)")
     _finish(axes, "Slowdown of the tasks; dashed: promised")
     return _save(figure, path)
 
