@@ -10,11 +10,14 @@ and waves they make: both change by jumps, which no line between measured sizes 
 
 What is left between a count and its measurement is kept as a ratio (``Products.seconds``), which
 changes little from size to size and lies between those of the sizes around.
+
+Shape suffixes: U numbers of rows in use, N tiles of rows.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,30 +59,33 @@ class Met(NamedTuple):
     alone: float
 
     @classmethod
-    def of(cls, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
-        """Of slots with nearly equal shares of the rows in use, which come before the others. A
-        tile is one slot's where no row of it is filler."""
-        share = used_rows // slots
-        off = min(_UNEVEN_ROWS, share // 4)
-        shares = np.full(slots, share)
-        paired = slots // 2 * 2
-        shares[0:paired:2] -= off
-        shares[1:paired:2] += off
-        ends = np.cumsum(shares)
-        starts = np.arange(0, rows, tile_rows)
-        stops = np.minimum(starts + tile_rows, rows)
-        first = np.searchsorted(ends, starts, "right")
-        last = np.minimum(np.searchsorted(ends, stops, "left"), slots - 1)
-        alone = (first == last) & (stops <= used_rows // slots * slots)
-        pairs = np.where(alone | (first >= slots), 0, (last - first) // 2 + 1)
-        return cls(max(float(pairs.max()), _ALONE), float(pairs.mean()), float(alone.mean()))
+    def of(cls, slots: int, rows: int, used_rows: Sequence[int], tile_rows: int) -> Met:
+        """Of slots with nearly equal shares of the rows in use, which come before the others; the
+        mean over ``used_rows``. A tile is one slot's where no row of it is filler."""
+        used_U1 = np.maximum(np.array(used_rows), slots)[:, None]
+        share_U1 = used_U1 // slots
+        off_U1 = np.minimum(_UNEVEN_ROWS, share_U1 // 4)
+
+        def slot_at(row_N: np.ndarray) -> np.ndarray:
+            """Of two slots the first has fewer rows, but for the last of an odd number."""
+            pair_UN, rest_UN = np.divmod(row_N, 2 * share_U1)
+            second_UN = rest_UN >= share_U1 - off_U1 * (pair_UN < slots // 2)
+            return np.minimum(2 * pair_UN + second_UN, slots)
+
+        start_N = np.arange(0, rows, tile_rows)
+        stop_N = np.minimum(start_N + tile_rows, rows)
+        first_UN = slot_at(start_N)
+        last_UN = np.minimum(slot_at(stop_N - 1), slots - 1)
+        alone_UN = (first_UN == last_UN) & (stop_N <= share_U1 * slots)
+        pairs_UN = np.where(alone_UN | (first_UN >= slots), 0, (last_UN - first_UN) // 2 + 1)
+        most_U, tiles = pairs_UN.max(axis=1).tolist(), pairs_UN.size
+        most = sum(max(float(pairs), _ALONE) for pairs in most_U) / len(most_U)
+        return cls(most, int(pairs_UN.sum()) / tiles, int(alone_UN.sum()) / tiles)
 
     @classmethod
     def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
         """Of a step's passes, whose first is nearly full and whose last nearly empty."""
-        fills = (int(share * rows) - 1 for share in _FILLS)
-        found = [cls.of(slots, rows, max(slots, used), tile_rows) for used in fills]
-        return cls(*(sum(values) / len(found) for values in zip(*found, strict=True)))
+        return cls.of(slots, rows, [int(share * rows) - 1 for share in _FILLS], tile_rows)
 
 
 class Counts:
@@ -97,7 +103,7 @@ class Counts:
         key = slots, rows, used_rows, tile_rows
         if key not in self._met:
             if used_rows:
-                self._met[key] = Met.of(*key)
+                self._met[key] = Met.of(slots, rows, (used_rows,), tile_rows)
             else:
                 self._met[key] = Met.typical(slots, rows, tile_rows)
         return self._met[key]
@@ -298,6 +304,47 @@ def _fitted(
     return [float(value) for value in speeds * scale]
 
 
+class _Ratios:
+    """Of one linear, over logarithms of slots, rank and rows: multilinear between the points, and
+    the nearest beyond them. As ``Grid``, but asked thousands of times a second."""
+
+    def __init__(self, name: str, points: Mapping[tuple[float, float, float], Leaf]) -> None:
+        """Raises ProfileError when there are holes."""
+        grid = Grid.of(name, points)
+        self._axes, self._strides = grid.axes, grid.strides
+        self._values = [leaf.value_s for leaf in grid.leaves]
+        self._widths = [leaf.half_width_s for leaf in grid.leaves]
+        self._places: dict[tuple[int, float], tuple[int, int, float, bool]] = {}
+
+    def at(self, sizes: tuple[float, float, float]) -> tuple[float, float, bool]:
+        """(ratio, half-width, whether it is outside)."""
+        i, up_i, u, beyond_i = self._place(0, sizes[0])
+        j, up_j, v, beyond_j = self._place(1, sizes[1])
+        k, up_k, w, beyond_k = self._place(2, sizes[2])
+        low, high = i + j + k, i + j + k + up_i
+        corners = low, low + up_k, low + up_j, low + up_j + up_k
+        corners += high, high + up_k, high + up_j, high + up_j + up_k
+        found = []
+        for values in (self._values, self._widths):
+            a, b, c, d, e, f, g, h = [values[corner] for corner in corners]
+            a, c, e, g = a + w * (b - a), c + w * (d - c), e + w * (f - e), g + w * (h - g)
+            a, e = a + v * (c - a), e + v * (g - e)
+            found.append(a + u * (e - a))
+        return found[0], found[1], beyond_i or beyond_j or beyond_k
+
+    def _place(self, axis: int, size: float) -> tuple[int, int, float, bool]:
+        """(offset of the point below, from there to the one above, share of the way, outside)."""
+        known = self._places.get((axis, size))
+        if known is None:
+            x, xs, stride = math.log2(size), self._axes[axis], self._strides[axis]
+            inside = min(max(x, xs[0]), xs[-1])
+            below = max(0, min(bisect_right(xs, inside), len(xs) - 1) - 1)
+            up = stride if len(xs) > 1 else 0
+            share = (inside - xs[below]) / (xs[below + 1] - xs[below]) if up else 0.0
+            known = self._places[axis, size] = below * stride, up, share, inside != x
+        return known
+
+
 class Products:
     """One direction's products with adapters: what is counted of them, times what the points
     around say that it is off by."""
@@ -309,7 +356,7 @@ class Products:
         they leave holes."""
         self.counted = counted
         self._ratios = {
-            size: Grid.of(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})
+            size: _Ratios(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})
             for size, own in points.items()
         }
 
@@ -321,15 +368,10 @@ class Products:
         """``like``: the measured linear whose ratios hold. ``sizes``: slots, rank, rows, and rows
         in use where these are not all; 0: as a step's passes mostly have them."""
         slots, rank, rows = max(1, int(sizes[0])), sizes[1], max(1, int(sizes[2]))
-        grid = self._ratios[like]
-        place = tuple(math.log2(size) for size in (slots, rank, rows))
-        inside = tuple(
-            min(max(at, axis[0]), axis[-1]) for at, axis in zip(place, grid.axes, strict=True)
-        )
         used_rows = int(sizes[3]) if len(sizes) > 3 else rows
         counted_s = self.counted.seconds(site, slots, rank, rows, used_rows)
-        ratio, width, _ = grid.at(inside)
-        return Time(counted_s * ratio, counted_s * width, inside != place)
+        ratio, width, outside = self._ratios[like].at((slots, rank, rows))
+        return Time(counted_s * ratio, counted_s * width, outside)
 
 
 def _place(point: Point) -> tuple[float, float, float]:

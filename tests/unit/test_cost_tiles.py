@@ -58,12 +58,14 @@ def test_waves_with_idle_multiprocessors_are_faster_the_only_one_most(tiling: Ti
 
 def test_slots_that_meet_in_a_tile_are_counted() -> None:
     # Of 33 rows and 53 in turn: 128 rows hold parts of five at most, read three times.
-    assert Met.of(12, 516, 516, 128).most_pairs == 3
-    assert Met.of(1, 512, 512, 128) == (0.6, 0, 1), "a slot that has every tile to itself"
+    assert Met.of(12, 516, [516], 128).most_pairs == 3
+    assert Met.of(1, 512, [512], 128) == (0.6, 0, 1), "a slot that has every tile to itself"
     # With filler behind it, its last tile is no longer its own, and the others are nobody's.
-    assert Met.of(1, 512, 200, 128) == (1, 0.25, 0.25)
-    assert Met.of(32, 512, 512, 128).most_pairs == 4 and Met.of(32, 512, 512, 64).most_pairs == 2
-    assert Met.of(12, 1024, 1023, 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
+    assert Met.of(1, 512, [200], 128) == (1, 0.25, 0.25)
+    assert (
+        Met.of(32, 512, [512], 128).most_pairs == 4 and Met.of(32, 512, [512], 64).most_pairs == 2
+    )
+    assert Met.of(12, 1024, [1023], 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
 
 
 def test_a_launch_tells_waves_and_who_is_free(tiling: Tiling) -> None:
