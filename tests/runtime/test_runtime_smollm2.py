@@ -108,10 +108,15 @@ class Trained(NamedTuple):
 
 
 def train(
-    smol: Smol, tasks: Sequence[TaskSpec], where: str, chunk_tokens: int = CHUNK_TOKENS
+    smol: Smol,
+    tasks: Sequence[TaskSpec],
+    where: str,
+    chunk_tokens: int = CHUNK_TOKENS,
+    evaluate_tokens: int = 0,
 ) -> Trained:
     library = DatasetLibrary(smol.store.tokenizer)
-    bench = Bench(smol.folder / where, smol.store, library, model=MODEL, evaluate_tokens=60)
+    options = {"model": MODEL, "evaluate_tokens": evaluate_tokens}
+    bench = Bench(smol.folder / where, smol.store, library, **options)
     quota = {task.task_id: PASS_TOKENS.get(task.task_id, 32) // chunk_tokens for task in tasks}
     bench.run(make_plan([make_htask(tasks, chunk_tokens, quota)]), *tasks)
     assert bench.done() == {task.task_id for task in tasks}
@@ -120,7 +125,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def together(smol: Smol) -> Iterator[Trained]:
-    yield train(smol, five_tasks(smol.folder / "data", 0.1), "together")
+    yield train(smol, five_tasks(smol.folder / "data", 0.1), "together", evaluate_tokens=60)
 
 
 def step_sequences(library: Any, task: TaskSpec, step: int) -> list[Any]:
