@@ -1,7 +1,7 @@
 """Products with adapters as the captured step's kernels compute them: counted, then fitted.
 
 What a product takes is a sum of few things, each counted from its sizes and each of a speed that
-the profile's own points tell (`fit`): its waves of tiles; the making of h = x A^T, for which one
+the profile's own points tell: its waves of tiles; the making of h = x A^T, for which one
 program reads a tile's rows once for every two slots that meet in it, while the others compute
 their first tile and then wait; the low-rank steps at the end of every tile, again one for every
 two slots in it; and backward, one program for each slot and block of outputs, which leave their
