@@ -68,6 +68,17 @@ def test_slots_that_meet_in_a_tile_are_counted() -> None:
     assert Met.of(12, 1024, [1023], 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
 
 
+def test_who_makes_h_is_waited_for_where_nobody_is_free(tiling: Tiling) -> None:
+    # 1,024 rows are 128 tiles: four of 132 are free. Eight tiles of rows need eight to make h.
+    site, usual = Sizes(4096, (4096,)), Forward(Counts(tiling), [])
+    full, half = (usual.counts.forward(site, 2, 16, 1024, used) for used in (1024, 500))
+    assert (full.in_turn, half.in_turn) == (1, 0)
+    made_s, tile_s = usual._parts(full, 16)
+    ends_s = usual.seconds(site, 2, 16, 1024, 1024) - made_s - tile_s
+    assert 0 < ends_s < 0.5 * tile_s
+    assert usual.seconds(site, 2, 16, 1024, 500) < max(made_s, tile_s) + 1.1 * ends_s
+
+
 def test_a_launch_tells_waves_and_who_is_free(tiling: Tiling) -> None:
     half_tail, one, full = (tiling.launch(rows, (4096,)) for rows in (1088, 640, 1024))
     assert (half_tail.count, half_tail.free) == (144, 132 - 24)
