@@ -325,7 +325,8 @@ def _simulate(
 
     book = book or _book(profile)
     times = book if factor == 1.0 else ScaledCostBook(book, factor)
-    executor = SimExecutor(make_builder(SimOptions()), times, SyntheticLibrary(0), SimOptions())
+    options = SimOptions(every_plan_runs=False)  # as the real executor
+    executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)
     return _run(case, profile, book, executor)
 
 
