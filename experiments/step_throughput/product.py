@@ -34,17 +34,15 @@ MIX = ("sst2", "sst2", "sst2", "openbookqa", "openbookqa", "openbookqa", "rte", 
 WARM_UP = 5
 RESHAPES = (EventKind.MEMORY_PRESSURE, EventKind.DRIFT)  # tasks that stay get another plan
 SMALLER_PLAN = "a smaller one follows"  # as the runtime says it
+ALWAYS = ("model.random=true", "backend.checkpoint_steps=0", "+backend.evaluate_tokens=0")
 # All tasks are there from the start: no plan for the first few of them has run that it would cost
 # anything to leave.
-ALWAYS = (
-    "model.random=true", "backend.checkpoint_steps=0", "+backend.evaluate_tokens=0",
-    "planner.hysteresis=false",
-)  # fmt: skip
+PLANNED = ("planner=muxtune", "planner.hysteresis=false")
 
 
 class Case(NamedTuple):
-    """``adapters``: of task i the fields at i modulo their number. ``overrides``: as on the
-    command line. ``seconds``: a guess for one H100 whose kernels are compiled."""
+    """``adapters``: of task i the fields at i modulo their number. ``planner``, ``overrides``: as
+    on the command line. ``seconds``: a guess for one H100 whose kernels are compiled."""
 
     num_tasks: int
     adapters: tuple[Mapping[str, Any], ...]
@@ -52,6 +50,7 @@ class Case(NamedTuple):
     model: str = "llama-2-7b"
     overrides: tuple[str, ...] = ()
     batch_size: int = 8
+    planner: tuple[str, ...] = PLANNED
 
     def task_file(self, steps: int) -> dict[str, Any]:
         """Lengths as the mix says, in its order."""
@@ -200,7 +199,7 @@ def configured(case: Case, folder: Path, steps: int, device: str) -> Any:
     words = [
         *ALWAYS, f"model={case.model}", f"workload.tasks_file={tasks_file}",
         "cluster=h100_x1", f"backend.device={device}", f"output_dir={folder}",
-        "+backend.deterministic=false", *case.overrides,
+        "+backend.deterministic=false", *case.planner, *case.overrides,
     ]  # fmt: skip
     if device == "cpu":
         words.append("backend.step=captured")

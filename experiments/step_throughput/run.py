@@ -79,6 +79,8 @@ CASES = {
     "lora_4": product.Case(4, (LORA,), 12),
     "lora_1": product.Case(1, (LORA,), 10),
     "lora_8_planned": product.Case(8, (LORA,), 30),
+    # SL-PEFT's batches by the kernels and captured steps that its planner gets from this project
+    "lora_8_padded": product.Case(8, (LORA,), 60, planner=("planner=batched",)),
     "all_methods": product.Case(8, ALL_METHODS, 26),  # with DoRA too large for one hTask
 }
 AGAIN = "hf_peft_again"
