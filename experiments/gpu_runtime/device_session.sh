@@ -4,7 +4,8 @@
 #
 #     OUT=results bash experiments/gpu_runtime/device_session.sh 590 [150 [NAMES]]
 #
-# PARTS: of the step throughput, in their order; MEMORY_TASKS, MEMORY_S, JOINS_S, RATIO_S.
+# PARTS: of the step throughput, in their order; SL_LIMIT_S: with less than some 80 the padded batch
+# has fewer than 50 steps, and the run is not reportable; MEMORY_TASKS, MEMORY_S, JOINS_S, RATIO_S.
 #
 # In two calls: WORK=a folder for both, first `side_by_side.py --work`, then this with 0 seconds for it.
 # First what needs no quiet GPU (side_by_side.py), which compiles all kernels into the caches. Then,
@@ -66,7 +67,7 @@ parts=hf_peft,check,lora_8,bound,sl_peft,ledger,lora_32,hf_peft_again,all_method
 parts=${PARTS:-$parts,mixed_methods,mixed_ranks,llama_3_1_8b,lora_16,hf_peft_again}
 [ "${#checked[@]}" -eq 0 ] || parts=${parts/check,/}
 alone $((keep + 3)) "$python" experiments/step_throughput/run.py --out "$out/step_throughput.json" \
-  --only "$parts" --seconds $(($(left) - keep - 8)) --sl-limit-s 12 "${checked[@]}"
+  --only "$parts" --seconds $(($(left) - keep - 8)) --sl-limit-s "${SL_LIMIT_S:-90}" "${checked[@]}"
 
 run="$here/run.py --out $work/alone --hf-instances ${HF_INSTANCES:-99}"
 alone $((joins_s + ratio_s + 3)) "$python" $run --parts memory --memory-tasks "${MEMORY_TASKS:-}" \

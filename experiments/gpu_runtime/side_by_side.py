@@ -31,7 +31,7 @@ STEP = HERE.parent / "step_throughput"
 TEST_FILES = (
     "tests/kernels", "tests/gpu/test_gpu_runtime.py", "tests/gpu/test_static_step_cuda.py",
     "tests/gpu/test_many_slots.py", "tests/gpu/test_captured_memory_cuda.py",
-    "tests/gpu/test_static_stage_cuda.py",
+    "tests/gpu/test_static_stage_cuda.py", "tests/gpu/test_window_step.py",
     "tests/runtime/test_static_step_methods.py", "tests/runtime/test_shared_attention.py",
 )  # fmt: skip
 # Processes by group of tests. A process starts longer than most tests run.
@@ -40,7 +40,7 @@ GROUPS = {
     "test_triton_linear.py": "triton_linear", "test_triton_window.py": "window",
     "test_gpu_runtime.py": "gpu_runtime",
     "test_captured_memory_cuda.py": "steps", "test_static_step_cuda.py": "steps",
-    "test_static_stage_cuda.py": "steps",
+    "test_static_stage_cuda.py": "steps", "test_window_step.py": "window",
 }  # fmt: skip
 MANY_SLOTS = "test_many_slots.py"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=long", "-p", "no:cacheprovider",

@@ -98,6 +98,14 @@ def test_weak_baselines_are_not_reported_against(
     assert not run.verdict(red)["reportable"]
 
 
+def test_a_baseline_of_fewer_than_fifty_steps_is_not_reported_against(run: ModuleType) -> None:
+    whole = figures(21_000.0, 1_800.0)
+    for name in ("hf_peft", "sl_peft"):
+        for steps, reasons in ((9, [f"{name} has 9 steps of 50"]), (50, [])):
+            row = {"effective_tokens_per_s": 2_000.0, "steps": steps}
+            assert run.verdict(whole | {name: row})["reasons"] == reasons
+
+
 def test_of_a_baseline_measured_twice_the_faster_one_counts(run: ModuleType) -> None:
     for again, reached in ((1_600.0, False), (2_000.0, True)):
         data = figures(21_000.0, 1_700.0) | {
