@@ -111,10 +111,9 @@ class Bench:
                 self.layout, t)  # fmt: skip
 
     def _dh_db(self, i: int, tuning: Tuning) -> Any:
-        return launch.dh_db(
+        return launch.dh_db_parts(
             self.case.sets[i].dy_TO, self.h[i], self.b_RO.t(), self.rows, self.adapters,
-            self.layout, tuning, sum_parts=lambda *operands: operands[:2],
-        )  # fmt: skip
+            self.layout, tuning)  # fmt: skip
 
     def _outers(self, least: float) -> Iterator[tuple[str, str, float, Run]]:
         splits = (1, 2, 4) if self.case.shape[3] < 32 else (1,)

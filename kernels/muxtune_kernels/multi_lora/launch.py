@@ -13,7 +13,6 @@ J columns of the compact h (members * RANK_PAD), S slots.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -322,9 +321,21 @@ def expand(
 def dh_db(
     dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
     layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
-    sum_parts: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh_TJ, dB [R, O]) from one read of dy. sum_parts: who adds up dh's parts and dB's."""
+    """(dh_TJ, dB [R, O]) from one read of dy."""
+    parts, partials = dh_db_parts(dy_TO, h_TJ, b_OR, rows, adapters, layout, tuning, targets)
+    dh_TJ, db_RO = _sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
+    if targets is not None and tuning.db_splits > 1:
+        _total(db_RO[None], db_RO, layout, (targets.db_RO, targets.keep_S))
+    return dh_TJ, db_RO
+
+
+def dh_db_parts(
+    dy_TO: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, adapters: Adapters,
+    layout: Layout, tuning: Tuning, targets: GradTargets | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dh [blocks of O, T, J], dB [splits of T, R, O]), to be summed over the first dimension.
+    Without splits dB goes straight to the targets."""
     members, splits = layout.num_members, tuning.db_splits
     num_rows, num_out = dy_TO.shape
     blocks = cdiv(max(adapters.out_features), tuning.db_n)
@@ -349,18 +360,14 @@ def dh_db(
         ),
         tuning.db_warps, tuning.db_stages,
     )  # fmt: skip
-    sum_parts = sum_parts or _sum_parts
-    dh_TJ, db_RO = sum_parts(parts, partials, h_TJ, b_OR, rows, layout, tuning)
-    if targets is not None and direct is None:
-        _total(db_RO[None], db_RO, layout, (targets.db_RO, targets.keep_S))
-    return dh_TJ, db_RO
+    return parts, partials
 
 
 def _sum_parts(
     parts: Tensor, partials: Tensor, h_TJ: Tensor, b_OR: Tensor, rows: RowTensors, layout: Layout,
     tuning: Tuning,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh_TJ, dB [R, O]) from the parts that `dh_db` left."""
+    """(dh_TJ, dB [R, O]) from what `dh_db_parts` left."""
     dh_TJ, db_RO, tiles, sums = new_sums(h_TJ, b_OR, partials, tuning)
     rate_S = rows.scale_S if rows.dropout is None else rows.dropout.rate_S
     _sum(
