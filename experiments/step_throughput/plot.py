@@ -27,11 +27,12 @@ LEDGER = {
     "host_and_launch_ms": "host and launch",
 }
 LABELS = {
-    "lora_8": "8 LoRA", "lora_8_planned": "8 LoRA, as planned", "lora_1": "1 LoRA",
+    "lora_8": "8 LoRA", "lora_8_windows": "8 LoRA, windows of ranks",
+    "lora_8_planned": "8 LoRA, as planned", "lora_1": "1 LoRA",
     "lora_4": "4 LoRA", "lora_16": "16 LoRA", "lora_32": "32 LoRA",
     "mixed_ranks": "8 of ranks 8-64", "mixed_methods": "8 of four methods",
-    "all_methods": "8 of six methods", "lora_8_padded": "8 LoRA, padded",
-    "llama_3_1_8b": "8 LoRA, Llama-3.1-8B", "sl_peft": "SL-PEFT", "hf_peft": "HF PEFT",
+    "all_methods": "8 of six methods", "lora_8_padded": "8 LoRA, padded (SL-PEFT here)",
+    "llama_3_1_8b": "8 LoRA, Llama-3.1-8B", "sl_peft": "SL-PEFT on HF PEFT", "hf_peft": "HF PEFT",
     "hf_peft_again": "HF PEFT, again",
 }  # fmt: skip
 BASELINES = ("sl_peft", "hf_peft", "hf_peft_again")

@@ -69,7 +69,7 @@ ALL_METHODS = (
 )  # fmt: skip
 CASES = {
     "lora_8": product.Case(8, (LORA,), 25, overrides=SPATIAL),
-    "lora_8_windows": product.Case(8, (LORA,), 25, overrides=WINDOWS),
+    "lora_8_windows": product.Case(8, (LORA,), 18, overrides=WINDOWS),
     "mixed_methods": product.Case(8, METHODS, 24, overrides=SPATIAL),
     "lora_32": product.Case(
         32, (LORA,), 62, overrides=("+cluster_policy.max_tasks_per_instance=32",)
