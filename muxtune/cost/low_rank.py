@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,30 +63,32 @@ class Met(NamedTuple):
     def of(cls, slots: int, rows: int, used_rows: Sequence[int], tile_rows: int) -> Met:
         """Of slots with nearly equal shares of the rows in use, which come before the others; the
         mean over ``used_rows``. A tile is one slot's where no row of it is filler."""
-        used_U1 = np.maximum(np.array(used_rows), slots)[:, None]
-        share_U1 = used_U1 // slots
-        off_U1 = np.minimum(_UNEVEN_ROWS, share_U1 // 4)
-
-        def slot_at(row_N: np.ndarray) -> np.ndarray:
-            """Of two slots the first has fewer rows, but for the last of an odd number."""
-            pair_UN, rest_UN = np.divmod(row_N, 2 * share_U1)
-            second_UN = rest_UN >= share_U1 - off_U1 * (pair_UN < slots // 2)
-            return np.minimum(2 * pair_UN + second_UN, slots)
-
-        start_N = np.arange(0, rows, tile_rows)
-        stop_N = np.minimum(start_N + tile_rows, rows)
-        first_UN = slot_at(start_N)
-        last_UN = np.minimum(slot_at(stop_N - 1), slots - 1)
-        alone_UN = (first_UN == last_UN) & (stop_N <= share_U1 * slots)
-        pairs_UN = np.where(alone_UN | (first_UN >= slots), 0, (last_UN - first_UN) // 2 + 1)
-        most_U, tiles = pairs_UN.max(axis=1).tolist(), pairs_UN.size
-        most = sum(max(float(pairs), _ALONE) for pairs in most_U) / len(most_U)
-        return cls(most, int(pairs_UN.sum()) / tiles, int(alone_UN.sum()) / tiles)
+        fullest, pairs, alone = [], 0, 0
+        for used in used_rows:
+            share = max(used, slots) // slots
+            met = _slots_met(slots, share, rows, tile_rows)
+            pairs_met = [count // 2 + 1 for count in met.values()]
+            begun = -(-min(share * slots, rows) // tile_rows)
+            fullest.append(max(float(max(pairs_met, default=0)), _ALONE))
+            pairs, alone = pairs + sum(pairs_met), alone + begun - len(met)
+        tiles = len(fullest) * -(-rows // tile_rows)
+        return cls(sum(fullest) / len(fullest), pairs / tiles, alone / tiles)
 
     @classmethod
     def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
         """Of a step's passes, whose first is nearly full and whose last nearly empty."""
         return cls.of(slots, rows, [int(share * rows) - 1 for share in _FILLS], tile_rows)
+
+
+def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int, int]:
+    """By tile in which a slot ends before the tile does: after how many of its slots another
+    begins. Of two slots the first has fewer rows, but for the last of an odd number."""
+    used, uneven = slots * share, min(_UNEVEN_ROWS, share // 4)
+    ends = [*range(share - uneven, used - uneven, 2 * share), *range(2 * share, used, 2 * share)]
+    found = Counter([end // tile_rows for end in ends if end % tile_rows and end < rows])
+    if used % tile_rows and used < rows:
+        found[used // tile_rows] += 0  # its last slot, which only filler follows
+    return found
 
 
 class Counts:
