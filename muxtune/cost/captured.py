@@ -218,6 +218,7 @@ class CapturedCostModel(ProfiledCostModel):
         program = (profile if isinstance(profile, Profile) else parse_profile(profile)).program
         self._tiling = Tiling.of_json(program["tiles"]) if "tiles" in program else None
         self._site_of_size: dict[str, FusedSite] = {}
+        self._fitted: dict[str, Products] = {}
         super().__init__(model, profile, memory)
 
     def op_time(self, op: Op) -> Time:
@@ -291,8 +292,7 @@ class CapturedCostModel(ProfiledCostModel):
         return max(rows, self._memo[key])  # type: ignore[type-var]
 
     def _products(self, kind: str) -> Products:
-        key = ("products", kind)
-        if key not in self._memo:
+        if kind not in self._fitted:
             assert self._tiling is not None
             points = {
                 size: self._points(f"{kind}.{size}", self._sizes(size))
@@ -301,8 +301,8 @@ class CapturedCostModel(ProfiledCostModel):
             }
             side = Forward if kind == FORWARD else Backward
             counted = side(self._counts(), [point for own in points.values() for point in own])
-            self._remember(key, Products(kind, counted, points))
-        return self._memo[key]  # type: ignore[return-value]
+            self._fitted[kind] = Products(kind, counted, points)
+        return self._fitted[kind]
 
     def _points(self, name: str, sizes: Sizes) -> list[Point]:
         return [
@@ -352,6 +352,12 @@ class CapturedCostModel(ProfiledCostModel):
             relative_error=max(MIN_RELATIVE_ERROR, error),
             num_steps=len(steps),
         )
+
+    def _of_depth(self, step: WholeStep) -> ProfiledCostModel:
+        found = super()._of_depth(step)
+        if isinstance(found, CapturedCostModel):
+            found._fitted = self._fitted
+        return found
 
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
         """Steps of a few blocks, which are not fitted to, tell how far off it is there."""

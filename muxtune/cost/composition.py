@@ -40,6 +40,7 @@ from muxtune.types import (
 
 _SOLO = ReplicaShape()
 _MEMO_SIZE = 1 << 16
+_Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
@@ -121,6 +122,13 @@ class Tally:
         return sum(self.forward_s.values()) + sum(self.backward_s.values())
 
 
+def _kept(memo: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    if len(memo) >= _MEMO_SIZE:
+        memo.clear()
+    memo[key] = value
+    return value
+
+
 def _sum_of(costs: Sequence[Estimate]) -> Estimate:
     value = low = high = 0.0
     extrapolated = False
@@ -144,7 +152,9 @@ class ComposedCostModel(ABC):
     def __init__(self, model: ModelShape, memory: MemoryModel, dtype_bytes: int) -> None:
         self.model, self.memory, self.dtype_bytes = model, memory, dtype_bytes
         self._coefficients: dict[Hashable, PassCoefficients] = {}
-        self._memo: dict[Hashable, object] = {}
+        self._memo: dict[Hashable, object] = {}  # of operations, however they add up
+        self._parts: dict[Hashable, PassParts] = {}
+        self._graphs: dict[Hashable, tuple[tuple[Subgraph, ...], tuple[float, ...]]] = {}
         # Shapes of many slots hash slowly, and those of a ladder share their slots: memos know
         # slots by numbers, which are never given again.
         self._slot_numbers: dict[tuple[AdapterSlot, ...], int] = {}
@@ -243,9 +253,7 @@ class ComposedCostModel(ABC):
         key = (*shape[:2], self._slots_number(shape.slots), shape.recompute, replica)
         known = self._coefficients.get(key)
         if known is None:
-            if len(self._coefficients) >= _MEMO_SIZE:
-                self._coefficients.clear()
-            known = self._coefficients[key] = self._coefficients_of(shape, replica)
+            known = _kept(self._coefficients, key, self._coefficients_of(shape, replica))
         return known
 
     def _slots_number(self, slots: tuple[AdapterSlot, ...]) -> int:
@@ -300,11 +308,11 @@ class ComposedCostModel(ABC):
     def _subgraphs(
         self, shape: ShapeKey, replica: ReplicaShape
     ) -> tuple[tuple[Subgraph, ...], tuple[float, ...]]:
-        key = ("subgraphs", shape, replica)
-        if key not in self._memo:
+        key = (shape, replica)
+        if key not in self._graphs:
             costs = ComposedSubgraphCosts(self, nominal_load)
-            self._remember(key, pass_subgraphs(self.model, shape, replica, costs))
-        return self._memo[key]  # type: ignore[return-value]
+            _kept(self._graphs, key, pass_subgraphs(self.model, shape, replica, costs))
+        return self._graphs[key]
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
@@ -433,15 +441,15 @@ class ComposedCostModel(ABC):
 
     def _busiest_stage(self, shape: ShapeKey, replica: ReplicaShape) -> PassParts:
         number = self._slots_number(shape.slots)
-        key = ("parts", *shape[:2], number, shape.recompute, replica)
-        known = self._memo.get(key)
+        key = (*shape[:2], number, shape.recompute, replica)
+        known = self._parts.get(key)
         if known is None:
             ops.check_replica(self.model, replica)
             layers = stage_layers(self.model, replica.pp)[0]
             # An upper bound where layers do not divide: the longest stage and the loss head.
-            known = self._stage_parts(shape, replica, layers, True, True)
-            self._remember(key, known)
-        return known  # type: ignore[return-value]
+            parts = self._stage_parts(shape, replica, layers, True, True)
+            known = _kept(self._parts, key, parts)
+        return known
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
@@ -567,9 +575,12 @@ class ComposedCostModel(ABC):
         return self._memo[key]  # type: ignore[return-value]
 
     def _remember(self, key: Hashable, value: object) -> None:
-        if len(self._memo) >= _MEMO_SIZE:
-            self._memo.clear()
-        self._memo[key] = value
+        _kept(self._memo, key, value)
+
+    def _forget_passes(self) -> None:
+        """Where operations add up in another way from now on."""
+        for memo in (self._coefficients, self._parts, self._graphs):
+            memo.clear()
 
     def _load_outside(self, load: PassLoad) -> bool:
         return load.loss_rows > min(rate.max_size for rate in self.loss_rates())

@@ -78,7 +78,7 @@ class ProfiledCostModel(ComposedCostModel):
             options = of_profile.memory.options
         if fits_memory:
             self.memory = MemoryModel(self.model, options)
-        self._forget()
+        self._forget_passes()
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
         return fit_composition(steps, lambda step: self._of_depth(step)._features(step.loads))
@@ -91,15 +91,13 @@ class ProfiledCostModel(ComposedCostModel):
         if not step.num_layers:
             return self
         shape = self.model._replace(num_layers=step.num_layers)
-        return type(self)(shape, self.profile._replace(steps=()))
+        found = type(self)(shape, self.profile._replace(steps=()))
+        found._tables = self._tables  # operations are the same
+        return found
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
         self.composition = other.composition
-        self._forget()
-
-    def _forget(self) -> None:
-        self._memo.clear()
-        self._coefficients.clear()
+        self._forget_passes()
 
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
         """A step's shapes hold all of its slots; those of hTasks that are alike are told by their
