@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +61,14 @@ from muxtune.cost.memory import (
     widened,
 )
 from muxtune.cost.ops import Op
-from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
+from muxtune.cost.profiled import (
+    NOTHING_MEASURED,
+    ProfiledCostModel,
+    Timing,
+    WorkRatio,
+    leaf_of,
+    of_another,
+)
 from muxtune.cost.residuals import (
     MIN_RELATIVE_ERROR,
     Adding,
@@ -221,25 +228,27 @@ class CapturedCostModel(ProfiledCostModel):
         self._fitted: dict[str, Products] = {}
         super().__init__(model, profile, memory)
 
-    def op_time(self, op: Op) -> Time:
+    def _timing(self, name: str) -> Timing:
         """With what sizes between those that were measured are off by in its interval."""
-        value, width, outside = self._op_time(op)
-        share = _BETWEEN.get(op.name.partition(".")[0], _BETWEEN_OTHERS)
-        return Time(value, math.hypot(width, share * value), outside)
+        share = _BETWEEN.get(name.partition(".")[0], _BETWEEN_OTHERS)
+        return partial(_with_between, self._measured_timing(name), share)
 
-    def _op_time(self, op: Op) -> Time:
-        """Products with adapters are counted (``muxtune.cost.low_rank``). The loss takes whole
-        chunks."""
-        kind, _, size = op.name.partition(".")
+    def _measured_timing(self, name: str) -> Timing:
+        """Products with adapters are counted (``muxtune.cost.low_rank``)."""
+        kind, _, size = name.partition(".")
         if kind.startswith(_EXTRA):
-            return self._extra_time(op.name, op.size)
+            return partial(self._extra_time, name)
         if kind == "full_loss":
-            return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
+            return partial(self._loss_time, name, super()._timing(name))
         if self._tiling is None or kind not in _PRODUCTS:
-            return super().op_time(op)
+            return super()._timing(name)
         like = self._measured_like(size)
-        found = self._products(kind).at(like, self._sizes(size), op.size)
-        return found._replace(extrapolated=found.extrapolated or like != size)
+        counted = partial(self._products(kind).at, like, self._sizes(size))
+        return counted if like == size else partial(of_another, counted, 1.0)
+
+    def _loss_time(self, name: str, timing: Timing, sizes: tuple[float, ...]) -> Time:
+        """The loss takes whole chunks."""
+        return timing((self._loss_rows(name, sizes[0]),))
 
     def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
         """What the fewest rows take is launches, whatever the width; the rest grows with it."""
@@ -822,6 +831,11 @@ class CapturedCostModel(ProfiledCostModel):
         most = max((_most_rows(shapes) for shapes in before), default=0)
         added = (h.shapes for h in new.htasks if _most_rows(h.shapes) > most > 0)
         return any(shapes not in before for shapes in added)
+
+
+def _with_between(timing: Timing, share: float, sizes: tuple[float, ...]) -> Time:
+    value, width, outside = timing(sizes)
+    return Time(value, math.hypot(width, share * value), outside)
 
 
 def _idle_s(blocks: Tally, rows: float) -> float:

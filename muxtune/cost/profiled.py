@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKe
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
 _FREE = Time(0.0, 0.0, False)
+Timing = Callable[[tuple[float, ...]], Time]
 NOTHING_MEASURED = -1.0  # the largest size of an operation that is taken from another
 
 
@@ -54,6 +56,7 @@ class ProfiledCostModel(ComposedCostModel):
         sizes = memory or memory_options(model, str(kind))
         super().__init__(checked_shape(model), MemoryModel(model, sizes), sizes.dtype_bytes)
         self._tables: dict[str, Table] = {}
+        self._timings: dict[str, Timing] = {}
         self._rates: dict[tuple[str, int], tuple[Rates, Rates]] = {}
         self._kinds: dict[str, WorkRatio] = {}
         self.composition = Composition()
@@ -168,13 +171,19 @@ class ProfiledCostModel(ComposedCostModel):
         return self._tables[name]
 
     def op_time(self, op: Op) -> Time:
-        if op.name in self.profile.ops:
-            return self._table(op.name).at(op.size)
-        if op.name in _OPTIONAL:
-            return _FREE
-        name, ratio, _ = self._measured(op.name)
-        value, width, _ = self._table(name).at(op.size)
-        return Time(value * ratio, width * ratio, True)
+        timing = self._timings.get(op.name)
+        if timing is None:
+            timing = self._timings[op.name] = self._timing(op.name)
+        return timing(op.size)
+
+    def _timing(self, name: str) -> Timing:
+        """What tells the operation's time by its sizes."""
+        if name in self.profile.ops:
+            return self._table(name).at
+        if name in _OPTIONAL:
+            return lambda _sizes: _FREE
+        measured, ratio, _ = self._measured(name)
+        return partial(of_another, self._table(measured).at, ratio)
 
     def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("attention", tp)
@@ -263,6 +272,12 @@ class ProfiledCostModel(ComposedCostModel):
             return Estimate(0.0, 0.0, 0.0, False)
         value, width, outside = self._table("capture").at((float(shape.padded_tokens),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
+
+
+def of_another(timing: Timing, ratio: float, sizes: tuple[float, ...]) -> Time:
+    """As long as ``ratio`` times another operation, and so extrapolated."""
+    value, width, _ = timing(sizes)
+    return Time(value * ratio, width * ratio, True)
 
 
 class Nearest(NamedTuple):
