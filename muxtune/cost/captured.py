@@ -99,8 +99,6 @@ _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 _ATTENTION_ERROR = 0.18
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
-# Shares of a call with adapters: the frozen product itself is always more than the rest.
-_MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
 # 90% of errors between measured sizes, judged by leaving sizes out.
 _BETWEEN: Mapping[str, float] = {
     "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
@@ -112,6 +110,23 @@ _BETWEEN_OTHERS = 0.05
 _DRAWN_WIDENING = 1.35
 _EXTRA, _HALF = "extra_", "half_"  # other methods; where half of the rows are not theirs
 _MOST_SPARED_BY_FILLER = 0.9  # of what another method adds
+
+
+class Side(NamedTuple):
+    """One of the products that adapters take part in. ``most_spared``: of it by filler; the frozen
+    product itself is always more than the rest."""
+
+    name: str
+    cause: str
+    backward: bool
+    most_spared: float
+
+
+_SIDES = (
+    Side("forward", SITE, False, 0.4),
+    Side("backward", SITE, True, 0.4),
+    Side("factor", FACTOR, True, 0.9),
+)
 
 
 class FusedSite(NamedTuple):
@@ -176,15 +191,33 @@ class StageSums(NamedTuple):
     num_blocks: int
 
 
-class SiteUse(NamedTuple):
-    """How a shape's slots use a fused linear. ``count``: of slots with factors there; ``known``:
-    whether captured steps know the methods of all; ``paid``: by side ("forward", "backward",
-    "factor") the rank that is paid and the seconds that a row of filler spares."""
+class SlotKind(NamedTuple):
+    """What slots that are alike share. ``rank``: as padded; ``adapts``: of each fused linear,
+    whether they have factors there; ``elements``: see ``slot_elements``."""
 
-    site: FusedSite
+    rank: int
+    adapts: tuple[bool, ...]
+    elements: float
+
+
+class Paid(NamedTuple):
+    """A side of a fused linear with adapters. ``op``: its operation; ``rank``: that is paid;
+    ``row_s``: what a row of filler spares."""
+
+    side: Side
+    op: str
+    rank: float
+    row_s: float
+
+
+class SiteUse(NamedTuple):
+    """How a shape's slots use a fused linear, of ``size``. ``count``: of slots with factors there;
+    ``known``: whether captured steps know the methods of all."""
+
+    size: str
     count: int
     known: bool
-    paid: Mapping[str, tuple[float, float]]
+    paid: tuple[Paid, ...]
 
 
 class SlotsUse(NamedTuple):
@@ -197,10 +230,11 @@ class SlotsUse(NamedTuple):
 
 
 class RowsTimes(NamedTuple):
-    """What blocks of so many rows take whatever their slots. ``frozen``: by name; ``lacking``: what
-    the first block does not compute."""
+    """What blocks of ``rows`` take whatever their slots. ``frozen``: by the linear's size,
+    forward and backward; ``lacking``: what the first block does not compute."""
 
-    frozen: Mapping[str, tuple[Op, Time]]
+    rows: float
+    frozen: Mapping[str, tuple[tuple[Op, Time], tuple[Op, Time]]]
     elementwise: tuple[tuple[Op, Time], ...]
     lacking: Tally
 
@@ -421,8 +455,9 @@ class CapturedCostModel(ProfiledCostModel):
     def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
         ranks, adapted = 0.0, 0.0
         for slot, count in kinds.items():
-            sites = sum(self._has_factors(slot, site) for site in self._sites(1))
-            ranks += count * sites * float(np.log2(padded_rank([slot.rank])))
+            kind = self._kind(slot)
+            sites = sum(kind.adapts)
+            ranks += count * sites * float(np.log2(kind.rank))
             adapted += count * sites
         share = adapted / (len(MEMBERS) * max(1, kinds.total()))
         rank = ranks / adapted if adapted else float(np.log2(MIN_RANK))
@@ -489,10 +524,8 @@ class CapturedCostModel(ProfiledCostModel):
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
     ) -> StageSums:
         rows, blocks, edges = float(shape.padded_tokens), Tally(), Tally()
-        block, per_used_s = Tally(), [0.0, 0.0]
-        for op, time in self._block_of(shape, rows, replica.tp, per_used_s):
-            block.add(op, time)
-        blocks.merge(block, layers)
+        per_used_s = [0.0, 0.0]
+        blocks.merge(self._block_of(shape, rows, replica.tp, per_used_s), layers)
         if first:
             blocks.merge(self._of_rows(rows, replica.tp).lacking, -1)
         if first or last:
@@ -524,12 +557,11 @@ class CapturedCostModel(ProfiledCostModel):
         key = ("of rows", rows, tp)
         if key not in self._memo:
             frozen = {
-                name: self._timed(name, ops.BACKBONE, backward, (rows,))
-                for site in self._sites(tp)
-                for name, backward in (
-                    (f"frozen_forward.{site.size}", False),
-                    (f"frozen_backward.{site.size}", True),
+                size: (
+                    self._timed(f"frozen_forward.{size}", ops.BACKBONE, False, (rows,)),
+                    self._timed(f"frozen_backward.{size}", ops.BACKBONE, True, (rows,)),
                 )
+                for size in (site.size for site in self._sites(tp))
             }
             hidden, inner = self.model.hidden, self.model.intermediate // tp
             elementwise = tuple(
@@ -544,7 +576,7 @@ class CapturedCostModel(ProfiledCostModel):
             lacking = Tally()
             for op, time in self._first_block_lacks(rows, tp):
                 lacking.add(op, time)
-            self._remember(key, RowsTimes(frozen, elementwise, lacking))
+            self._remember(key, RowsTimes(rows, frozen, elementwise, lacking))
         return self._memo[key]  # type: ignore[return-value]
 
     def _edges_tally(self, rows: float, pp: int) -> Tally:
@@ -560,26 +592,29 @@ class CapturedCostModel(ProfiledCostModel):
         key = ("use", self._slots_number(slots), tp)
         if key not in self._memo:
             kinds = Counter(slots)
-            sites = tuple(self._site_use(site, kinds) for site in self._sites(tp))
+            sites = tuple(self._site_use(n, site, kinds) for n, site in enumerate(self._sites(tp)))
             extras = []
             for method in EXTRA_METHODS:
                 own = sum(count for slot, count in kinds.items() if slot.method == method)
-                size = extra_size(self.model, tuple(kinds), method)
-                if size:
+                if own and (size := extra_size(self.model, tuple(kinds), method)):
                     extras.append((method, size, own))
             self._remember(key, SlotsUse(sites, tuple(extras), kinds.total()))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _site_use(self, site: FusedSite, kinds: Counter[AdapterSlot]) -> SiteUse:
-        users = [slot for slot in kinds if self._has_factors(slot, site)]
-        ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
-        paid = {}
-        for side in _MOST_SPARED if users else ():
-            name = f"{side}.{site.size}"
+    def _site_use(self, number: int, site: FusedSite, kinds: Counter[AdapterSlot]) -> SiteUse:
+        users, ranks, size = [], [], site.size
+        for slot, count in kinds.items():
+            kind = self._kind(slot)
+            if kind.adapts[number]:
+                users.append(slot)
+                ranks += [kind.rank] * count
+        paid = []
+        for side in _SIDES if users else ():
+            name = f"{side.name}.{size}"
             rank = self._rank_paid(name, ranks)
-            paid[side] = rank, self._row_of_adapters_s(name, rank)
+            paid.append(Paid(side, f"site_{name}", rank, self._row_of_adapters_s(name, rank)))
         known = all(slot.method == "lora" for slot in users)
-        return SiteUse(site, len(ranks), known, paid)
+        return SiteUse(size, len(ranks), known, tuple(paid))
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
         """Nothing where it was not measured."""
@@ -606,15 +641,14 @@ class CapturedCostModel(ProfiledCostModel):
             found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + used_s
         return found
 
-    def _block_of(
-        self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]
-    ) -> Iterator[tuple[Op, Time]]:
+    def _block_of(self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]) -> Tally:
         """Where all rows are filler; what a row in use takes more is added to ``per_used_s``
         (forward, backward)."""
-        of_rows, used = self._of_rows(rows, tp), self._of_use(shape.slots, tp)
+        of_rows, used, block = self._of_rows(rows, tp), self._of_use(shape.slots, tp), Tally()
         for site in used.sites:
-            yield from self._site_of(site, used.num_slots, rows, of_rows.frozen, per_used_s)
-        yield from of_rows.elementwise
+            self._add_site(block, site, used.num_slots, of_rows, per_used_s)
+        for op, time in of_rows.elementwise:
+            block.add(op, time)
         hidden = self.model.hidden
         for method, size, own in used.extras:
             # Rows are taken as even shares of the slots; attention is every row's.
@@ -626,12 +660,13 @@ class CapturedCostModel(ProfiledCostModel):
                     rows * self._extra_row_s(name, size), _MOST_SPARED_BY_FILLER * time.value_s
                 )
                 per_used_s[backward] += share * spared_s / rows
-                yield op, time._replace(value_s=time.value_s - spared_s)
+                block.add(op, time._replace(value_s=time.value_s - spared_s))
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
                 name = f"all_reduce.tp{tp}"
-                yield self._timed(name, ops.COMMUNICATION, backward, (moved,), 2)
+                block.add(*self._timed(name, ops.COMMUNICATION, backward, (moved,), 2))
+        return block
 
     def _first_block_lacks(self, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
         """Nobody asks for the gradient of the embedding's output."""
@@ -645,43 +680,33 @@ class CapturedCostModel(ProfiledCostModel):
             self._remember(key, fused_sites(self.model, tp))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _site_of(
+    def _add_site(
         self,
+        block: Tally,
         use: SiteUse,
         num_slots: int,
-        rows: float,
-        frozen: Mapping[str, tuple[Op, Time]],
+        of_rows: RowsTimes,
         per_used_s: list[float],
-    ) -> Iterator[tuple[Op, Time]]:
-        size = use.site.size
-
-        def timed(side: str, backward: bool) -> tuple[Op, Time, float]:
-            """The last: seconds that are spared where all rows are filler. Products are as they are
-            where ``FILL`` of the rows are in use."""
-            rank, per_row_s = use.paid[side]
-            sizes, cause, used_rows = (float(use.count), rank, rows), FACTOR, rows
-            if side != "factor":
-                sizes, cause, used_rows = (*sizes, 0.0), SITE, FILL * rows
-            op, time = self._timed(f"site_{side}.{size}", cause, backward, sizes)
-            time = Time(time[0], time[1], time[2] or not use.known)
-            per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
-            per_used_s[backward] += per_row_s * use.count / num_slots
-            return op, time, per_row_s * used_rows
-
-        for side, backward in (("forward", False), ("backward", True)):
-            alone = frozen[f"frozen_{side}.{size}"]
-            if not use.count:
-                yield alone
-                continue
-            op, whole, spared_s = timed(side, backward)
-            alone_s = min(whole.value_s, alone[1].value_s)
-            of_adapted = alone[0]._replace(category=ADAPTED)
-            yield of_adapted, Time(alone_s, 0.0, whole.extrapolated)
-            more_s = whole.value_s - alone_s - spared_s
-            yield op, Time(more_s, whole.half_width_s, whole.extrapolated)
-        if use.count:
-            op, beside, spared_s = timed("factor", True)
-            yield op, beside._replace(value_s=beside.value_s - spared_s)
+    ) -> None:
+        alone, rows = of_rows.frozen[use.size], of_rows.rows
+        if not use.count:
+            for op, time in alone:
+                block.add(op, time)
+        for side, op_name, rank, row_s in use.paid:
+            # Products are as they are where ``FILL`` of the rows are in use.
+            sizes, used_rows = (float(use.count), rank, rows), rows
+            if side.cause == SITE:
+                sizes, used_rows = (*sizes, 0.0), FILL * rows
+            whole_s, width_s, outside = self._time(op_name, sizes)
+            row_s = min(row_s, side.most_spared * whole_s / rows)
+            per_used_s[side.backward] += row_s * use.count / num_slots
+            more_s = whole_s
+            if side.cause == SITE:
+                alone_s = min(whole_s, alone[side.backward][1].value_s)
+                block.put(ADAPTED, side.backward, alone_s)
+                more_s -= alone_s
+            block.put(side.cause, side.backward, more_s - row_s * used_rows)
+            block.widen(width_s, outside or not use.known)
 
     def _rank_paid(self, name: str, ranks: Sequence[int]) -> float:
         """Between the mean of the padded ranks, which a product pays for by each slot's rows, and
@@ -714,16 +739,16 @@ class CapturedCostModel(ProfiledCostModel):
             return 1.0
         return min(1.0, max(0.0, (point["median_s"] - low) / (high - low)))
 
-    def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
-        if slot.method in EXTRA_METHODS or ops.is_prepended(slot):
-            return False
-        return not self._adapted(slot.targets).isdisjoint(site.members)
-
-    def _adapted(self, targets: tuple[str, ...]) -> frozenset[str]:
-        key = ("adapted", targets)
+    def _kind(self, slot: AdapterSlot) -> SlotKind:
+        key = ("kind", slot)
         if key not in self._memo:
-            linears = self.model.target_linears(targets)
-            self._remember(key, frozenset(item.name.rsplit(".", 1)[-1] for item in linears))
+            adapted: set[str] = set()
+            if slot.method not in EXTRA_METHODS:
+                linears = ops.target_linears(self.model, slot)
+                adapted.update(item.name.rsplit(".", 1)[-1] for item in linears)
+            adapts = tuple(not adapted.isdisjoint(members) for members in MEMBERS)
+            elements = float(slot_elements(self.model, slot))
+            self._remember(key, SlotKind(padded_rank([slot.rank]), adapts, elements))
         return self._memo[key]  # type: ignore[return-value]
 
     def _edge_of(self, rows: float, pp: int) -> Iterator[tuple[Op, Time]]:
@@ -761,8 +786,7 @@ class CapturedCostModel(ProfiledCostModel):
     def _optimizer_times(
         self, slots: tuple[AdapterSlot, ...]
     ) -> tuple[tuple[Op, Time] | None, tuple[float, ...]]:
-        of_kind = {slot: float(slot_elements(self.model, slot)) for slot in Counter(slots)}
-        elements = [of_kind[slot] for slot in slots]
+        elements = [self._kind(slot).elements for slot in slots]
         total = sum(elements)
         if not total:
             return None, (0.0,) * len(slots)

@@ -99,10 +99,14 @@ class Tally:
         self.half_width_s, self.extrapolated, self.kernels = 0.0, False, 0.0
 
     def add(self, op: Op, time: Time) -> None:
-        self.put(op.category, op.backward, op.count * time[0])
-        self.half_width_s += op.count * time[1]
-        self.extrapolated |= time[2]
+        value, width, outside = time
+        self.put(op.category, op.backward, op.count * value)
+        self.widen(op.count * width, outside)
         self.kernels += op.count * op.kernels
+
+    def widen(self, half_width_s: float, extrapolated: bool) -> None:
+        self.half_width_s += half_width_s
+        self.extrapolated |= extrapolated
 
     def put(self, category: str, backward: bool, seconds: float) -> None:
         side = self.backward_s if backward else self.forward_s

@@ -171,10 +171,13 @@ class ProfiledCostModel(ComposedCostModel):
         return self._tables[name]
 
     def op_time(self, op: Op) -> Time:
-        timing = self._timings.get(op.name)
+        return self._time(op.name, op.size)
+
+    def _time(self, name: str, sizes: tuple[float, ...]) -> Time:
+        timing = self._timings.get(name)
         if timing is None:
-            timing = self._timings[op.name] = self._timing(op.name)
-        return timing(op.size)
+            timing = self._timings[name] = self._timing(name)
+        return timing(sizes)
 
     def _timing(self, name: str) -> Timing:
         """What tells the operation's time by its sizes."""
