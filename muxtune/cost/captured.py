@@ -239,10 +239,6 @@ class RowsTimes(NamedTuple):
     lacking: Tally
 
 
-def _unchanged(_cause: str) -> float:
-    return 1.0
-
-
 class CapturedCostModel(ProfiledCostModel):
     """``CostModel`` of captured steps, from a profile of their operations.
 
@@ -471,36 +467,37 @@ class CapturedCostModel(ProfiledCostModel):
             sums = self._sums_of(shape, replica)
         else:
             sums = self._stage_sums(shape, replica, layers, first, last)
-        adding = self.adding
+        adding, tally = self.adding, Tally()
         rows, filler_s = shape.padded_tokens, 0.0
-        g = h = 0.0
-        of = _unchanged if adding is None else adding.factor
-        tally = Tally()
+        g = h = error = 0.0
+        of: Mapping[str, float] = {}  # factors of causes; others have 1
         if adding is not None:
-            g, h = adding.more(self._place(shape))
-            filler_s = adding.filler * _idle_s(sums.blocks, rows)
+            g, h, error = adding.at(self.pass_sums(nominal_load(shape), replica))
+            of, filler_s = adding.factors, adding.filler * _idle_s(sums.blocks, rows)
             constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
             tally.put(ops.OVERHEAD, False, constant_s)
 
         def times(cause: str) -> float:
-            return of(cause) + g + (h if cause in (SITE, FACTOR) else 0.0)
+            return of.get(cause, 1.0) + g + (h if cause in (SITE, FACTOR) else 0.0)
 
-        for part, scale in ((sums.blocks, times), (sums.edges, of)):
+        for part in (sums.blocks, sums.edges):
+            in_blocks = part is sums.blocks
             for side, backward in ((part.forward_s, False), (part.backward_s, True)):
                 for cause, seconds in side.items():
-                    tally.put(_CATEGORY_OF.get(cause, cause), backward, scale(cause) * seconds)
-            tally.half_width_s += part.half_width_s
-            tally.extrapolated |= part.extrapolated
+                    factor = times(cause) if in_blocks else of.get(cause, 1.0)
+                    tally.put(_CATEGORY_OF.get(cause, cause), backward, factor * seconds)
+            tally.widen(part.half_width_s, part.extrapolated)
         again = self._add_recompute(tally, shape)
         pair = [times(ops.ATTENTION) * value for value in sums.pairs_s]
         used = [times(SITE) * value for value in sums.used_s]
         used[1] -= filler_s / rows  # as the constant has it where all rows are filler
+        closing = of.get(ops.OPTIMIZER, 1.0)
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,
             (pair[0], pair[1] + again * pair[0]),
             (used[0], used[1] + again * used[0]),
-            tuple(of(ops.OPTIMIZER) * value for value in sums.optimizer_s),
+            tuple([closing * value for value in sums.optimizer_s]),
             tally.half_width_s,
             sums.pair_error,
             0.0,
@@ -508,7 +505,6 @@ class CapturedCostModel(ProfiledCostModel):
         )
         if adding is None:
             return parts
-        error = adding.relative_error(self.pass_sums(nominal_load(shape), replica))
         error *= _DRAWN_WIDENING * (EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0)
         return parts._replace(half_width_s=error * parts.base_s, pair_error=error, loss_error=error)
 
