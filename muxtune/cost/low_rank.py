@@ -97,9 +97,10 @@ class Counts:
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
         self._met: dict[tuple[int, int, int, int], Met] = {}
-        self._launches: dict[tuple[int, tuple[int, ...]], Launch] = {}
+        self._launches: dict[tuple[int, tuple[int, ...], int], _Tiles] = {}
         self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
         self._heights = sorted({tile.rows for tile in tiling.tiles})
+        self._step_rows = math.gcd(*self._heights)  # a launch is the same up to the next multiple
 
     def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
         """``used_rows``: 0 where they are as a step's passes mostly have them."""
@@ -111,24 +112,30 @@ class Counts:
                 self._met[key] = Met.typical(slots, rows, tile_rows)
         return self._met[key]
 
-    def launch(self, rows: int, widths: tuple[int, ...]) -> Launch:
-        key = rows, widths
-        if key not in self._launches:
-            self._launches[key] = self.tiling.launch(rows, widths)
-        return self._launches[key]
+    def tiles(self, rows: int, widths: tuple[int, ...], inner: int) -> _Tiles:
+        key = -(-rows // self._step_rows), widths, inner
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = self._tiles(self.tiling.launch(rows, widths), inner)
+        return found
+
+    def _tiles(self, launch: Launch, inner: int) -> _Tiles:
+        """Work is less where multiprocessors are idle in the only wave, which leave power and
+        memory to the others."""
+        tile, waves = launch.tile, launch.waves
+        work = tile.rows * tile.columns * inner / 1e9
+        if waves <= 1.0:
+            work *= 1.0 - _IDLE_SPARES * (1.0 - launch.busy)
+        kind, height = self._kinds.index((tile.rows, tile.columns)), self._heights.index(tile.rows)
+        return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, kind, height, work)
 
     def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
-        launch = self.launch(rows, site.out_features)
-        tile = launch.tile
-        met = self.met(slots, rows, used_rows, tile.rows)
-        members = len(site.out_features)
-        fills = (used_rows,) if used_rows else tuple(int(fill * rows) for fill in _FILLS)
-        in_turn = [-(-used // tile.rows) * members > launch.free for used in fills]
+        tiles = self.tiles(rows, site.out_features, site.in_features)
+        met, members = self.met(slots, rows, used_rows, tiles.tile_rows), len(site.out_features)
+        fills = [used_rows] if used_rows else [int(fill * rows) for fill in _FILLS]
+        in_turn = [-(-used // tiles.tile_rows) * members > tiles.free for used in fills]
         return _Forward(
-            launch,
-            self._kinds.index((tile.rows, tile.columns)),
-            _tile_work(launch, site.in_features),
-            self._heights.index(tile.rows),
+            tiles,
             met.most_pairs * site.in_features / _PASS_WIDTH,
             rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
             sum(in_turn) / len(in_turn),
@@ -137,17 +144,14 @@ class Counts:
     def backward(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
     ) -> _Backward:
-        launch = self.launch(rows, (site.in_features,))
-        tile, members = launch.tile, len(site.out_features)
-        met = self.met(slots, rows, used_rows, tile.rows)
-        inner = sum(site.out_features)
+        members = len(site.out_features)
+        tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
+        met = self.met(slots, rows, used_rows, tiles.tile_rows)
         blocks = -(-max(site.out_features) // _SUM_BLOCK)
         programs = blocks * members * slots / self.tiling.num_multiprocessors
         steps = rank / _RANKS[0]
         return _Backward(
-            launch,
-            self._kinds.index((tile.rows, tile.columns)),
-            _tile_work(launch, inner),
+            tiles,
             steps * members * (met.mean_pairs + _ALONE_STEP * met.alone),
             programs,
             programs * steps,
@@ -155,35 +159,35 @@ class Counts:
         )
 
 
-def _tile_work(launch: Launch, inner: int) -> float:
-    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
-    and memory to the others."""
-    work = launch.tile.rows * launch.tile.columns * inner / 1e9
-    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
+class _Tiles(NamedTuple):
+    """Of a launch. ``begun``: waves, the last as a whole one; ``free``: see ``Launch``; ``kind``,
+    ``height``: places of the tile and its rows; ``work``: multiply-adds of a tile, in 1e9."""
+
+    waves: float
+    begun: int
+    free: int
+    tile_rows: int
+    kind: int
+    height: int
+    work: float
 
 
 class _Forward(NamedTuple):
-    """``tile_work``: multiply-adds of a tile, in 1e9; ``kind``, ``height``: places of the tile and
-    its rows; ``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``:
-    low-rank steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows
-    in use, have a tile in the last wave too."""
+    """``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``: low-rank
+    steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows in use,
+    have a tile in the last wave too."""
 
-    launch: Launch
-    kind: int
-    tile_work: float
-    height: int
+    tiles: _Tiles
     passes: float
     steps: float
     in_turn: float
 
 
 class _Backward(NamedTuple):
-    """As ``_Forward``; ``programs``: of the first kernel, over multiprocessors; ``ranked``: times
-    their rank; ``parts``: numbers of dh that are left to be summed, in 1e6."""
+    """``steps``: as of ``_Forward``; ``programs``: of the first kernel, over multiprocessors;
+    ``ranked``: times their rank; ``parts``: numbers of dh that are left to be summed, in 1e6."""
 
-    launch: Launch
-    kind: int
-    tile_work: float
+    tiles: _Tiles
     steps: float
     programs: float
     ranked: float
@@ -222,7 +226,8 @@ class Forward:
 
     def _pass_weights(self, item: _Forward, rank: float) -> list[tuple[int, float]]:
         """Places among the speeds of a pass, and how much each counts: ranks lie between two."""
-        first = len(self.speeds) - len(_RANKS) * (len(self.counts._heights) - item.height)
+        above_it = len(self.counts._heights) - item.tiles.height
+        first = len(self.speeds) - len(_RANKS) * above_it
         if rank <= _RANKS[0]:
             return [(first, 1.0)]
         for place in (1, 2):
@@ -233,18 +238,19 @@ class Forward:
 
     def _parts(self, item: _Forward, rank: float) -> tuple[float, float]:
         """(seconds of making h, of a tile's product)."""
-        made_s = item.passes * sum(w * self.speeds[at] for at, w in self._pass_weights(item, rank))
-        return made_s, self.speeds[item.kind] * item.tile_work
+        speeds, tiles = self.speeds, item.tiles
+        pass_s = sum([weight * speeds[at] for at, weight in self._pass_weights(item, rank)])
+        return item.passes * pass_s, speeds[tiles.kind] * tiles.work
 
     def _terms(self, item: _Forward, rank: float) -> list[float]:
         """What the speeds are multiplied by."""
         made_s, tile_s = self._parts(item, rank)
-        tiles, waves = len(self.counts._kinds), item.launch.waves
+        kinds, tiles = len(self.counts._kinds), item.tiles
         terms = [0.0] * len(self.speeds)
         waits = made_s > tile_s
-        terms[item.kind] = item.tile_work * (waves - (waits and not item.in_turn))
-        terms[tiles + item.kind] = item.steps * math.ceil(waves)
-        terms[2 * tiles] = math.ceil(waves)
+        terms[tiles.kind] = tiles.work * (tiles.waves - (waits and not item.in_turn))
+        terms[kinds + tiles.kind] = item.steps * tiles.begun
+        terms[2 * kinds] = tiles.begun
         if waits or item.in_turn:
             for at, weight in self._pass_weights(item, rank):
                 terms[at] = weight * item.passes
@@ -253,10 +259,10 @@ class Forward:
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
         item = self.counts.forward(site, slots, rank, rows, used_rows)
         made_s, tile_s = self._parts(item, rank)
-        waves, tiles = item.launch.waves, len(self.counts._kinds)
-        ends_s = self.speeds[tiles + item.kind] * item.steps + self.speeds[2 * tiles]
+        tiles, kinds = item.tiles, len(self.counts._kinds)
+        ends_s = self.speeds[kinds + tiles.kind] * item.steps + self.speeds[2 * kinds]
         first_s = max(made_s, tile_s) + item.in_turn * min(made_s, tile_s)
-        return first_s + (waves - 1.0) * tile_s + math.ceil(waves) * ends_s
+        return first_s + (tiles.waves - 1.0) * tile_s + tiles.begun * ends_s
 
 
 class Backward:
@@ -267,22 +273,30 @@ class Backward:
         tiles = len(counts._kinds)
         usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
-        terms = [self._terms(*point[:4], point.rows) for point in points]
+        found = [dict(self._terms(*point[:4], point.rows)) for point in points]
+        terms = [[own.get(at, 0.0) for at in range(len(usual))] for own in found]
         self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
 
     def _terms(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
-    ) -> list[float]:
+    ) -> list[tuple[int, float]]:
+        """Places among the speeds, and what each is multiplied by; the others by nothing."""
         item = self.counts.backward(site, slots, rank, rows, used_rows)
-        tiles, waves = len(self.counts._kinds), item.launch.waves
-        terms = [0.0] * (2 * tiles)
-        terms[item.kind] = item.tile_work * waves
-        terms[tiles + item.kind] = item.steps * math.ceil(waves)
-        return [*terms, math.ceil(waves), 1.0, item.programs, item.ranked, item.parts]
+        tiles, kinds = item.tiles, len(self.counts._kinds)
+        return [
+            (tiles.kind, tiles.work * tiles.waves),
+            (kinds + tiles.kind, item.steps * tiles.begun),
+            (2 * kinds, tiles.begun),
+            (2 * kinds + 1, 1.0),
+            (2 * kinds + 2, item.programs),
+            (2 * kinds + 3, item.ranked),
+            (2 * kinds + 4, item.parts),
+        ]
 
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
+        speeds = self.speeds
         terms = self._terms(site, slots, rank, rows, used_rows)
-        return sum(speed * term for speed, term in zip(self.speeds, terms, strict=True))
+        return sum([speeds[at] * term for at, term in terms])
 
 
 def _fitted(
