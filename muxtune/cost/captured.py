@@ -41,7 +41,7 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine
+from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine, interpolated
 from muxtune.cost.low_rank import (
     BACKWARD,
     FILL,
@@ -221,9 +221,10 @@ class SiteUse(NamedTuple):
 
 
 class SlotsUse(NamedTuple):
-    """What a shape's slots mean for blocks of any number of rows. ``extras``: (method, size, slots)
-    of ``EXTRA_METHODS``."""
+    """What a shape's slots mean for blocks of any number of rows. ``place``: among shapes, see
+    ``_place_of_slots``; ``extras``: (method, size, slots) of ``EXTRA_METHODS``."""
 
+    place: tuple[float, float, float]
     sites: tuple[SiteUse, ...]
     extras: tuple[tuple[str, float, int], ...]
     num_slots: int
@@ -234,8 +235,8 @@ class RowsTimes(NamedTuple):
     forward and backward; ``lacking``: what the first block does not compute."""
 
     rows: float
-    frozen: Mapping[str, tuple[tuple[Op, Time], tuple[Op, Time]]]
-    elementwise: tuple[tuple[Op, Time], ...]
+    frozen: Mapping[str, tuple[Time, Time]]
+    elementwise: Tally
     lacking: Tally
 
 
@@ -434,21 +435,13 @@ class CapturedCostModel(ProfiledCostModel):
         seconds[ops.OPTIMIZER] = seconds.get(ops.OPTIMIZER, 0.0) + closing_s
         blocks_s = sums.blocks.total_s + attended_s + used_s
         adapters_s = seconds.get(SITE, 0.0) + seconds.get(FACTOR, 0.0)
-        idle = 1.0 - load.loss_rows / load.shape.padded_tokens
-        return PassSums(
-            seconds, blocks_s, sums.num_blocks, self._place(load.shape), adapters_s,
-            idle * _idle_s(sums.blocks, load.shape.padded_tokens),
-        )  # fmt: skip
-
-    def _place(self, shape: ShapeKey) -> tuple[float, ...]:
-        """Among shapes: rows, slots, ranks, and how much of the linears is adapted."""
-        key = ("place", self._slots_number(shape.slots))
-        if key not in self._memo:
-            self._remember(key, self._place_of_slots(Counter(shape.slots)))
-        rows = float(np.log2(max(1, shape.padded_tokens)))
-        return rows, *self._memo[key]  # type: ignore[misc]
+        rows, of_slots = load.shape.padded_tokens, self._of_use(load.shape.slots, replica.tp)
+        place = float(np.log2(max(1, rows))), *of_slots.place
+        filler_s = (1.0 - load.loss_rows / rows) * _idle_s(sums.blocks, rows)
+        return PassSums(seconds, blocks_s, sums.num_blocks, place, adapters_s, filler_s)
 
     def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
+        """Slots, ranks, and how much of the linears is adapted."""
         ranks, adapted = 0.0, 0.0
         for slot, count in kinds.items():
             kind = self._kind(slot)
@@ -547,31 +540,34 @@ class CapturedCostModel(ProfiledCostModel):
         if key not in self._memo:
             self._remember(key, self._measured_rows(name))
         ranks, seconds = self._memo[key]  # type: ignore[misc]
-        return float(np.interp(rank, ranks, seconds)) if ranks else 0.0
+        return interpolated(rank, ranks, seconds) if ranks else 0.0
 
     def _of_rows(self, rows: float, tp: int) -> RowsTimes:
         key = ("of rows", rows, tp)
         if key not in self._memo:
+            hidden, inner = self.model.hidden, self.model.intermediate // tp
             frozen = {
                 size: (
-                    self._timed(f"frozen_forward.{size}", ops.BACKBONE, False, (rows,)),
-                    self._timed(f"frozen_backward.{size}", ops.BACKBONE, True, (rows,)),
+                    self._time(f"frozen_forward.{size}", (rows,)),
+                    self._time(f"frozen_backward.{size}", (rows,)),
                 )
-                for size in (site.size for site in self._sites(tp))
+                for size in self._site_sizes(tp)
             }
-            hidden, inner = self.model.hidden, self.model.intermediate // tp
-            elementwise = tuple(
-                self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
-                for name, count in (
-                    (f"add_norm_forward.{hidden}", 2),
-                    (f"add_norm_backward.{hidden}", 2),
-                    (f"swiglu_forward.{inner}", 1),
-                    (f"swiglu_backward.{inner}", 1),
+            norm, norm_backward, swiglu, swiglu_backward = (
+                self._time(name, (rows,))
+                for name in (
+                    f"add_norm_forward.{hidden}", f"add_norm_backward.{hidden}",
+                    f"swiglu_forward.{inner}", f"swiglu_backward.{inner}",
                 )
-            )
-            lacking = Tally()
-            for op, time in self._first_block_lacks(rows, tp):
-                lacking.add(op, time)
+            )  # fmt: skip
+            elementwise, lacking = Tally(), Tally()
+            elementwise.charge(ops.ELEMENTWISE, False, norm, 2)
+            elementwise.charge(ops.ELEMENTWISE, True, norm_backward, 2)
+            elementwise.charge(ops.ELEMENTWISE, False, swiglu)
+            elementwise.charge(ops.ELEMENTWISE, True, swiglu_backward)
+            # Nobody asks for the gradient of the embedding's output.
+            lacking.charge(ops.BACKBONE, True, frozen[self._site_sizes(tp)[0]][1])
+            lacking.charge(ops.ELEMENTWISE, True, norm_backward)
             self._remember(key, RowsTimes(rows, frozen, elementwise, lacking))
         return self._memo[key]  # type: ignore[return-value]
 
@@ -587,18 +583,19 @@ class CapturedCostModel(ProfiledCostModel):
     def _of_use(self, slots: tuple[AdapterSlot, ...], tp: int) -> SlotsUse:
         key = ("use", self._slots_number(slots), tp)
         if key not in self._memo:
-            kinds = Counter(slots)
-            sites = tuple(self._site_use(n, site, kinds) for n, site in enumerate(self._sites(tp)))
+            kinds, sizes = Counter(slots), self._site_sizes(tp)
+            sites = tuple(self._site_use(n, size, kinds) for n, size in enumerate(sizes))
             extras = []
             for method in EXTRA_METHODS:
                 own = sum(count for slot, count in kinds.items() if slot.method == method)
                 if own and (size := extra_size(self.model, tuple(kinds), method)):
                     extras.append((method, size, own))
-            self._remember(key, SlotsUse(sites, tuple(extras), kinds.total()))
+            place = self._place_of_slots(kinds)
+            self._remember(key, SlotsUse(place, sites, tuple(extras), kinds.total()))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _site_use(self, number: int, site: FusedSite, kinds: Counter[AdapterSlot]) -> SiteUse:
-        users, ranks, size = [], [], site.size
+    def _site_use(self, number: int, size: str, kinds: Counter[AdapterSlot]) -> SiteUse:
+        users, ranks = [], []
         for slot, count in kinds.items():
             kind = self._kind(slot)
             if kind.adapts[number]:
@@ -643,8 +640,7 @@ class CapturedCostModel(ProfiledCostModel):
         of_rows, used, block = self._of_rows(rows, tp), self._of_use(shape.slots, tp), Tally()
         for site in used.sites:
             self._add_site(block, site, used.num_slots, of_rows, per_used_s)
-        for op, time in of_rows.elementwise:
-            block.add(op, time)
+        block.merge(of_rows.elementwise, 1)
         hidden = self.model.hidden
         for method, size, own in used.extras:
             # Rows are taken as even shares of the slots; attention is every row's.
@@ -664,16 +660,10 @@ class CapturedCostModel(ProfiledCostModel):
                 block.add(*self._timed(name, ops.COMMUNICATION, backward, (moved,), 2))
         return block
 
-    def _first_block_lacks(self, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
-        """Nobody asks for the gradient of the embedding's output."""
-        size, hidden = self._sites(tp)[0].size, self.model.hidden
-        yield self._timed(f"frozen_backward.{size}", ops.BACKBONE, True, (rows,))
-        yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
-
-    def _sites(self, tp: int) -> tuple[FusedSite, ...]:
+    def _site_sizes(self, tp: int) -> tuple[str, ...]:
         key = ("fused sites", tp)
         if key not in self._memo:
-            self._remember(key, fused_sites(self.model, tp))
+            self._remember(key, tuple(site.size for site in fused_sites(self.model, tp)))
         return self._memo[key]  # type: ignore[return-value]
 
     def _add_site(
@@ -686,8 +676,8 @@ class CapturedCostModel(ProfiledCostModel):
     ) -> None:
         alone, rows = of_rows.frozen[use.size], of_rows.rows
         if not use.count:
-            for op, time in alone:
-                block.add(op, time)
+            for backward, time in enumerate(alone):
+                block.charge(ops.BACKBONE, bool(backward), time)
         for side, op_name, rank, row_s in use.paid:
             # Products are as they are where ``FILL`` of the rows are in use.
             sizes, used_rows = (float(use.count), rank, rows), rows
@@ -698,7 +688,7 @@ class CapturedCostModel(ProfiledCostModel):
             per_used_s[side.backward] += row_s * use.count / num_slots
             more_s = whole_s
             if side.cause == SITE:
-                alone_s = min(whole_s, alone[side.backward][1].value_s)
+                alone_s = min(whole_s, alone[side.backward].value_s)
                 block.put(ADAPTED, side.backward, alone_s)
                 more_s -= alone_s
             block.put(side.cause, side.backward, more_s - row_s * used_rows)
@@ -782,7 +772,8 @@ class CapturedCostModel(ProfiledCostModel):
     def _optimizer_times(
         self, slots: tuple[AdapterSlot, ...]
     ) -> tuple[tuple[Op, Time] | None, tuple[float, ...]]:
-        elements = [self._kind(slot).elements for slot in slots]
+        of_kind = {slot: self._kind(slot).elements for slot in Counter(slots)}
+        elements = [of_kind[slot] for slot in slots]
         total = sum(elements)
         if not total:
             return None, (0.0,) * len(slots)

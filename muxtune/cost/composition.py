@@ -99,10 +99,12 @@ class Tally:
         self.half_width_s, self.extrapolated, self.kernels = 0.0, False, 0.0
 
     def add(self, op: Op, time: Time) -> None:
-        value, width, outside = time
-        self.put(op.category, op.backward, op.count * value)
-        self.widen(op.count * width, outside)
+        self.charge(op.category, op.backward, time, op.count)
         self.kernels += op.count * op.kernels
+
+    def charge(self, category: str, backward: bool, time: Time, count: int = 1) -> None:
+        self.put(category, backward, count * time[0])
+        self.widen(count * time[1], time[2])
 
     def widen(self, half_width_s: float, extrapolated: bool) -> None:
         self.half_width_s += half_width_s
