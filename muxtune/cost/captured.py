@@ -180,7 +180,7 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
 class StageSums(NamedTuple):
     """A pass on one stage by cause (``SITE``, ``FACTOR``, methods of ``EXTRA_METHODS``, else
     categories of ``ops``), as its operations alone say. ``pairs_s``, ``used_s``: of a query-key
-    pair and a row in use, forward and backward."""
+    pair and a row in use, forward and backward; ``idle_s``: see ``_idle_s``."""
 
     blocks: Tally
     edges: Tally
@@ -189,6 +189,7 @@ class StageSums(NamedTuple):
     optimizer_s: tuple[float, ...]
     pair_error: float
     num_blocks: int
+    idle_s: float
 
 
 class SlotKind(NamedTuple):
@@ -437,7 +438,7 @@ class CapturedCostModel(ProfiledCostModel):
         adapters_s = seconds.get(SITE, 0.0) + seconds.get(FACTOR, 0.0)
         rows, of_slots = load.shape.padded_tokens, self._of_use(load.shape.slots, replica.tp)
         place = float(np.log2(max(1, rows))), *of_slots.place
-        filler_s = (1.0 - load.loss_rows / rows) * _idle_s(sums.blocks, rows)
+        filler_s = (1.0 - load.loss_rows / rows) * sums.idle_s
         return PassSums(seconds, blocks_s, sums.num_blocks, place, adapters_s, filler_s)
 
     def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
@@ -466,7 +467,7 @@ class CapturedCostModel(ProfiledCostModel):
         of: Mapping[str, float] = {}  # factors of causes; others have 1
         if adding is not None:
             g, h, error = adding.at(self.pass_sums(nominal_load(shape), replica))
-            of, filler_s = adding.factors, adding.filler * _idle_s(sums.blocks, rows)
+            of, filler_s = adding.factors, adding.filler * sums.idle_s
             constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
             tally.put(ops.OVERHEAD, False, constant_s)
 
@@ -532,6 +533,7 @@ class CapturedCostModel(ProfiledCostModel):
             optimizer_s,
             max(rate.relative_error for rate in pair_rates),
             layers,
+            _idle_s(blocks, rows),
         )
 
     def _row_of_adapters_s(self, name: str, rank: float) -> float:

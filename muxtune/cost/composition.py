@@ -279,11 +279,12 @@ class ComposedCostModel(ABC):
         """Seconds of each pass, exactly the affine form of ``pass_coefficients``."""
         values = np.empty(len(loads))
         errors, outside = np.empty(len(loads)), np.empty(len(loads), dtype=bool)
+        most_rows = self._most_loss_rows() if loads else 0.0
         for index, load in enumerate(loads):
             coefficients = self.pass_coefficients(load.shape, replica)
             values[index] = pass_time_s(coefficients, load)
             errors[index] = coefficients.relative_error
-            outside[index] = coefficients.extrapolated or self._load_outside(load)
+            outside[index] = coefficients.extrapolated or load.loss_rows > most_rows
         low = values * np.maximum(1 - errors, 0.0)
         return Estimates(values, low, values * (1 + errors), outside)
 
@@ -588,8 +589,9 @@ class ComposedCostModel(ABC):
         for memo in (self._coefficients, self._parts, self._graphs):
             memo.clear()
 
-    def _load_outside(self, load: PassLoad) -> bool:
-        return load.loss_rows > min(rate.max_size for rate in self.loss_rates())
+    def _most_loss_rows(self) -> float:
+        """That were measured: a load with more is extrapolated."""
+        return min(rate.max_size for rate in self.loss_rates())
 
 
 _NOTHING = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))
