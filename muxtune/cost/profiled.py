@@ -29,7 +29,6 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKe
 
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
-_FREE = Time(0.0, 0.0, False)
 Timing = Callable[[tuple[float, ...]], Time]
 NOTHING_MEASURED = -1.0  # the largest size of an operation that is taken from another
 
@@ -184,7 +183,7 @@ class ProfiledCostModel(ComposedCostModel):
         if name in self.profile.ops:
             return self._table(name).at
         if name in _OPTIONAL:
-            return lambda _sizes: _FREE
+            return _free
         measured, ratio, _ = self._measured(name)
         return partial(of_another, self._table(measured).at, ratio)
 
@@ -275,6 +274,10 @@ class ProfiledCostModel(ComposedCostModel):
             return Estimate(0.0, 0.0, 0.0, False)
         value, width, outside = self._table("capture").at((float(shape.padded_tokens),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
+
+
+def _free(_sizes: tuple[float, ...]) -> Time:
+    return Time(0.0, 0.0, False)
 
 
 def of_another(timing: Timing, ratio: float, sizes: tuple[float, ...]) -> Time:

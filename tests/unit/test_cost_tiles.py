@@ -68,6 +68,33 @@ def test_slots_that_meet_in_a_tile_are_counted() -> None:
     assert Met.of(12, 1024, [1023], 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
 
 
+def _met_row_by_row(slots: int, rows: int, used: int, tile_rows: int) -> Met:
+    share = max(used, slots) // slots
+    uneven = min(21, share // 4)
+    sizes = [share + (uneven if slot % 2 else -uneven) for slot in range(slots)]
+    if slots % 2:
+        sizes[-1] = share
+    of_row = [slot for slot, size in enumerate(sizes) for _ in range(size)][:rows]
+    of_row += [slots] * (rows - len(of_row))  # filler
+    pairs, alone, starts = [], 0, range(0, rows, tile_rows)
+    for tile in (of_row[start : start + tile_rows] for start in starts):
+        if tile[0] == tile[-1] < slots:
+            alone += 1
+        elif tile[0] < slots:
+            pairs.append((min(tile[-1], slots - 1) - tile[0]) // 2 + 1)
+    tiles = len(starts)
+    return Met(max([0.6, *map(float, pairs)]), sum(pairs) / tiles, alone / tiles)
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+def test_slots_meet_as_their_rows_say(tile_rows: int) -> None:
+    for slots in (1, 2, 3, 7, 12, 33, 200):
+        for rows in (1, 63, 128, 130, 516, 1024, 3000):
+            for used in (1, rows // 3, rows - 1, rows):
+                counted = Met.of(slots, rows, [used], tile_rows)
+                assert counted == _met_row_by_row(slots, rows, used, tile_rows), (slots, rows, used)
+
+
 def test_who_makes_h_is_waited_for_where_nobody_is_free(tiling: Tiling) -> None:
     # 1,024 rows are 128 tiles: four of 132 are free. Eight tiles of rows need eight to make h.
     site, usual = Sizes(4096, (4096,)), Forward(Counts(tiling), [])
