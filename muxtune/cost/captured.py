@@ -99,6 +99,8 @@ _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 _ATTENTION_ERROR = 0.18
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
+# Shares of a call with adapters: the frozen product itself is always more than the rest.
+_MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
 # 90% of errors between measured sizes, judged by leaving sizes out.
 _BETWEEN: Mapping[str, float] = {
     "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
@@ -113,20 +115,14 @@ _MOST_SPARED_BY_FILLER = 0.9  # of what another method adds
 
 
 class Side(NamedTuple):
-    """One of the products that adapters take part in. ``most_spared``: of it by filler; the frozen
-    product itself is always more than the rest."""
+    """One of the products that adapters take part in."""
 
     name: str
     cause: str
     backward: bool
-    most_spared: float
 
 
-_SIDES = (
-    Side("forward", SITE, False, 0.4),
-    Side("backward", SITE, True, 0.4),
-    Side("factor", FACTOR, True, 0.9),
-)
+_SIDES = (Side("forward", SITE, False), Side("backward", SITE, True), Side("factor", FACTOR, True))
 
 
 class FusedSite(NamedTuple):
@@ -686,7 +682,7 @@ class CapturedCostModel(ProfiledCostModel):
             if side.cause == SITE:
                 sizes, used_rows = (*sizes, 0.0), FILL * rows
             whole_s, width_s, outside = self._time(op_name, sizes)
-            row_s = min(row_s, side.most_spared * whole_s / rows)
+            row_s = min(row_s, _MOST_SPARED[side.name] * whole_s / rows)
             per_used_s[side.backward] += row_s * use.count / num_slots
             more_s = whole_s
             if side.cause == SITE:

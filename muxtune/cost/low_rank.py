@@ -96,11 +96,12 @@ class Counts:
 
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
+        # Launches are the same for all rows up to the next multiple.
+        self._step_rows = math.gcd(*[tile.rows for tile in tiling.tiles])
         self._met: dict[tuple[int, int, int, int], Met] = {}
         self._launches: dict[tuple[int, tuple[int, ...], int], _Tiles] = {}
         self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
         self._heights = sorted({tile.rows for tile in tiling.tiles})
-        self._step_rows = math.gcd(*self._heights)  # a launch is the same up to the next multiple
 
     def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
         """``used_rows``: 0 where they are as a step's passes mostly have them."""
@@ -120,13 +121,9 @@ class Counts:
         return found
 
     def _tiles(self, launch: Launch, inner: int) -> _Tiles:
-        """Work is less where multiprocessors are idle in the only wave, which leave power and
-        memory to the others."""
         tile, waves = launch.tile, launch.waves
-        work = tile.rows * tile.columns * inner / 1e9
-        if waves <= 1.0:
-            work *= 1.0 - _IDLE_SPARES * (1.0 - launch.busy)
         kind, height = self._kinds.index((tile.rows, tile.columns)), self._heights.index(tile.rows)
+        work = _tile_work(launch, inner)
         return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, kind, height, work)
 
     def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
@@ -157,6 +154,13 @@ class Counts:
             programs * steps,
             rows * members * rank * blocks / 1e6,
         )
+
+
+def _tile_work(launch: Launch, inner: int) -> float:
+    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
+    and memory to the others."""
+    work = launch.tile.rows * launch.tile.columns * inner / 1e9
+    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
 
 
 class _Tiles(NamedTuple):
@@ -273,11 +277,19 @@ class Backward:
         tiles = len(counts._kinds)
         usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
-        found = [dict(self._terms(*point[:4], point.rows)) for point in points]
-        terms = [[own.get(at, 0.0) for at in range(len(usual))] for own in found]
+        terms = [self._terms(*point[:4], point.rows) for point in points]
         self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
 
     def _terms(
+        self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
+    ) -> list[float]:
+        """What the speeds are multiplied by."""
+        terms = [0.0] * (2 * len(self.counts._kinds) + 5)
+        for at, term in self._placed_terms(site, slots, rank, rows, used_rows):
+            terms[at] = term
+        return terms
+
+    def _placed_terms(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
     ) -> list[tuple[int, float]]:
         """Places among the speeds, and what each is multiplied by; the others by nothing."""
@@ -295,7 +307,7 @@ class Backward:
 
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
         speeds = self.speeds
-        terms = self._terms(site, slots, rank, rows, used_rows)
+        terms = self._placed_terms(site, slots, rank, rows, used_rows)
         return sum([speeds[at] * term for at, term in terms])
 
 
