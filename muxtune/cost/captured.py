@@ -41,7 +41,7 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine
+from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine, smoothed
 from muxtune.cost.low_rank import (
     BACKWARD,
     FILL,
@@ -100,6 +100,11 @@ _BETWEEN: Mapping[str, float] = {
     "frozen_backward": 0.1,
 }  # fmt: skip
 _BETWEEN_OTHERS = 0.05
+# Kernels that are chosen by size: a larger size may be faster, which a monotone table would hide.
+_CHOSEN_BY_SIZE = ("frozen_forward", "frozen_backward", "site_factor")
+# A library's products of many rows vary more from one measurement to the next, with the device's
+# clock, than from one number of rows to its neighbours.
+_MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
 # Of intervals of steps: what is drawn at random lies further from the profile's steps than these
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
@@ -234,11 +239,37 @@ class CapturedCostModel(ProfiledCostModel):
             return self._extra_time(op.name, op.size)
         if kind == "full_loss":
             return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
+        if kind in _CHOSEN_BY_SIZE:
+            return self._as_measured(op)
         if self._tiling is None or kind not in _PRODUCTS:
             return super().op_time(op)
         like = self._measured_like(size)
         found = self._products(kind).at(like, self._sizes(size), op.size)
         return found._replace(extrapolated=found.extrapolated or like != size)
+
+    def _as_measured(self, op: Op) -> Time:
+        """Between measured sizes, whichever is faster; beyond the largest it grows as a monotone
+        table does."""
+        measured, ratio, outside = self._measured(op.name)
+        grid = self._grid(measured)
+        inside = tuple(min(x, xs[-1]) for x, xs in zip(op.size, grid.axes, strict=True))
+        value, width, below = grid.at(inside)
+        if inside != op.size:
+            table = self._table(measured)
+            ratio *= table.at(op.size).value_s / table.at(inside).value_s
+        return Time(ratio * value, ratio * width, outside or below or inside != op.size)
+
+    def _grid(self, name: str) -> Grid:
+        key = ("grid", name)
+        if key not in self._memo:
+            op = self._op(name)
+            leaves = {tuple(p[axis] for axis in op["axes"]): leaf_of(p) for p in op["points"]}
+            if op["axes"] == ["rows"]:
+                by_rows = {rows: leaf for (rows,), leaf in leaves.items()}
+                by_rows = smoothed(by_rows, _MANY_ROWS, _ROWS_LOG_WIDTH)
+                leaves = {(rows,): leaf for rows, leaf in by_rows.items()}
+            self._remember(key, Grid.of(name, leaves))
+        return self._memo[key]  # type: ignore[return-value]
 
     def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
         """What the fewest rows take is launches, whatever the width; the rest grows with it."""
