@@ -100,8 +100,9 @@ _BETWEEN: Mapping[str, float] = {
     "frozen_backward": 0.1,
 }  # fmt: skip
 _BETWEEN_OTHERS = 0.05
-# Kernels that are chosen by size: a larger size may be faster, which a monotone table would hide.
-_CHOSEN_BY_SIZE = ("frozen_forward", "frozen_backward", "site_factor")
+# A library's products, whose kernels it chooses by size: more rows may be faster, which a monotone
+# table would hide. What it chooses for one linear tells nothing of another.
+_FROZEN = ("frozen_forward", "frozen_backward")
 # A library's products of many rows vary more from one measurement to the next, with the device's
 # clock, than from one number of rows to its neighbours.
 _MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
@@ -239,7 +240,7 @@ class CapturedCostModel(ProfiledCostModel):
             return self._extra_time(op.name, op.size)
         if kind == "full_loss":
             return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
-        if kind in _CHOSEN_BY_SIZE:
+        if kind == "site_factor" or (kind in _FROZEN and op.name in self.profile.ops):
             return self._as_measured(op)
         if self._tiling is None or kind not in _PRODUCTS:
             return super().op_time(op)
