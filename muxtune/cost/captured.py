@@ -11,7 +11,8 @@ operations of its own:
   gives the input gradient and B's, ``site_factor`` A's, on a second stream;
 - ``mixed_forward.DxO`` and the others: the same with ``MIN_RANK`` in every other slot;
 - ``part_forward.DxO`` and the others: the same where half of the rows are filler;
-- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
+- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs, and how
+  many sequences of how many tiles there are (not in older profiles);
 - ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
   ``embedding.D``, ``full_loss.DxV`` (rows);
 - ``adamw_idle``, ``adamw_active`` (elements): no slot, and every slot closes its step;
@@ -33,7 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muxtune.cost import ops
+from muxtune.cost import attention, ops
+from muxtune.cost.attention import SEQUENCES, PackedAttention
 from muxtune.cost.calibration import (
     EXTRAPOLATED_WIDENING,
     Composition,
@@ -90,6 +92,7 @@ _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
 _ATTENTION_ERROR = 0.18
+_ATTENTION_COUNTED_ERROR = 0.11  # where they do
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
@@ -798,13 +801,41 @@ class CapturedCostModel(ProfiledCostModel):
         most = NOTHING_MEASURED if extrapolated else fit.max_size
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
 
-    def attention_time(self, name: str, rows: float, pairs: float) -> Time:
-        """Of one call by itself. Passes need a form that is affine in pairs; alone, a row's time
-        follows how far rows look back on average, between the mixes that were measured: short
-        sequences leave their tiles empty, long ones have more to look at."""
+    def attention_time(self, name: str, rows: float, pairs: float, *sequences: float) -> Time:
+        """Of one call by itself. ``sequences``: how many there are of 1, 2, ... tiles of the packed
+        kernels (``muxtune.cost.attention``), by which it is counted; without them, and where the
+        profile does not tell them, a row's time follows how far rows look back on average, between
+        the mixes that were measured. Passes need a form that is affine in pairs."""
         name, ratio, outside = self._measured(name)
+        points = self.profile.ops[name]["points"]
+        known_rows = [point["rows"] for point in points]
+        outside |= not min(known_rows) <= rows <= max(known_rows)
+        if sequences and self._tiling is not None and SEQUENCES[0] in points[0]:
+            value = self._packed_attention(name).seconds(rows, sequences)
+            return Time(ratio * value, ratio * value * _ATTENTION_COUNTED_ERROR, outside)
+        value = self._attention_of_pairs(points, rows, pairs)
+        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+
+    def _packed_attention(self, name: str) -> PackedAttention:
+        key = ("packed attention", name)
+        if key not in self._memo:
+            kind, _, size = name.partition(".")
+            heads, kv_heads, _ = map(int, size.split("x"))
+            assert self._tiling is not None
+            found = PackedAttention(
+                attention.Device(heads, kv_heads, self._tiling.num_multiprocessors),
+                kind == "attention_backward",
+                [attention.Point.of(raw) for raw in self.profile.ops[name]["points"]],
+            )
+            self._remember(key, found)
+        return self._memo[key]  # type: ignore[return-value]
+
+    @staticmethod
+    def _attention_of_pairs(
+        points: Sequence[Mapping[str, float]], rows: float, pairs: float
+    ) -> float:
         by_rows: dict[float, list[tuple[float, float]]] = {}
-        for point in self.profile.ops[name]["points"]:
+        for point in points:
             back = float(np.log2(point["pairs"] / point["rows"]))
             by_rows.setdefault(point["rows"], []).append((back, point["median_s"]))
         sizes, back = sorted(by_rows), float(np.log2(pairs / rows))
@@ -813,9 +844,7 @@ class CapturedCostModel(ProfiledCostModel):
             known = [at for at, _ in mixes], [time_s for _, time_s in mixes]
             seconds.append(float(np.interp(back, *known)))
         value = float(np.interp(rows, sizes, seconds)) * max(1.0, rows / sizes[-1])
-        value *= min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
-        outside |= not sizes[0] <= rows <= sizes[-1]
-        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+        return value * min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
 
     def loss_rates(self) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing here."""

@@ -188,9 +188,7 @@ class Grid(NamedTuple):
         return Time(value, width, outside)
 
 
-def smoothed(
-    leaves: Mapping[float, Leaf], from_size: float, log_width: float
-) -> dict[float, Leaf]:
+def smoothed(leaves: Mapping[float, Leaf], from_size: float, log_width: float) -> dict[float, Leaf]:
     """Times by size, of which those from ``from_size`` on are drawn to their neighbours: seconds
     over size follow a line over the logarithm of the size, fitted with Gaussian weights of
     ``log_width``. Half-widths stay."""

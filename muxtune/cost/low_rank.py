@@ -211,7 +211,7 @@ class Forward:
         counted = [self._counted(point) for point in points]
         for _ in range(_ROUNDS):
             terms = [self._terms(*item) for item in counted]
-            self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+            self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _counted(self, point: Point) -> tuple[_Forward, float]:
         site, slots, rank, rows, _ = point
@@ -265,7 +265,7 @@ class Backward:
         usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
         terms = [self._terms(*point[:4], point.rows) for point in points]
-        self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+        self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _terms(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
@@ -282,7 +282,7 @@ class Backward:
         return sum(speed * term for speed, term in zip(self.speeds, terms, strict=True))
 
 
-def _fitted(
+def fit_speeds(
     terms: Sequence[Sequence[float]], measured_s: Sequence[float], usual: Sequence[float]
 ) -> list[float]:
     """Speeds, none negative, by least squares of relative errors. Each is drawn to its usual one,
