@@ -134,7 +134,7 @@ def _with_sequences(profile: Profile) -> Profile:
     """An older profile's attention beside the sequences that its mixes draw."""
     ops = {
         name: {**op, "points": [*map(_drawn_again, op["points"])]}
-        if name.startswith("attention")
+        if profile.style == CAPTURED and name.startswith("attention")
         else op
         for name, op in profile.ops.items()
     }
