@@ -97,6 +97,7 @@ class Counts:
         self._launches: dict[tuple[int, tuple[int, ...]], Launch] = {}
         self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
         self._heights = sorted({tile.rows for tile in tiling.tiles})
+        self.usual_work_s = [_TILE_WORK_S / tile.efficiency for tile in tiling.tiles]
 
     def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
         """``used_rows``: 0 where they are as a step's passes mostly have them."""
@@ -206,7 +207,7 @@ class Forward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles, heights = len(counts._kinds), len(counts._heights)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles + [_TILE_S] + [*_PASS_S] * heights
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles, _TILE_S, *[*_PASS_S] * heights]
         self.speeds = usual
         counted = [self._counted(point) for point in points]
         for _ in range(_ROUNDS):
@@ -262,7 +263,7 @@ class Backward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles = len(counts._kinds)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles]
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
         terms = [self._terms(*point[:4], point.rows) for point in points]
         self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)

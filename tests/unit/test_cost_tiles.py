@@ -389,3 +389,11 @@ def test_factors_gradients_may_fall_with_the_rank_and_grow_beyond_what_was_measu
     assert seconds(name, 2.0, 64.0, 576.0) == pytest.approx(36 + 5.76 + 2)
     assert seconds(name, 4.0, 128.0, 1024.0) >= seconds(name, 4.0, 64.0, 1024.0)
     assert seconds(name, 4.0, 64.0, 2048.0) > 1.1 * seconds(name, 4.0, 64.0, 1024.0)
+
+
+def test_a_tile_without_evidence_is_as_fast_as_the_kernels_count_on(tiling: Tiling) -> None:
+    for fitted in (Forward(Counts(tiling), []), Backward(Counts(tiling), [])):
+        speeds_s = fitted.speeds[: len(tiling.tiles)]
+        of_full = [s * tile.efficiency for s, tile in zip(speeds_s, tiling.tiles, strict=True)]
+        assert of_full == pytest.approx([of_full[0]] * len(of_full))
+        assert speeds_s[2] > 1.4 * speeds_s[0], "64 x 128 over 128 x 256, for the same work"
