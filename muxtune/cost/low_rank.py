@@ -38,6 +38,7 @@ FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
 # of few rows and steps of a wider model, on two devices.
 _IDLE_SPARES = 0.4
+_IDLE_LATER_SPARES = 0.25  # of several waves; judged by five suites of single products
 _PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
 _ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
 
@@ -154,10 +155,11 @@ class Counts:
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
-    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
-    and memory to the others."""
+    """Of a tile, in 1e9; less where multiprocessors are idle, which leave power and memory to the
+    others."""
+    spares = _IDLE_SPARES if launch.waves <= 1.0 else _IDLE_LATER_SPARES
     work = launch.tile.rows * launch.tile.columns * inner / 1e9
-    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
+    return work * (1.0 - spares * (1.0 - launch.busy))
 
 
 class _Forward(NamedTuple):

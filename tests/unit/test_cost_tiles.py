@@ -397,3 +397,15 @@ def test_a_tile_without_evidence_is_as_fast_as_the_kernels_count_on(tiling: Tili
         of_full = [s * tile.efficiency for s, tile in zip(speeds_s, tiling.tiles, strict=True)]
         assert of_full == pytest.approx([of_full[0]] * len(of_full))
         assert speeds_s[2] > 1.4 * speeds_s[0], "64 x 128 over 128 x 256, for the same work"
+
+
+def test_tiles_of_waves_with_idle_multiprocessors_take_less(tiling: Tiling) -> None:
+    counts, down = Counts(tiling), Sizes(4096, (4096,))
+    # Of 128 x 256 tiles: one wave of 80, one of 128, 12 more than a wave, 124 more than one.
+    idle, full, begun, two = (
+        counts.backward(down, 1, 16, rows, rows) for rows in (640, 1024, 1088, 2048)
+    )
+    assert {item.kind for item in (idle, full, begun, two)} == {0}
+    of_all = 128 * 256 * 4096 / 1e9
+    assert idle.tile_work < 0.86 * of_all < 0.95 * of_all < full.tile_work
+    assert 0.85 * of_all < begun.tile_work < 0.95 * of_all < 0.98 * of_all < two.tile_work
