@@ -11,7 +11,8 @@ operations of its own:
   gives the input gradient and B's, ``site_factor`` A's, on a second stream;
 - ``mixed_forward.DxO`` and the others: the same with ``MIN_RANK`` in every other slot;
 - ``part_forward.DxO`` and the others: the same where half of the rows are filler;
-- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
+- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs, and how
+  many sequences of how many tiles there are (not in older profiles);
 - ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
   ``embedding.D``, ``full_loss.DxV`` (rows);
 - ``adamw_idle``, ``adamw_active`` (elements): no slot, and every slot closes its step;
@@ -33,7 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muxtune.cost import ops
+from muxtune.cost import attention, ops
+from muxtune.cost.attention import SEQUENCES, PackedAttention
 from muxtune.cost.calibration import (
     EXTRAPOLATED_WIDENING,
     Composition,
@@ -41,7 +43,15 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine, interpolated
+from muxtune.cost.curves import (
+    AffineFit,
+    Grid,
+    Table,
+    Time,
+    fit_affine,
+    interpolated,
+    smoothed,
+)
 from muxtune.cost.low_rank import (
     BACKWARD,
     FILL,
@@ -97,16 +107,24 @@ _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
 _ATTENTION_ERROR = 0.18
+_ATTENTION_COUNTED_ERROR = 0.11  # where they do
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
-# 90% of errors between measured sizes, judged by leaving sizes out.
+# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of five
+# profiles, of two devices.
 _BETWEEN: Mapping[str, float] = {
-    "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
-    "frozen_backward": 0.1,
+    "site_forward": 0.09, "site_backward": 0.07, "site_factor": 0.1, "frozen_forward": 0.1,
+    "frozen_backward": 0.1, "full_loss": 0.12,
 }  # fmt: skip
-_BETWEEN_OTHERS = 0.05
+_BETWEEN_OTHERS = 0.06
+# A library's products, whose kernels it chooses by size: more rows may be faster, which a monotone
+# table would hide. What it chooses for one linear tells nothing of another.
+_FROZEN = ("frozen_forward", "frozen_backward")
+# A library's products of many rows vary more from one measurement to the next, with the device's
+# clock, than from one number of rows to its neighbours.
+_MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
 # Of intervals of steps: what is drawn at random lies further from the profile's steps than these
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
@@ -254,6 +272,7 @@ class CapturedCostModel(ProfiledCostModel):
         self._tiling = Tiling.of_json(program["tiles"]) if "tiles" in program else None
         self._site_of_size: dict[str, FusedSite] = {}
         self._fitted: dict[str, Products] = {}
+        self._grids: dict[str, Grid] = {}
         super().__init__(model, profile, memory)
 
     def _timing(self, name: str) -> Timing:
@@ -268,6 +287,10 @@ class CapturedCostModel(ProfiledCostModel):
             return partial(self._extra_time, name)
         if kind == "full_loss":
             return partial(self._loss_time, name, super()._timing(name))
+        if kind == "site_factor" or (kind in _FROZEN and name in self.profile.ops):
+            measured, ratio, outside = self._measured(name)
+            known = self._grid(measured), self._table(measured)
+            return partial(_as_measured, *known, ratio, outside)
         if self._tiling is None or kind not in _PRODUCTS:
             return super()._timing(name)
         like = self._measured_like(size)
@@ -277,6 +300,17 @@ class CapturedCostModel(ProfiledCostModel):
     def _loss_time(self, name: str, timing: Timing, sizes: tuple[float, ...]) -> Time:
         """The loss takes whole chunks."""
         return timing((self._loss_rows(name, sizes[0]),))
+
+    def _grid(self, name: str) -> Grid:
+        if name not in self._grids:
+            op = self._op(name)
+            leaves = {tuple(p[axis] for axis in op["axes"]): leaf_of(p) for p in op["points"]}
+            if op["axes"] == ["rows"]:
+                by_rows = {rows: leaf for (rows,), leaf in leaves.items()}
+                by_rows = smoothed(by_rows, _MANY_ROWS, _ROWS_LOG_WIDTH)
+                leaves = {(rows,): leaf for rows, leaf in by_rows.items()}
+            self._grids[name] = Grid.of(name, leaves)
+        return self._grids[name]
 
     def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
         """What the fewest rows take is launches, whatever the width; the rest grows with it."""
@@ -393,7 +427,7 @@ class CapturedCostModel(ProfiledCostModel):
     def _of_depth(self, step: WholeStep) -> ProfiledCostModel:
         found = super()._of_depth(step)
         if isinstance(found, CapturedCostModel):
-            found._fitted = self._fitted
+            found._fitted, found._grids = self._fitted, self._grids
         return found
 
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
@@ -790,13 +824,41 @@ class CapturedCostModel(ProfiledCostModel):
         most = NOTHING_MEASURED if extrapolated else fit.max_size
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
 
-    def attention_time(self, name: str, rows: float, pairs: float) -> Time:
-        """Of one call by itself. Passes need a form that is affine in pairs; alone, a row's time
-        follows how far rows look back on average, between the mixes that were measured: short
-        sequences leave their tiles empty, long ones have more to look at."""
+    def attention_time(self, name: str, rows: float, pairs: float, *sequences: float) -> Time:
+        """Of one call by itself. ``sequences``: how many there are of 1, 2, ... tiles of the packed
+        kernels (``muxtune.cost.attention``), by which it is counted; without them, and where the
+        profile does not tell them, a row's time follows how far rows look back on average, between
+        the mixes that were measured. Passes need a form that is affine in pairs."""
         name, ratio, outside = self._measured(name)
+        points = self.profile.ops[name]["points"]
+        known_rows = [point["rows"] for point in points]
+        outside |= not min(known_rows) <= rows <= max(known_rows)
+        if sequences and self._tiling is not None and SEQUENCES[0] in points[0]:
+            value = self._packed_attention(name).seconds(rows, sequences)
+            return Time(ratio * value, ratio * value * _ATTENTION_COUNTED_ERROR, outside)
+        value = self._attention_of_pairs(points, rows, pairs)
+        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+
+    def _packed_attention(self, name: str) -> PackedAttention:
+        key = ("packed attention", name)
+        if key not in self._memo:
+            kind, _, size = name.partition(".")
+            heads, kv_heads, _ = map(int, size.split("x"))
+            assert self._tiling is not None
+            found = PackedAttention(
+                attention.Device(heads, kv_heads, self._tiling.num_multiprocessors),
+                kind == "attention_backward",
+                [attention.Point.of(raw) for raw in self.profile.ops[name]["points"]],
+            )
+            self._remember(key, found)
+        return self._memo[key]  # type: ignore[return-value]
+
+    @staticmethod
+    def _attention_of_pairs(
+        points: Sequence[Mapping[str, float]], rows: float, pairs: float
+    ) -> float:
         by_rows: dict[float, list[tuple[float, float]]] = {}
-        for point in self.profile.ops[name]["points"]:
+        for point in points:
             back = float(np.log2(point["pairs"] / point["rows"]))
             by_rows.setdefault(point["rows"], []).append((back, point["median_s"]))
         sizes, back = sorted(by_rows), float(np.log2(pairs / rows))
@@ -805,9 +867,7 @@ class CapturedCostModel(ProfiledCostModel):
             known = [at for at, _ in mixes], [time_s for _, time_s in mixes]
             seconds.append(float(np.interp(back, *known)))
         value = float(np.interp(rows, sizes, seconds)) * max(1.0, rows / sizes[-1])
-        value *= min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
-        outside |= not sizes[0] <= rows <= sizes[-1]
-        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+        return value * min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
 
     def loss_rates(self) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing here."""
@@ -845,6 +905,19 @@ class CapturedCostModel(ProfiledCostModel):
 def _with_between(timing: Timing, share: float, sizes: tuple[float, ...]) -> Time:
     value, width, outside = timing(sizes)
     return Time(value, math.hypot(width, share * value), outside)
+
+
+def _as_measured(
+    grid: Grid, table: Table, ratio: float, other: bool, sizes: tuple[float, ...]
+) -> Time:
+    """Between measured sizes, whichever is faster; beyond the largest it grows as a monotone table
+    does. ``other``: whether they are of another operation."""
+    inside = tuple([min(x, xs[-1]) for x, xs in zip(sizes, grid.axes, strict=True)])
+    value, width, below = grid.at(inside)
+    if inside == sizes:
+        return Time(ratio * value, ratio * width, other or below)
+    ratio *= table.at(sizes).value_s / table.at(inside).value_s
+    return Time(ratio * value, ratio * width, True)
 
 
 def _idle_s(blocks: Tally, rows: float) -> float:

@@ -201,6 +201,23 @@ class Grid(NamedTuple):
         return Time(value, width, outside)
 
 
+def smoothed(leaves: Mapping[float, Leaf], from_size: float, log_width: float) -> dict[float, Leaf]:
+    """Times by size, of which those from ``from_size`` on are drawn to their neighbours: seconds
+    over size follow a line over the logarithm of the size, fitted with Gaussian weights of
+    ``log_width``. Half-widths stay."""
+    sizes = [size for size in sorted(leaves) if size >= from_size]
+    found = dict(leaves)
+    if len(sizes) < 3:
+        return found
+    logs = np.log(sizes)
+    rates = np.log([leaves[size].value_s / size for size in sizes])
+    for size, at in zip(sizes, logs, strict=True):
+        weights = np.exp(-(((logs - at) / log_width) ** 2) / 4)  # polyfit squares them
+        rate = np.polyfit(logs - at, rates, 1, w=weights)[1]
+        found[size] = leaves[size]._replace(value_s=float(size * np.exp(rate)))
+    return found
+
+
 class AffineFit(NamedTuple):
     """``coefficients`` (all >= 0) of the features, the largest size fitted, and the half-width of
     the relative error that covers 90% of the points and their measured spread."""

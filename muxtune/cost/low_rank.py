@@ -39,6 +39,7 @@ FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
 # of few rows and steps of a wider model, on two devices.
 _IDLE_SPARES = 0.4
+_IDLE_LATER_SPARES = 0.25  # of several waves; judged by five suites of single products
 _PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
 _ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
 
@@ -102,6 +103,7 @@ class Counts:
         self._launches: dict[tuple[int, tuple[int, ...], int], _Tiles] = {}
         self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
         self._heights = sorted({tile.rows for tile in tiling.tiles})
+        self.usual_work_s = [_TILE_WORK_S / tile.efficiency for tile in tiling.tiles]
 
     def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
         """``used_rows``: 0 where they are as a step's passes mostly have them."""
@@ -157,10 +159,11 @@ class Counts:
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
-    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
-    and memory to the others."""
+    """Of a tile, in 1e9; less where multiprocessors are idle, which leave power and memory to the
+    others."""
+    spares = _IDLE_SPARES if launch.waves <= 1.0 else _IDLE_LATER_SPARES
     work = launch.tile.rows * launch.tile.columns * inner / 1e9
-    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
+    return work * (1.0 - spares * (1.0 - launch.busy))
 
 
 class _Tiles(NamedTuple):
@@ -217,12 +220,12 @@ class Forward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles, heights = len(counts._kinds), len(counts._heights)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles + [_TILE_S] + [*_PASS_S] * heights
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles, _TILE_S, *[*_PASS_S] * heights]
         self.speeds = usual
         counted = [self._counted(point) for point in points]
         for _ in range(_ROUNDS):
             terms = [self._terms(*item) for item in counted]
-            self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+            self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _counted(self, point: Point) -> tuple[_Forward, float]:
         site, slots, rank, rows, _ = point
@@ -275,10 +278,10 @@ class Backward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles = len(counts._kinds)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles]
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
         terms = [self._terms(*point[:4], point.rows) for point in points]
-        self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+        self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _terms(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
@@ -311,7 +314,7 @@ class Backward:
         return sum([speeds[at] * term for at, term in terms])
 
 
-def _fitted(
+def fit_speeds(
     terms: Sequence[Sequence[float]], measured_s: Sequence[float], usual: Sequence[float]
 ) -> list[float]:
     """Speeds, none negative, by least squares of relative errors. Each is drawn to its usual one,
