@@ -182,7 +182,7 @@ class Grid(NamedTuple):
         return cls(axes, strides, tuple(leaves[key] for key in sorted(leaves)))
 
     def at(self, sizes: Sequence[float]) -> Time:
-        places, weights, outside = [0], [1.0], False
+        corners, outside = [(0, 1.0)], False  # places and weights
         for x, xs, stride in zip(sizes, self.axes, self.strides, strict=True):
             if x <= xs[0] or len(xs) == 1:
                 outside |= x != xs[0]
@@ -190,14 +190,14 @@ class Grid(NamedTuple):
             upper = min(bisect_right(xs, x), len(xs) - 1)
             share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
             outside |= share > 1.0
-            low, high = (upper - 1) * stride, upper * stride
-            weights = [w * (1.0 - share) for w in weights] + [w * share for w in weights]
-            places = [p + low for p in places] + [p + high for p in places]
+            low, high, rest = (upper - 1) * stride, upper * stride, 1.0 - share
+            above = [(place + high, weight * share) for place, weight in corners]
+            corners = [(place + low, weight * rest) for place, weight in corners] + above
         value = width = 0.0
-        for place, weight in zip(places, weights, strict=True):
-            leaf = self.leaves[place]
-            value += weight * leaf[0]
-            width += abs(weight) * leaf[1]
+        for place, weight in corners:
+            value_s, half_width_s = self.leaves[place]
+            value += weight * value_s
+            width += abs(weight) * half_width_s
         return Time(value, width, outside)
 
 
