@@ -83,6 +83,13 @@ class Met(NamedTuple):
         most = sum(max(float(pairs), _ALONE) for pairs in most_U) / len(most_U)
         return cls(most, int(pairs_UN.sum()) / tiles, int(alone_UN.sum()) / tiles)
 
+    def steps(self, waves: float) -> float:
+        """Of 16 ranks: a single wave ends with its fullest tile; of several waves a mean tile's."""
+        mean = self.mean_pairs + _ALONE_STEP * self.alone
+        if waves > 1.0:
+            return mean
+        return max(mean, self.most_pairs if self.most_pairs >= 1.0 else _ALONE_STEP)
+
     @classmethod
     def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
         """Of a step's passes, whose first is nearly full and whose last nearly empty."""
@@ -129,7 +136,7 @@ class Counts:
             _tile_work(launch, site.in_features),
             self._heights.index(tile.rows),
             met.most_pairs * site.in_features / _PASS_WIDTH,
-            rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
+            rank / _RANKS[0] * met.steps(launch.waves),
             sum(in_turn) / len(in_turn),
         )
 
@@ -147,7 +154,7 @@ class Counts:
             launch,
             self._kinds.index((tile.rows, tile.columns)),
             _tile_work(launch, inner),
-            steps * members * (met.mean_pairs + _ALONE_STEP * met.alone),
+            steps * members * met.steps(launch.waves),
             programs,
             programs * steps,
             rows * members * rank * blocks / 1e6,
@@ -165,7 +172,7 @@ def _tile_work(launch: Launch, inner: int) -> float:
 class _Forward(NamedTuple):
     """``tile_work``: multiply-adds of a tile, in 1e9; ``kind``, ``height``: places of the tile and
     its rows; ``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``:
-    low-rank steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows
+    low-rank steps of a tile; ``in_turn``: share of passes in which some that make h, of rows
     in use, have a tile in the last wave too."""
 
     launch: Launch
