@@ -75,6 +75,13 @@ class Met(NamedTuple):
         tiles = len(fullest) * -(-rows // tile_rows)
         return cls(sum(fullest) / len(fullest), pairs / tiles, alone / tiles)
 
+    def steps(self, waves: float) -> float:
+        """Of 16 ranks: a single wave ends with its fullest tile; of several waves a mean tile's."""
+        mean = self.mean_pairs + _ALONE_STEP * self.alone
+        if waves > 1.0:
+            return mean
+        return max(mean, self.most_pairs if self.most_pairs >= 1.0 else _ALONE_STEP)
+
     @classmethod
     def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
         """Of a step's passes, whose first is nearly full and whose last nearly empty."""
@@ -136,7 +143,7 @@ class Counts:
         return _Forward(
             tiles,
             met.most_pairs * site.in_features / _PASS_WIDTH,
-            rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
+            rank / _RANKS[0] * met.steps(tiles.waves),
             sum(in_turn) / len(in_turn),
         )
 
@@ -151,7 +158,7 @@ class Counts:
         steps = rank / _RANKS[0]
         return _Backward(
             tiles,
-            steps * members * (met.mean_pairs + _ALONE_STEP * met.alone),
+            steps * members * met.steps(tiles.waves),
             programs,
             programs * steps,
             rows * members * rank * blocks / 1e6,
@@ -181,7 +188,7 @@ class _Tiles(NamedTuple):
 
 class _Forward(NamedTuple):
     """``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``: low-rank
-    steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows in use,
+    steps of a tile; ``in_turn``: share of passes in which some that make h, of rows in use,
     have a tile in the last wave too."""
 
     tiles: _Tiles

@@ -436,3 +436,13 @@ def test_tiles_of_waves_with_idle_multiprocessors_take_less(tiling: Tiling) -> N
     of_all = 128 * 256 * 4096 / 1e9
     assert idle.tiles.work < 0.86 * of_all < 0.95 * of_all < full.tiles.work
     assert 0.85 * of_all < begun.tiles.work < 0.95 * of_all < 0.98 * of_all < two.tiles.work
+
+
+def test_a_single_wave_waits_for_its_fullest_tile() -> None:
+    # 288 rows of 15 slots: two tiles of 128 rows hold seven or eight of them, a third the rest.
+    met = Met.of(15, 288, (288,), 128)
+    assert met.steps(1.0) == met.most_pairs > 1.2 * met.mean_pairs
+    assert met.steps(2.0) == met.mean_pairs
+    # A slot that has all tiles to itself takes a part of what two take.
+    alone = Met.of(1, 256, (256,), 128)
+    assert alone.steps(1.0) == alone.steps(3.0) < 0.5
