@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from muxtune.report.run_folder import provenance
+from muxtune.validation import single_ops
 from muxtune.validation.attempts import PROFILE, Attempt
 from muxtune.validation.dynamic import with_prediction
+from muxtune.validation.models import Models
 from muxtune.validation.scoring import summarise, usable
 from muxtune.validation.steps import again
 
 
 def rescore(folder: Path, checked: bool = True) -> dict[str, Any]:
     attempt = Attempt(folder, folder / PROFILE)
-    steps, dynamic = (attempt.records[name].rows for name in ("steps", "dynamic"))
+    steps, ops, dynamic = (attempt.records[name].rows for name in ("steps", "ops", "dynamic"))
     profile, models = attempt.here, attempt.models_here
     if not checked:
         profile, models = attempt.profile, attempt.models
     rows = again(usable(steps), models)
-    found = summarise(rows, [], [with_prediction(row, profile) for row in dynamic])
-    kept = ("step", "memory", "completion", "step_by", "rankings", "dynamic")
+    of_ops = single_ops.again(usable(ops), profile, lambda of: Models(of)(of.model_shape))
+    found = summarise(rows, of_ops, [with_prediction(row, profile) for row in dynamic])
+    kept = ("step", "memory", "op", "completion", "step_by", "op_by_kind", "rankings", "dynamic")
     note = "predicted by later code, when the measurements were known"
     return {"note": note, "provenance": provenance(), **{key: found[key] for key in kept}}
 
@@ -44,7 +47,8 @@ def main() -> None:
     (folder / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(
         json.dumps(
-            {key: found[key] for key in ("step", "memory", "completion", "rankings")}, indent=1
+            {key: found[key] for key in ("step", "memory", "op", "completion", "rankings")},
+            indent=1,
         )
     )
 

@@ -11,7 +11,8 @@ operations of its own:
   gives the input gradient and B's, ``site_factor`` A's, on a second stream;
 - ``mixed_forward.DxO`` and the others: the same with ``MIN_RANK`` in every other slot;
 - ``part_forward.DxO`` and the others: the same where half of the rows are filler;
-- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs;
+- ``attention_forward.HxKxE``, ``attention_backward.HxKxE``: points with rows and pairs, and how
+  many sequences of how many tiles there are (not in older profiles);
 - ``add_norm_forward.D``, ``add_norm_backward.D``, ``swiglu_forward.F``, ``swiglu_backward.F``,
   ``embedding.D``, ``full_loss.DxV`` (rows);
 - ``adamw_idle``, ``adamw_active`` (elements): no slot, and every slot closes its step;
@@ -28,12 +29,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from muxtune.cost import ops
+from muxtune.cost import attention, ops
+from muxtune.cost.attention import SEQUENCES, PackedAttention
 from muxtune.cost.calibration import (
     EXTRAPOLATED_WIDENING,
     Composition,
@@ -41,7 +43,15 @@ from muxtune.cost.calibration import (
     spread_of,
 )
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import AffineFit, Grid, Time, fit_affine
+from muxtune.cost.curves import (
+    AffineFit,
+    Grid,
+    Table,
+    Time,
+    fit_affine,
+    interpolated,
+    smoothed,
+)
 from muxtune.cost.low_rank import (
     BACKWARD,
     FILL,
@@ -61,7 +71,14 @@ from muxtune.cost.memory import (
     widened,
 )
 from muxtune.cost.ops import Op
-from muxtune.cost.profiled import NOTHING_MEASURED, ProfiledCostModel, WorkRatio, leaf_of
+from muxtune.cost.profiled import (
+    NOTHING_MEASURED,
+    ProfiledCostModel,
+    Timing,
+    WorkRatio,
+    leaf_of,
+    of_another,
+)
 from muxtune.cost.residuals import (
     MIN_RELATIVE_ERROR,
     Adding,
@@ -90,21 +107,40 @@ _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
 _ATTENTION_ERROR = 0.18
+_ATTENTION_COUNTED_ERROR = 0.11  # where they do
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 _SOLO = ReplicaShape()
 # Shares of a call with adapters: the frozen product itself is always more than the rest.
 _MOST_SPARED = {"forward": 0.4, "backward": 0.4, "factor": 0.9}
-# 90% of errors between measured sizes, judged by leaving sizes out.
+# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of five
+# profiles, of two devices.
 _BETWEEN: Mapping[str, float] = {
-    "site_forward": 0.16, "site_backward": 0.08, "site_factor": 0.12, "frozen_forward": 0.1,
-    "frozen_backward": 0.1,
+    "site_forward": 0.09, "site_backward": 0.07, "site_factor": 0.1, "frozen_forward": 0.1,
+    "frozen_backward": 0.1, "full_loss": 0.12,
 }  # fmt: skip
-_BETWEEN_OTHERS = 0.05
+_BETWEEN_OTHERS = 0.06
+# A library's products, whose kernels it chooses by size: more rows may be faster, which a monotone
+# table would hide. What it chooses for one linear tells nothing of another.
+_FROZEN = ("frozen_forward", "frozen_backward")
+# A library's products of many rows vary more from one measurement to the next, with the device's
+# clock, than from one number of rows to its neighbours.
+_MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
 # Of intervals of steps: what is drawn at random lies further from the profile's steps than these
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
 _EXTRA, _HALF = "extra_", "half_"  # other methods; where half of the rows are not theirs
 _MOST_SPARED_BY_FILLER = 0.9  # of what another method adds
+
+
+class Side(NamedTuple):
+    """One of the products that adapters take part in."""
+
+    name: str
+    cause: str
+    backward: bool
+
+
+_SIDES = (Side("forward", SITE, False), Side("backward", SITE, True), Side("factor", FACTOR, True))
 
 
 class FusedSite(NamedTuple):
@@ -158,7 +194,7 @@ def slot_elements(model: ModelShape, slot: AdapterSlot) -> int:
 class StageSums(NamedTuple):
     """A pass on one stage by cause (``SITE``, ``FACTOR``, methods of ``EXTRA_METHODS``, else
     categories of ``ops``), as its operations alone say. ``pairs_s``, ``used_s``: of a query-key
-    pair and a row in use, forward and backward."""
+    pair and a row in use, forward and backward; ``idle_s``: see ``_idle_s``."""
 
     blocks: Tally
     edges: Tally
@@ -167,39 +203,56 @@ class StageSums(NamedTuple):
     optimizer_s: tuple[float, ...]
     pair_error: float
     num_blocks: int
+    idle_s: float
+
+
+class SlotKind(NamedTuple):
+    """What slots that are alike share. ``rank``: as padded; ``adapts``: of each fused linear,
+    whether they have factors there; ``elements``: see ``slot_elements``."""
+
+    rank: int
+    adapts: tuple[bool, ...]
+    elements: float
+
+
+class Paid(NamedTuple):
+    """A side of a fused linear with adapters. ``op``: its operation; ``rank``: that is paid;
+    ``row_s``: what a row of filler spares."""
+
+    side: Side
+    op: str
+    rank: float
+    row_s: float
 
 
 class SiteUse(NamedTuple):
-    """How a shape's slots use a fused linear. ``count``: of slots with factors there; ``known``:
-    whether captured steps know the methods of all; ``paid``: by side ("forward", "backward",
-    "factor") the rank that is paid and the seconds that a row of filler spares."""
+    """How a shape's slots use a fused linear, of ``size``. ``count``: of slots with factors there;
+    ``known``: whether captured steps know the methods of all."""
 
-    site: FusedSite
+    size: str
     count: int
     known: bool
-    paid: Mapping[str, tuple[float, float]]
+    paid: tuple[Paid, ...]
 
 
 class SlotsUse(NamedTuple):
-    """What a shape's slots mean for blocks of any number of rows. ``extras``: (method, size, slots)
-    of ``EXTRA_METHODS``."""
+    """What a shape's slots mean for blocks of any number of rows. ``place``: among shapes, see
+    ``_place_of_slots``; ``extras``: (method, size, slots) of ``EXTRA_METHODS``."""
 
+    place: tuple[float, float, float]
     sites: tuple[SiteUse, ...]
     extras: tuple[tuple[str, float, int], ...]
     num_slots: int
 
 
 class RowsTimes(NamedTuple):
-    """What blocks of so many rows take whatever their slots. ``frozen``: by name; ``lacking``: what
-    the first block does not compute."""
+    """What blocks of ``rows`` take whatever their slots. ``frozen``: by the linear's size,
+    forward and backward; ``lacking``: what the first block does not compute."""
 
-    frozen: Mapping[str, tuple[Op, Time]]
-    elementwise: tuple[tuple[Op, Time], ...]
+    rows: float
+    frozen: Mapping[str, tuple[Time, Time]]
+    elementwise: Tally
     lacking: Tally
-
-
-def _unchanged(_cause: str) -> float:
-    return 1.0
 
 
 class CapturedCostModel(ProfiledCostModel):
@@ -218,27 +271,46 @@ class CapturedCostModel(ProfiledCostModel):
         program = (profile if isinstance(profile, Profile) else parse_profile(profile)).program
         self._tiling = Tiling.of_json(program["tiles"]) if "tiles" in program else None
         self._site_of_size: dict[str, FusedSite] = {}
+        self._fitted: dict[str, Products] = {}
+        self._grids: dict[str, Grid] = {}
         super().__init__(model, profile, memory)
 
-    def op_time(self, op: Op) -> Time:
+    def _timing(self, name: str) -> Timing:
         """With what sizes between those that were measured are off by in its interval."""
-        value, width, outside = self._op_time(op)
-        share = _BETWEEN.get(op.name.partition(".")[0], _BETWEEN_OTHERS)
-        return Time(value, math.hypot(width, share * value), outside)
+        share = _BETWEEN.get(name.partition(".")[0], _BETWEEN_OTHERS)
+        return partial(_with_between, self._measured_timing(name), share)
 
-    def _op_time(self, op: Op) -> Time:
-        """Products with adapters are counted (``muxtune.cost.low_rank``). The loss takes whole
-        chunks."""
-        kind, _, size = op.name.partition(".")
+    def _measured_timing(self, name: str) -> Timing:
+        """Products with adapters are counted (``muxtune.cost.low_rank``)."""
+        kind, _, size = name.partition(".")
         if kind.startswith(_EXTRA):
-            return self._extra_time(op.name, op.size)
+            return partial(self._extra_time, name)
         if kind == "full_loss":
-            return super().op_time(op._replace(size=(self._loss_rows(op.name, op.size[0]),)))
+            return partial(self._loss_time, name, super()._timing(name))
+        if kind == "site_factor" or (kind in _FROZEN and name in self.profile.ops):
+            measured, ratio, outside = self._measured(name)
+            known = self._grid(measured), self._table(measured)
+            return partial(_as_measured, *known, ratio, outside)
         if self._tiling is None or kind not in _PRODUCTS:
-            return super().op_time(op)
+            return super()._timing(name)
         like = self._measured_like(size)
-        found = self._products(kind).at(like, self._sizes(size), op.size)
-        return found._replace(extrapolated=found.extrapolated or like != size)
+        counted = partial(self._products(kind).at, like, self._sizes(size))
+        return counted if like == size else partial(of_another, counted, 1.0)
+
+    def _loss_time(self, name: str, timing: Timing, sizes: tuple[float, ...]) -> Time:
+        """The loss takes whole chunks."""
+        return timing((self._loss_rows(name, sizes[0]),))
+
+    def _grid(self, name: str) -> Grid:
+        if name not in self._grids:
+            op = self._op(name)
+            leaves = {tuple(p[axis] for axis in op["axes"]): leaf_of(p) for p in op["points"]}
+            if op["axes"] == ["rows"]:
+                by_rows = {rows: leaf for (rows,), leaf in leaves.items()}
+                by_rows = smoothed(by_rows, _MANY_ROWS, _ROWS_LOG_WIDTH)
+                leaves = {(rows,): leaf for rows, leaf in by_rows.items()}
+            self._grids[name] = Grid.of(name, leaves)
+        return self._grids[name]
 
     def _extra_time(self, name: str, size: tuple[float, ...]) -> Time:
         """What the fewest rows take is launches, whatever the width; the rest grows with it."""
@@ -291,8 +363,7 @@ class CapturedCostModel(ProfiledCostModel):
         return max(rows, self._memo[key])  # type: ignore[type-var]
 
     def _products(self, kind: str) -> Products:
-        key = ("products", kind)
-        if key not in self._memo:
+        if kind not in self._fitted:
             assert self._tiling is not None
             points = {
                 size: self._points(f"{kind}.{size}", self._sizes(size))
@@ -301,8 +372,8 @@ class CapturedCostModel(ProfiledCostModel):
             }
             side = Forward if kind == FORWARD else Backward
             counted = side(self._counts(), [point for own in points.values() for point in own])
-            self._remember(key, Products(kind, counted, points))
-        return self._memo[key]  # type: ignore[return-value]
+            self._fitted[kind] = Products(kind, counted, points)
+        return self._fitted[kind]
 
     def _points(self, name: str, sizes: Sizes) -> list[Point]:
         return [
@@ -353,6 +424,12 @@ class CapturedCostModel(ProfiledCostModel):
             num_steps=len(steps),
         )
 
+    def _of_depth(self, step: WholeStep) -> ProfiledCostModel:
+        found = super()._of_depth(step)
+        if isinstance(found, CapturedCostModel):
+            found._fitted, found._grids = self._fitted, self._grids
+        return found
+
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
         """Steps of a few blocks, which are not fitted to, tell how far off it is there."""
         options, errors = super()._fitted_memory(steps), []
@@ -389,25 +466,18 @@ class CapturedCostModel(ProfiledCostModel):
         seconds[ops.OPTIMIZER] = seconds.get(ops.OPTIMIZER, 0.0) + closing_s
         blocks_s = sums.blocks.total_s + attended_s + used_s
         adapters_s = seconds.get(SITE, 0.0) + seconds.get(FACTOR, 0.0)
-        idle = 1.0 - load.loss_rows / load.shape.padded_tokens
-        return PassSums(
-            seconds, blocks_s, sums.num_blocks, self._place(load.shape), adapters_s,
-            idle * _idle_s(sums.blocks, load.shape.padded_tokens),
-        )  # fmt: skip
-
-    def _place(self, shape: ShapeKey) -> tuple[float, ...]:
-        """Among shapes: rows, slots, ranks, and how much of the linears is adapted."""
-        key = ("place", self._slots_number(shape.slots))
-        if key not in self._memo:
-            self._remember(key, self._place_of_slots(Counter(shape.slots)))
-        rows = float(np.log2(max(1, shape.padded_tokens)))
-        return rows, *self._memo[key]  # type: ignore[misc]
+        rows, of_slots = load.shape.padded_tokens, self._of_use(load.shape.slots, replica.tp)
+        place = float(np.log2(max(1, rows))), *of_slots.place
+        filler_s = (1.0 - load.loss_rows / rows) * sums.idle_s
+        return PassSums(seconds, blocks_s, sums.num_blocks, place, adapters_s, filler_s)
 
     def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
+        """Slots, ranks, and how much of the linears is adapted."""
         ranks, adapted = 0.0, 0.0
         for slot, count in kinds.items():
-            sites = sum(self._has_factors(slot, site) for site in self._sites(1))
-            ranks += count * sites * float(np.log2(padded_rank([slot.rank])))
+            kind = self._kind(slot)
+            sites = sum(kind.adapts)
+            ranks += count * sites * float(np.log2(kind.rank))
             adapted += count * sites
         share = adapted / (len(MEMBERS) * max(1, kinds.total()))
         rank = ranks / adapted if adapted else float(np.log2(MIN_RANK))
@@ -421,36 +491,37 @@ class CapturedCostModel(ProfiledCostModel):
             sums = self._sums_of(shape, replica)
         else:
             sums = self._stage_sums(shape, replica, layers, first, last)
-        adding = self.adding
+        adding, tally = self.adding, Tally()
         rows, filler_s = shape.padded_tokens, 0.0
-        g = h = 0.0
-        of = _unchanged if adding is None else adding.factor
-        tally = Tally()
+        g = h = error = 0.0
+        of: Mapping[str, float] = {}  # factors of causes; others have 1
         if adding is not None:
-            g, h = adding.more(self._place(shape))
-            filler_s = adding.filler * _idle_s(sums.blocks, rows)
+            g, h, error = adding.at(self.pass_sums(nominal_load(shape), replica))
+            of, filler_s = adding.factors, adding.filler * sums.idle_s
             constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
             tally.put(ops.OVERHEAD, False, constant_s)
 
         def times(cause: str) -> float:
-            return of(cause) + g + (h if cause in (SITE, FACTOR) else 0.0)
+            return of.get(cause, 1.0) + g + (h if cause in (SITE, FACTOR) else 0.0)
 
-        for part, scale in ((sums.blocks, times), (sums.edges, of)):
+        for part in (sums.blocks, sums.edges):
+            in_blocks = part is sums.blocks
             for side, backward in ((part.forward_s, False), (part.backward_s, True)):
                 for cause, seconds in side.items():
-                    tally.put(_CATEGORY_OF.get(cause, cause), backward, scale(cause) * seconds)
-            tally.half_width_s += part.half_width_s
-            tally.extrapolated |= part.extrapolated
+                    factor = times(cause) if in_blocks else of.get(cause, 1.0)
+                    tally.put(_CATEGORY_OF.get(cause, cause), backward, factor * seconds)
+            tally.widen(part.half_width_s, part.extrapolated)
         again = self._add_recompute(tally, shape)
         pair = [times(ops.ATTENTION) * value for value in sums.pairs_s]
         used = [times(SITE) * value for value in sums.used_s]
         used[1] -= filler_s / rows  # as the constant has it where all rows are filler
+        closing = of.get(ops.OPTIMIZER, 1.0)
         parts = PassParts(
             tally.forward_s,
             tally.backward_s,
             (pair[0], pair[1] + again * pair[0]),
             (used[0], used[1] + again * used[0]),
-            tuple(of(ops.OPTIMIZER) * value for value in sums.optimizer_s),
+            tuple([closing * value for value in sums.optimizer_s]),
             tally.half_width_s,
             sums.pair_error,
             0.0,
@@ -458,7 +529,6 @@ class CapturedCostModel(ProfiledCostModel):
         )
         if adding is None:
             return parts
-        error = adding.relative_error(self.pass_sums(nominal_load(shape), replica))
         error *= _DRAWN_WIDENING * (EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0)
         return parts._replace(half_width_s=error * parts.base_s, pair_error=error, loss_error=error)
 
@@ -474,10 +544,8 @@ class CapturedCostModel(ProfiledCostModel):
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
     ) -> StageSums:
         rows, blocks, edges = float(shape.padded_tokens), Tally(), Tally()
-        block, per_used_s = Tally(), [0.0, 0.0]
-        for op, time in self._block_of(shape, rows, replica.tp, per_used_s):
-            block.add(op, time)
-        blocks.merge(block, layers)
+        per_used_s = [0.0, 0.0]
+        blocks.merge(self._block_of(shape, rows, replica.tp, per_used_s), layers)
         if first:
             blocks.merge(self._of_rows(rows, replica.tp).lacking, -1)
         if first or last:
@@ -495,6 +563,7 @@ class CapturedCostModel(ProfiledCostModel):
             optimizer_s,
             max(rate.relative_error for rate in pair_rates),
             layers,
+            _idle_s(blocks, rows),
         )
 
     def _row_of_adapters_s(self, name: str, rank: float) -> float:
@@ -503,33 +572,35 @@ class CapturedCostModel(ProfiledCostModel):
         if key not in self._memo:
             self._remember(key, self._measured_rows(name))
         ranks, seconds = self._memo[key]  # type: ignore[misc]
-        return float(np.interp(rank, ranks, seconds)) if ranks else 0.0
+        return interpolated(rank, ranks, seconds) if ranks else 0.0
 
     def _of_rows(self, rows: float, tp: int) -> RowsTimes:
         key = ("of rows", rows, tp)
         if key not in self._memo:
-            frozen = {
-                name: self._timed(name, ops.BACKBONE, backward, (rows,))
-                for site in self._sites(tp)
-                for name, backward in (
-                    (f"frozen_forward.{site.size}", False),
-                    (f"frozen_backward.{site.size}", True),
-                )
-            }
             hidden, inner = self.model.hidden, self.model.intermediate // tp
-            elementwise = tuple(
-                self._timed(name, ops.ELEMENTWISE, "backward" in name, (rows,), count)
-                for name, count in (
-                    (f"add_norm_forward.{hidden}", 2),
-                    (f"add_norm_backward.{hidden}", 2),
-                    (f"swiglu_forward.{inner}", 1),
-                    (f"swiglu_backward.{inner}", 1),
+            frozen = {
+                size: (
+                    self._time(f"frozen_forward.{size}", (rows,)),
+                    self._time(f"frozen_backward.{size}", (rows,)),
                 )
-            )
-            lacking = Tally()
-            for op, time in self._first_block_lacks(rows, tp):
-                lacking.add(op, time)
-            self._remember(key, RowsTimes(frozen, elementwise, lacking))
+                for size in self._site_sizes(tp)
+            }
+            norm, norm_backward, swiglu, swiglu_backward = (
+                self._time(name, (rows,))
+                for name in (
+                    f"add_norm_forward.{hidden}", f"add_norm_backward.{hidden}",
+                    f"swiglu_forward.{inner}", f"swiglu_backward.{inner}",
+                )
+            )  # fmt: skip
+            elementwise, lacking = Tally(), Tally()
+            elementwise.charge(ops.ELEMENTWISE, False, norm, 2)
+            elementwise.charge(ops.ELEMENTWISE, True, norm_backward, 2)
+            elementwise.charge(ops.ELEMENTWISE, False, swiglu)
+            elementwise.charge(ops.ELEMENTWISE, True, swiglu_backward)
+            # Nobody asks for the gradient of the embedding's output.
+            lacking.charge(ops.BACKBONE, True, frozen[self._site_sizes(tp)[0]][1])
+            lacking.charge(ops.ELEMENTWISE, True, norm_backward)
+            self._remember(key, RowsTimes(rows, frozen, elementwise, lacking))
         return self._memo[key]  # type: ignore[return-value]
 
     def _edges_tally(self, rows: float, pp: int) -> Tally:
@@ -544,27 +615,31 @@ class CapturedCostModel(ProfiledCostModel):
     def _of_use(self, slots: tuple[AdapterSlot, ...], tp: int) -> SlotsUse:
         key = ("use", self._slots_number(slots), tp)
         if key not in self._memo:
-            kinds = Counter(slots)
-            sites = tuple(self._site_use(site, kinds) for site in self._sites(tp))
+            kinds, sizes = Counter(slots), self._site_sizes(tp)
+            sites = tuple(self._site_use(n, size, kinds) for n, size in enumerate(sizes))
             extras = []
             for method in EXTRA_METHODS:
                 own = sum(count for slot, count in kinds.items() if slot.method == method)
-                size = extra_size(self.model, tuple(kinds), method)
-                if size:
+                if own and (size := extra_size(self.model, tuple(kinds), method)):
                     extras.append((method, size, own))
-            self._remember(key, SlotsUse(sites, tuple(extras), kinds.total()))
+            place = self._place_of_slots(kinds)
+            self._remember(key, SlotsUse(place, sites, tuple(extras), kinds.total()))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _site_use(self, site: FusedSite, kinds: Counter[AdapterSlot]) -> SiteUse:
-        users = [slot for slot in kinds if self._has_factors(slot, site)]
-        ranks = [padded_rank([slot.rank]) for slot in users for _ in range(kinds[slot])]
-        paid = {}
-        for side in _MOST_SPARED if users else ():
-            name = f"{side}.{site.size}"
+    def _site_use(self, number: int, size: str, kinds: Counter[AdapterSlot]) -> SiteUse:
+        users, ranks = [], []
+        for slot, count in kinds.items():
+            kind = self._kind(slot)
+            if kind.adapts[number]:
+                users.append(slot)
+                ranks += [kind.rank] * count
+        paid = []
+        for side in _SIDES if users else ():
+            name = f"{side.name}.{size}"
             rank = self._rank_paid(name, ranks)
-            paid[side] = rank, self._row_of_adapters_s(name, rank)
+            paid.append(Paid(side, f"site_{name}", rank, self._row_of_adapters_s(name, rank)))
         known = all(slot.method == "lora" for slot in users)
-        return SiteUse(site, len(ranks), known, paid)
+        return SiteUse(size, len(ranks), known, tuple(paid))
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
         """Nothing where it was not measured."""
@@ -591,15 +666,13 @@ class CapturedCostModel(ProfiledCostModel):
             found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + used_s
         return found
 
-    def _block_of(
-        self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]
-    ) -> Iterator[tuple[Op, Time]]:
+    def _block_of(self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]) -> Tally:
         """Where all rows are filler; what a row in use takes more is added to ``per_used_s``
         (forward, backward)."""
-        of_rows, used = self._of_rows(rows, tp), self._of_use(shape.slots, tp)
+        of_rows, used, block = self._of_rows(rows, tp), self._of_use(shape.slots, tp), Tally()
         for site in used.sites:
-            yield from self._site_of(site, used.num_slots, rows, of_rows.frozen, per_used_s)
-        yield from of_rows.elementwise
+            self._add_site(block, site, used.num_slots, of_rows, per_used_s)
+        block.merge(of_rows.elementwise, 1)
         hidden = self.model.hidden
         for method, size, own in used.extras:
             # Rows are taken as even shares of the slots; attention is every row's.
@@ -611,62 +684,47 @@ class CapturedCostModel(ProfiledCostModel):
                     rows * self._extra_row_s(name, size), _MOST_SPARED_BY_FILLER * time.value_s
                 )
                 per_used_s[backward] += share * spared_s / rows
-                yield op, time._replace(value_s=time.value_s - spared_s)
+                block.add(op, time._replace(value_s=time.value_s - spared_s))
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
                 name = f"all_reduce.tp{tp}"
-                yield self._timed(name, ops.COMMUNICATION, backward, (moved,), 2)
+                block.add(*self._timed(name, ops.COMMUNICATION, backward, (moved,), 2))
+        return block
 
-    def _first_block_lacks(self, rows: float, tp: int) -> Iterator[tuple[Op, Time]]:
-        """Nobody asks for the gradient of the embedding's output."""
-        size, hidden = self._sites(tp)[0].size, self.model.hidden
-        yield self._timed(f"frozen_backward.{size}", ops.BACKBONE, True, (rows,))
-        yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
-
-    def _sites(self, tp: int) -> tuple[FusedSite, ...]:
+    def _site_sizes(self, tp: int) -> tuple[str, ...]:
         key = ("fused sites", tp)
         if key not in self._memo:
-            self._remember(key, fused_sites(self.model, tp))
+            self._remember(key, tuple(site.size for site in fused_sites(self.model, tp)))
         return self._memo[key]  # type: ignore[return-value]
 
-    def _site_of(
+    def _add_site(
         self,
+        block: Tally,
         use: SiteUse,
         num_slots: int,
-        rows: float,
-        frozen: Mapping[str, tuple[Op, Time]],
+        of_rows: RowsTimes,
         per_used_s: list[float],
-    ) -> Iterator[tuple[Op, Time]]:
-        size = use.site.size
-
-        def timed(side: str, backward: bool) -> tuple[Op, Time, float]:
-            """The last: seconds that are spared where all rows are filler. Products are as they are
-            where ``FILL`` of the rows are in use."""
-            rank, per_row_s = use.paid[side]
-            sizes, cause, used_rows = (float(use.count), rank, rows), FACTOR, rows
-            if side != "factor":
-                sizes, cause, used_rows = (*sizes, 0.0), SITE, FILL * rows
-            op, time = self._timed(f"site_{side}.{size}", cause, backward, sizes)
-            time = Time(time[0], time[1], time[2] or not use.known)
-            per_row_s = min(per_row_s, _MOST_SPARED[side] * time[0] / rows)
-            per_used_s[backward] += per_row_s * use.count / num_slots
-            return op, time, per_row_s * used_rows
-
-        for side, backward in (("forward", False), ("backward", True)):
-            alone = frozen[f"frozen_{side}.{size}"]
-            if not use.count:
-                yield alone
-                continue
-            op, whole, spared_s = timed(side, backward)
-            alone_s = min(whole.value_s, alone[1].value_s)
-            of_adapted = alone[0]._replace(category=ADAPTED)
-            yield of_adapted, Time(alone_s, 0.0, whole.extrapolated)
-            more_s = whole.value_s - alone_s - spared_s
-            yield op, Time(more_s, whole.half_width_s, whole.extrapolated)
-        if use.count:
-            op, beside, spared_s = timed("factor", True)
-            yield op, beside._replace(value_s=beside.value_s - spared_s)
+    ) -> None:
+        alone, rows = of_rows.frozen[use.size], of_rows.rows
+        if not use.count:
+            for backward, time in enumerate(alone):
+                block.charge(ops.BACKBONE, bool(backward), time)
+        for side, op_name, rank, row_s in use.paid:
+            # Products are as they are where ``FILL`` of the rows are in use.
+            sizes, used_rows = (float(use.count), rank, rows), rows
+            if side.cause == SITE:
+                sizes, used_rows = (*sizes, 0.0), FILL * rows
+            whole_s, width_s, outside = self._time(op_name, sizes)
+            row_s = min(row_s, _MOST_SPARED[side.name] * whole_s / rows)
+            per_used_s[side.backward] += row_s * use.count / num_slots
+            more_s = whole_s
+            if side.cause == SITE:
+                alone_s = min(whole_s, alone[side.backward].value_s)
+                block.put(ADAPTED, side.backward, alone_s)
+                more_s -= alone_s
+            block.put(side.cause, side.backward, more_s - row_s * used_rows)
+            block.widen(width_s, outside or not use.known)
 
     def _rank_paid(self, name: str, ranks: Sequence[int]) -> float:
         """Between the mean of the padded ranks, which a product pays for by each slot's rows, and
@@ -699,16 +757,16 @@ class CapturedCostModel(ProfiledCostModel):
             return 1.0
         return min(1.0, max(0.0, (point["median_s"] - low) / (high - low)))
 
-    def _has_factors(self, slot: AdapterSlot, site: FusedSite) -> bool:
-        if slot.method in EXTRA_METHODS or ops.is_prepended(slot):
-            return False
-        return not self._adapted(slot.targets).isdisjoint(site.members)
-
-    def _adapted(self, targets: tuple[str, ...]) -> frozenset[str]:
-        key = ("adapted", targets)
+    def _kind(self, slot: AdapterSlot) -> SlotKind:
+        key = ("kind", slot)
         if key not in self._memo:
-            linears = self.model.target_linears(targets)
-            self._remember(key, frozenset(item.name.rsplit(".", 1)[-1] for item in linears))
+            adapted: set[str] = set()
+            if slot.method not in EXTRA_METHODS:
+                linears = ops.target_linears(self.model, slot)
+                adapted.update(item.name.rsplit(".", 1)[-1] for item in linears)
+            adapts = tuple(not adapted.isdisjoint(members) for members in MEMBERS)
+            elements = float(slot_elements(self.model, slot))
+            self._remember(key, SlotKind(padded_rank([slot.rank]), adapts, elements))
         return self._memo[key]  # type: ignore[return-value]
 
     def _edge_of(self, rows: float, pp: int) -> Iterator[tuple[Op, Time]]:
@@ -746,7 +804,7 @@ class CapturedCostModel(ProfiledCostModel):
     def _optimizer_times(
         self, slots: tuple[AdapterSlot, ...]
     ) -> tuple[tuple[Op, Time] | None, tuple[float, ...]]:
-        of_kind = {slot: float(slot_elements(self.model, slot)) for slot in Counter(slots)}
+        of_kind = {slot: self._kind(slot).elements for slot in Counter(slots)}
         elements = [of_kind[slot] for slot in slots]
         total = sum(elements)
         if not total:
@@ -766,13 +824,41 @@ class CapturedCostModel(ProfiledCostModel):
         most = NOTHING_MEASURED if extrapolated else fit.max_size
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
 
-    def attention_time(self, name: str, rows: float, pairs: float) -> Time:
-        """Of one call by itself. Passes need a form that is affine in pairs; alone, a row's time
-        follows how far rows look back on average, between the mixes that were measured: short
-        sequences leave their tiles empty, long ones have more to look at."""
+    def attention_time(self, name: str, rows: float, pairs: float, *sequences: float) -> Time:
+        """Of one call by itself. ``sequences``: how many there are of 1, 2, ... tiles of the packed
+        kernels (``muxtune.cost.attention``), by which it is counted; without them, and where the
+        profile does not tell them, a row's time follows how far rows look back on average, between
+        the mixes that were measured. Passes need a form that is affine in pairs."""
         name, ratio, outside = self._measured(name)
+        points = self.profile.ops[name]["points"]
+        known_rows = [point["rows"] for point in points]
+        outside |= not min(known_rows) <= rows <= max(known_rows)
+        if sequences and self._tiling is not None and SEQUENCES[0] in points[0]:
+            value = self._packed_attention(name).seconds(rows, sequences)
+            return Time(ratio * value, ratio * value * _ATTENTION_COUNTED_ERROR, outside)
+        value = self._attention_of_pairs(points, rows, pairs)
+        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+
+    def _packed_attention(self, name: str) -> PackedAttention:
+        key = ("packed attention", name)
+        if key not in self._memo:
+            kind, _, size = name.partition(".")
+            heads, kv_heads, _ = map(int, size.split("x"))
+            assert self._tiling is not None
+            found = PackedAttention(
+                attention.Device(heads, kv_heads, self._tiling.num_multiprocessors),
+                kind == "attention_backward",
+                [attention.Point.of(raw) for raw in self.profile.ops[name]["points"]],
+            )
+            self._remember(key, found)
+        return self._memo[key]  # type: ignore[return-value]
+
+    @staticmethod
+    def _attention_of_pairs(
+        points: Sequence[Mapping[str, float]], rows: float, pairs: float
+    ) -> float:
         by_rows: dict[float, list[tuple[float, float]]] = {}
-        for point in self.profile.ops[name]["points"]:
+        for point in points:
             back = float(np.log2(point["pairs"] / point["rows"]))
             by_rows.setdefault(point["rows"], []).append((back, point["median_s"]))
         sizes, back = sorted(by_rows), float(np.log2(pairs / rows))
@@ -781,9 +867,7 @@ class CapturedCostModel(ProfiledCostModel):
             known = [at for at, _ in mixes], [time_s for _, time_s in mixes]
             seconds.append(float(np.interp(back, *known)))
         value = float(np.interp(rows, sizes, seconds)) * max(1.0, rows / sizes[-1])
-        value *= min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
-        outside |= not sizes[0] <= rows <= sizes[-1]
-        return Time(ratio * value, ratio * value * _ATTENTION_ERROR, outside)
+        return value * min(1.0, rows / sizes[0]) ** _FEW_ROWS_POWER
 
     def loss_rates(self) -> tuple[Rates, Rates]:
         """Every row has its logits computed, so that rows with a label add nothing here."""
@@ -816,6 +900,24 @@ class CapturedCostModel(ProfiledCostModel):
         most = max((_most_rows(shapes) for shapes in before), default=0)
         added = (h.shapes for h in new.htasks if _most_rows(h.shapes) > most > 0)
         return any(shapes not in before for shapes in added)
+
+
+def _with_between(timing: Timing, share: float, sizes: tuple[float, ...]) -> Time:
+    value, width, outside = timing(sizes)
+    return Time(value, math.hypot(width, share * value), outside)
+
+
+def _as_measured(
+    grid: Grid, table: Table, ratio: float, other: bool, sizes: tuple[float, ...]
+) -> Time:
+    """Between measured sizes, whichever is faster; beyond the largest it grows as a monotone table
+    does. ``other``: whether they are of another operation."""
+    inside = tuple([min(x, xs[-1]) for x, xs in zip(sizes, grid.axes, strict=True)])
+    value, width, below = grid.at(inside)
+    if inside == sizes:
+        return Time(ratio * value, ratio * width, other or below)
+    ratio *= table.at(sizes).value_s / table.at(inside).value_s
+    return Time(ratio * value, ratio * width, True)
 
 
 def _idle_s(blocks: Tally, rows: float) -> float:

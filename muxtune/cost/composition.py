@@ -40,6 +40,7 @@ from muxtune.types import (
 
 _SOLO = ReplicaShape()
 _MEMO_SIZE = 1 << 16
+_Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
@@ -98,10 +99,16 @@ class Tally:
         self.half_width_s, self.extrapolated, self.kernels = 0.0, False, 0.0
 
     def add(self, op: Op, time: Time) -> None:
-        self.put(op.category, op.backward, op.count * time[0])
-        self.half_width_s += op.count * time[1]
-        self.extrapolated |= time[2]
+        self.charge(op.category, op.backward, time, op.count)
         self.kernels += op.count * op.kernels
+
+    def charge(self, category: str, backward: bool, time: Time, count: int = 1) -> None:
+        self.put(category, backward, count * time[0])
+        self.widen(count * time[1], time[2])
+
+    def widen(self, half_width_s: float, extrapolated: bool) -> None:
+        self.half_width_s += half_width_s
+        self.extrapolated |= extrapolated
 
     def put(self, category: str, backward: bool, seconds: float) -> None:
         side = self.backward_s if backward else self.forward_s
@@ -119,6 +126,13 @@ class Tally:
     @property
     def total_s(self) -> float:
         return sum(self.forward_s.values()) + sum(self.backward_s.values())
+
+
+def _kept(memo: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    if len(memo) >= _MEMO_SIZE:
+        memo.clear()
+    memo[key] = value
+    return value
 
 
 def _sum_of(costs: Sequence[Estimate]) -> Estimate:
@@ -144,7 +158,9 @@ class ComposedCostModel(ABC):
     def __init__(self, model: ModelShape, memory: MemoryModel, dtype_bytes: int) -> None:
         self.model, self.memory, self.dtype_bytes = model, memory, dtype_bytes
         self._coefficients: dict[Hashable, PassCoefficients] = {}
-        self._memo: dict[Hashable, object] = {}
+        self._memo: dict[Hashable, object] = {}  # of operations, however they add up
+        self._parts: dict[Hashable, PassParts] = {}
+        self._graphs: dict[Hashable, tuple[tuple[Subgraph, ...], tuple[float, ...]]] = {}
         # Shapes of many slots hash slowly, and those of a ladder share their slots: memos know
         # slots by numbers, which are never given again.
         self._slot_numbers: dict[tuple[AdapterSlot, ...], int] = {}
@@ -243,9 +259,7 @@ class ComposedCostModel(ABC):
         key = (*shape[:2], self._slots_number(shape.slots), shape.recompute, replica)
         known = self._coefficients.get(key)
         if known is None:
-            if len(self._coefficients) >= _MEMO_SIZE:
-                self._coefficients.clear()
-            known = self._coefficients[key] = self._coefficients_of(shape, replica)
+            known = _kept(self._coefficients, key, self._coefficients_of(shape, replica))
         return known
 
     def _slots_number(self, slots: tuple[AdapterSlot, ...]) -> int:
@@ -265,11 +279,12 @@ class ComposedCostModel(ABC):
         """Seconds of each pass, exactly the affine form of ``pass_coefficients``."""
         values = np.empty(len(loads))
         errors, outside = np.empty(len(loads)), np.empty(len(loads), dtype=bool)
+        most_rows = self._most_loss_rows() if loads else 0.0
         for index, load in enumerate(loads):
             coefficients = self.pass_coefficients(load.shape, replica)
             values[index] = pass_time_s(coefficients, load)
             errors[index] = coefficients.relative_error
-            outside[index] = coefficients.extrapolated or self._load_outside(load)
+            outside[index] = coefficients.extrapolated or load.loss_rows > most_rows
         low = values * np.maximum(1 - errors, 0.0)
         return Estimates(values, low, values * (1 + errors), outside)
 
@@ -300,11 +315,11 @@ class ComposedCostModel(ABC):
     def _subgraphs(
         self, shape: ShapeKey, replica: ReplicaShape
     ) -> tuple[tuple[Subgraph, ...], tuple[float, ...]]:
-        key = ("subgraphs", shape, replica)
-        if key not in self._memo:
+        key = (shape, replica)
+        if key not in self._graphs:
             costs = ComposedSubgraphCosts(self, nominal_load)
-            self._remember(key, pass_subgraphs(self.model, shape, replica, costs))
-        return self._memo[key]  # type: ignore[return-value]
+            _kept(self._graphs, key, pass_subgraphs(self.model, shape, replica, costs))
+        return self._graphs[key]
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
@@ -433,15 +448,15 @@ class ComposedCostModel(ABC):
 
     def _busiest_stage(self, shape: ShapeKey, replica: ReplicaShape) -> PassParts:
         number = self._slots_number(shape.slots)
-        key = ("parts", *shape[:2], number, shape.recompute, replica)
-        known = self._memo.get(key)
+        key = (*shape[:2], number, shape.recompute, replica)
+        known = self._parts.get(key)
         if known is None:
             ops.check_replica(self.model, replica)
             layers = stage_layers(self.model, replica.pp)[0]
             # An upper bound where layers do not divide: the longest stage and the loss head.
-            known = self._stage_parts(shape, replica, layers, True, True)
-            self._remember(key, known)
-        return known  # type: ignore[return-value]
+            parts = self._stage_parts(shape, replica, layers, True, True)
+            known = _kept(self._parts, key, parts)
+        return known
 
     def _stage_parts(
         self, shape: ShapeKey, replica: ReplicaShape, layers: int, first: bool, last: bool
@@ -567,12 +582,16 @@ class ComposedCostModel(ABC):
         return self._memo[key]  # type: ignore[return-value]
 
     def _remember(self, key: Hashable, value: object) -> None:
-        if len(self._memo) >= _MEMO_SIZE:
-            self._memo.clear()
-        self._memo[key] = value
+        _kept(self._memo, key, value)
 
-    def _load_outside(self, load: PassLoad) -> bool:
-        return load.loss_rows > min(rate.max_size for rate in self.loss_rates())
+    def _forget_passes(self) -> None:
+        """Where operations add up in another way from now on."""
+        for memo in (self._coefficients, self._parts, self._graphs):
+            memo.clear()
+
+    def _most_loss_rows(self) -> float:
+        """That were measured: a load with more is extrapolated."""
+        return min(rate.max_size for rate in self.loss_rates())
 
 
 _NOTHING = Rates(0.0, 0.0, 0.0, 0.0, float("inf"))

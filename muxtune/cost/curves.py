@@ -40,6 +40,15 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, size in blocks for _ in range(int(size))]
 
 
+def interpolated(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """As ``np.interp``, which takes longer where points are few."""
+    upper = bisect_right(xs, x)
+    if upper in (0, len(xs)):
+        return ys[min(upper, len(xs) - 1)]
+    slope = (ys[upper] - ys[upper - 1]) / (xs[upper] - xs[upper - 1])
+    return slope * (x - xs[upper - 1]) + ys[upper - 1]
+
+
 class Table:
     """Measured times over a full grid of 0..n axes; multilinear between the points.
 
@@ -50,13 +59,17 @@ class Table:
     Outside of a later axis, lines of different slope may cross: there only that axis is monotone.
     """
 
-    __slots__ = ("_children", "_growth", "_xs")
+    __slots__ = ("_axes", "_children", "_growth", "_leaves")
 
-    def __init__(self, xs: tuple[float, ...], children: tuple[Table | Leaf, ...]) -> None:
-        self._xs, self._children = xs, children
+    def __init__(self, xs: tuple[float, ...], children: Sequence[Table] | Sequence[Leaf]) -> None:
+        self._children = tuple(child for child in children if isinstance(child, Table))
+        self._leaves = tuple(child for child in children if isinstance(child, Leaf))
+        below = self._children[0]._axes if self._children else ()
+        self._axes: tuple[tuple[float, ...], ...] = (xs, *below) if xs else ()
         self._growth = 0.0  # relative growth over the last segment
-        if len(xs) > 1 and isinstance(children[-1], Table):
-            self._growth = _largest(children[-1]).value_s / _largest(children[-2]).value_s - 1
+        if len(self._children) > 1:
+            last, before = self._children[-1]._largest(), self._children[-2]._largest()
+            self._growth = last.value_s / before.value_s - 1
 
     @classmethod
     def build(cls, name: str, points: Sequence[tuple[tuple[float, ...], Leaf]]) -> Table:
@@ -83,45 +96,45 @@ class Table:
     ) -> Table:
         if not grid:
             return cls((), (leaves[prefix],))
-        children = tuple(
-            leaves[(*prefix, x)] if len(grid) == 1 else cls._nest(grid[1:], (*prefix, x), leaves)
-            for x in grid[0]
-        )
-        return cls(tuple(grid[0]), children)
+        xs, rest = tuple(grid[0]), grid[1:]
+        if not rest:
+            return cls(xs, [leaves[(*prefix, x)] for x in xs])
+        return cls(xs, [cls._nest(rest, (*prefix, x), leaves) for x in xs])
 
-    def at(self, sizes: tuple[float, ...], axis: int = 0) -> Time:
+    def at(self, sizes: tuple[float, ...]) -> Time:
         """The time at ``sizes``, one number per axis."""
-        if not self._xs:
-            return _of(self._children[0], sizes, axis)
-        x, xs = sizes[axis], self._xs
-        last = len(xs) - 1
-        outside = x < xs[0] or x > xs[last]
-        if x <= xs[0] or last == 0:
-            value, width, flag = _of(self._children[0], sizes, axis + 1)
-            return Time(value, width, flag or outside)
-        upper = min(bisect_right(xs, x), last)
-        share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
-        if share > 1 and isinstance(self._children[last], Table):
-            value, width, _ = _of(self._children[last], sizes, axis + 1)
+        places, outside = [], False
+        for x, xs in zip(sizes, self._axes, strict=False):
+            last = len(xs) - 1
+            outside = outside or x < xs[0] or x > xs[last]
+            upper, share = 0, 0.0
+            if last and x > xs[0]:
+                upper = min(bisect_right(xs, x), last)
+                share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
+            places.append((upper, share))
+        value, width = self._along(places, 0) if places else self._leaves[0]
+        return Time(value, width, outside)
+
+    def _along(self, places: Sequence[tuple[int, float]], axis: int) -> tuple[float, float]:
+        """(value, half-width). ``places``: of each axis, which point is above (0: the first one's
+        value holds) and how far it is there from the one below."""
+        upper, share = places[axis]
+        if self._leaves:
+            low, high = self._leaves[max(upper - 1, 0)], self._leaves[upper]
+        elif share > 1:
+            value, width = self._children[upper]._along(places, axis + 1)
             scale = 1 + self._growth * (share - 1)
-            return Time(value * scale, width * scale, True)
-        low = _of(self._children[upper - 1], sizes, axis + 1)
-        high = _of(self._children[upper], sizes, axis + 1)
+            return value * scale, width * scale
+        else:
+            high = self._children[upper]._along(places, axis + 1)
+            low = self._children[upper - 1]._along(places, axis + 1) if upper else high
+        if not upper:
+            return high
         value = low[0] + share * (high[0] - low[0])
-        width = max(low[1] + share * (high[1] - low[1]), 0.0)
-        return Time(value, width, outside or low[2] or high[2])
+        return value, max(low[1] + share * (high[1] - low[1]), 0.0)
 
-
-def _largest(child: Table | Leaf) -> Leaf:
-    while isinstance(child, Table):
-        child = child._children[-1]
-    return child
-
-
-def _of(child: Table | Leaf, sizes: tuple[float, ...], axis: int) -> Time:
-    if isinstance(child, Leaf):
-        return Time(child.value_s, child.half_width_s, False)
-    return child.at(sizes, axis)
+    def _largest(self) -> Leaf:
+        return self._leaves[-1] if self._leaves else self._children[-1]._largest()
 
 
 def _scaled(leaf: Leaf, value_s: float) -> float:
@@ -169,7 +182,7 @@ class Grid(NamedTuple):
         return cls(axes, strides, tuple(leaves[key] for key in sorted(leaves)))
 
     def at(self, sizes: Sequence[float]) -> Time:
-        places, weights, outside = [0], [1.0], False
+        corners, outside = [(0, 1.0)], False  # places and weights
         for x, xs, stride in zip(sizes, self.axes, self.strides, strict=True):
             if x <= xs[0] or len(xs) == 1:
                 outside |= x != xs[0]
@@ -177,15 +190,32 @@ class Grid(NamedTuple):
             upper = min(bisect_right(xs, x), len(xs) - 1)
             share = (x - xs[upper - 1]) / (xs[upper] - xs[upper - 1])
             outside |= share > 1.0
-            low, high = (upper - 1) * stride, upper * stride
-            weights = [w * (1.0 - share) for w in weights] + [w * share for w in weights]
-            places = [p + low for p in places] + [p + high for p in places]
+            low, high, rest = (upper - 1) * stride, upper * stride, 1.0 - share
+            above = [(place + high, weight * share) for place, weight in corners]
+            corners = [(place + low, weight * rest) for place, weight in corners] + above
         value = width = 0.0
-        for place, weight in zip(places, weights, strict=True):
-            leaf = self.leaves[place]
-            value += weight * leaf[0]
-            width += abs(weight) * leaf[1]
+        for place, weight in corners:
+            value_s, half_width_s = self.leaves[place]
+            value += weight * value_s
+            width += abs(weight) * half_width_s
         return Time(value, width, outside)
+
+
+def smoothed(leaves: Mapping[float, Leaf], from_size: float, log_width: float) -> dict[float, Leaf]:
+    """Times by size, of which those from ``from_size`` on are drawn to their neighbours: seconds
+    over size follow a line over the logarithm of the size, fitted with Gaussian weights of
+    ``log_width``. Half-widths stay."""
+    sizes = [size for size in sorted(leaves) if size >= from_size]
+    found = dict(leaves)
+    if len(sizes) < 3:
+        return found
+    logs = np.log(sizes)
+    rates = np.log([leaves[size].value_s / size for size in sizes])
+    for size, at in zip(sizes, logs, strict=True):
+        weights = np.exp(-(((logs - at) / log_width) ** 2) / 4)  # polyfit squares them
+        rate = np.polyfit(logs - at, rates, 1, w=weights)[1]
+        found[size] = leaves[size]._replace(value_s=float(size * np.exp(rate)))
+    return found
 
 
 class AffineFit(NamedTuple):

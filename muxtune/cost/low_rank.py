@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
 # of few rows and steps of a wider model, on two devices.
 _IDLE_SPARES = 0.4
+_IDLE_LATER_SPARES = 0.25  # of several waves; judged by five suites of single products
 _PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
 _ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
 
@@ -62,25 +64,23 @@ class Met(NamedTuple):
     def of(cls, slots: int, rows: int, used_rows: Sequence[int], tile_rows: int) -> Met:
         """Of slots with nearly equal shares of the rows in use, which come before the others; the
         mean over ``used_rows``. A tile is one slot's where no row of it is filler."""
-        used_U1 = np.maximum(np.array(used_rows), slots)[:, None]
-        share_U1 = used_U1 // slots
-        off_U1 = np.minimum(_UNEVEN_ROWS, share_U1 // 4)
+        fullest, pairs, alone = [], 0, 0
+        for used in used_rows:
+            share = max(used, slots) // slots
+            met = _slots_met(slots, share, rows, tile_rows)
+            pairs_met = [count // 2 + 1 for count in met.values()]
+            begun = -(-min(share * slots, rows) // tile_rows)
+            fullest.append(max(float(max(pairs_met, default=0)), _ALONE))
+            pairs, alone = pairs + sum(pairs_met), alone + begun - len(met)
+        tiles = len(fullest) * -(-rows // tile_rows)
+        return cls(sum(fullest) / len(fullest), pairs / tiles, alone / tiles)
 
-        def slot_at(row_N: np.ndarray) -> np.ndarray:
-            """Of two slots the first has fewer rows, but for the last of an odd number."""
-            pair_UN, rest_UN = np.divmod(row_N, 2 * share_U1)
-            second_UN = rest_UN >= share_U1 - off_U1 * (pair_UN < slots // 2)
-            return np.minimum(2 * pair_UN + second_UN, slots)
-
-        start_N = np.arange(0, rows, tile_rows)
-        stop_N = np.minimum(start_N + tile_rows, rows)
-        first_UN = slot_at(start_N)
-        last_UN = np.minimum(slot_at(stop_N - 1), slots - 1)
-        alone_UN = (first_UN == last_UN) & (stop_N <= share_U1 * slots)
-        pairs_UN = np.where(alone_UN | (first_UN >= slots), 0, (last_UN - first_UN) // 2 + 1)
-        most_U, tiles = pairs_UN.max(axis=1).tolist(), pairs_UN.size
-        most = sum(max(float(pairs), _ALONE) for pairs in most_U) / len(most_U)
-        return cls(most, int(pairs_UN.sum()) / tiles, int(alone_UN.sum()) / tiles)
+    def steps(self, waves: float) -> float:
+        """Of 16 ranks: a single wave ends with its fullest tile; of several waves a mean tile's."""
+        mean = self.mean_pairs + _ALONE_STEP * self.alone
+        if waves > 1.0:
+            return mean
+        return max(mean, self.most_pairs if self.most_pairs >= 1.0 else _ALONE_STEP)
 
     @classmethod
     def typical(cls, slots: int, rows: int, tile_rows: int) -> Met:
@@ -88,15 +88,29 @@ class Met(NamedTuple):
         return cls.of(slots, rows, [int(share * rows) - 1 for share in _FILLS], tile_rows)
 
 
+def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int, int]:
+    """By tile in which a slot ends before the tile does: after how many of its slots another
+    begins. Of two slots the first has fewer rows, but for the last of an odd number."""
+    used, uneven = slots * share, min(_UNEVEN_ROWS, share // 4)
+    ends = [*range(share - uneven, used - uneven, 2 * share), *range(2 * share, used, 2 * share)]
+    found = Counter([end // tile_rows for end in ends if end % tile_rows and end < rows])
+    if used % tile_rows and used < rows:
+        found[used // tile_rows] += 0  # its last slot, which only filler follows
+    return found
+
+
 class Counts:
     """What a product's time is counted by, of a tiling. Remembers how slots meet."""
 
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
+        # Launches are the same for all rows up to the next multiple.
+        self._step_rows = math.gcd(*[tile.rows for tile in tiling.tiles])
         self._met: dict[tuple[int, int, int, int], Met] = {}
-        self._launches: dict[tuple[int, tuple[int, ...]], Launch] = {}
+        self._launches: dict[tuple[int, tuple[int, ...], int], _Tiles] = {}
         self._kinds = [(tile.rows, tile.columns) for tile in tiling.tiles]
         self._heights = sorted({tile.rows for tile in tiling.tiles})
+        self.usual_work_s = [_TILE_WORK_S / tile.efficiency for tile in tiling.tiles]
 
     def met(self, slots: int, rows: int, used_rows: int, tile_rows: int) -> Met:
         """``used_rows``: 0 where they are as a step's passes mostly have them."""
@@ -108,44 +122,43 @@ class Counts:
                 self._met[key] = Met.typical(slots, rows, tile_rows)
         return self._met[key]
 
-    def launch(self, rows: int, widths: tuple[int, ...]) -> Launch:
-        key = rows, widths
-        if key not in self._launches:
-            self._launches[key] = self.tiling.launch(rows, widths)
-        return self._launches[key]
+    def tiles(self, rows: int, widths: tuple[int, ...], inner: int) -> _Tiles:
+        key = -(-rows // self._step_rows), widths, inner
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = self._tiles(self.tiling.launch(rows, widths), inner)
+        return found
+
+    def _tiles(self, launch: Launch, inner: int) -> _Tiles:
+        tile, waves = launch.tile, launch.waves
+        kind, height = self._kinds.index((tile.rows, tile.columns)), self._heights.index(tile.rows)
+        work = _tile_work(launch, inner)
+        return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, kind, height, work)
 
     def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
-        launch = self.launch(rows, site.out_features)
-        tile = launch.tile
-        met = self.met(slots, rows, used_rows, tile.rows)
-        members = len(site.out_features)
-        fills = (used_rows,) if used_rows else tuple(int(fill * rows) for fill in _FILLS)
-        in_turn = [-(-used // tile.rows) * members > launch.free for used in fills]
+        tiles = self.tiles(rows, site.out_features, site.in_features)
+        met, members = self.met(slots, rows, used_rows, tiles.tile_rows), len(site.out_features)
+        fills = [used_rows] if used_rows else [int(fill * rows) for fill in _FILLS]
+        in_turn = [-(-used // tiles.tile_rows) * members > tiles.free for used in fills]
         return _Forward(
-            launch,
-            self._kinds.index((tile.rows, tile.columns)),
-            _tile_work(launch, site.in_features),
-            self._heights.index(tile.rows),
+            tiles,
             met.most_pairs * site.in_features / _PASS_WIDTH,
-            rank / _RANKS[0] * (met.mean_pairs + _ALONE_STEP * met.alone),
+            rank / _RANKS[0] * met.steps(tiles.waves),
             sum(in_turn) / len(in_turn),
         )
 
     def backward(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
     ) -> _Backward:
-        launch = self.launch(rows, (site.in_features,))
-        tile, members = launch.tile, len(site.out_features)
-        met = self.met(slots, rows, used_rows, tile.rows)
-        inner = sum(site.out_features)
+        members = len(site.out_features)
+        tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
+        met = self.met(slots, rows, used_rows, tiles.tile_rows)
         blocks = -(-max(site.out_features) // _SUM_BLOCK)
         programs = blocks * members * slots / self.tiling.num_multiprocessors
         steps = rank / _RANKS[0]
         return _Backward(
-            launch,
-            self._kinds.index((tile.rows, tile.columns)),
-            _tile_work(launch, inner),
-            steps * members * (met.mean_pairs + _ALONE_STEP * met.alone),
+            tiles,
+            steps * members * met.steps(tiles.waves),
             programs,
             programs * steps,
             rows * members * rank * blocks / 1e6,
@@ -153,34 +166,42 @@ class Counts:
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
-    """Of a tile, in 1e9; less where multiprocessors are idle in the only wave, which leave power
-    and memory to the others."""
+    """Of a tile, in 1e9; less where multiprocessors are idle, which leave power and memory to the
+    others."""
+    spares = _IDLE_SPARES if launch.waves <= 1.0 else _IDLE_LATER_SPARES
     work = launch.tile.rows * launch.tile.columns * inner / 1e9
-    return work * (1.0 - _IDLE_SPARES * (1.0 - launch.busy)) if launch.waves <= 1.0 else work
+    return work * (1.0 - spares * (1.0 - launch.busy))
+
+
+class _Tiles(NamedTuple):
+    """Of a launch. ``begun``: waves, the last as a whole one; ``free``: see ``Launch``; ``kind``,
+    ``height``: places of the tile and its rows; ``work``: multiply-adds of a tile, in 1e9."""
+
+    waves: float
+    begun: int
+    free: int
+    tile_rows: int
+    kind: int
+    height: int
+    work: float
 
 
 class _Forward(NamedTuple):
-    """``tile_work``: multiply-adds of a tile, in 1e9; ``kind``, ``height``: places of the tile and
-    its rows; ``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``:
-    low-rank steps of a mean tile; ``in_turn``: share of passes in which some that make h, of rows
-    in use, have a tile in the last wave too."""
+    """``passes``: over the rows of the fullest tile, by ``_PASS_WIDTH`` inputs; ``steps``: low-rank
+    steps of a tile; ``in_turn``: share of passes in which some that make h, of rows in use,
+    have a tile in the last wave too."""
 
-    launch: Launch
-    kind: int
-    tile_work: float
-    height: int
+    tiles: _Tiles
     passes: float
     steps: float
     in_turn: float
 
 
 class _Backward(NamedTuple):
-    """As ``_Forward``; ``programs``: of the first kernel, over multiprocessors; ``ranked``: times
-    their rank; ``parts``: numbers of dh that are left to be summed, in 1e6."""
+    """``steps``: as of ``_Forward``; ``programs``: of the first kernel, over multiprocessors;
+    ``ranked``: times their rank; ``parts``: numbers of dh that are left to be summed, in 1e6."""
 
-    launch: Launch
-    kind: int
-    tile_work: float
+    tiles: _Tiles
     steps: float
     programs: float
     ranked: float
@@ -206,12 +227,12 @@ class Forward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles, heights = len(counts._kinds), len(counts._heights)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles + [_TILE_S] + [*_PASS_S] * heights
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles, _TILE_S, *[*_PASS_S] * heights]
         self.speeds = usual
         counted = [self._counted(point) for point in points]
         for _ in range(_ROUNDS):
             terms = [self._terms(*item) for item in counted]
-            self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+            self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _counted(self, point: Point) -> tuple[_Forward, float]:
         site, slots, rank, rows, _ = point
@@ -219,7 +240,8 @@ class Forward:
 
     def _pass_weights(self, item: _Forward, rank: float) -> list[tuple[int, float]]:
         """Places among the speeds of a pass, and how much each counts: ranks lie between two."""
-        first = len(self.speeds) - len(_RANKS) * (len(self.counts._heights) - item.height)
+        above_it = len(self.counts._heights) - item.tiles.height
+        first = len(self.speeds) - len(_RANKS) * above_it
         if rank <= _RANKS[0]:
             return [(first, 1.0)]
         for place in (1, 2):
@@ -230,18 +252,19 @@ class Forward:
 
     def _parts(self, item: _Forward, rank: float) -> tuple[float, float]:
         """(seconds of making h, of a tile's product)."""
-        made_s = item.passes * sum(w * self.speeds[at] for at, w in self._pass_weights(item, rank))
-        return made_s, self.speeds[item.kind] * item.tile_work
+        speeds, tiles = self.speeds, item.tiles
+        pass_s = sum([weight * speeds[at] for at, weight in self._pass_weights(item, rank)])
+        return item.passes * pass_s, speeds[tiles.kind] * tiles.work
 
     def _terms(self, item: _Forward, rank: float) -> list[float]:
         """What the speeds are multiplied by."""
         made_s, tile_s = self._parts(item, rank)
-        tiles, waves = len(self.counts._kinds), item.launch.waves
+        kinds, tiles = len(self.counts._kinds), item.tiles
         terms = [0.0] * len(self.speeds)
         waits = made_s > tile_s
-        terms[item.kind] = item.tile_work * (waves - (waits and not item.in_turn))
-        terms[tiles + item.kind] = item.steps * math.ceil(waves)
-        terms[2 * tiles] = math.ceil(waves)
+        terms[tiles.kind] = tiles.work * (tiles.waves - (waits and not item.in_turn))
+        terms[kinds + tiles.kind] = item.steps * tiles.begun
+        terms[2 * kinds] = tiles.begun
         if waits or item.in_turn:
             for at, weight in self._pass_weights(item, rank):
                 terms[at] = weight * item.passes
@@ -250,10 +273,10 @@ class Forward:
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
         item = self.counts.forward(site, slots, rank, rows, used_rows)
         made_s, tile_s = self._parts(item, rank)
-        waves, tiles = item.launch.waves, len(self.counts._kinds)
-        ends_s = self.speeds[tiles + item.kind] * item.steps + self.speeds[2 * tiles]
+        tiles, kinds = item.tiles, len(self.counts._kinds)
+        ends_s = self.speeds[kinds + tiles.kind] * item.steps + self.speeds[2 * kinds]
         first_s = max(made_s, tile_s) + item.in_turn * min(made_s, tile_s)
-        return first_s + (waves - 1.0) * tile_s + math.ceil(waves) * ends_s
+        return first_s + (tiles.waves - 1.0) * tile_s + tiles.begun * ends_s
 
 
 class Backward:
@@ -262,27 +285,43 @@ class Backward:
     def __init__(self, counts: Counts, points: Sequence[Point]) -> None:
         self.counts = counts
         tiles = len(counts._kinds)
-        usual = [_TILE_WORK_S] * tiles + [_STEP_S] * tiles
+        usual = [*counts.usual_work_s, *[_STEP_S] * tiles]
         usual += [_TILE_S, _FIRST_S, _PROGRAM_S, _RANKED_S, _PART_S]
         terms = [self._terms(*point[:4], point.rows) for point in points]
-        self.speeds = _fitted(terms, [p.measured.value_s for p in points], usual)
+        self.speeds = fit_speeds(terms, [p.measured.value_s for p in points], usual)
 
     def _terms(
         self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
     ) -> list[float]:
+        """What the speeds are multiplied by."""
+        terms = [0.0] * (2 * len(self.counts._kinds) + 5)
+        for at, term in self._placed_terms(site, slots, rank, rows, used_rows):
+            terms[at] = term
+        return terms
+
+    def _placed_terms(
+        self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
+    ) -> list[tuple[int, float]]:
+        """Places among the speeds, and what each is multiplied by; the others by nothing."""
         item = self.counts.backward(site, slots, rank, rows, used_rows)
-        tiles, waves = len(self.counts._kinds), item.launch.waves
-        terms = [0.0] * (2 * tiles)
-        terms[item.kind] = item.tile_work * waves
-        terms[tiles + item.kind] = item.steps * math.ceil(waves)
-        return [*terms, math.ceil(waves), 1.0, item.programs, item.ranked, item.parts]
+        tiles, kinds = item.tiles, len(self.counts._kinds)
+        return [
+            (tiles.kind, tiles.work * tiles.waves),
+            (kinds + tiles.kind, item.steps * tiles.begun),
+            (2 * kinds, tiles.begun),
+            (2 * kinds + 1, 1.0),
+            (2 * kinds + 2, item.programs),
+            (2 * kinds + 3, item.ranked),
+            (2 * kinds + 4, item.parts),
+        ]
 
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
-        terms = self._terms(site, slots, rank, rows, used_rows)
-        return sum(speed * term for speed, term in zip(self.speeds, terms, strict=True))
+        speeds = self.speeds
+        terms = self._placed_terms(site, slots, rank, rows, used_rows)
+        return sum([speeds[at] * term for at, term in terms])
 
 
-def _fitted(
+def fit_speeds(
     terms: Sequence[Sequence[float]], measured_s: Sequence[float], usual: Sequence[float]
 ) -> list[float]:
     """Speeds, none negative, by least squares of relative errors. Each is drawn to its usual one,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKe
 
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
-_FREE = Time(0.0, 0.0, False)
+Timing = Callable[[tuple[float, ...]], Time]
 NOTHING_MEASURED = -1.0  # the largest size of an operation that is taken from another
 
 
@@ -54,6 +55,7 @@ class ProfiledCostModel(ComposedCostModel):
         sizes = memory or memory_options(model, str(kind))
         super().__init__(checked_shape(model), MemoryModel(model, sizes), sizes.dtype_bytes)
         self._tables: dict[str, Table] = {}
+        self._timings: dict[str, Timing] = {}
         self._rates: dict[tuple[str, int], tuple[Rates, Rates]] = {}
         self._kinds: dict[str, WorkRatio] = {}
         self.composition = Composition()
@@ -78,7 +80,7 @@ class ProfiledCostModel(ComposedCostModel):
             options = of_profile.memory.options
         if fits_memory:
             self.memory = MemoryModel(self.model, options)
-        self._forget()
+        self._forget_passes()
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
         return fit_composition(steps, lambda step: self._of_depth(step)._features(step.loads))
@@ -91,15 +93,13 @@ class ProfiledCostModel(ComposedCostModel):
         if not step.num_layers:
             return self
         shape = self.model._replace(num_layers=step.num_layers)
-        return type(self)(shape, self.profile._replace(steps=()))
+        found = type(self)(shape, self.profile._replace(steps=()))
+        found._tables = self._tables  # operations are the same
+        return found
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
         self.composition = other.composition
-        self._forget()
-
-    def _forget(self) -> None:
-        self._memo.clear()
-        self._coefficients.clear()
+        self._forget_passes()
 
     def _fitted_memory(self, steps: Sequence[WholeStep]) -> MemoryOptions:
         """A step's shapes hold all of its slots; those of hTasks that are alike are told by their
@@ -170,13 +170,22 @@ class ProfiledCostModel(ComposedCostModel):
         return self._tables[name]
 
     def op_time(self, op: Op) -> Time:
-        if op.name in self.profile.ops:
-            return self._table(op.name).at(op.size)
-        if op.name in _OPTIONAL:
-            return _FREE
-        name, ratio, _ = self._measured(op.name)
-        value, width, _ = self._table(name).at(op.size)
-        return Time(value * ratio, width * ratio, True)
+        return self._time(op.name, op.size)
+
+    def _time(self, name: str, sizes: tuple[float, ...]) -> Time:
+        timing = self._timings.get(name)
+        if timing is None:
+            timing = self._timings[name] = self._timing(name)
+        return timing(sizes)
+
+    def _timing(self, name: str) -> Timing:
+        """What tells the operation's time by its sizes."""
+        if name in self.profile.ops:
+            return self._table(name).at
+        if name in _OPTIONAL:
+            return _free
+        measured, ratio, _ = self._measured(name)
+        return partial(of_another, self._table(measured).at, ratio)
 
     def attention_rates(self, tp: int) -> tuple[Rates, Rates]:
         key = ("attention", tp)
@@ -265,6 +274,16 @@ class ProfiledCostModel(ComposedCostModel):
             return Estimate(0.0, 0.0, 0.0, False)
         value, width, outside = self._table("capture").at((float(shape.padded_tokens),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
+
+
+def _free(_sizes: tuple[float, ...]) -> Time:
+    return Time(0.0, 0.0, False)
+
+
+def of_another(timing: Timing, ratio: float, sizes: tuple[float, ...]) -> Time:
+    """As long as ``ratio`` times another operation, and so extrapolated."""
+    value, width, _ = timing(sizes)
+    return Time(value * ratio, width * ratio, True)
 
 
 class Nearest(NamedTuple):

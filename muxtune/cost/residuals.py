@@ -16,6 +16,7 @@ predicted from the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
@@ -90,6 +91,15 @@ class _Near(NamedTuple):
         return cls(np.array(owner), np.array(places, float), np.array(blocks), np.array(adapters))
 
 
+class Added(NamedTuple):
+    """What a pass takes beside its operations. ``g``, ``h``: of its shape, as the module's text has
+    them; ``relative_error``: half-width of the 90% interval of such a pass, over its time."""
+
+    g: float
+    h: float
+    relative_error: float
+
+
 class Adding(NamedTuple):
     """See the module's text. ``factors``: of causes; others have 1. ``weights``: of g and h at the
     places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``errors``: of each
@@ -100,7 +110,7 @@ class Adding(NamedTuple):
     pass_s: float
     block_s: float
     near: _Near
-    weights: tuple[np.ndarray, np.ndarray]
+    weights: np.ndarray
     distances: np.ndarray
     spreads: tuple[float, float, float]  # of g, of h, noise
     causes: tuple[str, ...]
@@ -117,33 +127,23 @@ class Adding(NamedTuple):
     def typical_error(self) -> float:
         return float(np.sqrt(np.mean(self.errors**2)))
 
-    def factor(self, cause: str) -> float:
-        return self.factors.get(cause, 1.0)
+    def at(self, item: PassSums) -> Added:
+        nearness = _matern((self.near.places - np.array(item.place)) / self.distances)
+        g, h = (self.weights @ nearness).tolist()
+        least = _LEAST - 1.0
+        return Added(max(g, least), max(h, least), self._relative_error(item, nearness))
 
-    def more(self, place: Sequence[float]) -> tuple[float, float]:
-        """(g, h) of a shape."""
-        near = _matern((self.near.places - np.asarray(place)) / self.distances)
-        g, h = (
-            spread**2 * float(near @ weights)
-            for spread, weights in zip(self.spreads[:2], self.weights, strict=True)
-        )
-        return max(g, _LEAST - 1.0), max(h, _LEAST - 1.0)
-
-    def relative_error(self, item: PassSums) -> float:
-        """Half-width of the 90% interval of such a pass, over its time."""
-        total_s = sum(item.seconds.values())
+    def _relative_error(self, item: PassSums, nearness: np.ndarray) -> float:
+        total_s, near = sum(item.seconds.values()), self.near
         own = _linear([item], self.causes, total_s)
         blocks, adapters = item.blocks_s / total_s, item.adapters_s / total_s
-        near = _matern((self.near.places - np.asarray(item.place)) / self.distances)
         g_spread, h_spread, noise = self.spreads
-        shared = near * (
-            g_spread**2 * blocks * self.near.blocks + h_spread**2 * adapters * self.near.adapters
-        )
+        shared = g_spread**2 * blocks * near.blocks + h_spread**2 * adapters * near.adapters
         known = self.linear @ own
-        np.add.at(known, self.near.owner, shared)
+        known += np.bincount(near.owner, nearness * shared, len(known))
         prior = own @ own + (blocks * g_spread) ** 2 + (adapters * h_spread) ** 2 + noise**2
-        variance = max(prior - known @ self.inverse @ known, noise**2)
-        return max(MIN_RELATIVE_ERROR, _NORMAL_90 * self.widening * float(np.sqrt(variance)))
+        variance = max(float(prior - known @ self.inverse @ known), noise**2)
+        return max(MIN_RELATIVE_ERROR, _NORMAL_90 * self.widening * math.sqrt(variance))
 
 
 def fit_adding(steps: Sequence[StepSums]) -> Adding:
@@ -173,11 +173,12 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     distances, tried, inverse, alpha, errors = chosen
     off = np.abs(errors) / (_NORMAL_90 * np.sqrt(1.0 / np.diag(inverse)))
     moved = [float(value) for value in _spreads(causes) * (linear.T @ alpha)]
-    each = alpha[near.owner]
+    weights = alpha[near.owner] * np.stack([near.blocks, near.adapters])
+    weights *= np.square(tried[:2])[:, None]
     return Adding(
         {cause: max(_LEAST, 1.0 + more) for cause, more in zip(causes, moved, strict=False)},
-        moved[-3], max(0.0, moved[-2]), max(0.0, moved[-1]), near,
-        (near.blocks * each, near.adapters * each), distances, tried, causes, linear, inverse,
+        moved[-3], max(0.0, moved[-2]), max(0.0, moved[-1]),
+        near, weights, distances, tried, causes, linear, inverse,
         float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
     )  # fmt: skip
 
@@ -196,14 +197,15 @@ def _spreads(causes: tuple[str, ...]) -> np.ndarray:
 
 def _linear(passes: Sequence[PassSums], causes: tuple[str, ...], total_s: float) -> np.ndarray:
     """Each term's share of the time when it is off by its prior's deviation."""
-    sums = [sum(item.seconds.get(cause, 0.0) for item in passes) for cause in causes]
-    sums += [sum(item.filler_s for item in passes), len(passes)]
-    sums += [sum(item.num_blocks for item in passes)]
-    return _spreads(causes) * np.array(sums) / total_s
+    sums = [
+        [*[item.seconds.get(cause, 0.0) for cause in causes], item.filler_s, 1.0, item.num_blocks]
+        for item in passes
+    ]
+    return _spreads(causes) * np.array(sums).sum(axis=0) / total_s
 
 
 def _matern(apart: np.ndarray) -> np.ndarray:
-    far = _ROOT_3 * np.sqrt(np.sum(apart**2, axis=-1))
+    far = _ROOT_3 * np.sqrt(np.add.reduce(apart * apart, axis=-1))
     return (1.0 + far) * np.exp(-far)
 
 

@@ -86,7 +86,8 @@ class Tiling(NamedTuple):
             for tile in self.tiles
             if len(widths) == 1 or all(width % tile.columns == 0 for width in widths)
         ]
-        return min(fitting or self.tiles, key=lambda t: self._cost(t, num_rows, sum(widths)))
+        num_columns = sum(widths)
+        return min(fitting or self.tiles, key=lambda t: self._cost(t, num_rows, num_columns))
 
     def _cost(self, tile: Tile, num_rows: int, num_columns: int) -> float:
         count = -(-num_rows // tile.rows) * -(-num_columns // tile.columns)

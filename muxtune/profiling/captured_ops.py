@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from muxtune.cost.attention import SEQUENCES, sequence_counts
 from muxtune.cost.captured import MIN_RANK, extra_size, fused_sites, padded_rank, slot_elements
 from muxtune.cost.memory import STATIC_LOSS_ROWS
 from muxtune.cost.shapes import ModelShape
@@ -238,7 +239,7 @@ class CapturedOps:
             qkv = [self._fresh(num_rows, heads.qkv_features) for _ in model.blocks]
             dout_TC = self._fresh(num_rows, heads.num_heads * heads.head_dim)
             results = [attention_forward(item, rotary, heads, packing) for item in qkv]
-            sizes = {"rows": num_rows, "pairs": pairs}
+            sizes = {"rows": num_rows, "pairs": pairs, **sequence_counts(lengths)}
             shape = f"{heads.num_heads}x{heads.num_kv_heads}x{heads.head_dim}"
             self._add(
                 f"attention_forward.{shape}", sizes,
@@ -515,9 +516,8 @@ class CapturedOps:
         """The profile's ``ops``. Only full grids are kept of an operation with several sizes."""
         found: dict[str, dict[str, Any]] = {}
         for point in self.points:
-            op = found.setdefault(
-                point.name, {"unit": "s", "axes": list(point.sizes), "points": []}
-            )
+            axes = [axis for axis in point.sizes if axis not in SEQUENCES]
+            op = found.setdefault(point.name, {"unit": "s", "axes": axes, "points": []})
             op["points"].append({**point.sizes, **summarise(point.seconds)})
         for name, op in found.items():
             if not name.startswith("attention"):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from muxtune.cost import ops
+from muxtune.cost.attention import SEQUENCES, sequence_counts
 from muxtune.cost.captured import CapturedCostModel, padded_rank
 from muxtune.cost.profiled import ProfiledCostModel
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.profiling import cases
 from muxtune.profiling.bench import Bench, Case, Sweeper
-from muxtune.profiling.captured_ops import CapturedOps
+from muxtune.profiling.captured_ops import CapturedOps, mixed_lengths
+from muxtune.profiling.captured_profile import MIXES
 from muxtune.profiling.compiling import OpJob
 from muxtune.profiling.steps import is_lost
 from muxtune.runtime.bank import grad_dtype_for
@@ -108,6 +110,48 @@ def _attention_time(
     rows, pairs = size if len(size) == 2 else (size[0], size[0] * (size[0] + 1) / 2)
     value = rate.per_call_s + rows * rate.per_row_s + pairs * rate.per_unit_s
     return value, value * rate.relative_error, rows > rate.max_size
+
+
+def again(
+    rows: Iterable[Mapping[str, Any]], profile: Profile, model_of: Callable[[Profile], Any]
+) -> list[dict[str, Any]]:
+    """The same measurements beside what ``model_of`` predicts of a captured profile. Where older
+    records or profiles do not tell the sequences of an attention, they are drawn again."""
+    model = model_of(_with_sequences(profile))
+    return [{**row, "ops": [_again(model, row["name"], op) for op in row["ops"]]} for row in rows]
+
+
+def _again(model: CapturedCostModel, draw: str, op: Mapping[str, Any]) -> dict[str, Any]:
+    size = tuple(op["size"])
+    if op["op"].startswith("attention") and len(size) == 2:
+        mix, seed = draw.split(", ")[1:]
+        lengths = mixed_lengths(mix, int(size[0]), int(seed))
+        size = (*size, *sequence_counts(lengths).values())
+    return _scored(model, op["op"], size, op["repeats_s"])
+
+
+def _with_sequences(profile: Profile) -> Profile:
+    """An older profile's attention beside the sequences that its mixes draw."""
+    ops = {
+        name: {**op, "points": [*map(_drawn_again, op["points"])]}
+        if profile.style == CAPTURED and name.startswith("attention")
+        else op
+        for name, op in profile.ops.items()
+    }
+    return profile._replace(ops=ops)
+
+
+def _drawn_again(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises StopIteration where no mix has the point's pairs."""
+    if SEQUENCES[0] in point:
+        return dict(point)
+    rows = int(point["rows"])
+    lengths = next(
+        lengths
+        for lengths in (mixed_lengths(mix, rows) for mix in MIXES)
+        if sum(n * (n + 1) / 2 for n in lengths) == point["pairs"]
+    )
+    return {**point, **sequence_counts(lengths)}
 
 
 _Call = tuple[str, tuple[Any, ...]]  # a method of CapturedOps and its arguments

@@ -210,8 +210,7 @@ def test_the_captured_pass_counts_what_the_step_launches(profile_path: Path) -> 
     rows = (1056, 2048, 1024, 64)
     assert [round(seconds(short, "loss", n)) for n in rows] == [2048, 2048, 1024, 64]
     product, embedding = (
-        short._timed(name, "backbone", True, (64.0,))[1].value_s
-        for name in ("frozen_backward.32x64", "embedding.32")
+        short._time(name, (64.0,)).value_s for name in ("frozen_backward.32x64", "embedding.32")
     )
     two, four = (seconds(model, "backbone", 64) - embedding for model in (short, deep))
     assert four - 2 * two == pytest.approx(product)

@@ -26,7 +26,7 @@ from muxtune.cost import (
     profile_warnings,
 )
 from muxtune.cost.composition import ComposedCostModel
-from muxtune.cost.curves import Leaf, Table, fit_affine, isotonic
+from muxtune.cost.curves import Leaf, Table, fit_affine, interpolated, isotonic
 from muxtune.cost.schema import content_hash
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError, ProfileError
@@ -565,6 +565,13 @@ def test_table_is_linear_between_and_goes_on_outside() -> None:
     assert table.at((2.0,)) == pytest.approx((1.5, 0.15, False))
     assert table.at((5.0,)) == pytest.approx((3.0, 0.3, True))
     assert table.at((0.5,)) == pytest.approx((1.0, 0.1, True))
+
+
+def test_few_points_are_interpolated_as_numpy_does() -> None:
+    xs, ys = [16.0, 32.0, 48.0, 64.0], [3.0, 1.0, 1.0, 4.0]
+    for x in (0.0, 16.0, 17.0, 31.9, 32.0, 40.0, 63.0, 64.0, 90.0):
+        assert interpolated(x, xs, ys) == pytest.approx(float(np.interp(x, xs, ys)), rel=1e-15)
+    assert interpolated(5.0, [16.0], [3.0]) == 3.0
 
 
 def test_affine_fit_never_answers_a_negative_coefficient() -> None:

@@ -47,9 +47,9 @@ def steps(noise: float) -> list[StepSums]:
 
 
 def predicted_s(fit, item: PassSums) -> float:
-    g, h = fit.more(item.place)
+    g, h, _ = fit.at(item)
     of = {"backbone": g, "site": g + h, "loss": 0.0}
-    seconds = sum((fit.factor(cause) + of[cause]) * item.seconds[cause] for cause in of)
+    seconds = sum((fit.factors.get(cause, 1.0) + of[cause]) * item.seconds[cause] for cause in of)
     return seconds + fit.filler * item.filler_s + fit.pass_s + item.num_blocks * fit.block_s
 
 
@@ -69,13 +69,13 @@ def test_shapes_between_those_that_were_measured_come_out(num_blocks: int):
 def test_the_interval_grows_with_noise_and_covers():
     quiet, noisy = fit_adding(steps(0.001)), fit_adding(steps(0.05))
     item = sums(700, 2, 4)
-    assert quiet.relative_error(item) < 0.03 < noisy.relative_error(item) < 0.3
+    assert quiet.at(item).relative_error < 0.03 < noisy.at(item).relative_error < 0.3
     inside = []
     for rows in (150, 300, 700, 1500, 3000):
         item, random = sums(rows, 3, 8), np.random.default_rng(rows)
         times = measured_s(item, rows) * (1 + 0.05 * random.standard_normal(40))
         off = np.abs(predicted_s(noisy, item) / times - 1)
-        inside += list(off <= noisy.relative_error(item))
+        inside += list(off <= noisy.at(item).relative_error)
     assert 0.8 <= np.mean(inside) <= 1.0
 
 
@@ -92,11 +92,11 @@ def test_filler_that_is_computed_with_faster_is_told_apart():
 def test_a_shape_far_from_all_is_less_certain():
     fit = fit_adding([s for s in steps(0.0) if s.passes[0].place[0] <= 10])
     near, far = (sums(rows, 4, 4) for rows in (512, 65536))
-    assert fit.relative_error(far) > fit.relative_error(near)
+    assert fit.at(far).relative_error > fit.at(near).relative_error
 
 
 def test_few_steps_hardly_change_anything():
     one = fit_adding(steps(0.0)[:1])
-    assert one.factor("backbone") == pytest.approx(1.0, abs=0.1)
+    assert one.factors["backbone"] == pytest.approx(1.0, abs=0.1)
     with pytest.raises(ValueError):
         fit_adding([])

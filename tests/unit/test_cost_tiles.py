@@ -10,7 +10,7 @@ import pytest
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
 from muxtune.cost.captured import CapturedCostModel, fused_sites
-from muxtune.cost.curves import Grid, Leaf
+from muxtune.cost.curves import Grid, Leaf, smoothed
 from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
@@ -66,6 +66,33 @@ def test_slots_that_meet_in_a_tile_are_counted() -> None:
         Met.of(32, 512, [512], 128).most_pairs == 4 and Met.of(32, 512, [512], 64).most_pairs == 2
     )
     assert Met.of(12, 1024, [1023], 128).most_pairs < Met.typical(12, 1024, 128).most_pairs
+
+
+def _met_row_by_row(slots: int, rows: int, used: int, tile_rows: int) -> Met:
+    share = max(used, slots) // slots
+    uneven = min(21, share // 4)
+    sizes = [share + (uneven if slot % 2 else -uneven) for slot in range(slots)]
+    if slots % 2:
+        sizes[-1] = share
+    of_row = [slot for slot, size in enumerate(sizes) for _ in range(size)][:rows]
+    of_row += [slots] * (rows - len(of_row))  # filler
+    pairs, alone, starts = [], 0, range(0, rows, tile_rows)
+    for tile in (of_row[start : start + tile_rows] for start in starts):
+        if tile[0] == tile[-1] < slots:
+            alone += 1
+        elif tile[0] < slots:
+            pairs.append((min(tile[-1], slots - 1) - tile[0]) // 2 + 1)
+    tiles = len(starts)
+    return Met(max([0.6, *map(float, pairs)]), sum(pairs) / tiles, alone / tiles)
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+def test_slots_meet_as_their_rows_say(tile_rows: int) -> None:
+    for slots in (1, 2, 3, 7, 12, 33, 200):
+        for rows in (1, 63, 128, 130, 516, 1024, 3000):
+            for used in (1, rows // 3, rows - 1, rows):
+                counted = Met.of(slots, rows, [used], tile_rows)
+                assert counted == _met_row_by_row(slots, rows, used, tile_rows), (slots, rows, used)
 
 
 def test_who_makes_h_is_waited_for_where_nobody_is_free(tiling: Tiling) -> None:
@@ -331,3 +358,91 @@ def test_a_larger_pass_has_all_captured_anew(tiling: Tiling) -> None:
     one_s = model.capture_s(small.htasks[0].shapes[0], ReplicaShape()).value
     known = model.transition_s(both, small).value
     assert model.transition_s(small, both).value - known >= 2 * one_s > 0
+
+
+def test_what_was_measured_of_a_linear_may_fall_with_rows_but_not_of_another(
+    tiling: Tiling,
+) -> None:
+    raw, name = _profile(tiling), "frozen_forward.4096x4096"
+    points = [_timed(s=s * 1e-9, rows=rows) for rows, s in ((128, 100), (256, 400), (384, 300))]
+    raw["ops"] |= {name: {"unit": "s", "axes": ["rows"], "points": points}}
+    seconds = _seconds_of(raw)
+    assert [seconds(name, rows) for rows in (192.0, 256.0, 320.0, 384.0)] == pytest.approx(
+        [250, 400, 350, 300]
+    )
+    # Monotone: the mean of the last two, of a quarter of the work.
+    narrow = _seconds_of(raw, LLAMA_7B._replace(hidden=2048, num_heads=16, num_kv_heads=16))
+    assert narrow("frozen_forward.2048x2048", 320.0) == pytest.approx(350 / 4)
+    assert narrow("frozen_forward.2048x2048", 256.0) == pytest.approx(350 / 4)
+
+
+def test_products_of_many_rows_are_drawn_to_their_neighbours(tiling: Tiling) -> None:
+    raw, name = _profile(tiling), "frozen_forward.4096x4096"
+
+    def predicted(odd: float) -> float:
+        points = [
+            _timed(s=rows * 1e-9 * (odd if rows == 2048 else 1.0), rows=rows)
+            for rows in (256, 512, 1024, 1536, 1792, 2048, 2304, 2560, 3072, 4096)
+        ]
+        raw["ops"] |= {name: {"unit": "s", "axes": ["rows"], "points": points}}
+        return _seconds_of(raw)(name, 2048.0) / 2048
+
+    assert predicted(1.0) == pytest.approx(1.0), "what follows a line stays"
+    assert 1.02 < predicted(1.1) < 1.06
+
+
+def test_products_of_few_rows_stay_as_they_were_measured() -> None:
+    found = {
+        rows: Leaf(rows * (1.2 if rows == 256.0 else 1.0), 0.5) for rows in (128.0, 256.0, 384.0)
+    }
+    assert smoothed(found, 512.0, 0.15) == found
+
+
+def test_factors_gradients_may_fall_with_the_rank_and_grow_beyond_what_was_measured(
+    tiling: Tiling,
+) -> None:
+    """Kernels of another padded rank are others."""
+    raw, name = _profile(tiling), "site_factor.4096x4096"
+    of_rank = {16: 30.0, 32: 42.0, 64: 36.0}
+    points = [
+        _timed(s=(time + rows / 100 + slots) * 1e-9, slots=slots, rank=rank, rows=rows)
+        for slots in (1, 4)
+        for rank, time in of_rank.items()
+        for rows in (128, 1024)
+    ]
+    raw["ops"] |= {name: {"unit": "s", "axes": ["slots", "rank", "rows"], "points": points}}
+    seconds = _seconds_of(raw)
+    assert seconds(name, 2.0, 32.0, 576.0) == pytest.approx(42 + 5.76 + 2)
+    assert seconds(name, 2.0, 64.0, 576.0) == pytest.approx(36 + 5.76 + 2)
+    assert seconds(name, 4.0, 128.0, 1024.0) >= seconds(name, 4.0, 64.0, 1024.0)
+    assert seconds(name, 4.0, 64.0, 2048.0) > 1.1 * seconds(name, 4.0, 64.0, 1024.0)
+
+
+def test_a_tile_without_evidence_is_as_fast_as_the_kernels_count_on(tiling: Tiling) -> None:
+    for fitted in (Forward(Counts(tiling), []), Backward(Counts(tiling), [])):
+        speeds_s = fitted.speeds[: len(tiling.tiles)]
+        of_full = [s * tile.efficiency for s, tile in zip(speeds_s, tiling.tiles, strict=True)]
+        assert of_full == pytest.approx([of_full[0]] * len(of_full))
+        assert speeds_s[2] > 1.4 * speeds_s[0], "64 x 128 over 128 x 256, for the same work"
+
+
+def test_tiles_of_waves_with_idle_multiprocessors_take_less(tiling: Tiling) -> None:
+    counts, down = Counts(tiling), Sizes(4096, (4096,))
+    # Of 128 x 256 tiles: one wave of 80, one of 128, 12 more than a wave, 124 more than one.
+    idle, full, begun, two = (
+        counts.backward(down, 1, 16, rows, rows) for rows in (640, 1024, 1088, 2048)
+    )
+    assert {item.tiles.kind for item in (idle, full, begun, two)} == {0}
+    of_all = 128 * 256 * 4096 / 1e9
+    assert idle.tiles.work < 0.86 * of_all < 0.95 * of_all < full.tiles.work
+    assert 0.85 * of_all < begun.tiles.work < 0.95 * of_all < 0.98 * of_all < two.tiles.work
+
+
+def test_a_single_wave_waits_for_its_fullest_tile() -> None:
+    # 288 rows of 15 slots: two tiles of 128 rows hold seven or eight of them, a third the rest.
+    met = Met.of(15, 288, (288,), 128)
+    assert met.steps(1.0) == met.most_pairs > 1.2 * met.mean_pairs
+    assert met.steps(2.0) == met.mean_pairs
+    # A slot that has all tiles to itself takes a part of what two take.
+    alone = Met.of(1, 256, (256,), 128)
+    assert alone.steps(1.0) == alone.steps(3.0) < 0.5
