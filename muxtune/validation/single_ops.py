@@ -142,16 +142,14 @@ def _with_sequences(profile: Profile) -> Profile:
 
 
 def _drawn_again(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises StopIteration where no mix has the point's pairs."""
+    """Raises ValueError where no mix has the point's pairs."""
     if SEQUENCES[0] in point:
         return dict(point)
-    rows = int(point["rows"])
-    lengths = next(
-        lengths
-        for lengths in (mixed_lengths(mix, rows) for mix in MIXES)
-        if sum(n * (n + 1) / 2 for n in lengths) == point["pairs"]
-    )
-    return {**point, **sequence_counts(lengths)}
+    for mix in MIXES:
+        lengths = mixed_lengths(mix, int(point["rows"]))
+        if sum(n * (n + 1) / 2 for n in lengths) == point["pairs"]:
+            return {**point, **sequence_counts(lengths)}
+    raise ValueError(f"no mix of {point['rows']:g} rows has {point['pairs']:g} query-key pairs")
 
 
 _Call = tuple[str, tuple[Any, ...]]  # a method of CapturedOps and its arguments

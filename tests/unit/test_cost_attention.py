@@ -161,6 +161,9 @@ def test_older_profiles_and_records_are_predicted_by_the_sequences_they_were_dra
     assert found["ops"][0]["predicted_s"] == expected.value_s
     (same,) = single_ops.again([found], told.profile, of)
     assert same["ops"] == found["ops"], "a record that tells them is taken at its word"
+    older.ops[name]["points"][0]["pairs"] += 1
+    with pytest.raises(ValueError, match="no mix of 128 rows"):
+        single_ops.again(rows, older, of)
 
 
 def test_a_profile_s_points_tell_their_sequences_beside_their_sizes() -> None:
