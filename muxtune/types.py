@@ -376,14 +376,24 @@ class MicroBatch(NamedTuple):
     packing: PackRule = PackRule.CHUNK
 
 
+class PassLayout(NamedTuple):
+    """What rows a packed micro-batch really has. ``slot_rows``: rows in use of every slot, in the
+    slots' order; the rest is filler. ``sequence_rows``: of its sequences, without filler."""
+
+    slot_rows: tuple[int, ...]
+    sequence_rows: tuple[int, ...]
+
+
 class PassLoad(NamedTuple):
     """What a pass's time depends on. ``attention_pairs``: query-key pairs of the causal,
-    block-diagonal attention, sum over sequences of n(n+1)/2. ``loss_rows``: rows with a loss."""
+    block-diagonal attention, sum over sequences of n(n+1)/2. ``loss_rows``: rows with a loss.
+    ``layout``: where one certain micro-batch is meant; None: any with these sums."""
 
     shape: ShapeKey
     attention_pairs: float
     loss_rows: float
     optimizer_slots: tuple[int, ...] = ()  # slots that close a step in this pass
+    layout: PassLayout | None = None
 
 
 class PassCoefficients(NamedTuple):

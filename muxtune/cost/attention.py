@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import NamedTuple
 
 from muxtune.cost.low_rank import fit_speeds
@@ -89,10 +90,17 @@ class PackedAttention:
     """Seconds of one call of one direction."""
 
     def __init__(self, device: Device, backward: bool, points: Sequence[Point]) -> None:
+        self._backward = backward
         self._terms = device.backward_terms if backward else device.forward_terms
         terms = [self._terms(point.rows, point.sequences) for point in points]
         usual = _BACKWARD_S if backward else _FORWARD_S
         self._speeds_s = fit_speeds(terms, [point.seconds for point in points], usual)
+
+    def on(self, device: Device) -> PackedAttention:
+        """The same speeds with other heads."""
+        found = copy(self)
+        found._terms = device.backward_terms if self._backward else device.forward_terms
+        return found
 
     def seconds(self, rows: float, sequences: Sequence[float]) -> float:
         terms = self._terms(rows, sequences)

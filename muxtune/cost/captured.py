@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost import attention, ops
-from muxtune.cost.attention import SEQUENCES, PackedAttention
+from muxtune.cost.attention import SEQUENCES, PackedAttention, sequence_counts
 from muxtune.cost.calibration import (
     EXTRAPOLATED_WIDENING,
     Composition,
@@ -62,6 +62,7 @@ from muxtune.cost.low_rank import (
     Point,
     Products,
     Sizes,
+    Use,
 )
 from muxtune.cost.memory import (
     STATIC_LOSS_ROWS,
@@ -89,7 +90,16 @@ from muxtune.cost.residuals import (
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
-from muxtune.types import AdapterSlot, Estimate, PassLoad, Plan, ReplicaShape, ShapeKey
+from muxtune.types import (
+    AdapterSlot,
+    Estimate,
+    Estimates,
+    PassLayout,
+    PassLoad,
+    Plan,
+    ReplicaShape,
+    ShapeKey,
+)
 
 UNKNOWN_CAPTURE = Estimate(1.0, 0.0, 5.0, True)  # seconds
 
@@ -98,10 +108,14 @@ _PRODUCTS = (FORWARD, BACKWARD)
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
 MIN_RANK = 16
-# Causes: what products take more with adapters, A's gradients beside them, and such products alone.
+# Causes: what products take more with adapters, A's gradients beside them, and such products alone;
+# a loss that power limits where it is measured by itself.
 SITE, FACTOR, ADAPTED = "site", "factor", "adapted"
+MANY_ROWS_LOSS = "loss of many rows"
+_MANY_LOG_ROWS = 9.0, 10.0  # from none of a loss's time to all of it
 _CATEGORY_OF: Mapping[str, str] = {
-    **dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS), ADAPTED: ops.BACKBONE
+    **dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS), ADAPTED: ops.BACKBONE,
+    MANY_ROWS_LOSS: ops.LOSS,
 }  # fmt: skip
 _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
@@ -451,25 +465,165 @@ class CapturedCostModel(ProfiledCostModel):
 
     def pass_sums(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> PassSums:
         """A pass on a single stage as its operations alone say."""
+        if self._knows_layout(load, replica):
+            return self._laid_out_sums(load)
         sums = self._sums_of(load.shape, replica)
-        seconds: dict[str, float] = {}
-        for tally in (sums.blocks, sums.edges):
-            for side in (tally.forward_s, tally.backward_s):
-                for cause, value in side.items():
-                    seconds[cause] = seconds.get(cause, 0.0) + value
+        seconds = _by_cause(sums.blocks, sums.edges)
         attended_s = load.attention_pairs * sum(sums.pairs_s)
         used_s = load.loss_rows * sum(sums.used_s)
         seconds[ops.ATTENTION] = seconds.get(ops.ATTENTION, 0.0) + attended_s
         if used_s:
             seconds[SITE] = seconds.get(SITE, 0.0) + used_s
+        blocks_s = sums.blocks.total_s + attended_s + used_s
+        return self._pass_sums(load, replica, seconds, blocks_s, load.loss_rows)
+
+    def _pass_sums(
+        self,
+        load: PassLoad,
+        replica: ReplicaShape,
+        seconds: dict[str, float],
+        blocks_s: float,
+        used_rows: float,
+    ) -> PassSums:
+        """``seconds``: without the optimizer's of slots that close a step."""
+        sums = self._sums_of(load.shape, replica)
         closing_s = sum(sums.optimizer_s[slot] for slot in load.optimizer_slots)
         seconds[ops.OPTIMIZER] = seconds.get(ops.OPTIMIZER, 0.0) + closing_s
-        blocks_s = sums.blocks.total_s + attended_s + used_s
         adapters_s = seconds.get(SITE, 0.0) + seconds.get(FACTOR, 0.0)
         rows, of_slots = load.shape.padded_tokens, self._of_use(load.shape.slots, replica.tp)
         place = float(np.log2(max(1, rows))), *of_slots.place
-        filler_s = (1.0 - load.loss_rows / rows) * sums.idle_s
+        filler_s = (1.0 - used_rows / rows) * sums.idle_s
         return PassSums(seconds, blocks_s, sums.num_blocks, place, adapters_s, filler_s)
+
+    # ------------------------------------------------------- passes of one certain micro-batch
+
+    def _knows_layout(self, load: PassLoad, replica: ReplicaShape) -> bool:
+        """Whether the layout says more than the shape: all rows of one stage on one rank, by a
+        profile whose whole steps have layouts too."""
+        if load.layout is None or not self._has_layouts or load.shape.recompute:
+            return False
+        if replica.tp * replica.pp > 1:
+            return False
+        return not any(slot.method == "prompt" for slot in load.shape.slots)
+
+    @cached_property
+    def _has_layouts(self) -> bool:
+        loads = [load for step in self.profile.steps for load in step.loads]
+        return self._tiling is not None and all(load.layout is not None for load in loads)
+
+    def _laid_out_sums(self, load: PassLoad) -> PassSums:
+        """Products by how slots meet in their tiles, attention by its sequences' tiles."""
+        assert load.layout is not None
+        shape, layout, layers = load.shape, load.layout, self.model.num_layers
+        rows, used_rows = float(shape.padded_tokens), sum(layout.slot_rows)
+        of_rows, block, blocks = self._of_rows(rows, 1), Tally(), Tally()
+        slots = self._of_use(shape.slots, 1)
+        for number, use in enumerate(slots.sites):
+            self._add_laid_out(block, shape, layout, number, use, of_rows)
+        block.merge(of_rows.elementwise, 1)
+        for method, size, _ in slots.extras:
+            own = zip(layout.slot_rows, shape.slots, strict=True)
+            # Every row's attention has a part for virtual tokens.
+            of_method = sum(count for count, slot in own if slot.method == method)
+            filler = 1.0 - (used_rows if method == "prefix" else of_method) / rows
+            for name, backward, time, spared_s in self._extra_times(method, size, rows):
+                block.put(name, backward, time.value_s - filler * spared_s)
+        attended_s = self._laid_out_attention_s(rows, layout)
+        if attended_s is not None:
+            block.put(ops.ATTENTION, True, attended_s)
+        blocks.merge(block, layers)
+        blocks.merge(of_rows.lacking, -1)
+        if attended_s is None:
+            sums = self._sums_of(shape, _SOLO)
+            for side in (sums.blocks.forward_s, sums.blocks.backward_s):
+                blocks.put(ops.ATTENTION, True, side.get(ops.ATTENTION, 0.0))
+            blocks.put(ops.ATTENTION, True, load.attention_pairs * sum(sums.pairs_s))
+        edges = Tally()
+        edges.merge(self._edges_tally(rows, 1), 1)
+        self._optimizers(edges, shape.slots)
+        seconds = _by_cause(blocks, edges)
+        return self._pass_sums(load, _SOLO, seconds, blocks.total_s, used_rows)
+
+    def _add_laid_out(
+        self,
+        block: Tally,
+        shape: ShapeKey,
+        layout: PassLayout,
+        number: int,
+        use: SiteUse,
+        of_rows: RowsTimes,
+    ) -> None:
+        alone, rows = of_rows.frozen[use.size], of_rows.rows
+        if not use.count:
+            for backward, time in enumerate(alone):
+                block.charge(ops.BACKBONE, bool(backward), time)
+            return
+        kinds = [self._kind(slot) for slot in shape.slots]
+        ranks = tuple([kind.rank if kind.adapts[number] else 0 for kind in kinds])
+        like, site = self._measured_like(use.size), self._sizes(use.size)
+        for side, op_name, rank, row_s in use.paid:
+            if side.cause == SITE:
+                products = self._products(op_name.partition(".")[0])
+                use_of = Use(layout.slot_rows, ranks)
+                whole_s = products.of_layout(like, site, use_of, shape.padded_tokens)
+                alone_s = min(whole_s, alone[side.backward].value_s)
+                block.put(ADAPTED, side.backward, alone_s)
+                block.put(SITE, side.backward, whole_s - alone_s)
+                continue
+            whole_s = self._time(op_name, (float(use.count), rank, rows)).value_s
+            row_s = min(row_s, _MOST_SPARED[side.name] * whole_s / rows)
+            unused = (rows - sum(layout.slot_rows)) * use.count / len(ranks)
+            block.put(side.cause, side.backward, whole_s - row_s * unused)
+
+    def _laid_out_attention_s(self, rows: float, layout: PassLayout) -> float | None:
+        """Of one block, both ways; None where the profile does not tell, or a sequence is longer
+        than the packed kernels are meant for."""
+        filler, tile = int(rows) - sum(layout.sequence_rows), attention.TILE_ROWS
+        lengths = [*layout.sequence_rows, *[tile] * (filler // tile)]
+        lengths += [filler % tile] if filler % tile else []
+        if max(lengths) > attention.MOST_TILES * tile:
+            return None
+        counts, seconds = tuple(sequence_counts(lengths).values()), 0.0
+        for kind in ("attention_forward", "attention_backward"):
+            packed = self._own_attention(kind)
+            if packed is None:
+                return None
+            ratio, counted = packed
+            seconds += ratio * counted.seconds(rows, counts)
+        return seconds
+
+    def _own_attention(self, kind: str) -> tuple[float, PackedAttention] | None:
+        """Counted with this model's heads, and how much wider they are than the measured ones."""
+        key = ("own attention", kind)
+        if key not in self._memo:
+            model = self.model
+            size = f"{model.num_heads}x{model.num_kv_heads}x{model.head_dim}"
+            name, _, _ = self._measured(f"{kind}.{size}")
+            found = None
+            if self._tiling is not None and SEQUENCES[0] in self.profile.ops[name]["points"][0]:
+                width = int(name.rsplit("x", 1)[1])
+                heads = model.num_heads, model.num_kv_heads
+                device = attention.Device(*heads, self._tiling.num_multiprocessors)
+                found = model.head_dim / width, self._packed_attention(name).on(device)
+            self._remember(key, found)
+        return self._memo[key]  # type: ignore[return-value]
+
+    def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
+        """Of loads with a layout by that, of others as ``pass_coefficients`` say."""
+        found = super().pass_times_s(loads, replica)
+        if self.adding is None:
+            return found
+        for index, load in enumerate(loads):
+            if not self._knows_layout(load, replica):
+                continue
+            sums = self._laid_out_sums(load)
+            added = self.adding.at(sums)
+            error = added.relative_error * _DRAWN_WIDENING
+            error *= EXTRAPOLATED_WIDENING if found.extrapolated[index] else 1.0
+            value = self.adding.seconds(sums, added)
+            found.value[index] = value
+            found.low[index], found.high[index] = value * max(0.0, 1 - error), value * (1 + error)
+        return found
 
     def _place_of_slots(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
         """Slots, ranks, and how much of the linears is adapted."""
@@ -677,20 +831,26 @@ class CapturedCostModel(ProfiledCostModel):
         for method, size, own in used.extras:
             # Rows are taken as even shares of the slots; attention is every row's.
             share = 1.0 if method == "prefix" else own / used.num_slots
-            for backward, side in enumerate(("forward", "backward")):
-                name = f"extra_{method}_{side}.{hidden}"
-                op, time = self._timed(name, method, bool(backward), (size, rows))
-                spared_s = min(
-                    rows * self._extra_row_s(name, size), _MOST_SPARED_BY_FILLER * time.value_s
-                )
+            for cause, backward, time, spared_s in self._extra_times(method, size, rows):
                 per_used_s[backward] += share * spared_s / rows
-                block.add(op, time._replace(value_s=time.value_s - spared_s))
+                block.charge(cause, backward, time._replace(value_s=time.value_s - spared_s))
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
                 name = f"all_reduce.tp{tp}"
                 block.add(*self._timed(name, ops.COMMUNICATION, backward, (moved,), 2))
         return block
+
+    def _extra_times(
+        self, method: str, size: float, rows: float
+    ) -> Iterator[tuple[str, bool, Time, float]]:
+        """(cause, whether backward, time of a block, seconds of it that are spared where all rows
+        are filler)."""
+        for backward, side in enumerate(("forward", "backward")):
+            name = f"extra_{method}_{side}.{self.model.hidden}"
+            time = self._time(name, (size, rows))
+            most_s = _MOST_SPARED_BY_FILLER * time.value_s
+            yield method, bool(backward), time, min(rows * self._extra_row_s(name, size), most_s)
 
     def _site_sizes(self, tp: int) -> tuple[str, ...]:
         key = ("fused sites", tp)
@@ -774,8 +934,11 @@ class CapturedCostModel(ProfiledCostModel):
         yield self._timed(f"embedding.{hidden}", ops.BACKBONE, False, (rows,))
         yield self._timed(f"add_norm_forward.{hidden}", ops.ELEMENTWISE, False, (rows,))
         yield self._timed(f"add_norm_backward.{hidden}", ops.ELEMENTWISE, True, (rows,))
-        loss = f"full_loss.{hidden}x{self.model.vocab}"
-        yield self._timed(loss, ops.LOSS, False, (rows,))
+        loss, time = self._timed(f"full_loss.{hidden}x{self.model.vocab}", ops.LOSS, False, (rows,))
+        many = _share_between(rows, _MANY_LOG_ROWS)
+        for cause, share in ((ops.LOSS, 1.0 - many), (MANY_ROWS_LOSS, many)):
+            part = Time(share * time.value_s, share * time.half_width_s, time.extrapolated)
+            yield loss._replace(category=cause), part
         if pp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -920,18 +1083,30 @@ def _as_measured(
     return Time(ratio * value, ratio * width, True)
 
 
+def _by_cause(*tallies: Tally) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for tally in tallies:
+        for side in (tally.forward_s, tally.backward_s):
+            for cause, value in side.items():
+                seconds[cause] = seconds.get(cause, 0.0) + value
+    return seconds
+
+
 def _idle_s(blocks: Tally, rows: float) -> float:
     """What products take that power limits, where filler draws less of it: not those of few rows,
     which wait for the memory."""
-    limited = (math.log2(max(1.0, rows)) - _POWER_LIMITED_LOG_ROWS[0]) / (
-        _POWER_LIMITED_LOG_ROWS[1] - _POWER_LIMITED_LOG_ROWS[0]
-    )
     products_s = sum(
         side.get(cause, 0.0)
         for side in (blocks.forward_s, blocks.backward_s)
         for cause in (ops.BACKBONE, ADAPTED)
     )
-    return min(1.0, max(0.0, limited)) * products_s
+    return _share_between(rows, _POWER_LIMITED_LOG_ROWS) * products_s
+
+
+def _share_between(rows: float, log_rows: tuple[float, float]) -> float:
+    """How far the rows are from the first of these binary logarithms to the second."""
+    low, high = log_rows
+    return min(1.0, max(0.0, (math.log2(max(1.0, rows)) - low) / (high - low)))
 
 
 def _most_rows(shapes: Sequence[ShapeKey]) -> int:

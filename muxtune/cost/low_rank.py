@@ -25,13 +25,14 @@ from typing import NamedTuple
 import numpy as np
 
 from muxtune.cost.curves import Grid, Leaf, Time
+from muxtune.cost.meeting import ALONE as _ALONE
+from muxtune.cost.meeting import ALONE_STEP as _ALONE_STEP
+from muxtune.cost.meeting import meet
 from muxtune.cost.tiles import Launch, Tiling
 
 FORWARD, BACKWARD = "site_forward", "site_backward"
 _RANKS = (16.0, 32.0, 64.0)  # those that kernels pad to, of which the first factor's reads depend
 _PASS_WIDTH = 4096.0  # of the inputs that a pass over a tile's rows is counted by
-# Of what two slots take in a tile, one that has it to itself: in making h, and in low-rank steps.
-_ALONE, _ALONE_STEP = 0.6, 0.4
 _SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
 _UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
 _FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
@@ -99,6 +100,25 @@ def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int
     return found
 
 
+class Use(NamedTuple):
+    """Of a linear by one certain micro-batch. ``slot_rows``: rows in use of every slot; ``ranks``:
+    as padded, 0 of slots that do not adapt the linear."""
+
+    slot_rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        """That adapt it."""
+        return sum(rank > 0 for rank in self.ranks)
+
+    @property
+    def active_ranks(self) -> list[int]:
+        """Of slots with rows."""
+        both = zip(self.slot_rows, self.ranks, strict=True)
+        return [rank for rows, rank in both if rows and rank]
+
+
 class Counts:
     """What a product's time is counted by, of a tiling. Remembers how slots meet."""
 
@@ -132,8 +152,8 @@ class Counts:
     def _tiles(self, launch: Launch, inner: int) -> _Tiles:
         tile, waves = launch.tile, launch.waves
         kind, height = self._kinds.index((tile.rows, tile.columns)), self._heights.index(tile.rows)
-        work = _tile_work(launch, inner)
-        return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, kind, height, work)
+        work, across = _tile_work(launch, inner), launch.across
+        return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, across, kind, height, work)
 
     def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
         tiles = self.tiles(rows, site.out_features, site.in_features)
@@ -145,6 +165,34 @@ class Counts:
             met.most_pairs * site.in_features / _PASS_WIDTH,
             rank / _RANKS[0] * met.steps(tiles.waves),
             sum(in_turn) / len(in_turn),
+        )
+
+    def forward_of(self, site: Sizes, use: Use, rows: int) -> _Forward:
+        """Of one certain micro-batch."""
+        tiles = self.tiles(rows, site.out_features, site.in_features)
+        met = meet(use.slot_rows, use.ranks, rows, tiles.tile_rows)
+        steps = met.most_steps(tiles.across, self.tiling.num_multiprocessors)
+        return _Forward(
+            tiles,
+            met.most_pairs * site.in_features / _PASS_WIDTH,
+            steps / tiles.begun,
+            float(met.used * len(site.out_features) > tiles.free),
+        )
+
+    def backward_of(self, site: Sizes, use: Use, rows: int) -> _Backward:
+        """Of one certain micro-batch; slots without rows have nothing to sum."""
+        members = len(site.out_features)
+        tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
+        met = meet(use.slot_rows, use.ranks, rows, tiles.tile_rows)
+        blocks, active = -(-max(site.out_features) // _SUM_BLOCK), use.active_ranks
+        each = blocks * members / self.tiling.num_multiprocessors
+        steps = met.most_steps(tiles.across, self.tiling.num_multiprocessors)
+        return _Backward(
+            tiles,
+            members * steps / tiles.begun,
+            each * len(active),
+            each * sum(active) / _RANKS[0],
+            rows * members * max(use.ranks) * blocks / 1e6,
         )
 
     def backward(
@@ -174,13 +222,15 @@ def _tile_work(launch: Launch, inner: int) -> float:
 
 
 class _Tiles(NamedTuple):
-    """Of a launch. ``begun``: waves, the last as a whole one; ``free``: see ``Launch``; ``kind``,
-    ``height``: places of the tile and its rows; ``work``: multiply-adds of a tile, in 1e9."""
+    """Of a launch. ``begun``: waves, the last as a whole one; ``free``, ``across``: see ``Launch``;
+    ``kind``, ``height``: places of the tile and its rows; ``work``: multiply-adds of a tile, in
+    1e9."""
 
     waves: float
     begun: int
     free: int
     tile_rows: int
+    across: int
     kind: int
     height: int
     work: float
@@ -271,7 +321,12 @@ class Forward:
         return terms
 
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
-        item = self.counts.forward(site, slots, rank, rows, used_rows)
+        return self._seconds(self.counts.forward(site, slots, rank, rows, used_rows), rank)
+
+    def seconds_of(self, site: Sizes, use: Use, rows: int) -> float:
+        return self._seconds(self.counts.forward_of(site, use, rows), float(max(use.ranks)))
+
+    def _seconds(self, item: _Forward, rank: float) -> float:
         made_s, tile_s = self._parts(item, rank)
         tiles, kinds = item.tiles, len(self.counts._kinds)
         ends_s = self.speeds[kinds + tiles.kind] * item.steps + self.speeds[2 * kinds]
@@ -295,15 +350,13 @@ class Backward:
     ) -> list[float]:
         """What the speeds are multiplied by."""
         terms = [0.0] * (2 * len(self.counts._kinds) + 5)
-        for at, term in self._placed_terms(site, slots, rank, rows, used_rows):
+        item = self.counts.backward(site, slots, rank, rows, used_rows)
+        for at, term in self._placed_terms(item):
             terms[at] = term
         return terms
 
-    def _placed_terms(
-        self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int
-    ) -> list[tuple[int, float]]:
+    def _placed_terms(self, item: _Backward) -> list[tuple[int, float]]:
         """Places among the speeds, and what each is multiplied by; the others by nothing."""
-        item = self.counts.backward(site, slots, rank, rows, used_rows)
         tiles, kinds = item.tiles, len(self.counts._kinds)
         return [
             (tiles.kind, tiles.work * tiles.waves),
@@ -316,9 +369,13 @@ class Backward:
         ]
 
     def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
-        speeds = self.speeds
-        terms = self._placed_terms(site, slots, rank, rows, used_rows)
-        return sum([speeds[at] * term for at, term in terms])
+        return self._seconds(self.counts.backward(site, slots, rank, rows, used_rows))
+
+    def seconds_of(self, site: Sizes, use: Use, rows: int) -> float:
+        return self._seconds(self.counts.backward_of(site, use, rows))
+
+    def _seconds(self, item: _Backward) -> float:
+        return sum([self.speeds[at] * term for at, term in self._placed_terms(item)])
 
 
 def fit_speeds(
@@ -411,6 +468,11 @@ class Products:
         counted_s = self.counted.seconds(site, slots, rank, rows, used_rows)
         ratio, width, outside = self._ratios[like].at((slots, rank, rows))
         return Time(counted_s * ratio, counted_s * width, outside)
+
+    def of_layout(self, like: str, site: Sizes, use: Use, rows: int) -> float:
+        """Seconds in one certain micro-batch."""
+        ratio, _, _ = self._ratios[like].at((use.slots, float(max(use.ranks)), rows))
+        return ratio * self.counted.seconds_of(site, use, rows)
 
 
 def _place(point: Point) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ _SPREADS: Mapping[str, float] = {
     "backbone": 0.05,
     "adapted": 0.05,
     "loss": 0.05,
+    "loss of many rows": 0.05,
     "site": 0.25,
     "factor": 0.5,
 }
@@ -132,6 +133,12 @@ class Adding(NamedTuple):
         g, h = (self.weights @ nearness).tolist()
         least = _LEAST - 1.0
         return Added(max(g, least), max(h, least), self._relative_error(item, nearness))
+
+    def seconds(self, item: PassSums, added: Added) -> float:
+        """Of the pass. ``added``: ``at(item)``."""
+        parts = [self.factors.get(cause, 1.0) * value for cause, value in item.seconds.items()]
+        constants_s = self.pass_s + item.num_blocks * self.block_s + self.filler * item.filler_s
+        return sum(parts) + added.g * item.blocks_s + added.h * item.adapters_s + constants_s
 
     def _relative_error(self, item: PassSums, nearness: np.ndarray) -> float:
         total_s, near = sum(item.seconds.values()), self.near

@@ -34,13 +34,15 @@ class Tile(NamedTuple):
 class Launch(NamedTuple):
     """A product's tiles: ``count`` of them in ``waves``, of which the last may be of half tiles and
     so less than one. ``free``: multiprocessors without a tile in the last wave, 0 where all have
-    one; ``busy``: share of all waves' time in which multiprocessors compute."""
+    one; ``busy``: share of all waves' time in which multiprocessors compute; ``across``: tiles of
+    columns."""
 
     tile: Tile
     count: int
     waves: float
     free: int
     busy: float
+    across: int
 
 
 class Tiling(NamedTuple):
@@ -74,7 +76,8 @@ class Tiling(NamedTuple):
         if tile.halves and full and 0 < 2 * rest <= self.num_multiprocessors:
             waves, taken = full + HALF_WAVE, 2 * rest
         free = self.num_multiprocessors - taken if taken else 0
-        return Launch(tile, count, waves, free, count / (self.num_multiprocessors * waves))
+        busy, across = count / (self.num_multiprocessors * waves), -(-sum(widths) // tile.columns)
+        return Launch(tile, count, waves, free, busy, across)
 
     def _count(self, tile: Tile, num_rows: int, widths: Sequence[int]) -> int:
         return -(-num_rows // tile.rows) * -(-sum(widths) // tile.columns)

@@ -12,6 +12,7 @@ in how many questions one asks.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import fsum
 from operator import mul
@@ -37,6 +38,7 @@ from muxtune.types import (
     Forecast,
     MicroBatch,
     PackRule,
+    PassLayout,
     PassLoad,
     Plan,
     ShapeKey,
@@ -74,19 +76,24 @@ def pass_load(micro_batch: MicroBatch, lengths: LengthSource) -> PassLoad:
     """What the time of a micro-batch depends on.
 
     A padded pass (``PackRule.PAD``) pays attention for all rows of its shape in full, filler rows
-    included; a packed one for its sequences only, n(n+1)/2 pairs each.
+    included; a packed one for its sequences only, n(n+1)/2 pairs each, and has a layout.
     """
     pairs = loss_rows = 0
+    slot_rows, sequences = [0] * len(micro_batch.shape.slots), Counter[tuple[str, int]]()
     for chunk in micro_batch.chunks:
         samples = lengths.batch(chunk.task_id, micro_batch.steps[chunk.task_id])
         for piece in chunk.pieces:
             pairs += _pairs_before(piece.stop) - _pairs_before(piece.start)
+            slot_rows[chunk.slot] += piece.stop - piece.start
+            sequences[chunk.task_id, piece.position] += piece.stop - piece.start
             if piece.start == 0:
                 loss_rows += samples[piece.position].target_tokens
+    layout: PassLayout | None = PassLayout(tuple(slot_rows), tuple(sequences.values()))
     if micro_batch.packing is PackRule.PAD:
-        pairs = padded_pairs(micro_batch.shape)
-    slots = {chunk.slot for chunk in micro_batch.chunks if chunk.task_id in micro_batch.closes_step}
-    return PassLoad(micro_batch.shape, float(pairs), float(loss_rows), tuple(sorted(slots)))
+        pairs, layout = padded_pairs(micro_batch.shape), None
+    closing = {c.slot for c in micro_batch.chunks if c.task_id in micro_batch.closes_step}
+    slots = tuple(sorted(closing))
+    return PassLoad(micro_batch.shape, float(pairs), float(loss_rows), slots, layout)
 
 
 def _pairs_before(tokens: int) -> int:
