@@ -107,6 +107,7 @@ MEMBERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 _PRODUCTS = (FORWARD, BACKWARD)
 _TP_DEGREES = (1, 2, 4, 8)
 EXTRA_METHODS = ("ia3", "bottleneck", "prefix")
+LEAST = "least of "  # before a method: what it takes for the fewest rows
 MIN_RANK = 16
 # Causes: what products take more with adapters, A's gradients beside them, and such products alone;
 # a loss that power limits where it is measured by itself.
@@ -115,7 +116,7 @@ MANY_ROWS_LOSS = "loss of many rows"
 _MANY_LOG_ROWS = 9.0, 10.0  # from none of a loss's time to all of it
 _CATEGORY_OF: Mapping[str, str] = {
     **dict.fromkeys((SITE, FACTOR, *EXTRA_METHODS), ops.ADAPTERS), ADAPTED: ops.BACKBONE,
-    MANY_ROWS_LOSS: ops.LOSS,
+    **{LEAST + method: ops.ADAPTERS for method in EXTRA_METHODS}, MANY_ROWS_LOSS: ops.LOSS,
 }  # fmt: skip
 _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
@@ -257,6 +258,24 @@ class SlotsUse(NamedTuple):
     sites: tuple[SiteUse, ...]
     extras: tuple[tuple[str, float, int], ...]
     num_slots: int
+
+
+class ExtraTime(NamedTuple):
+    """What a block takes more for slots of another method. ``spared_s``: of it where all rows are
+    filler; ``least_s``: of it for the fewest rows, mostly launches."""
+
+    method: str
+    backward: bool
+    time: Time
+    spared_s: float
+    least_s: float
+
+    def put(self, block: Tally, filler: float) -> None:
+        """``filler``: share of the rows."""
+        whole_s = self.time.value_s - filler * self.spared_s
+        least_s = min(self.least_s, whole_s)
+        block.put(LEAST + self.method, self.backward, least_s)
+        block.put(self.method, self.backward, whole_s - least_s)
 
 
 class RowsTimes(NamedTuple):
@@ -526,8 +545,8 @@ class CapturedCostModel(ProfiledCostModel):
             # Every row's attention has a part for virtual tokens.
             of_method = sum(count for count, slot in own if slot.method == method)
             filler = 1.0 - (used_rows if method == "prefix" else of_method) / rows
-            for name, backward, time, spared_s in self._extra_times(method, size, rows):
-                block.put(name, backward, time.value_s - filler * spared_s)
+            for extra in self._extra_times(method, size, rows):
+                extra.put(block, filler)
         attended_s = self._laid_out_attention_s(rows, layout)
         if attended_s is not None:
             block.put(ops.ATTENTION, True, attended_s)
@@ -831,9 +850,10 @@ class CapturedCostModel(ProfiledCostModel):
         for method, size, own in used.extras:
             # Rows are taken as even shares of the slots; attention is every row's.
             share = 1.0 if method == "prefix" else own / used.num_slots
-            for cause, backward, time, spared_s in self._extra_times(method, size, rows):
-                per_used_s[backward] += share * spared_s / rows
-                block.charge(cause, backward, time._replace(value_s=time.value_s - spared_s))
+            for extra in self._extra_times(method, size, rows):
+                per_used_s[extra.backward] += share * extra.spared_s / rows
+                extra.put(block, 1.0)
+                block.widen(extra.time.half_width_s, extra.time.extrapolated)
         if tp > 1:
             moved = rows * hidden * self.dtype_bytes
             for backward in (False, True):
@@ -841,16 +861,13 @@ class CapturedCostModel(ProfiledCostModel):
                 block.add(*self._timed(name, ops.COMMUNICATION, backward, (moved,), 2))
         return block
 
-    def _extra_times(
-        self, method: str, size: float, rows: float
-    ) -> Iterator[tuple[str, bool, Time, float]]:
-        """(cause, whether backward, time of a block, seconds of it that are spared where all rows
-        are filler)."""
+    def _extra_times(self, method: str, size: float, rows: float) -> Iterator[ExtraTime]:
         for backward, side in enumerate(("forward", "backward")):
             name = f"extra_{method}_{side}.{self.model.hidden}"
-            time = self._time(name, (size, rows))
+            time, least = self._time(name, (size, rows)), self._time(name, (size, 0.0))
             most_s = _MOST_SPARED_BY_FILLER * time.value_s
-            yield method, bool(backward), time, min(rows * self._extra_row_s(name, size), most_s)
+            spared_s = min(rows * self._extra_row_s(name, size), most_s)
+            yield ExtraTime(method, bool(backward), time, spared_s, least.value_s)
 
     def _site_sizes(self, tp: int) -> tuple[str, ...]:
         key = ("fused sites", tp)

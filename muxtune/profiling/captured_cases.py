@@ -16,8 +16,9 @@ from muxtune.profiling.calibration_cases import SHALLOW_LAYERS, shallow
 from muxtune.profiling.step_cases import StepCase, StepTask, mean_tokens
 
 _MIX = ("sst2", "openbookqa", "rte", "gsm8k")
-_SHORT, _LONG = ("sst2",), ("code_alpaca_2k", "gsm8k")
+_SHORT, _LONG, _OTHER = ("sst2",), ("code_alpaca_2k", "gsm8k"), ("openbookqa", "rte")
 _ATTENTION = ("q_proj", "v_proj")
+_METHODS = ("prefix", "ia3", "bottleneck", "lora")
 _FILLED, _HALF = 0.85, 0.45
 _LEAST_ROWS, _MOST_ROWS = 128, 4096
 
@@ -48,6 +49,11 @@ _FEW_BLOCKS = (
     _Step(32, 4096), _Step(2, 1024, groups=3), _Step(4, 2048, lengths=_LONG),
     _Step(4, 1024, lengths=_SHORT), _Step(2, 1024, methods=("prefix", "lora")),
     _Step(2, 1024, methods=("ia3", "lora")), _Step(2, 1024, methods=("bottleneck", "lora")),
+    _Step(1, 512, lengths=_OTHER, methods=("prefix",)), _Step(4, 512, methods=_METHODS),
+    _Step(2, 384, lengths=_OTHER, methods=("bottleneck", "prefix")),
+    _Step(1, 512, lengths=_OTHER, methods=("ia3",)), _Step(4, 2048, methods=_METHODS),
+    _Step(1, 768, lengths=_OTHER, methods=("bottleneck",)), _Step(12, 1536, methods=_METHODS),
+    _Step(1, 1536, lengths=_OTHER, filled=_HALF, methods=("prefix",)),
     _Step(12, 384), _Step(4, 3072, (16, 32)), _Step(1, 256), _Step(4, 128), _Step(12, 1536),
     _Step(4, 512, (64,)), _Step(1, 3072, filled=_HALF), _Step(4, 3072, (64,), filled=_HALF),
     _Step(1, 512, targets=(_ATTENTION,)), _Step(12, 3072, (16, 64), targets=(_ATTENTION, ())),
@@ -102,7 +108,7 @@ def _case(shape: ModelShape, step: _Step, note: str) -> StepCase:
     split = tuple(tuple(range(*pair)) for pair in pairwise(ends))
     parts = [f"{step.slots} of {step.rows} rows", "+".join(map(str, step.ranks))]
     parts += [f"{step.groups} htasks"] if step.groups > 1 else []
-    parts += [step.methods[0]] if step.methods[0] != "lora" else []
+    parts += ["+".join(step.methods)] if step.methods[0] != "lora" else []
     parts += ["half filled"] if step.filled < _FILLED else []
     parts += ["queries and values"] if step.targets[0] else []
     parts += ["long"] if step.lengths == _LONG else ["short"] if step.lengths == _SHORT else []
