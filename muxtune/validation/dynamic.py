@@ -325,7 +325,7 @@ def _simulate(
 
     book = book or _book(profile)
     times = book if factor == 1.0 else ScaledCostBook(book, factor)
-    options = SimOptions(every_plan_runs=False)  # as the real executor
+    options = SimOptions()
     executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)
     return _run(case, profile, book, executor)
 

@@ -441,11 +441,9 @@ class InstanceActor:
             self._start(now_ns)
             return
         assert self._course is not None
-        worked_ns = self._worked_ns()
-        if worked_ns > 0 or self._options.every_plan_runs:
-            rounds, work_ns = self._course.rounds_until(max(1, worked_ns))
-        else:
-            rounds, work_ns = 0, 0
+        # A plan that is being taken over has a round before it gives way, so that arrivals faster
+        # than takeovers starve nobody.
+        rounds, work_ns = self._course.rounds_until(max(1, self._worked_ns()))
         if rounds < self._target_rounds:
             self._closing_ns = 0
             self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns

@@ -19,9 +19,6 @@ class SimOptions(NamedTuple):
 
     planning_base_s, planning_per_task_s: from a decision to the moment the instance knows of it.
     prepare_s: reading a task's data. start_s: until an instance is ready.
-    every_plan_runs: a plan that is being taken over when the next one comes has a round before it
-        gives way, so that arrivals faster than takeovers starve nobody. The real executor goes on
-        to the next one at once.
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
     tens of thousands of tasks does without. emit_last_progress: also of work after which no task
@@ -39,7 +36,6 @@ class SimOptions(NamedTuple):
 
     planning_base_s: float = 0.0
     planning_per_task_s: float = 0.0
-    every_plan_runs: bool = True
     prepare_s: float = 0.0
     start_s: float = 0.0
     charge_transitions: bool = True

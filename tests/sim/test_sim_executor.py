@@ -148,14 +148,13 @@ def test_a_transition_takes_time():
     assert (totals.transition_ns, totals.busy_ns) == (seconds(2), seconds(12))
 
 
-@pytest.mark.parametrize(("every_plan_runs", "second_s"), [(True, 3.0), (False, 2.0)])
-def test_a_plan_that_comes_during_a_takeover(every_plan_runs: bool, second_s: float):
-    options = SimOptions(every_plan_runs=every_plan_runs)
+def test_a_plan_that_comes_during_a_takeover_waits_for_a_round():
+    """As the real executor (tests/runtime/test_runtime_executor.py)."""
     tasks = [task("a", 10), task("b", 3, arrival_s=1.0)]
-    run = Run(shared(), tasks, [instance()], options=options, transition_s=2.0)
+    run = Run(shared(), tasks, [instance()], transition_s=2.0)
     run.run()
     applied = [event.time_ns / 1e9 for event in run.told.events(EventKind.PLAN_APPLIED)]
-    assert applied[:2] == [0.0, second_s]
+    assert applied[:2] == [0.0, 3.0]
 
 
 def test_planning_takes_time_in_which_the_old_plan_goes_on():
