@@ -43,6 +43,7 @@ from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFa
 from muxtune.runtime.training import score_pass
 from muxtune.types import (
     NO_EPOCH,
+    ROUNDS_TO_JUDGE_BY,
     Chunk,
     Cursor,
     EventKind,
@@ -99,9 +100,6 @@ class Host(Protocol):
     def notice(self, text: str) -> None:
         """Something that a user should know, once."""
         ...
-
-
-ROUNDS_TO_JUDGE_BY = 5
 
 
 class _Started(NamedTuple):

@@ -325,7 +325,7 @@ def _simulate(
 
     book = book or _book(profile)
     times = book if factor == 1.0 else ScaledCostBook(book, factor)
-    options = SimOptions()
+    options = SimOptions(one_thread=True)  # as the real executor
     executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)
     return _run(case, profile, book, executor)
 

@@ -18,6 +18,10 @@ class SimOptions(NamedTuple):
     """Times in seconds; the ``fail_*`` mappings inject failures at nanoseconds of the run.
 
     planning_base_s, planning_per_task_s: from a decision to the moment the instance knows of it.
+    one_thread: the engine decides on the thread that trains, as beside the real executor. What
+        happens while a plan takes over or results are written is heard at the end of it, all at
+        once; a plan that is made then holds the instance up; a withdrawn task leaves at once; and
+        news comes with what was done so far. Meant for one instance.
     prepare_s: reading a task's data. start_s: until an instance is ready.
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
@@ -36,6 +40,7 @@ class SimOptions(NamedTuple):
 
     planning_base_s: float = 0.0
     planning_per_task_s: float = 0.0
+    one_thread: bool = False
     prepare_s: float = 0.0
     start_s: float = 0.0
     charge_transitions: bool = True
