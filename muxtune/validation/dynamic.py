@@ -21,13 +21,14 @@ from muxtune import codec
 from muxtune.cluster_policies.fifo_shared import FifoShared
 from muxtune.cost.book import CostBook
 from muxtune.cost.scaled import ScaledCostBook
-from muxtune.cost.schema import Profile
+from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.deciding import TaskOutcome
 from muxtune.engine import Engine, QuietObserver
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.profiling.step_cases import StepCase, StepTask
 from muxtune.runtime.backbone import BackboneStore, random_weights
+from muxtune.runtime.captured_runner import DEPTH
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
@@ -133,7 +134,11 @@ class Rehearsal:
         factors = (assumed.steps, assumed.takeovers)
         times = self.book if factors == (1.0, 1.0) else ScaledCostBook(self.book, *factors)
         # As the real executor does it.
-        options = SimOptions(one_thread=True, planning_base_s=assumed.planning_s)
+        options = SimOptions(
+            planning_base_s=assumed.planning_s,
+            one_thread=True,
+            passes_ahead=DEPTH if self.profile.style == CAPTURED else 0,
+        )
         executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)
         return _run(case, self.profile, self.planner, executor)
 

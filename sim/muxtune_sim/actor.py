@@ -191,7 +191,7 @@ class InstanceActor:
         if newest is not None and plan.epoch <= newest.epoch:
             return False
         known_ns = now_ns
-        if self._plans_take_time:
+        if self._plans_take_time or self._one_thread:
             known_ns = self._known_ns(plan, now_ns)
         self._pending.append((known_ns, plan))
         if self.is_running or not self._empties(now_ns):
@@ -199,15 +199,24 @@ class InstanceActor:
         return True
 
     def _known_ns(self, plan: Plan, now_ns: int) -> int:
-        """When a plan is made. On one thread passes that were started before go on meanwhile; where
-        there are none, everything waits."""
+        """When a plan is made. On one thread passes that were started before go on meanwhile, and
+        it waits for all of them; where there are none, everything waits for it."""
         options, num_tasks = self._options, len(plan.predicted.step_time_s)
         takes_ns = to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
-        if self._one_thread and not (self.is_running and self._worked_ns() > 0):
-            self._held_up_ns += takes_ns if plan.htasks else 0
-            return now_ns
+        if self._one_thread:
+            if not (self.is_running and self._worked_ns() > 0):
+                self._held_up_ns += takes_ns if plan.htasks else 0
+                return now_ns
+            takes_ns = max(takes_ns, options.passes_ahead * self._pass_ns())
         # One that is sooner made does not overtake the one before it.
         return max(now_ns + takes_ns, self._pending[-1][0] if self._pending else 0)
+
+    def _pass_ns(self) -> int:
+        """Of the running plan, in the mean over its hTasks."""
+        assert self.plan is not None
+        replica, shapes = self.plan.replicas[0], [h.shapes[-1] for h in self.plan.htasks]
+        times = [self._pass_cost.pass_coefficients(shape, replica).base_s for shape in shapes]
+        return to_ns(sum(times) / len(times))
 
     def tell_applied(self, now_ns: int) -> None:
         if self.plan is not None and self._tells_applied:
@@ -435,7 +444,7 @@ class InstanceActor:
         return True
 
     def _newest_known(self, now_ns: int) -> Plan | None:
-        """Takes what is known by now out of the plans on their way; the last one counts."""
+        """Takes it, and what it overtakes, out of the plans on their way."""
         if len(self._pending) == 1:
             ((from_ns, plan),) = self._pending
             if from_ns > now_ns:
@@ -443,8 +452,11 @@ class InstanceActor:
             self._pending.clear()
             return plan
         known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
-        self._pending = [item for item in self._pending if item[0] > now_ns]
-        return known[-1] if known else None
+        if not known:
+            return None
+        newest = known[-1]
+        self._pending = [item for item in self._pending if item[1].epoch > newest.epoch]
+        return newest
 
     def _take_over(self, plan: Plan, now_ns: int) -> None:
         previous, self.plan, htasks = self.plan, plan, plan.htasks

@@ -22,6 +22,8 @@ class SimOptions(NamedTuple):
         happens while a plan takes over or results are written is heard at the end of it, all at
         once; a plan that is made then holds the instance up; a withdrawn task leaves at once; and
         news comes with what was done so far. Meant for one instance.
+    passes_ahead: of one thread, which starts so many before it reads a result; a plan that takes
+        over waits for them.
     prepare_s: reading a task's data. start_s: until an instance is ready.
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
@@ -41,6 +43,7 @@ class SimOptions(NamedTuple):
     planning_base_s: float = 0.0
     planning_per_task_s: float = 0.0
     one_thread: bool = False
+    passes_ahead: int = 0
     prepare_s: float = 0.0
     start_s: float = 0.0
     charge_transitions: bool = True

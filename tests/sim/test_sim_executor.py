@@ -218,9 +218,13 @@ def test_a_plan_that_is_sooner_made_does_not_overtake_the_one_before_it():
 
 
 def of_one_thread(
-    tasks: Any, transition_s: float = 0.0, finish_s: float = 0.0, planning_s: float = 0.0
+    tasks: Any,
+    transition_s: float = 0.0,
+    finish_s: float = 0.0,
+    planning_s: float = 0.0,
+    passes_ahead: int = 0,
 ) -> Run:
-    options = SimOptions(one_thread=True, planning_base_s=planning_s)
+    options = SimOptions(one_thread=True, planning_base_s=planning_s, passes_ahead=passes_ahead)
     policy = shared(max_tasks_per_instance=3)
     run = Run(
         policy, tasks, [instance()], options=options, transition_s=transition_s, finish_s=finish_s
@@ -254,6 +258,20 @@ def test_planning_holds_one_thread_up_where_no_pass_is_under_way():
     applied = [time_s for time_s, _ in told(run, EventKind.PLAN_APPLIED)]
     # The first waits for its plan; the second's is made during the round that ends at 5.7 s.
     assert applied[:2] == [1.7, 6.7]
+
+
+def test_a_plan_waits_for_passes_that_were_started_before_it():
+    """As the real executor, which on a GPU reads results two passes late; a task's end it reads at
+    once, and plans that come then overtake those that wait."""
+    run = of_one_thread([task("a", 9), task("b", 9, arrival_s=3.5)], passes_ahead=2)
+    applied = [time_s for time_s, _ in told(run, EventKind.PLAN_APPLIED)]
+    assert applied[:2] == [0.0, 6.0]
+    tasks = [task("a", 9), task("b", 4), task("c", 9, arrival_s=3.5)]
+    run = of_one_thread(tasks, passes_ahead=2)
+    plans = {plan.epoch: len(plan.task_ids) for plan in run.told.plans}
+    applied = [(e.time_ns / 1e9, plans[e.epoch]) for e in run.told.events(EventKind.PLAN_APPLIED)]
+    assert applied[:3] == [(0.0, 2), (4.0, 2), (9.0, 1)]
+    assert run.ended_s == {"b": 4.0, "a": 9.0, "c": 13.0}
 
 
 def test_a_task_that_is_withdrawn_leaves_one_thread_at_once():
