@@ -15,6 +15,7 @@ import numpy as np
 
 NS_PER_S = 1_000_000_000
 NO_EPOCH = -1
+ROUNDS_TO_JUDGE_BY = 5  # a PROGRESS beside other news tells of at least as many
 # ``new_tuple(Kind, values)`` is ``Kind(*values)`` of a NamedTuple, all values given, without the
 # handling of keywords and defaults: for the kinds that a fleet makes one or more of for every task.
 new_tuple = tuple.__new__

@@ -58,6 +58,7 @@ class ProfiledCostModel(ComposedCostModel):
         self._timings: dict[str, Timing] = {}
         self._rates: dict[tuple[str, int], tuple[Rates, Rates]] = {}
         self._kinds: dict[str, WorkRatio] = {}
+        self._parameter_fits: dict[str, AffineFit] = {}
         self.composition = Composition()
         self._calibrate(memory is None)
 
@@ -264,9 +265,14 @@ class ProfiledCostModel(ComposedCostModel):
         return Estimate(value, max(value - width, 0.0), value + width, outside)
 
     def _by_parameters(self, name: str, slot: AdapterSlot) -> Estimate:
-        size = (float(ops.adapter_parameters(self.model, slot)),)
-        value, width, outside = self._table(name).at(size)
-        return Estimate(value, max(value - width, 0.0), value + width, outside)
+        """A constant and a share of the bytes: few sizes are measured, each a few times, and
+        adapters are smaller than those, too."""
+        if name not in self._parameter_fits:
+            self._parameter_fits[name] = self._fit(name, "parameters", lambda n: (1.0, n))
+        (once_s, each_s), error, most = self._parameter_fits[name]
+        size = float(ops.adapter_parameters(self.model, slot))
+        value = once_s + each_s * size
+        return Estimate(value, value * max(0.0, 1 - error), value * (1 + error), size > most)
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Measured where the device captures graphs; nothing where the profile has no such op."""

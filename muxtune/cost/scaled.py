@@ -22,10 +22,14 @@ from muxtune.types import (
 
 
 class ScaledCostModel:
-    """``model`` with every time multiplied by ``factor``; memory stays as it is."""
+    """``model`` with every time multiplied by ``factor``, or those of takeovers and of tasks' ends
+    by ``takeover_factor``; memory stays as it is."""
 
-    def __init__(self, model: CostModel, factor: float) -> None:
+    def __init__(
+        self, model: CostModel, factor: float, takeover_factor: float | None = None
+    ) -> None:
         self._model, self._factor = model, factor
+        self._takeover_factor = factor if takeover_factor is None else takeover_factor
         self._coefficients: dict[tuple[ShapeKey, ReplicaShape], PassCoefficients] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +79,7 @@ class ScaledCostModel:
         return self._scaled(self._model.finish_s(slot))
 
     def _scaled(self, plain: Estimate) -> Estimate:
-        factor = self._factor
+        factor = self._takeover_factor
         return plain._replace(
             value=plain.value * factor, low=plain.low * factor, high=plain.high * factor
         )
@@ -84,14 +88,15 @@ class ScaledCostModel:
 class ScaledCostBook:
     """A book of scaled models; each is made once. Raises ConfigError for a factor not above 0."""
 
-    def __init__(self, book: CostBook, factor: float) -> None:
-        if not (math.isfinite(factor) and factor > 0):
-            raise ConfigError("cost.factor", f"is {factor}", "Give a number above 0")
-        self._book, self._factor = book, factor
+    def __init__(self, book: CostBook, factor: float, takeover_factor: float | None = None) -> None:
+        for number in (factor, factor if takeover_factor is None else takeover_factor):
+            if not (math.isfinite(number) and number > 0):
+                raise ConfigError("cost.factor", f"is {number}", "Give a number above 0")
+        self._book, self._factors = book, (factor, takeover_factor)
         self._known: dict[tuple[str, str], ScaledCostModel] = {}
 
     def __call__(self, model: str, device: str) -> Any:
         key = (model, device)
         if key not in self._known:
-            self._known[key] = ScaledCostModel(self._book(model, device), self._factor)
+            self._known[key] = ScaledCostModel(self._book(model, device), *self._factors)
         return self._known[key]

@@ -139,9 +139,10 @@ class TorchExecutor:
         self._jobs.append(_Job(lambda: self._prepare_task(task), task.task_id))
 
     def apply(self, plan: Plan) -> None:
-        """Takes over when the running round ends; after a resume, once its instance is started
-        and its tasks are prepared. Raises ConfigError for an instance that does not run or a task
-        that is not ready, and that nobody has asked for."""
+        """Takes over when the running round ends, or the first round of a plan that has had none
+        yet, so that plans that come faster than takeovers starve nobody; after a resume, once its
+        instance is started and its tasks are prepared. Raises ConfigError for an instance that
+        does not run or a task that is not ready, and that nobody has asked for."""
         self._forget_told()
         name = plan.instance_id
         self._jobs = deque(

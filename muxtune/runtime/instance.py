@@ -43,6 +43,7 @@ from muxtune.runtime.tasks import GuardedLengths, Phase, RuntimeTask, TaskDataFa
 from muxtune.runtime.training import score_pass
 from muxtune.types import (
     NO_EPOCH,
+    ROUNDS_TO_JUDGE_BY,
     Chunk,
     Cursor,
     EventKind,
@@ -101,9 +102,6 @@ class Host(Protocol):
         ...
 
 
-ROUNDS_TO_JUDGE_BY = 5
-
-
 class _Started(NamedTuple):
     """A pass whose result has not been read."""
 
@@ -152,6 +150,7 @@ class RunningInstance:
         self._copies: dict[tuple[str, int], HostCopy] = {}
         self._round: _Round | None = None
         self._is_idle = True
+        self._has_begun = False  # the plan has had a round, or the first one has begun
         self._is_pressed = False
         self._reported: set[str] = set()
         self._progress = _Progress(host.now_ns)
@@ -174,7 +173,7 @@ class RunningInstance:
     def advance(self) -> None:
         """One unit of work: take a plan over, start a round, run a micro-batch, end a round."""
         if self._round is None:
-            if self.next_plan is not None:
+            if self.next_plan is not None and self._gives_way:
                 self._take_over(self.next_plan)
             elif not self._is_idle:
                 self._begin_round()
@@ -183,6 +182,13 @@ class RunningInstance:
             self._run(self._round.micro_batches.popleft(), self._round)
         if not self._round.micro_batches:
             self._end_round(self._round)
+
+    @property
+    def _gives_way(self) -> bool:
+        """Whether the next plan may take over now. A plan has a round before it gives way, so that
+        arrivals faster than takeovers starve nobody; unless it has nothing to run, or the memory
+        is too short for that round."""
+        return self._has_begun or self._is_idle or self._is_pressed
 
     def press(self) -> None:
         """The memory runs short: the next plan computes in memory of its own size. Graphs share
@@ -233,7 +239,7 @@ class RunningInstance:
         self.settle_all()
         self._tell_progress()
         self._forget_ended(plan)
-        self.plan, self.next_plan = plan, None
+        self.plan, self.next_plan, self._has_begun = plan, None, False
         self._reported.clear()
         tasks = {task_id: self._joined(task_id) for task_id in plan.task_ids}
         live = {key: task for key, task in tasks.items() if task is not None}
@@ -331,6 +337,7 @@ class RunningInstance:
 
     def _begin_round(self) -> None:
         assert self.plan is not None
+        self._has_begun = True
         cursors = {task_id: self.host.tasks[task_id].cursor for task_id in self.plan.task_ids}
         start_ns = self.host.now_ns
         try:

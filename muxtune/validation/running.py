@@ -166,7 +166,7 @@ def _run(
     for text in compilers.compile(jobs_of(attempt, drawn, options), of("compiling"), limit_s):
         report("compiling", 1.0, text)
     if options.checks_machine and not attempt.is_checked:
-        most = _grid_rows(profile, options)[-1]
+        most = grid_rows(profile, options)[-1]
         check = check_machine(profile, device, most, clock=now, report=of("checking the machine"))
         for text in check["failed"]:
             report("checking the machine", 1.0, text)
@@ -223,7 +223,7 @@ def jobs_of(attempt: Attempt, drawn: Drawn, options: ValidationOptions) -> list[
     todo = [case for case in drawn.cases if not records["steps"].has(case.name)]
     jobs = [*op_jobs(profile, records["ops"]), *_jobs_of(todo), *drawn.of_runs]
     if options.checks_machine and not attempt.is_checked:
-        jobs += check_jobs(profile, _grid_rows(profile, options)[-1])
+        jobs += check_jobs(profile, grid_rows(profile, options)[-1])
     return jobs
 
 
@@ -251,7 +251,7 @@ def _dynamic_cases(attempt: Attempt, options: ValidationOptions) -> list[Dynamic
     profile = attempt.profile
     if not options.dynamic_s or (options.clock or profile_clock(profile)) != WALL:
         return []
-    cases = draw_dynamic(attempt.models, options.dynamic_s, _grid_rows(profile, options)[-1])
+    cases = draw_dynamic(attempt.models, options.dynamic_s, grid_rows(profile, options)[-1])
     return [case for case in cases if not attempt.records["dynamic"].has(case.name)]
 
 
@@ -303,7 +303,7 @@ def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
     suite = SuiteOptions(
         options.num_cases,
         (profile.model_shape, *options.other_shapes),
-        _grid_rows(profile, options),
+        grid_rows(profile, options),
         options.max_tasks,
         _methods(profile),
         options.min_rows,
@@ -323,7 +323,7 @@ def _methods(profile: Profile) -> tuple[str, ...]:
     )
 
 
-def _grid_rows(profile: Profile, options: ValidationOptions) -> tuple[int, ...]:
+def grid_rows(profile: Profile, options: ValidationOptions) -> tuple[int, ...]:
     """Row counts at which products were measured, those of a captured pass with adapters."""
     products = ("site_forward", "linear_forward")
     found = {

@@ -10,11 +10,13 @@ one GPU each does 1/n nanosecond of work in a nanosecond, so a change of n only 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 from muxtune.planning.step_builder import PlanCourse, StepBuilder
 from muxtune.protocols import CostModel, TaskLibrary
 from muxtune.types import (
+    ROUNDS_TO_JUDGE_BY,
     AdapterSlot,
     Cursor,
     Event,
@@ -32,6 +34,18 @@ from muxtune_sim.pacing import Pacer
 FIRST_CURSOR = Cursor()
 NO_FORECAST = Forecast(0, 0, (), True)
 NOTHING_DONE = (0, 0)
+
+
+class Told(NamedTuple):
+    """Of a segment, in PROGRESS events so far."""
+
+    rounds: int = 0
+    duration_ns: int = 0
+    effective_tokens: int = 0
+    padded_tokens: int = 0
+
+
+NOTHING_TOLD = Told()
 
 
 class World(Protocol):
@@ -91,9 +105,11 @@ class InstanceActor:
         "_closing_ns",
         "_course",
         "_forecast",
+        "_held_up_ns",
         "_is_paced",
         "_joined",
         "_last_ns",
+        "_one_thread",
         "_options",
         "_pass_cost",
         "_pending",
@@ -104,7 +120,9 @@ class InstanceActor:
         "_target_work_ns",
         "_tells_applied",
         "_tells_last",
+        "_to_tell_applied",
         "_to_write",
+        "_told",
         "_transition_ns",
         "_work_ns",
         "cost",
@@ -114,6 +132,7 @@ class InstanceActor:
         "is_busy",
         "is_running",
         "leaving",
+        "left",
         "name",
         "neighbours",
         "plan",
@@ -133,6 +152,7 @@ class InstanceActor:
         self._tells_applied = options.emit_plan_applied
         self._tells_last = options.emit_progress and options.emit_last_progress
         self._plans_take_time = bool(options.planning_base_s or options.planning_per_task_s)
+        self._one_thread = options.one_thread
         self._charges_transitions = options.charge_transitions
         self._charges_checkpoints = options.charge_checkpoints
         # Most know nothing of it, and segments are many.
@@ -144,6 +164,7 @@ class InstanceActor:
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment
         self.gone: set[str] = set()  # tasks of the plan that contribute no more
         self.leaving: dict[str, str | None] = {}  # to the failure's message, None for a withdrawal
+        self.left: set[str] = set()  # of one thread: told already, while the round goes on
         self.share = 1  # busy instances on the most crowded of its GPUs
         self.is_running = False
         self.is_busy = False  # in the eyes of its neighbours, who are told between segments only
@@ -155,6 +176,9 @@ class InstanceActor:
         self._closing_ns = 0  # behind the last round: tasks that are done are written
         self._target_rounds = self._target_work_ns = 0
         self._work_ns = self._segment_start_ns = self._last_ns = 0
+        self._told = NOTHING_TOLD  # of the segment
+        self._to_tell_applied = False  # when the transition is over
+        self._held_up_ns = 0  # by plans that were made while nothing else could go on
         self._joined: dict[str, tuple[int, int]] = {}  # (steps, tokens) of each task, then
         self._to_write: list[AdapterSlot] = []  # of tasks that have left unfinished
         self._sums = dict.fromkeys(InstanceTotals._fields[1:], 0)
@@ -167,23 +191,56 @@ class InstanceActor:
         if newest is not None and plan.epoch <= newest.epoch:
             return False
         known_ns = now_ns
-        if self._plans_take_time:
-            options, num_tasks = self._options, len(plan.predicted.step_time_s)
-            known_ns += to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
+        if self._plans_take_time or self._one_thread:
+            known_ns = self._known_ns(plan, now_ns)
         self._pending.append((known_ns, plan))
         if self.is_running or not self._empties(now_ns):
             self.world.settle_later(self)
         return True
+
+    def _known_ns(self, plan: Plan, now_ns: int) -> int:
+        """When a plan is made. On one thread passes that were started before go on meanwhile, and
+        it waits for all of them; where there are none, everything waits for it."""
+        options, num_tasks = self._options, len(plan.predicted.step_time_s)
+        takes_ns = to_ns(options.planning_base_s + options.planning_per_task_s * num_tasks)
+        if self._one_thread:
+            if not (self.is_running and self._worked_ns() > 0):
+                self._held_up_ns += takes_ns if plan.htasks else 0
+                return now_ns
+            takes_ns = max(takes_ns, options.passes_ahead * self._pass_ns())
+        # One that is sooner made does not overtake the one before it.
+        return max(now_ns + takes_ns, self._pending[-1][0] if self._pending else 0)
+
+    def _pass_ns(self) -> int:
+        """Of the running plan, in the mean over its hTasks."""
+        assert self.plan is not None
+        replica, shapes = self.plan.replicas[0], [h.shapes[-1] for h in self.plan.htasks]
+        times = [self._pass_cost.pass_coefficients(shape, replica).base_s for shape in shapes]
+        return to_ns(sum(times) / len(times))
 
     def tell_applied(self, now_ns: int) -> None:
         if self.plan is not None and self._tells_applied:
             name, epoch = self.name, self.plan.epoch
             self.world.emit(Event(now_ns, EventKind.PLAN_APPLIED, "", name, epoch))
 
-    def withdraw(self, task_id: str, message: str | None) -> None:
-        """A running task leaves at the end of the round."""
-        self.leaving.setdefault(task_id, message)
+    def _tell_taken_over(self, now_ns: int) -> None:
+        if self._to_tell_applied:
+            self._to_tell_applied = False
+            self.tell_applied(now_ns)
+
+    def withdraw(self, task_id: str, message: str | None, now_ns: int) -> None:
+        """A running task leaves at the end of the round; on one thread it is told at once, and its
+        rows of the round are filler."""
         self.world.settle_later(self)
+        if not self._one_thread:
+            self.leaving.setdefault(task_id, message)
+        elif task_id not in self.left:
+            assert self.plan is not None
+            self._account(now_ns)
+            self.left.add(task_id)
+            steps = self._cursors_after(self._whole_rounds())[task_id].step
+            epoch = self.plan.epoch
+            self.world.end(departure(now_ns, task_id, self.name, epoch, steps, message))
 
     def holds(self, task_id: str) -> bool:
         return task_id in self.cursors and task_id not in self.gone
@@ -210,6 +267,7 @@ class InstanceActor:
 
     def _halt(self, now_ns: int) -> dict[str, Cursor]:
         """Where the tasks stand that were at work."""
+        self._silence_left()
         if self.is_running:
             cursors = self._cursors_after(self._rounds_done(now_ns))
             self._rest()
@@ -232,7 +290,7 @@ class InstanceActor:
             self._schedule(now_ns)
             return
         self._account(now_ns)
-        if self.leaving or any(from_ns <= now_ns for from_ns, _ in self._pending):
+        if self.leaving or self.left or any(from_ns <= now_ns for from_ns, _ in self._pending):
             self._aim_at_boundary(now_ns)
         self._schedule(now_ns)
 
@@ -240,8 +298,36 @@ class InstanceActor:
         self._account(now_ns)
         if self.is_running and self._work_ns >= self._target_work_ns:
             self.reach(now_ns)
-        else:
-            self.world.settle_later(self)
+            return
+        if self._work_ns >= self._transition_ns:
+            self._tell_taken_over(now_ns)
+        self.world.settle_later(self)
+
+    def deaf_ns(self, now_ns: int) -> int:
+        """How long from a later moment on it takes a plan over or writes results, in which one
+        thread hears nothing."""
+        if not self.is_running:
+            return 0
+        work_ns = self._work_ns + (now_ns - self._last_ns) // self.share
+        if work_ns < self._transition_ns:
+            return (self._transition_ns - work_ns) * self.share
+        if self._target_work_ns - self._closing_ns <= work_ns < self._target_work_ns:
+            return (self._target_work_ns - work_ns) * self.share
+        return 0
+
+    def tell_progress_so_far(self, now_ns: int) -> None:
+        """Beside other news, unless too few rounds were done to tell of."""
+        if not self.is_running:
+            return
+        self._account(now_ns)
+        rounds = self._whole_rounds()
+        if rounds - self._told.rounds < ROUNDS_TO_JUDGE_BY:
+            return
+        plan, world = self.plan, self.world
+        assert plan is not None
+        args = (plan, self.cursors, world.library, self._pass_cost, rounds)
+        wall_ns = world.builder.duration_ns(*args) * self.share
+        self._emit_progress(rounds, wall_ns, self._cursors_after(rounds), now_ns)
 
     def reach(self, now_ns: int) -> None:
         """The end of a round: tasks end, leave, and make room for the pending plan."""
@@ -259,8 +345,10 @@ class InstanceActor:
         if rounds:
             self._tell_progress(rounds, now_ns, stays)
         self._rest()
+        self._silence_left()
         for task_id in ended:
-            self._end(task_id, epoch, now_ns)
+            if task_id not in self.gone:
+                self._end(task_id, epoch, now_ns)
         if self.leaving:
             for task_id, message in self.leaving.items():
                 if self.holds(task_id):
@@ -269,6 +357,12 @@ class InstanceActor:
                     self.world.end(departure(now_ns, task_id, self.name, epoch, steps, message))
             self.leaving.clear()
         self.world.settle_later(self)
+
+    def _silence_left(self) -> None:
+        if self.left:
+            for task_id in filter(self.holds, self.left):
+                self.silence(task_id)
+            self.left.clear()
 
     def silence(self, task_id: str) -> None:
         """A task that still stands in the plan contributes nothing from here on."""
@@ -296,6 +390,7 @@ class InstanceActor:
         """A segment: some plan from its boundary on, until something ends or changes."""
         self._transition_ns = 0
         self._course = None
+        self._told = NOTHING_TOLD
         if self._pending:
             newest = self._newest_known(now_ns)
             if newest is not None:
@@ -304,14 +399,14 @@ class InstanceActor:
                     self._release_at_boundary(newest, now_ns)
         plan, cursors = self.plan, self.cursors
         if plan is None or len(self.gone) == len(cursors):
-            self._rest_idle()
+            self._rest_idle(now_ns)
             return
         world = self.world
         course = world.builder.course(plan, cursors, world.library, self._pass_cost)
         forecast = self._forecast = course.forecast()
         rounds, duration_ns, task_ids, _ = forecast
         if not task_ids:
-            self._rest_idle()
+            self._rest_idle(now_ns)
             return
         self._course = course
         self.is_running = True
@@ -319,6 +414,8 @@ class InstanceActor:
         self._target_rounds = rounds
         self._closing_ns = self._writing_ns(task_ids) if self._charges_ends else 0
         self._target_work_ns = self._transition_ns + duration_ns + self._closing_ns
+        if not self._transition_ns:
+            self._tell_taken_over(now_ns)
         if not self.is_busy:
             world.busy_changed(self)
 
@@ -347,7 +444,7 @@ class InstanceActor:
         return True
 
     def _newest_known(self, now_ns: int) -> Plan | None:
-        """Takes what is known by now out of the plans on their way; the last one counts."""
+        """Takes it, and what it overtakes, out of the plans on their way."""
         if len(self._pending) == 1:
             ((from_ns, plan),) = self._pending
             if from_ns > now_ns:
@@ -355,8 +452,11 @@ class InstanceActor:
             self._pending.clear()
             return plan
         known = [plan for from_ns, plan in self._pending if from_ns <= now_ns]
-        self._pending = [item for item in self._pending if item[0] > now_ns]
-        return known[-1] if known else None
+        if not known:
+            return None
+        newest = known[-1]
+        self._pending = [item for item in self._pending if item[1].epoch > newest.epoch]
+        return newest
 
     def _take_over(self, plan: Plan, now_ns: int) -> None:
         previous, self.plan, htasks = self.plan, plan, plan.htasks
@@ -380,7 +480,8 @@ class InstanceActor:
             self._transition_ns += to_ns(seconds)
             self._to_write.clear()
         self._sums["plans"] += 1
-        if self._tells_applied:
+        self._to_tell_applied = self._one_thread and bool(htasks)
+        if self._tells_applied and not self._to_tell_applied:
             self.tell_applied(now_ns)
 
     def _begin_rounds(self, previous: Plan | None, plan: Plan) -> None:
@@ -391,6 +492,8 @@ class InstanceActor:
         if self._charges_transitions:
             transition_s = self.cost.transition_s(previous, plan).value
             self._transition_ns = to_ns(transition_s + once_s)
+        self._transition_ns += self._held_up_ns
+        self._held_up_ns = 0
         sums, peak_bytes = self._sums, plan.predicted.peak_memory_bytes.value
         if peak_bytes > sums["peak_predicted_memory_bytes"]:
             sums["peak_predicted_memory_bytes"] = round(peak_bytes)
@@ -441,11 +544,9 @@ class InstanceActor:
             self._start(now_ns)
             return
         assert self._course is not None
-        worked_ns = self._worked_ns()
-        if worked_ns > 0 or self._options.every_plan_runs:
-            rounds, work_ns = self._course.rounds_until(max(1, worked_ns))
-        else:
-            rounds, work_ns = 0, 0
+        # A plan that is being taken over has a round before it gives way, so that arrivals faster
+        # than takeovers starve nobody.
+        rounds, work_ns = self._course.rounds_until(max(1, self._worked_ns()))
         if rounds < self._target_rounds:
             self._closing_ns = 0
             self._target_rounds, self._target_work_ns = rounds, self._transition_ns + work_ns
@@ -454,6 +555,9 @@ class InstanceActor:
         """One wake: the awaited boundary, or an earlier moment at which a plan becomes known."""
         self.generation += 1
         delay_ns = None
+        if self._to_tell_applied:
+            self.world.wake(self, (self._transition_ns - self._work_ns) * self.share)
+            return
         if not self._pending:
             if self.is_running:
                 self.world.wake(self, (self._target_work_ns - self._work_ns) * self.share)
@@ -482,19 +586,24 @@ class InstanceActor:
         self._sums["rounds"] += self._target_rounds
         self._sums["transition_ns"] += min(self._work_ns, self._transition_ns)
 
-    def _rest_idle(self) -> None:
+    def _rest_idle(self, now_ns: int) -> None:
         self.is_running = False
+        self._tell_taken_over(now_ns)
         if self.is_busy:
             self.world.busy_changed(self)
 
     def _rounds_done(self, now_ns: int) -> int:
         """Whole rounds behind it in mid-segment."""
-        assert self._course is not None
         self._account(now_ns)
+        self._target_rounds = self._whole_rounds()
+        return self._target_rounds
+
+    def _whole_rounds(self) -> int:
+        """Behind it by its last account."""
+        assert self._course is not None
         worked_ns = self._worked_ns()
         rounds, end_ns = self._course.rounds_until(max(0, worked_ns))
-        self._target_rounds = rounds if end_ns == worked_ns else max(0, rounds - 1)
-        return self._target_rounds
+        return rounds if end_ns == worked_ns else max(0, rounds - 1)
 
     def _worked_ns(self) -> int:
         """On rounds."""
@@ -551,19 +660,29 @@ class InstanceActor:
         if not (self._tells_last or (stays and self._options.emit_progress)):
             each = None if self.gone else padded_round_tokens(plan)
             padded_tokens = course.padded_tokens(rounds) if each is None else rounds * each
-            self._sums["padded_tokens"] += padded_tokens
+            self._sums["padded_tokens"] += padded_tokens - self._told.padded_tokens
             return
-        effective_tokens, padded_tokens = course.round_tokens(rounds)
-        self._sums["padded_tokens"] += padded_tokens
         # Under contention the transition took its share of the wall time, too.
         wall_ns, work_ns = now_ns - self._segment_start_ns, max(1, self._target_work_ns)
         others_ns = self._transition_ns + self._closing_ns
+        rounds_ns = wall_ns * (work_ns - others_ns) // work_ns
+        if rounds > self._told.rounds:
+            self._emit_progress(rounds, rounds_ns, self.cursors, now_ns)
+
+    def _emit_progress(
+        self, rounds: int, rounds_ns: int, cursors: Mapping[str, Cursor], now_ns: int
+    ) -> None:
+        """Of the segment's first ``rounds`` what was not told before."""
+        plan, course, told = self.plan, self._course, self._told
+        assert plan is not None and course is not None
+        now_told = self._told = Told(rounds, rounds_ns, *course.round_tokens(rounds))
+        self._sums["padded_tokens"] += now_told.padded_tokens - told.padded_tokens
         data = ProgressData(
-            rounds,
-            wall_ns * (work_ns - others_ns) // work_ns,
-            effective_tokens,
-            padded_tokens,
-            {name: at.step for name, at in self.cursors.items() if name not in self.gone},
+            rounds - told.rounds,
+            rounds_ns - told.duration_ns,
+            now_told.effective_tokens - told.effective_tokens,
+            now_told.padded_tokens - told.padded_tokens,
+            {name: at.step for name, at in cursors.items() if name not in self.gone},
         )
         name, epoch = self.name, plan.epoch
         self.world.emit(Event(now_ns, EventKind.PROGRESS, "", name, epoch, data))

@@ -73,7 +73,7 @@ class SimExecutor:
         self.builder, self.library, self.options = builder, library, options
         self.pacer = Pacer(builder, library)
         self.now_ns = 0
-        self._costs = costs
+        self._costs, self._one_thread = costs, options.one_thread
         self._env = Environment(0)
         self._events: list[Event] = []
         self._actors: dict[str, InstanceActor] = {}
@@ -143,6 +143,9 @@ class SimExecutor:
             if prepare_ns > 0:
                 self._emit_after(prepare_ns, EventKind.TASK_READY, name, "", data)
                 return None
+        if self._one_thread:  # heard by the next wait, with what was done so far
+            self._emit_after(0, EventKind.TASK_READY, name, "", self._ready[name])
+            return None
         parts = (self.now_ns, TASK_READY, name, "", NO_EPOCH, self._ready[name])
         return new_tuple(Event, parts)
 
@@ -167,11 +170,18 @@ class SimExecutor:
             instant_ns = int(coming[0][0]) if coming else FOREVER_NS
             if instant_ns > until_ns or not coming:
                 if until_ns < FOREVER_NS:
+                    late_ns = self._late_ns(until_ns) if self._one_thread else 0
+                    if late_ns:
+                        until_ns += late_ns
+                        continue
                     self.now_ns = until_ns
                 return []
             self.now_ns = instant_ns
             while coming and coming[0][0] == instant_ns:
                 env.step()
+        if self._one_thread:
+            for actor in self._actors.values():
+                actor.tell_progress_so_far(self.now_ns)
         self._events = []
         if len(events) > 1:
             events.sort(key=event_order)  # type: ignore[arg-type]
@@ -291,6 +301,9 @@ class SimExecutor:
             kind, name = EventKind.TASK_RELEASED, plan.instance_id
             self.emit(Event(self.now_ns, kind, task_id, name, plan.epoch, steps))
 
+    def _late_ns(self, now_ns: int) -> int:
+        return max((actor.deaf_ns(now_ns) for actor in self._actors.values()), default=0)
+
     def _settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, {}
         for actor in unsettled.values():
@@ -314,7 +327,7 @@ class SimExecutor:
         """A task is cancelled (no message) or fails: at once, unless an instance works on it."""
         host = self._host.get(task_id)
         if host is not None and host.is_running:
-            host.withdraw(task_id, message)
+            host.withdraw(task_id, message, self.now_ns)
             return
         cursor = host.cursors[task_id] if host is not None else self._parked.pop(task_id, None)
         if cursor is None:

@@ -18,10 +18,13 @@ class SimOptions(NamedTuple):
     """Times in seconds; the ``fail_*`` mappings inject failures at nanoseconds of the run.
 
     planning_base_s, planning_per_task_s: from a decision to the moment the instance knows of it.
+    one_thread: the engine decides on the thread that trains, as beside the real executor. What
+        happens while a plan takes over or results are written is heard at the end of it, all at
+        once; a plan that is made then holds the instance up; a withdrawn task leaves at once; and
+        news comes with what was done so far. Meant for one instance.
+    passes_ahead: of one thread, which starts so many before it reads a result; a plan that takes
+        over waits for them.
     prepare_s: reading a task's data. start_s: until an instance is ready.
-    every_plan_runs: a plan that is being taken over when the next one comes has a round before it
-        gives way, so that arrivals faster than takeovers starve nobody. The real executor goes on
-        to the next one at once.
     charge_transitions: let a plan's takeover cost what the cost model says.
     emit_plan_applied, emit_progress: tell the engine of takeovers and of work done; a fleet of
     tens of thousands of tasks does without. emit_last_progress: also of work after which no task
@@ -39,7 +42,8 @@ class SimOptions(NamedTuple):
 
     planning_base_s: float = 0.0
     planning_per_task_s: float = 0.0
-    every_plan_runs: bool = True
+    one_thread: bool = False
+    passes_ahead: int = 0
     prepare_s: float = 0.0
     start_s: float = 0.0
     charge_transitions: bool = True

@@ -162,6 +162,60 @@ def test_an_empty_plan_idles_and_drops_its_tasks(store: BackboneStore, tmp_path:
     assert worst_gap(bench.weights(A), alone(store, tmp_path, A)) == 0
 
 
+def test_every_plan_has_a_round_before_it_gives_way(store: BackboneStore, tmp_path: Path) -> None:
+    """Plans that come faster than takeovers must not stop training; as in the simulator
+    (tests/sim/test_sim_executor.py)."""
+    bench = Bench(tmp_path, store)
+    bench.prepare(A, B)
+    for epoch in range(4):
+        bench.executor.apply(make_plan([make_htask([A, B] if epoch % 2 else [A])], epoch))
+        bench.until(EventKind.PLAN_APPLIED, epoch + 1)
+    bench.until_ended(A, B)
+    progress = [(event.epoch, event.data.rounds) for event in bench.of(EventKind.PROGRESS)]  # type: ignore[union-attr]
+    assert progress == [(0, 1), (1, 1), (2, 1), (3, 5)]
+
+
+def test_of_two_plans_that_come_in_a_takeover_the_later_one_is_taken(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path, store)
+    bench.prepare(A, B, C)
+    for epoch, tasks in enumerate(([A], [A, B])):
+        bench.executor.apply(make_plan([make_htask(tasks)], epoch))
+        bench.until(EventKind.PLAN_APPLIED)
+    bench.executor.apply(make_plan([make_htask([A, B, C])], 2))
+    bench.until_ended(A, B, C)
+    assert [event.epoch for event in bench.of(EventKind.PLAN_APPLIED)] == [0, 2]
+
+
+def test_a_plan_whose_only_task_is_cancelled_in_its_takeover_gives_way(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path, store)
+    bench.prepare(A, B)
+    bench.executor.apply(make_plan([make_htask([A])], 0))
+    bench.until(EventKind.PLAN_APPLIED)
+    bench.executor.cancel("a")
+    bench.executor.apply(make_plan([make_htask([B])], 1))
+    bench.until_ended(A, B)
+    assert bench.done() == {"b"} and not bench.recorder.losses("a")
+    assert worst_gap(bench.weights(B), alone(store, tmp_path, B)) == 0
+
+
+def test_under_pressure_the_next_plan_does_not_wait_for_a_round(
+    store: BackboneStore, tmp_path: Path
+) -> None:
+    """The round is what there is no memory for."""
+    bench = Bench(tmp_path, store)
+    bench.prepare(A, B)
+    bench.executor.apply(make_plan([make_htask([A, B])], 0))
+    bench.until(EventKind.PLAN_APPLIED)
+    bench.executor._instances[INSTANCE].press()
+    bench.executor.apply(make_plan([make_htask([A])], 1))
+    bench.until(EventKind.PLAN_APPLIED, 2)
+    assert not bench.recorder.rounds
+
+
 def test_a_draining_task_leaves_at_its_step_boundary(store: BackboneStore, tmp_path: Path) -> None:
     bench = Bench(tmp_path, store)
     bench.prepare(A, B)

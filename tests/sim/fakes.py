@@ -237,11 +237,12 @@ class Run:
         pass_s: float = PASS_S,
         transition_s: float = 0.0,
         engine_options: EngineOptions = DEFAULT_OPTIONS,
+        finish_s: float = 0.0,
     ) -> None:
         self.journal, self.told = MemoryJournal(), Collector()
         self.planner = planner or FakePlanner()
         self.library = FakeLibrary()
-        book = fake_book(pass_s, transition_s)
+        book = fake_book(pass_s, transition_s, finish_s)
         self.executor = SimExecutor(StepBuilder(), book, self.library, options)
         self.engine = Engine(
             policy,

@@ -277,6 +277,18 @@ def test_transition_costs_new_adapters_and_shapes_only(make) -> None:
     assert model.transition_s(joined, first).value == 0
 
 
+def test_an_adapter_smaller_than_those_measured_is_written_sooner() -> None:
+    raw = tiny_profile()
+    sizes = {rank: float(ops.adapter_parameters(TINY, slot(rank))) for rank in (8, 16, 32, 128)}
+    points = [point(0.1 + 1e-3 * sizes[rank], parameters=sizes[rank]) for rank in (16, 32)]
+    raw["ops"]["finish"] = {"unit": "s", "axes": ["parameters"], "points": points}
+    model = ProfiledCostModel(TINY, parse_profile(seal(raw)))
+    small, large = model.finish_s(slot(8)), model.finish_s(slot(128))
+    assert small.value == pytest.approx(0.1 + 1e-3 * sizes[8]) and not small.extrapolated
+    assert small.low <= small.value <= small.high
+    assert large.value == pytest.approx(0.1 + 1e-3 * sizes[128]) and large.extrapolated
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_cost_models_survive_pickling(make) -> None:
     model, shape = make(), ShapeKey(64, 2, (slot(),))

@@ -127,7 +127,7 @@ class DistributedInstance(RunningInstance):
 
     def advance(self) -> None:
         """Take a plan over, tell a round, or wait for the last ones."""
-        if self.next_plan is not None:
+        if self.next_plan is not None and self._gives_way:
             self._flush()
             if self.next_plan is not None:
                 self._take_over(self.next_plan)
@@ -255,6 +255,7 @@ class DistributedInstance(RunningInstance):
         return task is None or task.phase is Phase.GONE
 
     def _arrange(self, plan: Plan, tasks: dict[str, RuntimeTask]) -> None:
+        self._is_pressed = False
         states = {key: task.state for key, task in tasks.items() if task.state is not None}
         is_new = {key for key, state in states.items() if state.place is None and not state.step}
         start_ns, copies = self.host.now_ns, bool(self.host.options.checkpoint_steps)
@@ -284,6 +285,7 @@ class DistributedInstance(RunningInstance):
 
     def _tell_round(self) -> None:
         assert self.plan is not None
+        self._has_begun = True
         cursors = {task_id: self._cursor(task_id) for task_id in self.plan.task_ids}
         try:
             micro_batches, after = self.host.builder.next_round(
