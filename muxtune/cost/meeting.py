@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Of what two slots take in a tile, one that has it to itself: in making h, and in low-rank steps.
-ALONE, ALONE_STEP = 0.4, 0.4
+ALONE, ALONE_STEP = 0.6, 0.4
 _GROUP_TILES = 8  # tiles of rows that the kernels go through side by side
 STEP_RANK = 16.0
 

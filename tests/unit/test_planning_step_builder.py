@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from muxtune import codec
 from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
-from muxtune.types import Cursor, HTask, MicroBatch, PackRule
+from muxtune.types import Cursor, HTask, MicroBatch, PackRule, PassLayout, PassLoad
 from tests.unit.planning_helpers import (
     COST,
     HandWalk,
@@ -193,10 +193,13 @@ def test_pass_load_of_packed_and_of_padded_passes() -> None:
     (micro_batch,), _ = StepBuilder().next_round(packed, {"a": Cursor()}, lengths)
     targets = sum(sample.target_tokens for sample in lengths.batch("a", 0))
     load = pass_load(micro_batch, lengths)
-    assert load == (micro_batch.shape, 10 * 11 / 2 + 50 * 51 / 2 + 3 * 4 / 2, targets, (0,))
+    pairs, layout = 10 * 11 / 2 + 50 * 51 / 2 + 3 * 4 / 2, PassLayout((63,), (10, 50, 3))
+    assert load == (micro_batch.shape, pairs, targets, (0,), layout)
     padded = make_plan([one_htask({"a": 4}, packing=PackRule.PAD, ladder=[(64, 4)])], [(0, 1)])
     (micro_batch,), _ = StepBuilder().next_round(padded, {"a": Cursor()}, lengths)
-    assert pass_load(micro_batch, lengths) == (micro_batch.shape, 4 * 64 * 65 / 2, targets, (0,))
+    assert pass_load(micro_batch, lengths) == PassLoad(
+        micro_batch.shape, 4 * 64 * 65 / 2, targets, (0,)
+    )
 
 
 def test_pass_load_names_the_slots_that_close() -> None:
