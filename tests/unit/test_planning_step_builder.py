@@ -193,7 +193,7 @@ def test_pass_load_of_packed_and_of_padded_passes() -> None:
     (micro_batch,), _ = StepBuilder().next_round(packed, {"a": Cursor()}, lengths)
     targets = sum(sample.target_tokens for sample in lengths.batch("a", 0))
     load = pass_load(micro_batch, lengths)
-    pairs, layout = 10 * 11 / 2 + 50 * 51 / 2 + 3 * 4 / 2, PassLayout((63,), (10, 50, 3))
+    pairs, layout = 10 * 11 / 2 + 50 * 51 / 2 + 3 * 4 / 2, PassLayout((63,), (50, 10, 3))
     assert load == (micro_batch.shape, pairs, targets, (0,), layout)
     padded = make_plan([one_htask({"a": 4}, packing=PackRule.PAD, ladder=[(64, 4)])], [(0, 1)])
     (micro_batch,), _ = StepBuilder().next_round(padded, {"a": Cursor()}, lengths)
