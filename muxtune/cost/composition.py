@@ -144,6 +144,19 @@ def _sum_of(costs: Sequence[Estimate]) -> Estimate:
     return Estimate(value, low, high, extrapolated)
 
 
+def _take_like(
+    held: list[dict[int, Estimate]], wanted: Mapping[int, Estimate]
+) -> Mapping[int, Estimate] | None:
+    """Takes out what an hTask has prepared, of one that can run the shapes that are wanted: each
+    has graphs of its own, which read the pool of its slots, so that none serves two hTasks."""
+    like = [item for item in held if item is wanted or not item.keys().isdisjoint(wanted)]
+    if not like:
+        return None
+    found = max(like, key=lambda item: len(item.keys() & wanted.keys()))
+    held.remove(found)
+    return found
+
+
 def nominal_load(shape: ShapeKey) -> PassLoad:
     """The load that stands for a shape when lengths are not known: every chunk one full sequence,
     a loss on every row, and every slot closing its step."""
@@ -323,11 +336,11 @@ class ComposedCostModel(ABC):
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
         """Loading the adapters of tasks that are new to the instance, and preparing shapes that
-        it has not run; 0 when neither changes."""
+        none of its hTasks has run for each hTask; 0 when neither changes."""
         if len(new.htasks) == 1 and (previous is None or not previous.htasks):
             return self._from_nothing_s(new.htasks[0], new.replicas[0])
         old_tasks: set[str] = set()
-        known: set[int] = set()
+        held: list[dict[int, Estimate]] = []  # prepared shapes of each hTask that runs
         costs: list[Estimate] = []
         if previous and previous.htasks and previous.htasks != new.htasks:
             costs.append(self.leave_s())
@@ -335,7 +348,7 @@ class ComposedCostModel(ABC):
             old_tasks.update(*[htask.slot_of for htask in previous.htasks])
             if not self.captures_anew(previous, new):
                 shapes = [htask.shapes for htask in previous.htasks]
-                known.update(*[self._captures(item, new.replicas[0])[0] for item in shapes])
+                held = [self._captures(item, new.replicas[0])[0] for item in shapes]
         for htask in new.htasks:
             if not htask.slot_of.keys() <= old_tasks:
                 slots = htask.shapes[-1].slots
@@ -348,11 +361,11 @@ class ComposedCostModel(ABC):
             costs += self._moves_s(previous, new)
         for htask in new.htasks:
             captures, together = self._captures(htask.shapes, new.replicas[0])
-            if known.isdisjoint(captures):
+            known = _take_like(held, captures)
+            if known is None:
                 costs.append(together)
             else:
                 costs += [cost for shape_id, cost in captures.items() if shape_id not in known]
-            known.update(captures)
         return _sum_of(costs)
 
     def _moves_s(self, previous: Plan, new: Plan) -> list[Estimate]:
