@@ -245,7 +245,7 @@ class CapturedCostModel(ProfiledCostModel):
     def pass_sums(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> PassSums:
         """A pass on a single stage as its operations alone say."""
         if self._knows_layout(load, replica):
-            return self._laid_out_sums(load)
+            return self._laid_out_sums(load)[0]
         sums = self._sums_of(load.shape, replica)
         seconds = by_cause(sums.blocks, sums.edges)
         attended_s = load.attention_pairs * sum(sums.pairs_s)
@@ -290,8 +290,9 @@ class CapturedCostModel(ProfiledCostModel):
         loads = [load for step in self.profile.steps for load in step.loads]
         return self._tiling is not None and all(load.layout is not None for load in loads)
 
-    def _laid_out_sums(self, load: PassLoad) -> PassSums:
-        """Products by how slots meet in their tiles, attention by its sequences' tiles."""
+    def _laid_out_sums(self, load: PassLoad) -> tuple[PassSums, Tally]:
+        """Products by how slots meet in their tiles, attention by its sequences' tiles; and what of
+        it is in blocks."""
         assert load.layout is not None
         shape, layout, layers = load.shape, load.layout, self.model.num_layers
         rows, used_rows = float(shape.padded_tokens), sum(layout.slot_rows)
@@ -309,7 +310,18 @@ class CapturedCostModel(ProfiledCostModel):
         edges.merge(self._edges_tally(rows, 1), 1)
         self._optimizers(edges, shape.slots)
         seconds = by_cause(blocks, edges)
-        return self._pass_sums(load, _SOLO, seconds, blocks.total_s, used_rows)
+        return self._pass_sums(load, _SOLO, seconds, blocks.total_s, used_rows), blocks
+
+    def _laid_out_breakdown_s(self, load: PassLoad, adding: Adding) -> dict[str, float]:
+        sums, blocks = self._laid_out_sums(load)
+        added, found = adding.at(sums), dict.fromkeys(ops.CATEGORIES, 0.0)
+        for cause, seconds in sums.seconds.items():
+            found[category_of(cause)] += adding.factors.get(cause, 1.0) * seconds
+        for cause, seconds in by_cause(blocks).items():
+            more = added.g + (added.h if cause in (SITE, FACTOR) else 0.0)
+            found[category_of(cause)] += more * seconds
+        found[ops.OVERHEAD] += adding.constants_s(sums)
+        return {category: seconds for category, seconds in found.items() if seconds}
 
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
         """Of loads with a layout by that, of others as ``pass_coefficients`` say."""
@@ -319,7 +331,7 @@ class CapturedCostModel(ProfiledCostModel):
         for index, load in enumerate(loads):
             if not self._knows_layout(load, replica):
                 continue
-            sums = self._laid_out_sums(load)
+            sums, _ = self._laid_out_sums(load)
             added = self.adding.at(sums)
             error = added.relative_error * _DRAWN_WIDENING
             error *= EXTRAPOLATED_WIDENING if found.extrapolated[index] else 1.0
@@ -428,6 +440,8 @@ class CapturedCostModel(ProfiledCostModel):
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
         """See the base class; what rows in use cost is the adapters'."""
+        if self.adding is not None and self._knows_layout(load, replica):
+            return self._laid_out_breakdown_s(load, self.adding)
         found = super().breakdown_s(load, replica)
         parts = self._busiest_stage(load.shape, replica)
         used_s = load.loss_rows * sum(parts.per_loss_row_s)
