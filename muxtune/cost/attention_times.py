@@ -18,7 +18,7 @@ from muxtune.cost.attention import (
     sequence_counts,
 )
 from muxtune.cost.composition import Rates
-from muxtune.cost.curves import Time, fit_affine
+from muxtune.cost.curves import Leaf, Time, fit_affine
 from muxtune.cost.profiled import NOTHING_MEASURED, Measured, leaf_of
 from muxtune.cost.tiles import Tiling
 from muxtune.types import PassLayout
@@ -40,12 +40,19 @@ class AttentionTimes:
         self._own: dict[str, tuple[float, PackedAttention] | None] = {}
 
     def rates(self, name: str) -> Rates:
-        """Affine in a pass's rows and pairs."""
-        name, ratio, extrapolated = self._measured(name)
-        points = self._ops[name]["points"]
+        """Affine in a pass's rows and pairs. Of heads that were not measured: what the sequences of
+        the measured points take with as many heads, where the profile tells them; else by work,
+        which says too little of few rows where heads share keys."""
+        measured, ratio, extrapolated = self._measured(name)
+        points, counted = self._ops[measured]["points"], self._with_own_heads(name)
+        leaves = [leaf_of(point) for point in points]
+        if extrapolated and counted is not None:
+            ratio, packed = counted
+            calls = [Point.of(point) for point in points]
+            own_s = [packed.seconds(call.rows, call.sequences) for call in calls]
+            leaves = [_taking(s, leaf) for s, leaf in zip(own_s, leaves, strict=True)]
         features = np.array([(1.0, point["rows"], point["pairs"]) for point in points])
-        largest = max(float(point["rows"]) for point in points)
-        fit = fit_affine(features, [leaf_of(point) for point in points], largest)
+        fit = fit_affine(features, leaves, max(float(point["rows"]) for point in points))
         per_pass, per_row, per_pair = (ratio * number for number in fit.coefficients)
         most = NOTHING_MEASURED if extrapolated else fit.max_size
         return Rates(per_pass, per_row, per_pair, fit.relative_error, most)
@@ -107,6 +114,11 @@ class AttentionTimes:
         assert self._tiling is not None
         heads, kv_heads, _ = map(int, name.partition(".")[2].split("x"))
         return Device(heads, kv_heads, self._tiling.num_multiprocessors)
+
+
+def _taking(seconds: float, leaf: Leaf) -> Leaf:
+    """As certain as another."""
+    return Leaf(seconds, leaf.half_width_s * seconds / leaf.value_s)
 
 
 def _head_size(name: str) -> int:
