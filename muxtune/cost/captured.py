@@ -122,6 +122,7 @@ class CapturedCostModel(ProfiledCostModel):
     """
 
     adding: Adding | None = None  # how operations add up; None: as they are
+    laid_out_adding: Adding | None = None  # of loads with a layout; None: as of others
 
     def __init__(
         self, model: ModelShape, profile: Any, memory: MemoryOptions | None = None
@@ -200,16 +201,28 @@ class CapturedCostModel(ProfiledCostModel):
         return max(rows, self._memo[key])  # type: ignore[type-var]
 
     def _fitted_composition(self, steps: Sequence[WholeStep]) -> Composition:
+        """Of steps that all have layouts also how passes with one add up: what is counted for them
+        is off by other shares than what is typical of their shapes."""
         models: dict[int, CapturedCostModel] = {}
-        sums = []
         for step in steps:
             if step.num_layers not in models:
                 found = self._of_depth(step)
                 assert isinstance(found, CapturedCostModel)
                 models[step.num_layers] = found
-            passes = tuple(models[step.num_layers].pass_sums(load) for load in step.loads)
-            sums.append(StepSums(passes, step.median_s, spread_of(step.repeats_s)))
-        self.adding = fit_adding(sums)
+
+        def fitted(laid_out: bool) -> Adding:
+            sums = []
+            for step in steps:
+                model = models[step.num_layers]
+                sums_of = model._any_sums if laid_out else model.pass_sums
+                passes = tuple(sums_of(load) for load in step.loads)
+                sums.append(StepSums(passes, step.median_s, spread_of(step.repeats_s)))
+            return fit_adding(sums)
+
+        self.adding = fitted(False)
+        loads = [load for step in steps for load in step.loads]
+        if self._tiling is not None and all(load.layout is not None for load in loads):
+            self.laid_out_adding = fitted(True)
         error = _NORMAL_90 * self.adding.typical_error
         return Composition(
             pass_s=self.adding.pass_s,
@@ -239,13 +252,12 @@ class CapturedCostModel(ProfiledCostModel):
         return options._replace(relative_error=max(options.relative_error, off))
 
     def _compose_as(self, other: ProfiledCostModel) -> None:
-        self.adding = other.adding if isinstance(other, CapturedCostModel) else None
+        if isinstance(other, CapturedCostModel):
+            self.adding, self.laid_out_adding = other.adding, other.laid_out_adding
         super()._compose_as(other)
 
     def pass_sums(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> PassSums:
-        """A pass on a single stage as its operations alone say."""
-        if self._knows_layout(load, replica):
-            return self._laid_out_sums(load)[0]
+        """A pass on a single stage as its operations alone say, whatever its layout."""
         sums = self._sums_of(load.shape, replica)
         seconds = by_cause(sums.blocks, sums.edges)
         attended_s = load.attention_pairs * sum(sums.pairs_s)
@@ -276,19 +288,12 @@ class CapturedCostModel(ProfiledCostModel):
 
     # ------------------------------------------------------- passes of one certain micro-batch
 
-    def _knows_layout(self, load: PassLoad, replica: ReplicaShape) -> bool:
-        """Whether the layout says more than the shape: all rows of one stage on one rank, by a
-        profile whose whole steps have layouts too."""
-        if load.layout is None or not self._has_layouts or load.shape.recompute:
-            return False
-        if replica.tp * replica.pp > 1:
-            return False
-        return not any(slot.method == "prompt" for slot in load.shape.slots)
+    def _adding_of(self, load: PassLoad, replica: ReplicaShape) -> Adding | None:
+        """By which a load adds up by its layout; None: as loads without one."""
+        return self.laid_out_adding if _tells_more(load, replica) else None
 
-    @cached_property
-    def _has_layouts(self) -> bool:
-        loads = [load for step in self.profile.steps for load in step.loads]
-        return self._tiling is not None and all(load.layout is not None for load in loads)
+    def _any_sums(self, load: PassLoad) -> PassSums:
+        return self._laid_out_sums(load)[0] if _tells_more(load, _SOLO) else self.pass_sums(load)
 
     def _laid_out_sums(self, load: PassLoad) -> tuple[PassSums, Tally]:
         """Products by how slots meet in their tiles, attention by its sequences' tiles; and what of
@@ -326,16 +331,15 @@ class CapturedCostModel(ProfiledCostModel):
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
         """Of loads with a layout by that, of others as ``pass_coefficients`` say."""
         found = super().pass_times_s(loads, replica)
-        if self.adding is None:
-            return found
         for index, load in enumerate(loads):
-            if not self._knows_layout(load, replica):
+            adding = self._adding_of(load, replica)
+            if adding is None:
                 continue
             sums, _ = self._laid_out_sums(load)
-            added = self.adding.at(sums)
+            added = adding.at(sums)
             error = added.relative_error * _DRAWN_WIDENING
             error *= EXTRAPOLATED_WIDENING if found.extrapolated[index] else 1.0
-            value = self.adding.seconds(sums, added)
+            value = adding.seconds(sums, added)
             found.value[index] = value
             found.low[index], found.high[index] = value * max(0.0, 1 - error), value * (1 + error)
         return found
@@ -440,8 +444,9 @@ class CapturedCostModel(ProfiledCostModel):
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
         """See the base class; what rows in use cost is the adapters'."""
-        if self.adding is not None and self._knows_layout(load, replica):
-            return self._laid_out_breakdown_s(load, self.adding)
+        adding = self._adding_of(load, replica)
+        if adding is not None:
+            return self._laid_out_breakdown_s(load, adding)
         found = super().breakdown_s(load, replica)
         parts = self._busiest_stage(load.shape, replica)
         used_s = load.loss_rows * sum(parts.per_loss_row_s)
@@ -579,6 +584,13 @@ def _share_between(rows: float, log_rows: tuple[float, float]) -> float:
     """How far the rows are from the first of these binary logarithms to the second."""
     low, high = log_rows
     return min(1.0, max(0.0, (math.log2(max(1.0, rows)) - low) / (high - low)))
+
+
+def _tells_more(load: PassLoad, replica: ReplicaShape) -> bool:
+    """Whether a layout tells more than the shape: of all rows, on one rank."""
+    if load.layout is None or load.shape.recompute or replica.tp * replica.pp > 1:
+        return False
+    return not any(slot.method == "prompt" for slot in load.shape.slots)
 
 
 def _most_rows(shapes: Sequence[ShapeKey]) -> int:
