@@ -135,7 +135,8 @@ class CostModel(Protocol):
 
     The time of a pass is affine: base(shape) + attention_pairs * a + loss_rows * l + the sum of
     the closing slots' optimizer times, all of which ``pass_coefficients`` tells. That is what
-    lets a forecast be exact without walking. ``pass_times_s`` agrees with it.
+    lets a forecast be exact without walking. ``pass_times_s`` agrees with it for loads without a
+    layout; of one certain micro-batch, whose load has one, it and ``breakdown_s`` may know more.
     """
 
     def pass_coefficients(self, shape: ShapeKey, replica: ReplicaShape) -> PassCoefficients: ...
@@ -143,7 +144,8 @@ class CostModel(Protocol):
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape) -> Estimates: ...
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape) -> Mapping[str, float]:
-        """The same pass by cause: backbone, attention, adapters, loss, optimizer, overhead..."""
+        """The same pass by cause: backbone, attention, adapters, loss, optimizer, overhead...; sums
+        to what ``pass_times_s`` says of the load."""
         ...
 
     def subgraph_times_s(self, plan: Plan) -> SubgraphTimes: ...

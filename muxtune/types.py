@@ -388,7 +388,8 @@ class PassLayout(NamedTuple):
 class PassLoad(NamedTuple):
     """What a pass's time depends on. ``attention_pairs``: query-key pairs of the causal,
     block-diagonal attention, sum over sequences of n(n+1)/2. ``loss_rows``: rows with a loss.
-    ``layout``: where one certain micro-batch is meant; None: any with these sums."""
+    ``layout``: where one certain micro-batch is meant, whose time may be told more exactly than the
+    affine form of its sums does; None: any with these sums."""
 
     shape: ShapeKey
     attention_pairs: float

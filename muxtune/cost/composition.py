@@ -128,7 +128,7 @@ class Tally:
         return sum(self.forward_s.values()) + sum(self.backward_s.values())
 
 
-def _kept(memo: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+def kept(memo: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
     if len(memo) >= _MEMO_SIZE:
         memo.clear()
     memo[key] = value
@@ -272,7 +272,7 @@ class ComposedCostModel(ABC):
         key = (*shape[:2], self._slots_number(shape.slots), shape.recompute, replica)
         known = self._coefficients.get(key)
         if known is None:
-            known = _kept(self._coefficients, key, self._coefficients_of(shape, replica))
+            known = kept(self._coefficients, key, self._coefficients_of(shape, replica))
         return known
 
     def _slots_number(self, slots: tuple[AdapterSlot, ...]) -> int:
@@ -331,7 +331,7 @@ class ComposedCostModel(ABC):
         key = (shape, replica)
         if key not in self._graphs:
             costs = ComposedSubgraphCosts(self, nominal_load)
-            _kept(self._graphs, key, pass_subgraphs(self.model, shape, replica, costs))
+            kept(self._graphs, key, pass_subgraphs(self.model, shape, replica, costs))
         return self._graphs[key]
 
     def transition_s(self, previous: Plan | None, new: Plan) -> Estimate:
@@ -468,7 +468,7 @@ class ComposedCostModel(ABC):
             layers = stage_layers(self.model, replica.pp)[0]
             # An upper bound where layers do not divide: the longest stage and the loss head.
             parts = self._stage_parts(shape, replica, layers, True, True)
-            known = _kept(self._parts, key, parts)
+            known = kept(self._parts, key, parts)
         return known
 
     def _stage_parts(
@@ -595,7 +595,7 @@ class ComposedCostModel(ABC):
         return self._memo[key]  # type: ignore[return-value]
 
     def _remember(self, key: Hashable, value: object) -> None:
-        _kept(self._memo, key, value)
+        kept(self._memo, key, value)
 
     def _forget_passes(self) -> None:
         """Where operations add up in another way from now on."""

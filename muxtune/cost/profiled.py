@@ -30,6 +30,8 @@ from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKe
 # Overheads that a device may do without (a captured graph has no layer overhead).
 _OPTIONAL = {"layer_overhead_forward", "layer_overhead_backward", "pass_overhead"}
 Timing = Callable[[tuple[float, ...]], Time]
+TimeOf = Callable[[str, tuple[float, ...]], Time]  # of an operation by its name and sizes
+Measured = Callable[[str], tuple[str, float, bool]]  # see ``ProfiledCostModel._measured``
 NOTHING_MEASURED = -1.0  # the largest size of an operation that is taken from another
 
 

@@ -24,14 +24,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from muxtune.cost import ops
+from muxtune.cost.causes import ADAPTED, FACTOR, MANY_ROWS_LOSS, SITE
+
 # Prior standard deviations of the factors: how far a cause is trusted to be as alone.
 _SPREADS: Mapping[str, float] = {
-    "backbone": 0.05,
-    "adapted": 0.05,
-    "loss": 0.05,
-    "loss of many rows": 0.05,
-    "site": 0.25,
-    "factor": 0.5,
+    ops.BACKBONE: 0.05,
+    ADAPTED: 0.05,
+    ops.LOSS: 0.05,
+    MANY_ROWS_LOSS: 0.05,
+    SITE: 0.25,
+    FACTOR: 0.5,
 }
 _OTHER_SPREAD = 0.2
 _FILLER, _PASS_S, _BLOCK_S = 0.15, 3e-4, 1e-5
@@ -137,8 +140,12 @@ class Adding(NamedTuple):
     def seconds(self, item: PassSums, added: Added) -> float:
         """Of the pass. ``added``: ``at(item)``."""
         parts = [self.factors.get(cause, 1.0) * value for cause, value in item.seconds.items()]
-        constants_s = self.pass_s + item.num_blocks * self.block_s + self.filler * item.filler_s
+        constants_s = self.constants_s(item)
         return sum(parts) + added.g * item.blocks_s + added.h * item.adapters_s + constants_s
+
+    def constants_s(self, item: PassSums) -> float:
+        """Of the pass: what is of no cause."""
+        return self.pass_s + item.num_blocks * self.block_s + self.filler * item.filler_s
 
     def _relative_error(self, item: PassSums, nearness: np.ndarray) -> float:
         total_s, near = sum(item.seconds.values()), self.near

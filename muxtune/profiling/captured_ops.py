@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from muxtune.cost.attention import SEQUENCES, sequence_counts
-from muxtune.cost.captured import MIN_RANK, extra_size, fused_sites, padded_rank, slot_elements
+from muxtune.cost.fused_sites import MIN_RANK, extra_size, fused_sites, padded_rank, slot_elements
 from muxtune.cost.memory import STATIC_LOSS_ROWS
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.bench import summarise

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from muxtune.cost.captured import fused_sites, padded_rank
+from muxtune.cost.fused_sites import fused_sites, padded_rank
 from muxtune.cost.schema import CAPTURED
 from muxtune.cost.shapes import ModelShape
 from muxtune.profiling.step_cases import plan_of

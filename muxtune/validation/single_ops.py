@@ -11,7 +11,8 @@ import torch
 
 from muxtune.cost import ops
 from muxtune.cost.attention import SEQUENCES, sequence_counts
-from muxtune.cost.captured import CapturedCostModel, padded_rank
+from muxtune.cost.captured import CapturedCostModel
+from muxtune.cost.fused_sites import padded_rank
 from muxtune.cost.profiled import ProfiledCostModel
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.profiling import cases

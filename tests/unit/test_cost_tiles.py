@@ -9,8 +9,9 @@ import pytest
 
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
-from muxtune.cost.captured import CapturedCostModel, fused_sites
+from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.curves import Grid, Leaf, smoothed
+from muxtune.cost.fused_sites import fused_sites
 from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
@@ -224,14 +225,16 @@ def test_slots_of_mixed_ranks_pay_between_their_mean_and_their_largest(tiling: T
     axes = {"unit": "s", "axes": ["slots", "rank", "rows"]}
     raw["ops"] |= {f"site_forward.{size}": {**axes, "points": grid}}
     plain = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-    assert plain._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == 64, "nothing is known of it"
+    assert plain._slots.rank_paid(f"forward.{size}", (16, 32, 64, 64)) == 64, (
+        "nothing is known of it"
+    )
     # Half of 16, half of 64: a quarter of the way from the mean, 40, to 64.
-    mean_s, most_s = (plain._of_sizes(f"site_forward.{size}", (8, k, 2048)) for k in (40, 64))
+    mean_s, most_s = (plain._time(f"site_forward.{size}", (8, k, 2048)).value_s for k in (40, 64))
     quarter = point(8, 64, 2048, 1e3 * (mean_s + (most_s - mean_s) / 4))
     raw["ops"] |= {f"mixed_forward.{size}": {**axes, "points": [quarter]}}
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-    assert model._rank_paid(f"forward.{size}", (16, 32, 64, 64)) == pytest.approx(44 + 20 / 4)
-    assert model._rank_paid(f"forward.{size}", (32, 32)) == 32
+    assert model._slots.rank_paid(f"forward.{size}", (16, 32, 64, 64)) == pytest.approx(44 + 20 / 4)
+    assert model._slots.rank_paid(f"forward.{size}", (32, 32)) == 32
 
 
 def test_rows_of_filler_spare_what_was_measured_of_them(tiling: Tiling) -> None:
@@ -239,18 +242,18 @@ def test_rows_of_filler_spare_what_was_measured_of_them(tiling: Tiling) -> None:
     site = fused_sites(LLAMA_7B)[0]
     name = f"forward.{site.size}"
     whole = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-    assert whole._row_of_adapters_s(name, 16) == 0, "nothing is known of it"
+    assert whole._slots.row_s(name, 16) == 0, "nothing is known of it"
     seconds = raw["ops"][f"site_{name}"]["points"][2]["median_s"]
     half = {"slots": 1, "rank": 16, "rows": 2048}
     half |= dict.fromkeys(("median_s", "p05_s", "p95_s"), 0.9 * seconds)
     axes = ["slots", "rank", "rows"]
     raw["ops"] |= {f"part_{name}": {"unit": "s", "axes": axes, "points": [half]}}
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-    assert model._row_of_adapters_s(name, 16) == pytest.approx(0.1 * seconds / 1024)
+    assert model._slots.row_s(name, 16) == pytest.approx(0.1 * seconds / 1024)
     wider = CapturedCostModel(LLAMA_8B, {**raw, "content_hash": content_hash(raw)})
     other = fused_sites(LLAMA_8B)[0]
     ratio = (other.in_features + sum(other.out_features)) / (4096 + 3 * 4096)
-    assert wider._row_of_adapters_s(f"forward.{other.size}", 16) == pytest.approx(
+    assert wider._slots.row_s(f"forward.{other.size}", 16) == pytest.approx(
         ratio * 0.1 * seconds / 1024
     )
 
@@ -342,7 +345,7 @@ def test_rows_of_others_spare_what_was_measured_where_half_were(
 ) -> None:
     raw = _with_extras(_profile(tiling), half_s)
     model = CapturedCostModel(LLAMA_7B, {**raw, "content_hash": content_hash(raw)})
-    found_s = model._extra_row_s("extra_ia3_forward.4096", 12288.0)
+    found_s = model._extras.row_s("extra_ia3_forward.4096", 12288.0)
     assert 1e9 * found_s == pytest.approx(spared_ns, abs=1e-6)
 
 
