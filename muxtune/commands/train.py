@@ -180,6 +180,8 @@ def run(
         elif chapters:
             executor.restore([(record, ()) for chapter in chapters for record in chapter])
         engine.observers += (display,)  # it shows what happens, not what has happened
+        gc.collect()
+        gc.freeze()  # a look through all that was imported would stop training for half a second
         totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
     if predicted := _ordered(outcomes.plans.values()):

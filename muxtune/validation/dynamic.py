@@ -6,6 +6,7 @@ logs are compared line by line, without their times.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -436,6 +437,8 @@ def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
         book = _book(profile)
         book(shape.name, profile.device_name)  # it is fitted before the executor's clock begins
         executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
+        gc.collect()
+        gc.freeze()  # what rehearsals have left is not looked through again while tasks train
         try:
             log = _run(case, profile, TimedPlanner(book), executor)
         finally:
