@@ -21,7 +21,12 @@ operations of its own:
   ``half_METHOD_backward.D``: where half of the rows are filler.
 
 Rows are those of the shape: filler is computed too, but for the adapters. A load says how many
-rows have a label; these are taken as the rows in use, so that adapters are charged by them.
+rows have a label; these are taken as the rows in use, so that adapters are charged by them. A load
+of one certain micro-batch has a layout, which says it of every slot and sequence.
+
+``fused_sites`` and ``slot_uses`` tell what slots are to the linears, ``site_products``,
+``attention_times`` and ``extra_methods`` what operations take, ``blocks`` what a block of them
+takes, and ``residuals`` how blocks and the rest add up.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from muxtune import build, codec
+from muxtune.commands.plan import sample_rounds
 from muxtune.cost import ops
 from muxtune.cost.attention import SEQUENCES
 from muxtune.cost.calibration import WholeStep
@@ -16,8 +17,10 @@ from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.composition import pass_time_s
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
+from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.types import AdapterSlot, PassLayout, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation import single_ops
+from tests.unit.planning_helpers import TableLengths, fresh, make_plan, one_htask
 
 SOLO = ReplicaShape()
 LLAMA_8B = model_shape("llama-3.1-8b")
@@ -174,6 +177,21 @@ def test_the_breakdown_sums_to_the_pass(
                 assert set(parts) <= set(ops.CATEGORIES)
                 assert parts[ops.OVERHEAD] >= 0.0, "filler spares products, not overhead"
                 assert parts[ops.BACKBONE] > parts.get(ops.LOSS, 0.0) > 0.0
+
+
+def test_a_sampled_round_s_causes_add_up_to_its_passes(knowing: CapturedCostModel) -> None:
+    lengths = TableLengths()
+    lengths.add("a", [[90, 30], [64]], num_steps=4)
+    lengths.add("b", [[100, 50, 20]], num_steps=4)
+    plan = make_plan([one_htask({"a": 2, "b": 3}, 64)], [(0, None)])
+    sample = sample_rounds(plan, lengths, knowing, 2)
+    builder, cursors, total_s = StepBuilder(), fresh(plan), 0.0
+    for _ in range(2):
+        batches, cursors = builder.next_round(plan, cursors, lengths)
+        total_s += sum(time_s(knowing, pass_load(batch, lengths)) for batch in batches)
+    assert sample.time_s == pytest.approx(total_s / 2)
+    assert sum(sample.breakdown_s.values()) == pytest.approx(total_s / 2)
+    assert min(sample.breakdown_s.values()) > 0.0, "or shares of a round are not shares"
 
 
 def test_more_real_rows_are_charged_to_adapters_and_products(knowing: CapturedCostModel) -> None:
