@@ -379,7 +379,8 @@ class MicroBatch(NamedTuple):
 
 class PassLayout(NamedTuple):
     """What rows a packed micro-batch really has. ``slot_rows``: rows in use of every slot, in the
-    slots' order; the rest is filler. ``sequence_rows``: of its sequences, without filler."""
+    slots' order; the rest is filler. ``sequence_rows``: of its sequences, without filler, as they
+    lie."""
 
     slot_rows: tuple[int, ...]
     sequence_rows: tuple[int, ...]

@@ -21,7 +21,12 @@ operations of its own:
   ``half_METHOD_backward.D``: where half of the rows are filler.
 
 Rows are those of the shape: filler is computed too, but for the adapters. A load says how many
-rows have a label; these are taken as the rows in use, so that adapters are charged by them.
+rows have a label; these are taken as the rows in use, so that adapters are charged by them. A load
+of one certain micro-batch has a layout, which says it of every slot and sequence.
+
+``fused_sites`` and ``slot_uses`` tell what slots are to the linears, ``site_products``,
+``attention_times`` and ``extra_methods`` what operations take, ``blocks`` what a block of them
+takes, and ``residuals`` how blocks and the rest add up.
 """
 
 from __future__ import annotations
@@ -325,7 +330,8 @@ class CapturedCostModel(ProfiledCostModel):
         for cause, seconds in by_cause(blocks).items():
             more = added.g + (added.h if cause in (SITE, FACTOR) else 0.0)
             found[category_of(cause)] += more * seconds
-        found[ops.OVERHEAD] += adding.constants_s(sums)
+        found[ops.BACKBONE] += adding.filler * sums.filler_s
+        found[ops.OVERHEAD] += adding.pass_s + sums.num_blocks * adding.block_s
         return {category: seconds for category, seconds in found.items() if seconds}
 
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
@@ -359,8 +365,8 @@ class CapturedCostModel(ProfiledCostModel):
         if adding is not None:
             g, h, error = adding.at(self.pass_sums(nominal_load(shape), replica))
             of, filler_s = adding.factors, adding.filler * sums.idle_s
-            constant_s = adding.pass_s + sums.num_blocks * adding.block_s + filler_s
-            tally.put(ops.OVERHEAD, False, constant_s)
+            tally.put(ops.OVERHEAD, False, adding.pass_s + sums.num_blocks * adding.block_s)
+            tally.put(ops.BACKBONE, True, filler_s)
 
         def times(cause: str) -> float:
             return of.get(cause, 1.0) + g + (h if cause in (SITE, FACTOR) else 0.0)
@@ -443,7 +449,8 @@ class CapturedCostModel(ProfiledCostModel):
         return self._memo[key]  # type: ignore[return-value]
 
     def breakdown_s(self, load: PassLoad, replica: ReplicaShape = _SOLO) -> dict[str, float]:
-        """See the base class; what rows in use cost is the adapters'."""
+        """See the base class. What rows in use cost is the adapters', but for the products' that
+        filler would have taken less."""
         adding = self._adding_of(load, replica)
         if adding is not None:
             return self._laid_out_breakdown_s(load, adding)
@@ -451,8 +458,13 @@ class CapturedCostModel(ProfiledCostModel):
         parts = self._busiest_stage(load.shape, replica)
         used_s = load.loss_rows * sum(parts.per_loss_row_s)
         if used_s:
+            idle_s = self._sums_of(load.shape, replica).idle_s
+            rows = load.shape.padded_tokens
+            filler_s = self.adding.filler * idle_s / rows if self.adding is not None else 0.0
             found[ops.LOSS] -= used_s
-            found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + used_s
+            found[ops.BACKBONE] -= load.loss_rows * filler_s
+            more_s = used_s + load.loss_rows * filler_s
+            found[ops.ADAPTERS] = found.get(ops.ADAPTERS, 0.0) + more_s
         return found
 
     def _block_of(self, shape: ShapeKey, rows: float, tp: int, per_used_s: list[float]) -> Tally:

@@ -140,12 +140,8 @@ class Adding(NamedTuple):
     def seconds(self, item: PassSums, added: Added) -> float:
         """Of the pass. ``added``: ``at(item)``."""
         parts = [self.factors.get(cause, 1.0) * value for cause, value in item.seconds.items()]
-        constants_s = self.constants_s(item)
+        constants_s = self.pass_s + item.num_blocks * self.block_s + self.filler * item.filler_s
         return sum(parts) + added.g * item.blocks_s + added.h * item.adapters_s + constants_s
-
-    def constants_s(self, item: PassSums) -> float:
-        """Of the pass: what is of no cause."""
-        return self.pass_s + item.num_blocks * self.block_s + self.filler * item.filler_s
 
     def _relative_error(self, item: PassSums, nearness: np.ndarray) -> float:
         total_s, near = sum(item.seconds.values()), self.near

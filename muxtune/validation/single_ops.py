@@ -118,7 +118,7 @@ def again(
 ) -> list[dict[str, Any]]:
     """The same measurements beside what ``model_of`` predicts of a captured profile. Where older
     records or profiles do not tell the sequences of an attention, they are drawn again."""
-    model = model_of(_with_sequences(profile))
+    model = model_of(with_sequences(profile))
     return [{**row, "ops": [_again(model, row["name"], op) for op in row["ops"]]} for row in rows]
 
 
@@ -131,7 +131,7 @@ def _again(model: CapturedCostModel, draw: str, op: Mapping[str, Any]) -> dict[s
     return _scored(model, op["op"], size, op["repeats_s"])
 
 
-def _with_sequences(profile: Profile) -> Profile:
+def with_sequences(profile: Profile) -> Profile:
     """An older profile's attention beside the sequences that its mixes draw."""
     ops = {
         name: {**op, "points": [*map(_drawn_again, op["points"])]}

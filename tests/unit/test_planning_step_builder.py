@@ -202,6 +202,42 @@ def test_pass_load_of_packed_and_of_padded_passes() -> None:
     )
 
 
+def test_layouts_count_a_sequence_once_however_many_chunks_it_has() -> None:
+    lengths = TableLengths()
+    lengths.add("a", [[77, 3]], num_steps=1)  # three chunks of 32, the last with 13 rows and then 3
+    lengths.add("b", [[33]], num_steps=1)
+    plan = make_plan([one_htask({"a": 3, "idle": 1, "b": 2}, 32)], [(0, 1)])
+    lengths.add("idle", [[5]], num_steps=1)
+    cursors = {"a": Cursor(), "idle": Cursor(1), "b": Cursor()}
+    (micro_batch,), _ = StepBuilder().next_round(plan, cursors, lengths)
+    load = pass_load(micro_batch, lengths)
+    assert load.layout == PassLayout((80, 0, 33), (77, 3, 33))
+    assert load.attention_pairs == sum(n * (n + 1) / 2 for n in (77, 3, 33))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 7, 16, 33, 100]))
+def test_layouts_are_of_the_rows_that_a_pass_really_has(seed: int, chunk_tokens: int) -> None:
+    """Sequences lie whole in a pass, so that their pairs are the load's."""
+    lengths = drawn_lengths(seed, ["a", "b", "c"])
+    most = -(-100 // chunk_tokens)
+    plan = make_plan([one_htask({"a": most, "b": most + 1, "c": most}, chunk_tokens)], [(0, None)])
+    for each in whole_run(plan, lengths):
+        load, pieces = pass_load(each, lengths), [0, 0, 0]
+        for chunk in each.chunks:
+            pieces[chunk.slot] += sum(piece.stop - piece.start for piece in chunk.pieces)
+        assert load.layout is not None and load.layout.slot_rows == tuple(pieces)
+        assert sum(load.layout.sequence_rows) == sum(pieces) <= each.shape.padded_tokens
+        known = {
+            (chunk.task_id, piece.position): lengths.batch(
+                chunk.task_id, each.steps[chunk.task_id]
+            )[piece.position].tokens
+            for chunk in each.chunks
+            for piece in chunk.pieces
+        }
+        assert sorted(load.layout.sequence_rows) == sorted(known.values())
+
+
 def test_pass_load_names_the_slots_that_close() -> None:
     lengths = TableLengths()
     lengths.add("a", [[30] * 2], num_steps=1)
