@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +137,8 @@ def run(
     warn_of_costs(costs, instances)
     outcomes, troubles = Outcomes(), Troubles()
     chapters = _turn_page(config, folder.path)
+    from muxtune.runtime.memory import quick_collections
+
     ended_before = tasks_that_ended(chapters)
     with ExitStack() as stack:
         store, make_instance = loaded or build.backbone_store(config), None
@@ -181,9 +182,8 @@ def run(
         elif chapters:
             executor.restore([(record, ()) for chapter in chapters for record in chapter])
         engine.observers += (display,)  # it shows what happens, not what has happened
-        gc.collect()
-        gc.freeze()  # a look through all that was imported would stop training for half a second
-        totals = engine.run()
+        with quick_collections():
+            totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
     if predicted := _ordered(outcomes.plans.values()):
         spec = next(item for item in instances if item.instance_id == predicted.instance_id)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -29,12 +29,14 @@ from muxtune.runtime.adapters.contract import Place
 from muxtune.runtime.adapters.site import SiteMethods
 from muxtune.runtime.backbone import Backbone
 from muxtune.runtime.linear import LinearSite
+from muxtune.runtime.memory import free_bytes
 from muxtune.runtime.prepended import VirtualTokens
 from muxtune.types import AdapterSlot, HTask, TaskSpec
 from muxtune_kernels import AdamWPool, AdamWSlots
 
 ParameterKey = tuple[str, str]  # (site name, parameter name)
 _MAX_DRAWERS = 16  # threads that draw a fresh adapter
+_SPARE_BYTES = 2 << 30  # of a GPU that tasks on their way leave free
 
 
 class TaskTensors(NamedTuple):
@@ -297,9 +299,9 @@ class AdapterBank:
 
         A pool whose slots' shapes still fit is kept, and so are tasks that stay in their slot.
         Pools that nobody needs are let go before new ones are made, so that the two need not fit
-        into the memory together: tasks that move wait on the device as far as what was let go
-        with the old pools has left room there, the others on the host. Raises TaskError when a
-        task does not fit its slot.
+        into the memory together: tasks that move wait on the device as far as there is room beside
+        the new pools, or what was let go with the old ones has left some; the others on the host,
+        which takes seconds. Raises TaskError when a task does not fit its slot.
         """
         members = [
             {slot: states[task_id] for task_id, slot in htask.slot_of.items() if task_id in states}
@@ -319,6 +321,7 @@ class AdapterBank:
         loses = self._kinds is not None and len(kept) < len(self.pools)
         room_bytes = self._kinds.keep(kept) if loses and self._kinds is not None else 0
         moving = {task_id for htask in htasks for task_id in htask.slot_of}
+        room_bytes = max(room_bytes, self._spare_bytes([states[t] for t in moving if t in states]))
         for pool in self.pools:
             for state in [state for state in pool.occupants if state is not None]:
                 if not _is_at(state, stay.get(state.task.task_id)):
@@ -337,6 +340,11 @@ class AdapterBank:
                     _put_in(states[task_id], pools[-1], slot)
         self.pools = pools
         return pools
+
+    def _spare_bytes(self, states: Iterable[TaskState]) -> int:
+        """Free on the device even when there are new pools for all of these tasks."""
+        new_bytes = sum(state.num_bytes for state in states)
+        return max(0, free_bytes(self.backbone.device) - new_bytes - _SPARE_BYTES)
 
     def _fresh(self, value: Tensor) -> TaskTensors:
         param = value.to("cpu", torch.float32)

@@ -6,7 +6,6 @@ logs are compared line by line, without their times.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from muxtune.profiling.step_cases import StepCase, StepTask
 from muxtune.runtime.backbone import BackboneStore, random_weights
 from muxtune.runtime.captured_runner import DEPTH
 from muxtune.runtime.executor import TorchExecutor
+from muxtune.runtime.memory import quick_collections
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
 from muxtune.types import (
@@ -437,10 +437,9 @@ def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
         book = _book(profile)
         book(shape.name, profile.device_name)  # it is fitted before the executor's clock begins
         executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
-        gc.collect()
-        gc.freeze()  # what rehearsals have left is not looked through again while tasks train
         try:
-            log = _run(case, profile, TimedPlanner(book), executor)
+            with quick_collections():  # as in training
+                log = _run(case, profile, TimedPlanner(book), executor)
         finally:
             executor.close()
     log.spans = [
