@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from muxtune.errors import TaskError
+from muxtune.runtime import bank as bank_module
 from muxtune.runtime.backbone import BackboneStore
 from muxtune.runtime.bank import (
+    _SPARE_BYTES,
     AdapterBank,
     AdapterPool,
     SlotPool,
@@ -114,6 +116,29 @@ def test_tasks_wait_on_the_device_as_far_as_there_is_room(
         arrange(bank, [make_htask(TASKS[:2])], states)
         assert sum(stayed) == wanted
         arrange(bank, [make_htask(TASKS)], states)
+
+
+@pytest.mark.parametrize(("spare_bytes", "stay"), [(1 << 20, 2), (1, 0)])
+def test_tasks_wait_on_the_device_where_it_is_free_beside_the_new_pools(
+    store: BackboneStore, monkeypatch: pytest.MonkeyPatch, spare_bytes: int, stay: int
+) -> None:
+    """Whatever was let go with the old pools, which may be less than a large adapter."""
+    stayed: list[bool] = []
+    clone = TaskTensors.detached_copy
+
+    def noted(self: TaskTensors, with_grad: bool, on_device: bool = False) -> TaskTensors:
+        stayed.append(on_device)
+        return clone(self, with_grad, on_device)
+
+    bank = AdapterBank(store.get("tiny"), torch.float64, Kinds(0))
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    arrange(bank, [make_htask(TASKS)], states)
+    needed = sum(states[task.task_id].num_bytes for task in TASKS[:2])
+    monkeypatch.setattr(TaskTensors, "detached_copy", noted)
+    monkeypatch.setattr(bank_module, "free_bytes", lambda _: needed + _SPARE_BYTES + spare_bytes)
+    arrange(bank, [make_htask(TASKS[:2])], states)
+    moved = len(states["x"].tensors), len(states["y"].tensors)
+    assert sum(stayed) == sum(moved[:stay])
 
 
 def test_a_placed_tasks_tensors_are_the_pools_own_rows(store: BackboneStore) -> None:
