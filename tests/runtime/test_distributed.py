@@ -118,9 +118,10 @@ def same_run(ranks: Ranks, folder: Path, name: str) -> None:
         for kind, (tasks, what) in runs.items()
     }
     for task in five_tasks(FEW_STEPS):
-        bench = ranks.bench(folder / name / task.task_id)
-        plan = spread(make_plan([make_htask([task])]), ranks.replicas)
-        out[f"{task.task_id} alone"] = train(bench, plan, [task])
+        for how, quota in (("alone", 2), ("other sizes", 3)):
+            bench = ranks.bench(folder / name / f"{task.task_id}-{quota}")
+            plan = spread(make_plan([make_htask([task], quota=quota)]), ranks.replicas)
+            out[f"{task.task_id} {how}"] = train(bench, plan, [task])
     torch.save(out, folder / f"{name}.pt")
     ranks.stop()
 
@@ -229,9 +230,14 @@ def test_ranks_train_what_one_process_trains(
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_a_task_cannot_tell_its_neighbours_on_ranks_either(folder: Path, name: str) -> None:
+    """But for rounding, which depends on the processor: no more than other sizes of its own
+    micro-batches make of it where it is alone."""
     found = torch.load(folder / f"{name}.pt", weights_only=False)
     for task_id, together in found["few"].weights.items():
-        assert worst_gap(together, found[f"{task_id} alone"].weights[task_id]) <= 1e-6, task_id
+        alone, other = (
+            found[f"{task_id} {how}"].weights[task_id] for how in ("alone", "other sizes")
+        )
+        assert worst_gap(together, alone) <= max(1e-6, worst_gap(other, alone)) < 1e-5, task_id
 
 
 @pytest.mark.parametrize("name", ["pipeline", "unequal"])

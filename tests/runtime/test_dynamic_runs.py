@@ -48,9 +48,11 @@ def test_a_profile_draws_the_same_runs_each_time(
 def test_drawn_runs_are_no_ties_and_have_what_runs_are_for(
     profile: Profile, cases: list[DynamicCase]
 ) -> None:
+    """All hold where times are off by little, most where they are off by more."""
     rehearsal = Rehearsal(profile)
+    assert sum(not rehearsal.is_tie(case, NEAR) for case in cases) >= 2
     for case in cases:
-        assert not rehearsal.is_tie(case, (*NEAR, *NEARER)), case.name
+        assert not rehearsal.is_tie(case, NEARER), case.name
         log = rehearsal.run(case, NOMINAL)
         last_s = max(end.ended_ns for end in log.ended.values()) / NS_PER_S
         assert 0.8 * DURATION_S < last_s < 1.25 * DURATION_S
