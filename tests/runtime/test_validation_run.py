@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from experiments.gpu_validation.rescore import rescore
 from muxtune.commands.validate import show
 from muxtune.cost.book import profiled_model
 from muxtune.cost.captured import CapturedCostModel
@@ -229,3 +230,11 @@ def test_what_ran_when_the_process_ended_is_recorded_as_failed(tmp_path: Path) -
     ]
     assert after.rows[1]["case"] == 2 and Records(path).rows == after.rows
     assert [item.name for item in tmp_path.iterdir()] == ["steps.jsonl"]
+
+
+def test_the_steps_that_were_measured_first_are_scored_by_themselves(report: dict[str, Any]):
+    first, every = (rescore(report["folder"], first=count) for count in (1, None))
+    assert first["step"]["count"] == first["as_recorded"]["step"]["count"] == 1
+    assert every["as_recorded"]["step"] == report["step"]
+    assert every["step"]["mean"] == pytest.approx(report["step"]["mean"])  # the code is the same
+    assert first["op"] == every["op"]
