@@ -157,6 +157,7 @@ def run(
         listener = TorchListener(display, trace)
         if warning := device_warning(config, store.device):
             listener.on_notice(warning)
+        stack.enter_context(quick_collections())  # before the executor's clock begins
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
             make_instance=make_instance,
@@ -182,8 +183,7 @@ def run(
         elif chapters:
             executor.restore([(record, ()) for chapter in chapters for record in chapter])
         engine.observers += (display,)  # it shows what happens, not what has happened
-        with quick_collections():
-            totals = engine.run()
+        totals = engine.run()
     summary = _summary(config, totals, listener, planner, executor.accounted_peak_bytes())
     if predicted := _ordered(outcomes.plans.values()):
         spec = next(item for item in instances if item.instance_id == predicted.instance_id)

@@ -436,12 +436,12 @@ def _train(case: DynamicCase, profile: Profile, device: torch.device) -> Log:
         recorder, texts = Recorder(), RandomTexts(shape.vocab)
         book = _book(profile)
         book(shape.name, profile.device_name)  # it is fitted before the executor's clock begins
-        executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
-        try:
-            with quick_collections():  # as in training
+        with quick_collections():  # as in training, and before the executor's clock begins, too
+            executor = TorchExecutor(StepBuilder(), store, texts, options, [recorder])
+            try:
                 log = _run(case, profile, TimedPlanner(book), executor)
-        finally:
-            executor.close()
+            finally:
+                executor.close()
     log.spans = [
         (item.name, item.start_ns / NS_PER_S, item.duration_ns / NS_PER_S)
         for item in recorder.spans
