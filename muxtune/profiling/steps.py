@@ -35,7 +35,7 @@ from muxtune.runtime.bank import (
     grad_dtype_for,
 )
 from muxtune.runtime.batch import place_task
-from muxtune.runtime.memory import MemoryMeter, give_back_freed
+from muxtune.runtime.memory import MemoryMeter, give_back_freed, quick_collections
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.pass_runner import PassRunner, PassWork, PendingPass
 from muxtune.runtime.runners import Runners
@@ -82,12 +82,8 @@ def short_collections() -> Iterator[None]:
     """Garbage is looked for in what is new: what was imported is none, and takes most time."""
     with contextlib.suppress(ImportError):
         import transformers.models.llama.modeling_llama  # noqa: F401 (so that it is here already)
-    gc.collect()
-    gc.freeze()
-    try:
+    with quick_collections():
         yield
-    finally:
-        gc.unfreeze()
 
 
 def is_lost(device: torch.device) -> bool:
