@@ -319,14 +319,18 @@ class AdapterBank:
         }
         kept = [pool for pool in matched if pool is not None]
         loses = self._kinds is not None and len(kept) < len(self.pools)
-        room_bytes = self._kinds.keep(kept) if loses and self._kinds is not None else 0
         moving = {task_id for htask in htasks for task_id in htask.slot_of}
-        room_bytes = max(room_bytes, self._spare_bytes([states[t] for t in moving if t in states]))
+        room_bytes = 0
+        if loses and self._kinds is not None:
+            spare_bytes = self._spare_bytes(states[key] for key in moving if key in states)
+            room_bytes = max(self._kinds.keep(kept), spare_bytes)
+        waited = False
         for pool in self.pools:
             for state in [state for state in pool.occupants if state is not None]:
                 if not _is_at(state, stay.get(state.task.task_id)):
                     on_device = state.task.task_id in moving and state.num_bytes <= room_bytes
                     room_bytes -= state.num_bytes if on_device else 0
+                    waited |= on_device
                     take_out(state, on_device)
             del pool
         self.pools = kept
@@ -339,6 +343,8 @@ class AdapterBank:
                 if task_id in states and not _is_at(states[task_id], (pools[-1], slot)):
                     _put_in(states[task_id], pools[-1], slot)
         self.pools = pools
+        if waited and self._kinds is not None:
+            self._kinds.give_back()  # what tasks waited in: graphs would find less than there is
         return pools
 
     def _spare_bytes(self, states: Iterable[TaskState]) -> int:

@@ -226,3 +226,13 @@ def test_whoever_makes_pools_is_told_only_when_some_are_let_go(store: BackboneSt
     for htasks in (together, together, [make_htask(TASKS[:2])], [make_htask(TASKS[:2])], []):
         bank.arrange(htasks, states)
     assert kinds.told == [0, 0] and kinds.given_back == 2
+
+
+def test_what_tasks_waited_in_on_the_device_is_given_back_too(store: BackboneStore) -> None:
+    """Else the next graphs find it taken, which looks as if memory were short."""
+    bank = AdapterBank(store.get("tiny"), torch.float64, kinds := Kinds(1 << 30))
+    states = {task.task_id: bank.create(task, 4) for task in TASKS}
+    bank.arrange([make_htask(TASKS)], states)
+    assert kinds.given_back == 0
+    bank.arrange([make_htask(TASKS[:2])], states)
+    assert kinds.given_back == 2
