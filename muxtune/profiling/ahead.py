@@ -109,7 +109,7 @@ def launch_plan(
     for htask, (capacity, row_counts) in zip(plan.htasks, sizes, strict=True):
         steps = _steps(model, htask, capacity, deterministic, windows)
         for num_rows in row_counts:
-            steps.compute(num_rows)
+            steps.compute_few(num_rows)
             done += 1
             report(done / total, f"{num_rows} rows")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from muxtune.errors import DataError
@@ -14,6 +14,7 @@ from muxtune.runtime.adapters import adapter_method
 from muxtune.runtime.backbone import ALL_LINEAR, Backbone
 from muxtune.runtime.bank import adapter_slot
 from muxtune.runtime.folders import whole_folder
+from muxtune.runtime.tensor_file import write_tensors
 from muxtune.types import TaskSpec
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -30,9 +31,8 @@ def write_adapter(
     """
     method = adapter_method(task.adapter.method)
     tensors = method.save(parameters)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_folder(Path(folder)) as partial:
-        _save_tensors(whole, partial / WEIGHTS_NAME)
+        write_tensors(tensors, partial / WEIGHTS_NAME)
         config = json.dumps(_config(task, backbone), indent=2, sort_keys=True)
         (partial / CONFIG_NAME).write_text(config + "\n", "utf-8")
     return Path(folder)
@@ -52,14 +52,6 @@ def read_adapter(folder: Path, task: TaskSpec, backbone: Backbone) -> dict[str, 
         raise DataError(
             str(folder), f"cannot be read ({error})", "Name an adapter folder"
         ) from None
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' own errors are no OSErrors; a full disk should look like one."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except Exception as error:
-        raise OSError(None, str(error), str(path)) from error
 
 
 def _config(task: TaskSpec, backbone: Backbone) -> dict[str, object]:

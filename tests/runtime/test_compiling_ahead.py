@@ -124,6 +124,28 @@ def test_what_is_asked_for_is_what_is_compiled(
     assert done.folders == {"_add_rms_norm_kernel": {folder}}
 
 
+@pytest.mark.parametrize("recompute", [0, 1, 4])
+@pytest.mark.parametrize("methods", [{"lora": ALL}, METHODS], ids=["lora", "mixed"])
+def test_a_few_blocks_ask_for_what_all_do(
+    methods: Mapping[str, tuple[str, ...]], recompute: int
+) -> None:
+    """By which a size is tried out before it is captured: nothing may be compiled in a capture."""
+    from muxtune.profiling.ahead import _steps, blank_static_model
+    from muxtune.runtime.captured_runner import capacity_of
+
+    plan, tasks = plan_for(methods)
+    asked = []
+    for form in ("compute", "compute_few"):
+        with without_gpu.asking_for(H100) as wanted:
+            model = blank_static_model(tiny()._replace(num_layers=4))
+            capacity = capacity_of(plan.htasks[0], tasks.values(), 512)
+            capacity = capacity._replace(blocks=dict.fromkeys(capacity.blocks, recompute))
+            steps = _steps(model, plan.htasks[0], capacity, True)
+            getattr(steps, form)(max(capacity.blocks))
+        asked.append(wanted)
+    assert asked[0] == asked[1] and len(asked[0]) > 10
+
+
 def test_steps_ask_for_what_they_compile(request: pytest.FixtureRequest) -> None:
     from muxtune.profiling.ahead import asked_by
     from muxtune.profiling.compiling import OpJob, step_jobs

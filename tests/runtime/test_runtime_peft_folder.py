@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
-    monkeypatch.setattr("muxtune.runtime.peft_io.save_file", full)
+    monkeypatch.setattr("muxtune.runtime.peft_io.write_tensors", full)
     with pytest.raises(OutputError, match="No space left"):
         write_adapter(folder, task, bench.state(task).parameters(), store.get("tiny"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

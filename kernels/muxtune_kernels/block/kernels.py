@@ -13,6 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import Launcher
+
+_WARPS = 4
+
 
 @triton.jit
 def _add_rms_norm_kernel(
@@ -42,10 +46,13 @@ def add_rms_norm_cuda(
     sum_TD = x_TD if added_TD is None else torch.empty_like(x_TD)
     normed_TD = torch.empty_like(x_TD)
     rstd_T = torch.empty(num_rows, dtype=torch.float32, device=x_TD.device)
-    _add_rms_norm_kernel[(num_rows,)](
-        x_TD, x_TD if added_TD is None else added_TD, weight_D, sum_TD, normed_TD, rstd_T, width,
-        eps, added_TD is not None, triton.next_power_of_2(width), num_warps=_warps(width),
-    )  # fmt: skip
+    _add_rms_norm(
+        (num_rows, 1, 1),
+        (x_TD, x_TD if added_TD is None else added_TD, weight_D, sum_TD, normed_TD, rstd_T),
+        (width, eps),
+        (added_TD is not None, triton.next_power_of_2(width)),
+        _warps(width),
+    )
     return sum_TD, normed_TD, rstd_T
 
 
@@ -73,11 +80,14 @@ def rms_norm_backward_cuda(
 ) -> Tensor:
     num_rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD)
-    _rms_norm_backward_kernel[(num_rows,)](
-        dnormed_TD, x_TD, weight_D, rstd_T, out_TD if dresidual_TD is None else dresidual_TD,
-        out_TD, width, dresidual_TD is not None, triton.next_power_of_2(width),
-        num_warps=_warps(width),
-    )  # fmt: skip
+    added_TD = out_TD if dresidual_TD is None else dresidual_TD
+    _rms_norm_backward(
+        (num_rows, 1, 1),
+        (dnormed_TD, x_TD, weight_D, rstd_T, added_TD, out_TD),
+        (width,),
+        (dresidual_TD is not None, triton.next_power_of_2(width)),
+        _warps(width),
+    )
     return out_TD
 
 
@@ -110,10 +120,13 @@ def _rotate_kernel(
 def rotate_cuda_(qkv_TC: Tensor, cos_LP: Tensor, sin_LP: Tensor, position_T: Tensor, heads) -> None:
     turned = heads.num_heads + heads.num_kv_heads
     group = math.gcd(turned, 16)
-    _rotate_kernel[(qkv_TC.shape[0], turned // group)](
-        qkv_TC, cos_LP, sin_LP, position_T, qkv_TC.stride(0), heads.head_dim,
-        triton.next_power_of_2(heads.head_dim // 2), group, num_warps=4 if group > 4 else 1,
-    )  # fmt: skip
+    _rotate(
+        (qkv_TC.shape[0], turned // group, 1),
+        (qkv_TC, cos_LP, sin_LP, position_T),
+        (qkv_TC.stride(0),),
+        (heads.head_dim, triton.next_power_of_2(heads.head_dim // 2), group),
+        _WARPS if group > 4 else 1,
+    )
 
 
 @triton.jit
@@ -156,11 +169,15 @@ def rotate_backward_cuda(
     out_TC = torch.empty((num_rows, heads.qkv_features), dtype=dq_THE.dtype, device=dq_THE.device)
     group = math.gcd(math.gcd(heads.num_heads, heads.num_kv_heads), 16)
     blocks = (heads.num_heads + 2 * heads.num_kv_heads) // group
-    _rotate_backward_kernel[(num_rows, blocks)](
-        dq_THE.contiguous(), dk_TKE.contiguous(), dv_TKE.contiguous(), out_TC, cos_LP, sin_LP,
-        position_T, heads.num_heads, heads.num_kv_heads, heads.head_dim,
-        triton.next_power_of_2(heads.head_dim // 2), group, num_warps=4 if group > 4 else 1,
-    )  # fmt: skip
+    grads = (tensor.contiguous() for tensor in (dq_THE, dk_TKE, dv_TKE))
+    half_pad = triton.next_power_of_2(heads.head_dim // 2)
+    _rotate_backward(
+        (num_rows, blocks, 1),
+        (*grads, out_TC, cos_LP, sin_LP, position_T),
+        (),
+        (heads.num_heads, heads.num_kv_heads, heads.head_dim, half_pad, group),
+        _WARPS if group > 4 else 1,
+    )
     return out_TC
 
 
@@ -179,7 +196,8 @@ def swiglu_cuda(gate_up_TC: Tensor) -> Tensor:
     num_rows, width = gate_up_TC.shape[0], gate_up_TC.shape[1] // 2
     out_TF = gate_up_TC.new_empty((num_rows, width))
     block = min(2048, triton.next_power_of_2(width))
-    _swiglu_kernel[(num_rows, triton.cdiv(width, block))](gate_up_TC, out_TF, width, block)
+    blocks = triton.cdiv(width, block)
+    _swiglu((num_rows, blocks, 1), (gate_up_TC, out_TF), (width,), (block,), _WARPS)
     return out_TF
 
 
@@ -202,7 +220,11 @@ def _swiglu_backward_kernel(dout_ptr, gate_up_ptr, width, BLOCK: tl.constexpr):
 def swiglu_backward_cuda_(dout_TF: Tensor, gate_up_TC: Tensor) -> Tensor:
     num_rows, width = dout_TF.shape
     block = min(2048, triton.next_power_of_2(width))
-    _swiglu_backward_kernel[(num_rows, triton.cdiv(width, block))](
-        dout_TF, gate_up_TC, width, block
-    )
+    blocks = triton.cdiv(width, block)
+    _swiglu_backward((num_rows, blocks, 1), (dout_TF, gate_up_TC), (width,), (block,), _WARPS)
     return gate_up_TC
+
+
+_add_rms_norm, _rms_norm_backward = map(Launcher, (_add_rms_norm_kernel, _rms_norm_backward_kernel))
+_rotate, _rotate_backward = Launcher(_rotate_kernel), Launcher(_rotate_backward_kernel)
+_swiglu, _swiglu_backward = Launcher(_swiglu_kernel), Launcher(_swiglu_backward_kernel)

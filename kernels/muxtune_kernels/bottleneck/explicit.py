@@ -103,7 +103,7 @@ def _expand(
     expand_kernel[(-(-width // _BLOCK_N), -(-num_rows // _BLOCK_T))](
         h_TJ, inner_TJ, base_TO, out_TO, factor_RO, pool.down_bias_R, pool.up_bias_UO,
         index.bias_row_S, pool.owned_S, rows.slot_of_row_T, layout.offset_S, layout.rank_S, key_T,
-        rate_S, layout.module_word, num_rows, width, h_TJ.stride(0), base_TO.stride(0),
+        rate_S, layout.word_of(rows), num_rows, width, h_TJ.stride(0), base_TO.stride(0),
         out_TO.stride(0), forward, dropped, layout.rank_pad, _BLOCK_T, _BLOCK_N, num_warps=4,
     )  # fmt: skip
     return out_TO, inner_TJ

@@ -91,6 +91,11 @@ class Layout(NamedTuple):
     module_word: int
     slot_of_rank_R: Tensor
 
+    def word_of(self, rows: RowTensors) -> int:
+        """What tells one linear's dropout from another's. Without dropout the same for all, so
+        that a launch is looked up once for all layers (`Launcher`)."""
+        return 0 if rows.dropout is None else self.module_word
+
 
 # Captured graphs point to these tensors, so they are never let go: a few small ones for each set
 # of ranks and each kind of linear, whatever the number of layers.
@@ -275,7 +280,7 @@ def shrink(x_TD: Tensor, a_RD: Tensor, rows: RowTensors, layout: Layout, tuning:
                 layout.rank_S, rows.scale_S, key_T, rate_S,
             ),
             (
-                layout.module_word, num_rows, width, layout.total_rank, x_TD.stride(0),
+                layout.word_of(rows), num_rows, width, layout.total_rank, x_TD.stride(0),
                 *a_RD.stride(), layout.j_width, h.stride(0),
             ),
             (
@@ -306,7 +311,7 @@ def expand(
             layout.offset_S, layout.rank_S, key_T, rate_S, layout.edges,
         ),
         (
-            layout.module_word, num_rows, num_out, layout.total_rank, layout.j_width,
+            layout.word_of(rows), num_rows, num_out, layout.total_rank, layout.j_width,
             factor_NR.stride(1), factor_NR.stride(0), out_TN.stride(0),
         ),
         (
@@ -420,7 +425,7 @@ def outer(
             layout.rank_S, key_T, rate_S, layout.rank_S if direct is None else direct.keep_S,
         ),
         (
-            layout.module_word, width, layout.total_rank, layout.j_width, x_TD.stride(0),
+            layout.word_of(rows), width, layout.total_rank, layout.j_width, x_TD.stride(0),
             partials.stride(0), partials.stride(1),
         ),
         (

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import Launcher
 from .tiles import TILE_ROWS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -294,11 +295,14 @@ def forward_cuda(
     num_rows, half = qkv_TC.shape[0], heads.head_dim // 2
     out_TC = qkv_TC.new_empty((num_rows, heads.num_heads * heads.head_dim))
     lse_HT = torch.empty((heads.num_heads, num_rows), dtype=torch.float32, device=qkv_TC.device)
-    _forward_kernel[(heads.num_heads, tiles_W3.shape[0])](
-        qkv_TC, out_TC, lse_HT, cos_LP, sin_LP, position_T, tiles_W3, num_rows,
-        heads.head_dim**-0.5, heads.num_heads, heads.num_kv_heads, half, TILE_ROWS, num_warps=4,
+    _forward(
+        (heads.num_heads, tiles_W3.shape[0], 1),
+        (qkv_TC, out_TC, lse_HT, cos_LP, sin_LP, position_T, tiles_W3),
+        (num_rows, heads.head_dim**-0.5),
+        (heads.num_heads, heads.num_kv_heads, half, TILE_ROWS),
+        num_warps=4,
         num_stages=1,
-    )  # fmt: skip
+    )
     return out_TC, lse_HT
 
 
@@ -309,16 +313,23 @@ def backward_cuda(
 ) -> Tensor:  # fmt: skip
     num_rows, half = qkv_TC.shape[0], heads.head_dim // 2
     dqkv_TC = torch.empty_like(qkv_TC)
-    grid = (heads.num_kv_heads, tiles_W3.shape[0])
+    grid = (heads.num_kv_heads, tiles_W3.shape[0], 1)
     constants = (heads.num_heads, heads.num_kv_heads, half, TILE_ROWS)
     scale = heads.head_dim**-0.5
-    _backward_long_kernel[grid](
-        dout_TC, qkv_TC, out_TC, lse_HT, dqkv_TC, cos_LP, sin_LP, position_T, tiles_W3, num_rows,
-        scale, *constants, heads.num_heads == heads.num_kv_heads, num_warps=long_warps,
+    angles = (cos_LP, sin_LP, position_T, tiles_W3)
+    _backward_long(
+        grid,
+        (dout_TC, qkv_TC, out_TC, lse_HT, dqkv_TC, *angles),
+        (num_rows, scale),
+        (*constants, heads.num_heads == heads.num_kv_heads),
+        long_warps,
         num_stages=1,
-    )  # fmt: skip
-    _backward_short_kernel[grid](
-        dout_TC, qkv_TC, dqkv_TC, cos_LP, sin_LP, position_T, tiles_W3, scale, *constants,
-        num_warps=short_warps, num_stages=1,
-    )  # fmt: skip
+    )
+    _backward_short(
+        grid, (dout_TC, qkv_TC, dqkv_TC, *angles), (scale,), constants, short_warps, num_stages=1
+    )
     return dqkv_TC
+
+
+_forward = Launcher(_forward_kernel)
+_backward_long, _backward_short = Launcher(_backward_long_kernel), Launcher(_backward_short_kernel)

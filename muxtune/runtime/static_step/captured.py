@@ -206,8 +206,15 @@ class CapturedSteps:
 
     def compute(self, num_rows: int) -> None:
         """The program itself, as it is captured."""
+        self.program.run(num_rows, self._recomputed(num_rows))
+
+    def _recomputed(self, num_rows: int) -> int:
         larger = [size for size in self.recompute if size >= num_rows]
-        self.program.run(num_rows, self.recompute[min(larger)] if larger else 0)
+        return self.recompute[min(larger)] if larger else 0
+
+    def compute_few(self, num_rows: int) -> None:
+        """Every kernel and library call of ``compute``; see ``StepProgram.run_few``."""
+        self.program.run_few(num_rows, self._recomputed(num_rows))
 
     def _load(self, host: HostBuffer) -> None:
         self.program.inputs.buffer.copy_(host.buffer, non_blocking=True)
@@ -224,7 +231,10 @@ class CapturedSteps:
         with torch.cuda.stream(self.stream):
             self._load(host)
             with self._memory.lent():
-                self.compute(num_rows)  # compiles kernels, uploads tables
+                # Kernels are compiled and tables uploaded before a capture. Tables are the pool's,
+                # the same for every size; and the first size tries out the memory of all.
+                trial = self.compute_few if self._graphs else self.compute
+                trial(num_rows)
             self._memory.stream.synchronize()
             with self._memory.capturing(graph):
                 self.compute(num_rows)

@@ -156,6 +156,18 @@ class StepProgram:
             raise ValueError(f"rows for prompts {inputs.layout.prompts}, the slots have others")
         self._stretches: Stretches | None = None
         self._is_real_R: Tensor | None = None
+        self._blocks = list(range(len(model.blocks)))  # all that a run goes through
+
+    def run_few(self, num_rows: int, recompute: int = 0) -> None:
+        """Every kernel and library call of a run of this size, by the first block and the last:
+        the first asks for no gradient of its input, and the others are alike. What it computes
+        means nothing."""
+        blocks = self._blocks
+        self._blocks = sorted({blocks[0], blocks[-1]})
+        try:
+            self.run(num_rows, recompute)
+        finally:
+            self._blocks = blocks
 
     @torch.no_grad()
     def run(self, num_rows: int, recompute: int = 0) -> StepResult:
@@ -188,7 +200,7 @@ class StepProgram:
         if self._prompts is not None:
             self._prompts.embed_(x_TD)
         saved: list[Saved | Tensor] = []
-        for index in range(len(self.model.blocks)):
+        for index in self._blocks:
             kept, added_TD = self._block_forward(index, x_TD, added_TD, rows)
             x_TD = kept.x_mid_TD
             saved.append(kept.x_in_TD if index < recompute else kept)
@@ -242,7 +254,7 @@ class StepProgram:
         model = self.model
         x_TD, _, rstd_T = hidden
         dx_TD = rms_norm_backward(dnormed_TD, x_TD, model.final_norm_D, rstd_T, None)
-        for index in reversed(range(len(model.blocks))):
+        for index in reversed(self._blocks):
             kept = saved.pop()
             if isinstance(kept, Tensor):
                 kept, _ = self._block_forward(index, kept, None, rows)
