@@ -11,11 +11,13 @@ Version 1::
                     "points": [{axis: size, ..., "median_s", "p05_s", "p95_s", "repeats"}]}},
      "program": {"style": "eager" | "captured", "deterministic": bool},
      "steps": [whole steps, see ``calibration.WholeStep``],
-     "clocks": {"samples": [...]}, "quality": {"spread": ...},
+     "clocks": {"samples": [...]},
+     "quality": {"spread": ..., "interrupted": ..., "taken_bytes": ...},
      "content_hash": sha256 of the canonical JSON of all of the above}
 
 ``program``, ``steps``, ``clocks`` and ``quality`` may be missing. The few whole steps fit how
-operations add up; the cost model is scored on others.
+operations add up; the cost model is scored on others. ``interrupted`` and ``taken_bytes``
+(``muxtune.cost.sharing``) are of GPUs only.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any, NamedTuple
 
 from muxtune.cost.calibration import WholeStep
 from muxtune.cost.shapes import ModelShape, checked_shape
+from muxtune.cost.sharing import SIGNS, sharing_warnings
 from muxtune.errors import ConfigError, ProfileError
 
 SCHEMA_VERSION = 1
@@ -131,7 +134,7 @@ def _check_fields(source: str, profile: Profile) -> None:
         raise ProfileError(f"{source}: device.name is missing. {_REMEDY}")
     for section, field, values in (
         ("device", "memory_bytes", profile.device),
-        ("quality", "spread", profile.quality),
+        *(("quality", name, profile.quality) for name in ("spread", *SIGNS)),
     ):
         if not _is_number(values.get(field, 0.0)):
             problem = f"{section}.{field} is {values[field]!r}, which is no number"
@@ -231,7 +234,7 @@ def profile_warnings(
             f" (at most {most:.1%} on a device of one's own); stop what else runs on it"
             " and run `muxtune profile` again"
         )
-    return lines
+    return lines + sharing_warnings("profile", profile.quality)
 
 
 _COMPARED = {

@@ -39,6 +39,7 @@ from muxtune.cost.schema import (
     profile_warnings,
 )
 from muxtune.cost.shapes import LLAMA, ModelShape, from_hf_config, model_shape
+from muxtune.cost.sharing import worst
 from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling import captured_profile, cases
 from muxtune.profiling.bench import Bench, Case, Sweeper, summarise
@@ -46,6 +47,7 @@ from muxtune.profiling.calibration_cases import calibration_cases, shallow, shal
 from muxtune.profiling.captured_cases import few_block_cases, whole_cases
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.compiling import Compilers, StepJob, step_jobs
+from muxtune.profiling.sharing import signs_at_start, signs_now
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import StepBench, is_lost, short_collections
 from muxtune.profiling.takeovers import measure_takeovers, takeover_jobs
@@ -121,6 +123,7 @@ def profile_machine(
     is_captured = style == CAPTURED
     steps_share = CAPTURED_STEPS_SHARE if is_captured else STEPS_SHARE
     ops_budget_s = budget_s * (1.0 - steps_share) if steps else budget_s
+    signs = _signs_at_start(target, kept)
     clocks, left_out, whole = [clocks_now(target)], [], []
     most = max_rows or MAX_ROWS[target.type]
     share, begun_s = ops_budget_s / budget_s, time.perf_counter()
@@ -181,6 +184,7 @@ def profile_machine(
                 left_out += _add_takeovers(ops, bench, most, kept)
             bench.close()
         ops |= exchanges
+        signs.append(signs_now(target))
         clocks.append(clocks_now(target))
     if style == CAPTURED and target.type == "cuda" and "capture" not in ops:
         left_out.append("capture: no step was captured, so its time is a guess")
@@ -196,11 +200,23 @@ def profile_machine(
         "clocks": {"samples": clocks},
         "quality": {
             "spread": typical_spread(ops),
+            **worst(signs),
             "left_out": left_out,
             "seconds": round(time.perf_counter() - begun_s, 1),
         },
     }
     return {**raw, "content_hash": content_hash(raw)}
+
+
+def _signs_at_start(
+    device: torch.device, kept: captured_profile.Kept | None
+) -> list[dict[str, float]]:
+    """Also of processes that measured parts of the profile before and were ended."""
+    now, name = signs_at_start(device), "signs at a start"
+    if kept is None or not now:
+        return [now]
+    kept.add({"name": name, "signs": now})
+    return [row["signs"] for row in kept.rows if row["name"] == name]
 
 
 def _program(style: str, deterministic: bool, clock: str, device: torch.device) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from muxtune.cost.machine import carried
 from muxtune.cost.schema import Profile, load_profile
+from muxtune.cost.sharing import worst
 from muxtune.errors import ProfileError
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records, append_line, read_lines
@@ -104,13 +106,24 @@ class Attempt:
         """One row an attempt, the last one last."""
         return read_lines(self.folder / ATTEMPTS)
 
-    def conclude(self, summary: Mapping[str, Any], left: Mapping[str, int]) -> dict[str, Any]:
-        """Appends the attempt to the list, with its number."""
+    def signs(self) -> dict[str, float]:
+        """The strongest that the GPU was shared while this profile was scored."""
+        of_this = (row for row in self.concluded() if row["profile"] == self.profile.content_hash)
+        return worst(row.get("signs", {}) for row in of_this)
+
+    def conclude(
+        self,
+        summary: Mapping[str, Any],
+        left: Mapping[str, int],
+        signs: Mapping[str, float] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Appends the attempt to the list, with its number. ``signs``: that the GPU was shared."""
         row = {
             "attempt": len(self.concluded()) + 1,
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "profile": self.profile.content_hash,
             "left": dict(left),
+            **({"signs": dict(signs)} if signs else {}),
             **{
                 name: {key: summary[name][key] for key in ("count", "mean", "p95", "coverage")}
                 for name in ("step", "memory", "op", "completion")

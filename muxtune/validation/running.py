@@ -16,10 +16,12 @@ import torch
 
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
+from muxtune.cost.sharing import sharing_warnings, worst
 from muxtune.errors import ConfigError
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob, step_jobs
 from muxtune.profiling.machine_check import check_jobs, check_machine
 from muxtune.profiling.measure import clock_of, profile_warnings_here
+from muxtune.profiling.sharing import signs_at_start, signs_now
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import is_lost, short_collections
 from muxtune.report.run_folder import provenance
@@ -92,19 +94,24 @@ def validate(
             "no dynamic runs: they take wall time, and the profile's is the process's own. Profile"
             " with clock=wall on a quiet machine"
         )
-    left = {}
+    left, signs = {}, {}
     if options.budget_s:
+        signs = signs_at_start(device)
+        for line in sharing_warnings("validation", signs):  # before the time is spent, too
+            report("the device", 0.0, line)
         exact = bool(profile.program.get("deterministic", True))
         with (
             nullcontext(compilers) if compilers else Compilers(device, exact) as helpers,
             short_collections(),
         ):
             left = _run(attempt, device, options, report, helpers)
+            signs = worst([signs, signs_now(device)])
     rows = [attempt.records[name].rows for name in ("steps", "ops")]
     rows.append(_with_predictions(attempt))
     summary = summarise(*rows)
     if options.budget_s:
-        summary["attempt"] = attempt.conclude(summary, left)
+        summary["attempt"] = attempt.conclude(summary, left, signs)
+    warnings += sharing_warnings("validation", attempt.signs())
     summary |= {
         "device": dict(profile.device),
         "software": dict(profile.software),

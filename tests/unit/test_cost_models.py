@@ -470,6 +470,8 @@ POINT = ("ops", "adamw", "points", 0)
         (changed(("qualitty",), {"spread": 0.4}), "section 'qualitty' is not known"),
         (changed(("quality",), [0.4]), "section 'quality' is not a dict"),
         (changed(("quality",), {"spread": "wide"}), "quality.spread is 'wide'"),
+        (changed(("quality",), {"interrupted": "much"}), "quality.interrupted is 'much'"),
+        (changed(("quality",), {"taken_bytes": None}), "quality.taken_bytes is None"),
         (changed(("program",), {"style": "quantum"}), "program.style is 'quantum'"),
         (changed(("device", "name"), ""), "device.name is missing"),
         (changed(("device", "memory_bytes"), "80 GB"), "device.memory_bytes is '80 GB'"),
