@@ -5,7 +5,7 @@
 What is asked for is found out first, by all that is to run; what several ask for is compiled once.
 On the machine with the GPU: ``TRITON_CACHE_DIR=kernels_h100``. Both need the same minor version of
 Python, the same version of Triton and the same commit. Triton keeps whole paths: say with ``--at``
-where the folder will lie there.
+where the folder will lie there. ``--slim`` leaves a small copy of it, with only what launches need.
 """
 
 from __future__ import annotations
@@ -410,14 +410,17 @@ def _concluded(asked: Sequence[Future[Asked]], done: Sequence[Done]) -> bool:
 
 def main() -> None:
     args = arguments()
-    from muxtune_kernels.without_gpu import move_cache
+    from muxtune_kernels.without_gpu import move_cache, slim_cache
 
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out)
     move_cache(out, out)  # what an earlier call has moved
     is_done = compile_all(args)
-    move_cache(out, args.at or out)
+    if args.slim:
+        slim_cache(out, args.slim, args.at or args.slim.resolve())
+    else:
+        move_cache(out, args.at or out)
     sys.exit(0 if is_done else 1)
 
 
@@ -426,6 +429,10 @@ def arguments() -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="Triton's cache folder to fill")
     parser.add_argument("--at", type=Path, help="the folder's path where it will be used")
+    parser.add_argument(
+        "--slim", type=Path, metavar="FOLDER",
+        help="a copy with only what launches need, which is used --at that path in place of --out",
+    )  # fmt: skip
     parser.add_argument("--cases", default="", help=f"of {', '.join(names)}; default: of one GPU")
     parser.add_argument("--profile", type=Path, help="whose hash draws the suite")
     parser.add_argument("--target", choices=("h100", "h200"), default="h100")
@@ -441,6 +448,8 @@ def arguments() -> Any:
         parser.error(f"--cases: no {', '.join(unknown)}; choose of {', '.join(names)}")
     if {SUITE, RUNS} & set(args.cases) and not args.profile:
         parser.error("--cases suite or runs: give the --profile whose hash draws it")
+    if args.slim and args.slim.resolve().is_relative_to(args.out.resolve()):
+        parser.error("--slim: give a folder outside of --out")
     if args.workers < 1 or args.limit_s <= 0:
         parser.error("--workers and --limit-s must be positive")
     return args

@@ -39,6 +39,7 @@ from .launching import Launcher
 from .multi_lora import tuning
 
 _ASKED = "asked for"  # in place of a kernel, which is not looked for a second time then
+_LAUNCHED = (".cubin", ".json", ".so")
 _ADDRESS = 1 << 20  # the GPU's allocator gives none that is less aligned than to 512 bytes
 
 
@@ -219,7 +220,23 @@ def move_cache(folder: Path, place: Path) -> None:
             group.write_text(json.dumps({"child_paths": moved}))
 
 
+def slim_cache(folder: Path, slim: Path, place: Path) -> None:
+    """Copies what a launch needs of Triton's cache in ``folder`` to ``slim``, to be used as
+    ``place``: no sources and none of the languages between. ``folder`` stays as it is."""
+    for kernel in folder.iterdir():
+        files = [file for file in kernel.glob("*") if file.suffix in _LAUNCHED and file.is_file()]
+        if files:
+            (slim / kernel.name).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, slim / kernel.name / file.name)
+    for group in slim.glob("*/__grp__*"):
+        paths = json.loads(group.read_text())["child_paths"]
+        kept = [name for name in paths if Path(name).suffix in _LAUNCHED]
+        moved = {name: str(place / group.parent.name / name) for name in kept}
+        group.write_text(json.dumps({"child_paths": moved}))
+
+
 __all__ = [
     "TARGETS", "Compiled", "Target", "Wanted", "asking_for", "compile_wanted", "compiling_for",
-    "move_cache", "on_host",
+    "move_cache", "on_host", "slim_cache",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Kernels compiled without the GPU that they are for: what they are, and that nothing stays."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -165,6 +166,44 @@ def test_a_moved_cache_tells_its_new_place(tmp_path: Path) -> None:
     group.write_text('{"child_paths": {"k.cubin": "/elsewhere/HASH/k.cubin"}}')
     without_gpu.move_cache(tmp_path, Path("/there"))
     assert group.read_text() == '{"child_paths": {"k.cubin": "/there/HASH/k.cubin"}}'
+
+
+def fake_kernel(folder: Path) -> None:
+    """As Triton leaves one: every language that it went through."""
+    folder.mkdir(parents=True)
+    names = [f"k.{kind}" for kind in ("source", "ttir", "ttgir", "llir", "ptx", "cubin", "json")]
+    for name in names:
+        (folder / name).write_text(f"{name} of {folder.name}")
+    group = {"child_paths": {name: f"{folder}/{name}" for name in names}}
+    (folder / "__grp__k.json").write_text(json.dumps(group))
+
+
+def test_a_slim_copy_has_what_launches_need_and_tells_its_new_place(tmp_path: Path) -> None:
+    full, slim = tmp_path / "full", tmp_path / "slim"
+    for name in ("ONE", "TWO"):
+        fake_kernel(full / name)
+    (full / "LAUNCHER").mkdir()
+    (full / "LAUNCHER" / "__triton_launcher.cpython-312.so").write_bytes(b"\x7fELF")
+    (full / "UNFINISHED" / "tmp.pid_1").mkdir(parents=True)
+    (full / "UNFINISHED" / "k.ptx").write_text("")
+    (full / "lock").write_text("")
+    before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
+    without_gpu.slim_cache(full, slim, Path("/there"))
+    assert before == {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
+    fake_kernel(full / "LATER")
+    without_gpu.slim_cache(full, slim, Path("/there"))
+    kernels = {"ONE", "TWO", "LATER"}
+    assert {path.name for path in slim.iterdir()} == kernels | {"LAUNCHER"}
+    assert [path.name for path in (slim / "LAUNCHER").iterdir()] == [
+        "__triton_launcher.cpython-312.so"
+    ]
+    for name in kernels:
+        assert {path.name for path in (slim / name).iterdir()} == {
+            "k.cubin", "k.json", "__grp__k.json",
+        }  # fmt: skip
+        assert (slim / name / "k.cubin").read_text() == f"k.cubin of {name}"
+        paths = json.loads((slim / name / "__grp__k.json").read_text())["child_paths"]
+        assert paths == {part: f"/there/{name}/{part}" for part in ("k.cubin", "k.json")}
 
 
 @pytest.mark.parametrize(
