@@ -26,7 +26,7 @@ def finished(parts: list[dict[str, Any]], like: dict[str, Any], seconds: float) 
     by_name = {row["name"]: row for row in parts}
     ops, left_out = dict(by_name["operations"]["ops"]), list(by_name["operations"]["left_out"])
     ops |= by_name.get("takeovers", {}).get("ops", {})
-    for name in ("join", "move", "finish", "leave"):
+    for name in ("takeover", "join", "move", "finish", "leave"):
         if name not in ops and name in like["ops"]:
             ops[name] = like["ops"][name]
             left_out.append(f"{name}: not reached; of profile {like['content_hash'][:16]}")

@@ -50,7 +50,7 @@ from muxtune.cost.calibration import (
 )
 from muxtune.cost.causes import ADAPTED, FACTOR, MANY_ROWS_LOSS, SITE, by_cause, category_of
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
-from muxtune.cost.curves import AffineFit, Grid, Table, Time, smoothed
+from muxtune.cost.curves import Grid, Table, Time, smoothed
 from muxtune.cost.extra_methods import EXTRA, ExtraMethods
 from muxtune.cost.low_rank import BACKWARD, FORWARD
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryModel, MemoryOptions, stage_layers
@@ -67,6 +67,7 @@ from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.site_products import SiteProducts
 from muxtune.cost.slot_uses import SlotsUse, SlotUses
+from muxtune.cost.takeovers import CaptureTimes
 from muxtune.cost.tiles import Tiling
 from muxtune.types import (
     AdapterSlot,
@@ -542,17 +543,28 @@ class CapturedCostModel(ProfiledCostModel):
         if "capture" not in self.profile.ops:
             is_cpu = self.profile.device.get("kind") == "cpu"
             return Estimate(0.0, 0.0, 0.0, False) if is_cpu else UNKNOWN_CAPTURE
-        if self.profile.ops["capture"]["axes"] == ["rows"]:
-            (once_s, per_row_s), error, _ = self._capture_fit
-            share = self.model.num_layers / self.profile.model_shape.num_layers
-            value = share * (once_s + per_row_s * shape.padded_tokens)
-            return Estimate(value, value * max(0.0, 1 - error), value * (1 + error), False)
+        if self._captures_by_rows is not None:
+            return self._of_blocks(self._captures_by_rows.each(shape.padded_tokens))
         value, width, outside = self._table("capture").at((float(self.model.num_layers),))
         return Estimate(value, max(value - width, 0.0), value + width, outside)
 
+    def first_capture_s(self, largest: ShapeKey, replica: ReplicaShape) -> Estimate:
+        """All blocks try it out, and the memory of all sizes is got for it; nothing in profiles
+        that do not tell such captures apart."""
+        if self._captures_by_rows is None:
+            return super().first_capture_s(largest, replica)
+        return self._of_blocks(self._captures_by_rows.first_more(largest.padded_tokens))
+
     @cached_property
-    def _capture_fit(self) -> AffineFit:
-        return self._fit("capture", "rows", lambda rows: (1.0, rows))
+    def _captures_by_rows(self) -> CaptureTimes | None:
+        op = self.profile.ops.get("capture")
+        return None if op is None or "rows" not in op["axes"] else CaptureTimes(op)
+
+    def _of_blocks(self, whole: Estimate) -> Estimate:
+        """Of the blocks that this model has."""
+        share = self.model.num_layers / self.profile.model_shape.num_layers
+        low, high = share * whole.low, share * whole.high
+        return whole._replace(value=share * whole.value, low=low, high=high)
 
     def captures_anew(self, previous: Plan, new: Plan) -> bool:
         """Graphs of an instance share a memory as large as the largest pass, which must come

@@ -223,6 +223,10 @@ class ComposedCostModel(ABC):
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Preparing one shape that has not run before (graph capture, compilation)."""
 
+    def first_capture_s(self, largest: ShapeKey, replica: ReplicaShape) -> Estimate:
+        """What the first of an hTask's shapes, which is its largest, takes more than others."""
+        return Estimate(0.0, 0.0, 0.0)
+
     def contention(self) -> tuple[float, float]:
         """Factors by which a compute kernel, and a communication kernel, take longer while the
         other stream of their GPU is busy."""
@@ -342,7 +346,7 @@ class ComposedCostModel(ABC):
         old_tasks: set[str] = set()
         held: list[dict[int, Estimate]] = []  # prepared shapes of each hTask that runs
         costs: list[Estimate] = []
-        if previous and previous.htasks and previous.htasks != new.htasks:
+        if previous is None or previous.htasks != new.htasks:
             costs.append(self.leave_s())
         if previous:
             old_tasks.update(*[htask.slot_of for htask in previous.htasks])
@@ -388,7 +392,7 @@ class ComposedCostModel(ABC):
                 self._first_transitions.clear()
             slots = htask.shapes[-1].slots
             costs = [self._adapter_load_s(slots[slot]) for slot in htask.slot_of.values()]
-            total = _sum_of([*costs, self._captures(htask.shapes, replica)[1]])
+            total = _sum_of([self.leave_s(), *costs, self._captures(htask.shapes, replica)[1]])
             found = self._first_transitions[key] = (htask.shapes, total)
         return found[1]
 
@@ -401,9 +405,9 @@ class ComposedCostModel(ABC):
     def _captures(
         self, shapes: tuple[ShapeKey, ...], replica: ReplicaShape
     ) -> tuple[dict[int, Estimate], Estimate]:
-        """``capture_s`` of each shape by a number that equal shapes share, and of all. Remembered
-        by the identity of the tuple, which plans of one arrangement share, because ShapeKeys are
-        deep and hash slowly."""
+        """``capture_s`` of each shape by a number that equal shapes share, and of all, the first
+        of which takes more. Remembered by the identity of the tuple, which plans of one
+        arrangement share, because ShapeKeys are deep and hash slowly."""
         found = self._capture_sets.get(id(shapes))
         if found is not None and found[1] == replica:
             return found[2:]
@@ -414,7 +418,8 @@ class ComposedCostModel(ABC):
         for shape in shapes:
             shape_id = self._shape_ids.setdefault(shape, len(self._shape_ids))
             captures[shape_id] = self.capture_s(shape, replica)
-        together = _sum_of(list(captures.values()))
+        first = [self.first_capture_s(shapes[-1], replica)] if shapes else []
+        together = _sum_of([*captures.values(), *first])
         self._capture_sets[id(shapes)] = (shapes, replica, captures, together)
         return captures, together
 

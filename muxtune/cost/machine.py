@@ -78,8 +78,9 @@ def carried(profile: Profile, check: Mapping[str, Any]) -> Profile:
     }
     moved = tuple(_moved(step, steps) for step in profile.steps)
     ops |= check.get("ops", {})
-    if "leave" in ops:
-        ops["leave"] = _longer(ops["leave"], float(check.get("planning_s", 0.0)))
+    for name in ("leave", "takeover"):  # older profiles have the one
+        if name in ops:
+            ops[name] = _longer(ops[name], float(check.get("planning_s", 0.0)))
     return profile._replace(ops=ops, steps=moved)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from muxtune.cost.memory import MemoryModel, MemoryOptions, memory_options
 from muxtune.cost.ops import Op
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape, checked_shape
+from muxtune.cost.takeovers import TakeoverTimes, estimate
 from muxtune.errors import ProfileError
 from muxtune.types import AdapterSlot, Estimate, PassLoad, ReplicaShape, ShapeKey
 
@@ -241,14 +242,27 @@ class ProfiledCostModel(ComposedCostModel):
     def adapter_load_s(self, slot: AdapterSlot) -> Estimate:
         """Measured: making a task and putting it in its place, by trained numbers; where a
         profile has no steps, its tensors and optimizer state only."""
+        if self._takeovers is not None:
+            return self._takeovers.join(self._parameters(slot))
         return self._by_parameters("join" if "join" in self.profile.ops else "adapter_load", slot)
 
     @property
     def charges_moves(self) -> bool:
-        return "move" in self.profile.ops
+        return "move" in self.profile.ops or self._takeovers is not None
 
     def move_s(self, slot: AdapterSlot) -> Estimate:
+        if self._takeovers is not None:
+            return self._takeovers.move(self._parameters(slot))
         return self._by_parameters("move", slot)
+
+    @cached_property
+    def _takeovers(self) -> TakeoverTimes | None:
+        """None in profiles that measured a few parts of takeovers alone."""
+        op = self.profile.ops.get("takeover")
+        return None if op is None else TakeoverTimes(op)
+
+    def _parameters(self, slot: AdapterSlot) -> float:
+        return float(ops.adapter_parameters(self.model, slot))
 
     @property
     def charges_ends(self) -> bool:
@@ -261,6 +275,8 @@ class ProfiledCostModel(ComposedCostModel):
         return self._by_parameters("finish", slot)
 
     def leave_s(self) -> Estimate:
+        if self._takeovers is not None:
+            return self._takeovers.plan()
         if "leave" not in self.profile.ops:
             return super().leave_s()
         value, width, outside = self._table("leave").at((float(self.model.num_layers),))
@@ -272,9 +288,8 @@ class ProfiledCostModel(ComposedCostModel):
         if name not in self._parameter_fits:
             self._parameter_fits[name] = self._fit(name, "parameters", lambda n: (1.0, n))
         (once_s, each_s), error, most = self._parameter_fits[name]
-        size = float(ops.adapter_parameters(self.model, slot))
-        value = once_s + each_s * size
-        return Estimate(value, value * max(0.0, 1 - error), value * (1 + error), size > most)
+        size = self._parameters(slot)
+        return estimate(once_s + each_s * size, error, size > most)
 
     def capture_s(self, shape: ShapeKey, replica: ReplicaShape) -> Estimate:
         """Measured where the device captures graphs; nothing where the profile has no such op."""

@@ -1,8 +1,9 @@
 """What an instance takes besides its rounds, timed on the executor that trains.
 
-Tasks of one adapter each join a running instance, with others and after others have left, are fused
-and end. What steps and captures do not explain is what plans cost to take over; what a task's end
-costs (its adapter is written) is timed by itself.
+Plans by hand, in which tasks of one adapter each join, move to other slots and leave. Of each plan
+is noted what it does and what steps and captures do not explain of the time until it trains; what
+one task's joining costs is told by all of them together (``muxtune.cost.profiled``). Captures and
+ends of tasks (its adapter is written) are timed by themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.takeovers import CAPTURE, TAKEOVER
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.profiling.bench import summarise
 from muxtune.profiling.compiling import StepJob, step_jobs
@@ -26,63 +28,87 @@ from muxtune.runtime.instance import RunningInstance
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
 from muxtune.runtime.tasks import RuntimeTask
-from muxtune.types import Event, EventKind, HTask, InstanceSpec, PackRule, ShapeKey, TaskSpec
+from muxtune.types import (
+    AdapterSlot,
+    Event,
+    EventKind,
+    HTask,
+    InstanceSpec,
+    PackRule,
+    ShapeKey,
+    TaskSpec,
+)
 from muxtune.workload.random_texts import RandomTexts
 
 ROWS = (256, 512, 1024, 2560)  # sizes of each hTask, all of which are captured
-RANKS = (16, 32, 64)
 STEPS = 8  # under each plan
 _LED_BY = 2  # steps that are started before the first is read
-_MORE = 4  # so that nobody ends while a takeover is timed
+_MORE = 8  # so that nobody ends while a takeover is timed
+_RANKS = {"a": 16, "b": 64, "c": 32, "d": 16, "e": 64}
+# The tasks of each hTask of each plan; whom the next one does not name has ended before it.
+_PLANS = (("a",), ("a", "b"), ("ab",), ("b", "c"), ("bc", "d"), ("c", "d"), ("c",), ("ce",))
 # No two hTasks have the same rows, as in training: libraries take their time for new sizes. They
 # become smaller, so that no older graph is captured anew.
-_STEP_ROWS, _NUM_HTASKS, _REPEATS = 32, 5, 2
+_STEP_ROWS, _REPEATS = 32, 2
 _CHUNK_TOKENS, _BATCH_SIZE = 32, 4
 _FOREVER_NS, _GLANCE_NS = 1 << 62, 1_000_000
 _LONGEST_S = 20.0  # of one wait
 
 
-class Timed(NamedTuple):
-    """Seconds by what they were for: ``captures`` of one size each, by rows; ``joins``,
-    ``finishes`` and ``moves`` of tasks by rank; ``leaves``: a plan in which only somebody is
-    missing."""
+class Takeover(NamedTuple):
+    """``joined``, ``moved``: trained numbers of each task that is new to the instance, and of each
+    that goes to other slots. ``seconds``: without captures."""
 
-    captures: dict[int, float]
-    joins: dict[int, list[float]]
-    finishes: dict[int, list[float]]
-    moves: dict[int, list[float]]
-    leaves: list[float]
+    joined: tuple[float, ...]
+    moved: tuple[float, ...]
+    seconds: float
 
-    @classmethod
-    def nothing(cls) -> Timed:
-        joins, finishes, moves = ({rank: [] for rank in RANKS} for _ in range(3))
-        return cls({}, joins, finishes, moves, [])
+    def point(self) -> dict[str, float]:
+        return {
+            "joins": float(len(self.joined)),
+            "join_parameters": sum(self.joined),
+            "moves": float(len(self.moved)),
+            "move_parameters": sum(self.moved),
+            **summarise([self.seconds]),
+        }
+
+
+class Capture(NamedTuple):
+    """Of one size. ``is_first``: of its hTask, which is tried out by all blocks."""
+
+    rows: int
+    is_first: bool
+    seconds: float
 
 
 def measure_takeovers(
     shape: ModelShape, store: BackboneStore, *, step: str, deterministic: bool, max_rows: int,
     repeats: int = _REPEATS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Operations of a profile: ``capture`` (rows), ``join``, ``move`` and ``finish`` (trained
-    numbers), ``leave`` (blocks). Wall time, whatever clock the rest was timed by: disks count."""
-    found = Timed.nothing()
-    numbers: dict[int, float] = {}
+    """Operations of a profile: ``takeover`` (see ``Takeover``), ``capture`` (rows, whether it is
+    its hTask's first) and ``finish`` (trained numbers). Wall time, whatever clock the rest was
+    timed by: disks count."""
+    takeovers: list[Takeover] = []
+    captures: list[Capture] = []
+    finishes_s: dict[float, list[float]] = {}
     for repeat in range(repeats if store.device.type == "cuda" else 1):
         all_sizes = _all_sizes(max_rows, repeat)
         with _driver(shape, all_sizes, store, step, deterministic) as driver:
-            _come_and_go(driver, found)
-            numbers |= driver.numbers
-            for rank, seconds in driver.executor.finishes_s.items():
-                found.finishes[rank] += seconds
-    layers = {"layers": float(shape.num_layers)}
-    ops = {"leave": _op("layers", [{**layers, **summarise(found.leaves)}])}
-    if found.captures:
-        points = [{"rows": float(rows), **summarise([s])} for rows, s in found.captures.items()]
-        ops["capture"] = _op("rows", points)
-    named = (("join", found.joins), ("move", found.moves), ("finish", found.finishes))
-    for name, by_rank in named:
-        points = [{"parameters": numbers[r], **summarise(s)} for r, s in by_rank.items() if s]
-        ops[name] = _op("parameters", points)
+            takeovers += _come_and_go(driver)
+            captures += driver.captures
+            for task_id, seconds in driver.executor.finishes_s.items():
+                finishes_s.setdefault(driver.numbers[task_id], []).append(seconds)
+    written = [{"parameters": n, **summarise(each)} for n, each in sorted(finishes_s.items())]
+    ops = {
+        "takeover": _op(TAKEOVER, [takeover.point() for takeover in takeovers]),
+        "finish": _op(("parameters",), written),
+    }
+    if captures:
+        points = [
+            {"rows": float(rows), "first": float(is_first), **summarise([seconds])}
+            for rows, is_first, seconds in captures
+        ]
+        ops["capture"] = _op(CAPTURE, points)
     return ops
 
 
@@ -91,71 +117,57 @@ def takeover_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
     jobs = []
     for repeat in range(_REPEATS):
         all_sizes = _all_sizes(max_rows, repeat)
-        specs = {f"t{rank}": _spec(shape, f"t{rank}", rank, 0, all_sizes[-1]) for rank in RANKS}
-        small, middle, large = ([spec] for spec in specs.values())
-        groups = (small, large, middle, small, middle + small)
-        for members, sizes in zip(groups, all_sizes, strict=True):
-            jobs += step_jobs(shape, plan_of([_htask(members, sizes)]), specs)
+        specs = {name: _spec(shape, name, rank, 0, all_sizes[-1]) for name, rank in _RANKS.items()}
+        for group, sizes in zip(_new_htasks(), all_sizes, strict=True):
+            htask = _htask([specs[name] for name in group], sizes)
+            jobs += step_jobs(shape, plan_of([htask]), specs)
     return jobs
+
+
+def _new_htasks() -> list[str]:
+    """In the order in which they are captured: those that the plan before does not have."""
+    plans = zip(((), *_PLANS), _PLANS, strict=False)
+    return [group for before, plan in plans for group in plan if group not in before]
 
 
 def _all_sizes(max_rows: int, repeat: int) -> list[tuple[int, ...]]:
     """Of each hTask of a repeat, as they come."""
-    most = max(_STEP_ROWS, max_rows // 8)
-    steps = [
-        min(most, _STEP_ROWS * ((repeat + 1) * _NUM_HTASKS - number))
-        for number in range(_NUM_HTASKS)
-    ]
+    count = len(_new_htasks())
+    most = max(_STEP_ROWS, max_rows // 7 // _STEP_ROWS * _STEP_ROWS)
+    steps = [min(most, _STEP_ROWS * ((repeat + 1) * count - number)) for number in range(count)]
     return [tuple(sorted({min(rows, max_rows - most) + more for rows in ROWS})) for more in steps]
 
 
-def _op(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"unit": "s", "axes": [axis], "points": list(points)}
+def _op(axes: Sequence[str], points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"unit": "s", "axes": list(axes), "points": list(points)}
 
 
-def _come_and_go(driver: _Driver, found: Timed) -> None:
-    """What joins beside others, and when another has left, is charged alike, less what a plan
-    without somebody takes; so is what is fused."""
-    small, middle, large = RANKS
-    first = driver.task("first", small, 2 * STEPS + _MORE)
-    alone_s = driver.take_over([first])
-    second = driver.task("second", large, 3 * STEPS)
-    beside_s = driver.take_over([first], [second])
-    driver.until_done("first")
-    third = driver.task("third", middle, 5 * STEPS + _MORE)
-    instead_s = driver.take_over([third], [second])
-    driver.until_done("second")
-    leave_s = driver.take_over([third])
-    fourth = driver.task("fourth", small, 3 * STEPS)
-    again_s = driver.take_over([third], [fourth])
-    fused_s = driver.take_over([third, fourth])
-    driver.until_done("third", "fourth")
+def _come_and_go(driver: _Driver) -> list[Takeover]:
+    found, before = [], ""
+    for plan in _PLANS:
+        names = "".join(plan)
+        driver.until_done(*(name for name in before if name not in names))
+        for name in names:
+            if name not in before:
+                driver.task(name)
+        found.append(driver.take_over(*plan))
+        before = names
+    driver.until_done(*before)
     driver.apply()
-    charged = [
-        (found.joins[small], alone_s),
-        (found.joins[large], beside_s - leave_s),
-        (found.joins[middle], instead_s - leave_s),
-        (found.joins[small], again_s - leave_s),
-        *((found.moves[rank], (fused_s - leave_s) / 2) for rank in (small, middle)),
-        (found.leaves, leave_s),
-    ]
-    for seconds, taken_s in charged:
-        seconds.append(max(1e-6, taken_s))
-    found.captures.update(driver.captures_s)
+    return found
 
 
 class _TimedExecutor(TorchExecutor):
-    """Remembers what ends of tasks take, by rank."""
+    """Remembers what ends of tasks take."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.finishes_s: dict[int, list[float]] = {}
+        self.finishes_s: dict[str, float] = {}
 
     def finish(self, task: RuntimeTask, instance: RunningInstance) -> None:
         start_ns = self.now_ns
         super().finish(task, instance)
-        taken_s = (self.now_ns - start_ns) / 1e9
-        self.finishes_s.setdefault(task.spec.adapter.rank, []).append(taken_s)
+        self.finishes_s[task.spec.task_id] = (self.now_ns - start_ns) / 1e9
 
 
 class _SeenInstance(RunningInstance):
@@ -178,57 +190,78 @@ class _Driver:
     ) -> None:
         self.shape, self._sizes_left = shape, list(all_sizes)
         self.executor, self.instances, self.recorder = executor, instances, recorder
-        self.numbers: dict[int, float] = {}
-        self.captures_s: dict[int, float] = {}  # of one size, by rows
-        self._epoch, self._seed = 0, 0
-        self._htasks: dict[tuple[str, ...], HTask] = {}
+        self.numbers: dict[str, float] = {}  # that a task trains
+        self.captures: list[Capture] = []
+        self._epoch = 0
+        self._specs: dict[str, TaskSpec] = {}
+        self._htasks: dict[str, HTask] = {}  # of the running plan, by their tasks
         executor.start(InstanceSpec(INSTANCE, shape.name, "gpu", 1 << 60))
         self._until(EventKind.INSTANCE_READY)
 
-    def task(self, name: str, rank: int, steps: int) -> TaskSpec:
-        self._seed += 1
-        smallest = self._sizes_left[-1]
-        spec = _spec(self.shape, name, rank, self._seed, smallest)._replace(num_steps=steps)
-        self.executor.prepare(spec)
+    def task(self, name: str) -> None:
+        """One more, ready."""
+        plans = sum(name in "".join(plan) for plan in _PLANS)
+        spec = _spec(self.shape, name, _RANKS[name], len(self._specs) + 1, self._sizes_left[-1])
+        self._specs[name] = spec._replace(num_steps=plans * STEPS + _MORE)
+        self.executor.prepare(self._specs[name])
         self._until(EventKind.TASK_READY)
-        return spec
 
-    def take_over(self, *groups: Sequence[TaskSpec]) -> float:
-        """Seconds that an hTask of each group takes to begin, without captures: what the steps
-        after it do not explain. The first group's first task takes a step in each round."""
+    def take_over(self, *groups: str) -> Takeover:
+        """An hTask of each group begins. What the steps after that do not explain: the first
+        group's first task takes a step in each round."""
         self.instances[0].settle_all()
+        slots_before = self._slots()
         begun_ns = self.executor.now_ns
         captured_s = self.apply(*groups)
-        times = self._step_times_s(groups[0][0].task_id, begun_ns)
+        times = self._step_times_s(groups[0][0], begun_ns)
         step_s = (times[-1] - times[_LED_BY - 1]) / (len(times) - _LED_BY)
-        self._count_numbers(groups)
-        return times[_LED_BY - 1] - _LED_BY * step_s - captured_s
+        self._count_numbers("".join(groups))
+        slots = self._slots()
+        joined = tuple(self.numbers[name] for name in slots if name not in slots_before)
+        moved = tuple(
+            self.numbers[name] for name, own in slots.items() if slots_before.get(name, own) != own
+        )
+        taken_s = times[_LED_BY - 1] - _LED_BY * step_s - captured_s
+        return Takeover(joined, moved, max(1e-6, taken_s))
 
-    def apply(self, *groups: Sequence[TaskSpec]) -> float:
+    def apply(self, *groups: str) -> float:
         """Seconds of captures."""
-        plan = plan_of([self._htask_of(group) for group in groups], self._epoch)
+        self._htasks = {group: self._htask_of(group) for group in groups}
+        known = {id(runner): set(runner.steps.capture_s) for runner in self.instances[0].captured}
+        plan = plan_of(list(self._htasks.values()), self._epoch)
         self._epoch += 1
         spans = len(self.recorder.spans)
         self.executor.apply(plan)
         self._until(EventKind.PLAN_APPLIED)
         for runner in self.instances[0].captured:
-            self.captures_s |= runner.steps.capture_s
+            done = known.get(id(runner), set())
+            for rows, seconds in runner.steps.capture_s.items():
+                if rows not in done:
+                    self.captures.append(Capture(rows, not done, seconds))
+                    done = {*done, rows}
         captures = [x for x in self.recorder.spans[spans:] if x.name == "capture"]
         return sum(item.duration_ns for item in captures) / 1e9
 
-    def _htask_of(self, group: Sequence[TaskSpec]) -> HTask:
-        """The same for the same tasks; of new ones with the next sizes."""
-        names = tuple(spec.task_id for spec in group)
-        if names not in self._htasks:
-            self._htasks[names] = _htask(group, self._sizes_left.pop(0))
-        return self._htasks[names]
+    def _slots(self) -> dict[str, tuple[AdapterSlot, ...]]:
+        """Of the hTask of each task of the running plan."""
+        return {
+            name: htask.shapes[-1].slots
+            for htask in self._htasks.values()
+            for name in htask.slot_of
+        }
 
-    def _count_numbers(self, groups: Sequence[Sequence[TaskSpec]]) -> None:
-        for spec in (spec for group in groups for spec in group):
-            state = self.executor.tasks[spec.task_id].state
+    def _htask_of(self, group: str) -> HTask:
+        """The running plan's; of a new one with the next sizes."""
+        if group in self._htasks:
+            return self._htasks[group]
+        return _htask([self._specs[name] for name in group], self._sizes_left.pop(0))
+
+    def _count_numbers(self, names: str) -> None:
+        for name in names:
+            state = self.executor.tasks[name].state
             assert state is not None
             count = sum(tensors.param.numel() for tensors in state.tensors.values())
-            self.numbers[spec.adapter.rank] = float(count)
+            self.numbers[name] = float(count)
 
     def until_done(self, *task_ids: str) -> None:
         end_ns = self.executor.now_ns + int(_LONGEST_S * 1e9)
@@ -310,4 +343,4 @@ def _htask(specs: Sequence[TaskSpec], sizes: tuple[int, ...]) -> HTask:
     return HTask(shapes, slot_of, dict.fromkeys(slot_of, share), PackRule.CHUNK)
 
 
-__all__ = ["Timed", "measure_takeovers", "takeover_jobs"]
+__all__ = ["Takeover", "measure_takeovers", "takeover_jobs"]

@@ -14,6 +14,7 @@ from muxtune.cost.book import profiled_model
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.schema import content_hash, load_profile
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.takeovers import TAKEOVER
 from muxtune.errors import ProfileError
 from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
@@ -77,18 +78,28 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
         return HTask((shape,), {n: i for i, n in enumerate(names)}, dict.fromkeys(names, 1))
 
     apart, together = plan_of([htask("a"), htask("b")]), plan_of([htask("a", "b")], 1)
-    ops = {name: op for name, op in profile.ops.items() if name != "move"}
-    model, without = (
-        CapturedCostModel(TINY, item) for item in (profile, profile._replace(ops=ops))
-    )
-    more_s = model.transition_s(apart, together).value - without.transition_s(apart, together).value
-    assert more_s == pytest.approx(2 * model.move_s(slot).value) and more_s > 0
+    measured = CapturedCostModel(TINY, profile)
+    found = [measured.adapter_load_s(slot), measured.move_s(slot), measured.leave_s()]
+    assert all(item.value >= 0 for item in found) and sum(item.value for item in found) > 0
+    points = [
+        {**dict(zip(TAKEOVER, sizes, strict=True)), "median_s": s, "p05_s": s, "p95_s": s}
+        for sizes, s in (
+            ((0.0, 0.0, 0.0, 0.0), 0.1), ((1.0, 8.0, 0.0, 0.0), 0.4), ((0.0, 0.0, 2.0, 9.0), 0.5),
+        )
+    ]  # fmt: skip
+    op = {"unit": "s", "axes": list(TAKEOVER), "points": points}
+    model = CapturedCostModel(TINY, profile._replace(ops={**profile.ops, "takeover": op}))
+    leave_s, move_s = model.leave_s().value, model.move_s(slot).value
+    assert leave_s == pytest.approx(0.1) and move_s > 0
+    more_s = model.transition_s(apart, together).value
+    assert more_s == pytest.approx(leave_s + 2 * move_s)
     assert model.transition_s(apart, apart._replace(epoch=2)).value == 0
     small, large = (model.finish_s(AdapterSlot("lora", rank, ALL)).value for rank in (16, 64))
     assert 0 < small <= large, "each is written to the disk"
-    leave_s = model.leave_s().value
     one_less_s = model.transition_s(apart, plan_of([htask("a")], 3)).value
-    assert one_less_s == pytest.approx(leave_s) and leave_s > 0
+    assert one_less_s == pytest.approx(leave_s)
+    alone_s = model.transition_s(None, plan_of([htask("a")])).value
+    assert alone_s == pytest.approx(leave_s + model.adapter_load_s(slot).value)
 
 
 def test_captures_are_charged_by_their_rows(profile_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What plans take besides their rounds, out of what a profile measured of whole takeovers. Pure.
+
+A takeover is a sum: of each task that joins, of each that moves to other slots, both by the numbers
+that they train, and of the plan itself. No term is measured alone; least squares with coefficients
+that are not negative tell them apart. Captures are timed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from muxtune.cost.curves import AffineFit, Leaf, fit_affine
+from muxtune.types import Estimate
+
+# How many tasks are new to the instance, how many go to other slots, and what they train.
+TAKEOVER = ("joins", "join_parameters", "moves", "move_parameters")
+CAPTURE = ("rows", "first")  # of a size; 1 of an hTask's first, which is tried out by all blocks
+
+
+class TakeoverTimes:
+    """Of an operation with the axes ``TAKEOVER``; each point is a plan."""
+
+    def __init__(self, op: Mapping[str, Any]) -> None:
+        points = op["points"]
+        rows = np.array([[*(point[axis] for axis in TAKEOVER), 1.0] for point in points])
+        times = np.array([point["median_s"] for point in points])
+        scales = np.maximum(rows.max(axis=0), 1e-9)
+        solved, _ = nnls(rows / scales, times)  # of seconds: their sum matters, not ratios
+        self._join, self._move = solved[:2] / scales[:2], solved[2:4] / scales[2:4]
+        self._plan_s = float(solved[4] / scales[4])
+        left = np.abs(rows @ (solved / scales) - times)
+        self._error = float(np.quantile(left, 0.9) / times.mean())
+        self._most = max(
+            point[f"{kind}_parameters"] / max(1.0, point[f"{kind}s"])
+            for point in points
+            for kind in ("join", "move")
+        )
+
+    def join(self, size: float) -> Estimate:
+        """Of a task that trains ``size`` numbers."""
+        return self._of_task(self._join, size)
+
+    def move(self, size: float) -> Estimate:
+        return self._of_task(self._move, size)
+
+    def plan(self) -> Estimate:
+        """Of each plan, whatever it changes."""
+        return estimate(self._plan_s, self._error)
+
+    def _of_task(self, coefficients: np.ndarray, size: float) -> Estimate:
+        value = float(coefficients @ (1.0, size))
+        return estimate(value, self._error, size > self._most)
+
+
+class CaptureTimes:
+    """Of an operation with the axes ``CAPTURE``, or ``rows`` alone, where a first one is charged
+    like others."""
+
+    def __init__(self, op: Mapping[str, Any]) -> None:
+        points = op["points"]
+        tells_first = "first" in op["axes"]
+        rows = [_features(p["rows"], tells_first and bool(p["first"])) for p in points]
+        leaves = [Leaf(p["median_s"], (p["p95_s"] - p["p05_s"]) / 2) for p in points]
+        most = max(p["rows"] for p in points)
+        self._fit: AffineFit = fit_affine(np.array(rows), leaves, most)
+        self._tells_first = tells_first
+
+    def each(self, rows: float) -> Estimate:
+        return self._of(_features(rows, False))
+
+    def first_more(self, rows: float) -> Estimate:
+        """What the first of an hTask's sizes takes more."""
+        if not self._tells_first:
+            return estimate(0.0, 0.0)
+        return self._of([0.0, 0.0, 1.0, rows])
+
+    def _of(self, features: Sequence[float]) -> Estimate:
+        coefficients, error, _ = self._fit
+        value = sum(c * f for c, f in zip(coefficients, features, strict=True))
+        return estimate(value, error)
+
+
+def _features(rows: float, is_first: bool) -> list[float]:
+    return [1.0, rows, float(is_first), is_first * rows]
+
+
+def estimate(value: float, error: float, outside: bool = False) -> Estimate:
+    """``error``: relative, of the 90% interval."""
+    return Estimate(value, value * max(0.0, 1 - error), value * (1 + error), outside)
+
+
+__all__ = ["CAPTURE", "TAKEOVER", "CaptureTimes", "TakeoverTimes", "estimate"]
