@@ -320,19 +320,23 @@ class AdapterBank:
         kept = [pool for pool in matched if pool is not None]
         loses = self._kinds is not None and len(kept) < len(self.pools)
         moving = {task_id for htask in htasks for task_id in htask.slot_of}
-        room_bytes = 0
-        if loses and self._kinds is not None:
-            spare_bytes = self._spare_bytes(states[key] for key in moving if key in states)
-            room_bytes = max(self._kinds.keep(kept), spare_bytes)
+        leaving = [
+            state
+            for pool in self.pools
+            for state in pool.occupants
+            if state is not None and not _is_at(state, stay.get(state.task.task_id))
+        ]
+        room_bytes = self._kinds.keep(kept) if loses and self._kinds is not None else 0
+        if any(state.task.task_id in moving for state in leaving):
+            new = [states[key] for key in moving if key in states] if loses else []
+            room_bytes = max(room_bytes, self._spare_bytes(new))
         waited = False
-        for pool in self.pools:
-            for state in [state for state in pool.occupants if state is not None]:
-                if not _is_at(state, stay.get(state.task.task_id)):
-                    on_device = state.task.task_id in moving and state.num_bytes <= room_bytes
-                    room_bytes -= state.num_bytes if on_device else 0
-                    waited |= on_device
-                    take_out(state, on_device)
-            del pool
+        for state in leaving:
+            on_device = state.task.task_id in moving and state.num_bytes <= room_bytes
+            room_bytes -= state.num_bytes if on_device else 0
+            waited |= on_device
+            take_out(state, on_device)
+        del leaving
         self.pools = kept
         if loses and self._kinds is not None:
             self._kinds.give_back()
@@ -348,7 +352,7 @@ class AdapterBank:
         return pools
 
     def _spare_bytes(self, states: Iterable[TaskState]) -> int:
-        """Free on the device even when there are new pools for all of these tasks."""
+        """Free on the device even when there are new pools for these tasks."""
         new_bytes = sum(state.num_bytes for state in states)
         return max(0, free_bytes(self.backbone.device) - new_bytes - _SPARE_BYTES)
 

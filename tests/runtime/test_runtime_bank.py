@@ -236,3 +236,28 @@ def test_what_tasks_waited_in_on_the_device_is_given_back_too(store: BackboneSto
     assert kinds.given_back == 0
     bank.arrange([make_htask(TASKS[:2])], states)
     assert kinds.given_back == 2
+
+
+def test_tasks_that_change_slots_of_a_kept_pool_wait_on_the_device_too(
+    store: BackboneStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its neighbour has left, and somebody else comes: no pool is let go, and there is room."""
+    same = [make_task(name, rank=4) for name in ("p", "q", "r")]
+    stayed: list[bool] = []
+    clone = TaskTensors.detached_copy
+
+    def noted(self: TaskTensors, with_grad: bool, on_device: bool = False) -> TaskTensors:
+        stayed.append(on_device)
+        return clone(self, with_grad, on_device)
+
+    bank = AdapterBank(store.get("tiny"), torch.float32, kinds := Kinds(0))
+    states = {task.task_id: bank.create(task, 4) for task in same}
+    copies = fill(states)
+    (first,) = arrange(bank, [make_htask(same[:2])], states)
+    monkeypatch.setattr(TaskTensors, "detached_copy", noted)
+    monkeypatch.setattr(bank_module, "free_bytes", lambda _: 1 << 40)
+    (second,) = arrange(bank, [make_htask(same[1:])], states)
+    assert second is first and not kinds.told
+    assert stayed.count(True) == len(states["q"].tensors)
+    for key, values in states["q"].tensors.items():
+        assert all(map(torch.equal, values, copies["q"][key]))
