@@ -135,6 +135,10 @@ def kept(memo: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
     return value
 
 
+def _pools(plan: Plan) -> Counter[tuple[AdapterSlot, ...]]:
+    return Counter(htask.shapes[-1].slots for htask in plan.htasks)
+
+
 def _sum_of(costs: Sequence[Estimate]) -> Estimate:
     value = low = high = 0.0
     extrapolated = False
@@ -256,6 +260,10 @@ class ComposedCostModel(ABC):
         """Taking a plan over, besides what it has to make; nothing, where it was not measured."""
         return Estimate(0.0, 0.0, 0.0)
 
+    def rebuild_s(self) -> Estimate:
+        """Letting pools of slots go and making others, whoever is in them; see ``leave_s``."""
+        return Estimate(0.0, 0.0, 0.0)
+
     def slot_overhead_s(self, slots: tuple[AdapterSlot, ...], layers: int) -> float:
         """Time of a pass that the presence of slots adds besides their operations."""
         return 0.0
@@ -348,6 +356,9 @@ class ComposedCostModel(ABC):
         costs: list[Estimate] = []
         if previous is None or previous.htasks != new.htasks:
             costs.append(self.leave_s())
+            rebuild = self.rebuild_s()
+            if rebuild.value and (previous is None or _pools(previous) != _pools(new)):
+                costs.append(rebuild)
         if previous:
             old_tasks.update(*[htask.slot_of for htask in previous.htasks])
             if not self.captures_anew(previous, new):
@@ -392,7 +403,8 @@ class ComposedCostModel(ABC):
                 self._first_transitions.clear()
             slots = htask.shapes[-1].slots
             costs = [self._adapter_load_s(slots[slot]) for slot in htask.slot_of.values()]
-            total = _sum_of([self.leave_s(), *costs, self._captures(htask.shapes, replica)[1]])
+            costs += [self.leave_s(), self.rebuild_s()]
+            total = _sum_of([*costs, self._captures(htask.shapes, replica)[1]])
             found = self._first_transitions[key] = (htask.shapes, total)
         return found[1]
 

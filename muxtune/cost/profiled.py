@@ -274,6 +274,9 @@ class ProfiledCostModel(ComposedCostModel):
             return super().finish_s(slot)
         return self._by_parameters("finish", slot)
 
+    def rebuild_s(self) -> Estimate:
+        return super().rebuild_s() if self._takeovers is None else self._takeovers.rebuild()
+
     def leave_s(self) -> Estimate:
         if self._takeovers is not None:
             return self._takeovers.plan()

@@ -1,8 +1,9 @@
 """What plans take besides their rounds, out of what a profile measured of whole takeovers. Pure.
 
 A takeover is a sum: of each task that joins, of each that moves to other slots, both by the numbers
-that they train, and of the plan itself. No term is measured alone; least squares with coefficients
-that are not negative tell them apart. Captures are timed one by one.
+that they train, of letting pools go and making others, and of the plan itself. No term is measured
+alone; least squares with coefficients that are not negative tell them apart. Captures are timed one
+by one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from scipy.optimize import nnls
 from muxtune.cost.curves import AffineFit, Leaf, fit_affine
 from muxtune.types import Estimate
 
-# How many tasks are new to the instance, how many go to other slots, and what they train.
-TAKEOVER = ("joins", "join_parameters", "moves", "move_parameters")
+# How many tasks are new to the instance, how many go to other slots, and what they train; 1 where
+# pools are let go or made.
+TAKEOVER = ("joins", "join_parameters", "moves", "move_parameters", "rebuilds")
 CAPTURE = ("rows", "first")  # of a size; 1 of an hTask's first, which is tried out by all blocks
 
 
@@ -31,7 +33,7 @@ class TakeoverTimes:
         scales = np.maximum(rows.max(axis=0), 1e-9)
         solved, _ = nnls(rows / scales, times)  # of seconds: their sum matters, not ratios
         self._join, self._move = solved[:2] / scales[:2], solved[2:4] / scales[2:4]
-        self._plan_s = float(solved[4] / scales[4])
+        self._rebuild_s, self._plan_s = (float(each) for each in solved[4:] / scales[4:])
         left = np.abs(rows @ (solved / scales) - times)
         self._error = float(np.quantile(left, 0.9) / times.mean())
         self._most = max(
@@ -46,6 +48,10 @@ class TakeoverTimes:
 
     def move(self, size: float) -> Estimate:
         return self._of_task(self._move, size)
+
+    def rebuild(self) -> Estimate:
+        """Of a plan whose slots are others than those of the one before."""
+        return estimate(self._rebuild_s, self._error)
 
     def plan(self) -> Estimate:
         """Of each plan, whatever it changes."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from muxtune.runtime.bank import adapter_slot
 from muxtune.runtime.captured_runner import CapturedRunner
 from muxtune.runtime.executor import TorchExecutor
 from muxtune.runtime.instance import RunningInstance
+from muxtune.runtime.memory import quick_collections
 from muxtune.runtime.options import TorchOptions
 from muxtune.runtime.records import Recorder
 from muxtune.runtime.tasks import RuntimeTask
@@ -43,10 +45,15 @@ from muxtune.workload.random_texts import RandomTexts
 ROWS = (256, 512, 1024, 2560)  # sizes of each hTask, all of which are captured
 STEPS = 8  # under each plan
 _LED_BY = 2  # steps that are started before the first is read
-_MORE = 8  # so that nobody ends while a takeover is timed
-_RANKS = {"a": 16, "b": 64, "c": 32, "d": 16, "e": 64}
-# The tasks of each hTask of each plan; whom the next one does not name has ended before it.
-_PLANS = (("a",), ("a", "b"), ("ab",), ("b", "c"), ("bc", "d"), ("c", "d"), ("c",), ("ce",))
+_MORE = 4  # so that nobody ends while a takeover is timed
+_RANKS = {"a": 16, "b": 64, "c": 32, "d": 16, "e": 64, "f": 32}
+# The tasks of each hTask of each plan, in their slots; whom the next one does not name has ended
+# before it, and a slot may be left empty.
+_EMPTY = "_"
+_PLANS = (
+    ("a",), ("a", "b"), ("ab",), ("b", "c"), ("bc", "d"), ("c", "d"), ("c",), ("ce",), ("_e",),
+    ("fe",),
+)  # fmt: skip
 # No two hTasks have the same rows, as in training: libraries take their time for new sizes. They
 # become smaller, so that no older graph is captured anew.
 _STEP_ROWS, _REPEATS = 32, 2
@@ -57,10 +64,12 @@ _LONGEST_S = 20.0  # of one wait
 
 class Takeover(NamedTuple):
     """``joined``, ``moved``: trained numbers of each task that is new to the instance, and of each
-    that goes to other slots. ``seconds``: without captures."""
+    that goes to other slots. ``rebuilds``: whether pools are let go or made. ``seconds``: without
+    captures."""
 
     joined: tuple[float, ...]
     moved: tuple[float, ...]
+    rebuilds: bool
     seconds: float
 
     def point(self) -> dict[str, float]:
@@ -69,6 +78,7 @@ class Takeover(NamedTuple):
             "join_parameters": sum(self.joined),
             "moves": float(len(self.moved)),
             "move_parameters": sum(self.moved),
+            "rebuilds": float(self.rebuilds),
             **summarise([self.seconds]),
         }
 
@@ -93,7 +103,7 @@ def measure_takeovers(
     finishes_s: dict[float, list[float]] = {}
     for repeat in range(repeats if store.device.type == "cuda" else 1):
         all_sizes = _all_sizes(max_rows, repeat)
-        with _driver(shape, all_sizes, store, step, deterministic) as driver:
+        with quick_collections(), _driver(shape, all_sizes, store, step, deterministic) as driver:
             takeovers += _come_and_go(driver)
             captures += driver.captures
             for task_id, seconds in driver.executor.finishes_s.items():
@@ -127,7 +137,18 @@ def takeover_jobs(shape: ModelShape, max_rows: int) -> list[StepJob]:
 def _new_htasks() -> list[str]:
     """In the order in which they are captured: those that the plan before does not have."""
     plans = zip(((), *_PLANS), _PLANS, strict=False)
-    return [group for before, plan in plans for group in plan if group not in before]
+    return [group for before, plan in plans for group in plan if _like(group, before) is None]
+
+
+def _like(group: str, running: Iterable[str]) -> str | None:
+    """The running hTask whose slots these tasks take."""
+    for other in running:
+        places = list(zip(group, other, strict=False))
+        stay = any(a == b != _EMPTY for a, b in places)
+        fit = all(_EMPTY in (a, b) or _RANKS[a] == _RANKS[b] for a, b in places)
+        if len(group) == len(other) and stay and fit:
+            return other
+    return None
 
 
 def _all_sizes(max_rows: int, repeat: int) -> list[tuple[int, ...]]:
@@ -145,7 +166,7 @@ def _op(axes: Sequence[str], points: Sequence[dict[str, Any]]) -> dict[str, Any]
 def _come_and_go(driver: _Driver) -> list[Takeover]:
     found, before = [], ""
     for plan in _PLANS:
-        names = "".join(plan)
+        names = "".join(plan).replace(_EMPTY, "")
         driver.until_done(*(name for name in before if name not in names))
         for name in names:
             if name not in before:
@@ -188,7 +209,7 @@ class _Driver:
         instances: Sequence[_SeenInstance],
         recorder: Recorder,
     ) -> None:
-        self.shape, self._sizes_left = shape, list(all_sizes)
+        self.shape, self._sizes_left, self._smallest = shape, list(all_sizes), all_sizes[-1]
         self.executor, self.instances, self.recorder = executor, instances, recorder
         self.numbers: dict[str, float] = {}  # that a task trains
         self.captures: list[Capture] = []
@@ -201,7 +222,7 @@ class _Driver:
     def task(self, name: str) -> None:
         """One more, ready."""
         plans = sum(name in "".join(plan) for plan in _PLANS)
-        spec = _spec(self.shape, name, _RANKS[name], len(self._specs) + 1, self._sizes_left[-1])
+        spec = _spec(self.shape, name, _RANKS[name], len(self._specs) + 1, self._smallest)
         self._specs[name] = spec._replace(num_steps=plans * STEPS + _MORE)
         self.executor.prepare(self._specs[name])
         self._until(EventKind.TASK_READY)
@@ -210,19 +231,19 @@ class _Driver:
         """An hTask of each group begins. What the steps after that do not explain: the first
         group's first task takes a step in each round."""
         self.instances[0].settle_all()
-        slots_before = self._slots()
+        slots_before, pools_before = self._slots(), self._pools()
         begun_ns = self.executor.now_ns
         captured_s = self.apply(*groups)
-        times = self._step_times_s(groups[0][0], begun_ns)
+        times = self._step_times_s(groups[0].strip(_EMPTY)[0], begun_ns)
         step_s = (times[-1] - times[_LED_BY - 1]) / (len(times) - _LED_BY)
-        self._count_numbers("".join(groups))
         slots = self._slots()
+        self._count_numbers(slots)
         joined = tuple(self.numbers[name] for name in slots if name not in slots_before)
         moved = tuple(
             self.numbers[name] for name, own in slots.items() if slots_before.get(name, own) != own
         )
         taken_s = times[_LED_BY - 1] - _LED_BY * step_s - captured_s
-        return Takeover(joined, moved, max(1e-6, taken_s))
+        return Takeover(joined, moved, self._pools() != pools_before, max(1e-6, taken_s))
 
     def apply(self, *groups: str) -> float:
         """Seconds of captures."""
@@ -250,13 +271,19 @@ class _Driver:
             for name in htask.slot_of
         }
 
-    def _htask_of(self, group: str) -> HTask:
-        """The running plan's; of a new one with the next sizes."""
-        if group in self._htasks:
-            return self._htasks[group]
-        return _htask([self._specs[name] for name in group], self._sizes_left.pop(0))
+    def _pools(self) -> Counter[tuple[AdapterSlot, ...]]:
+        return Counter(htask.shapes[-1].slots for htask in self._htasks.values())
 
-    def _count_numbers(self, names: str) -> None:
+    def _htask_of(self, group: str) -> HTask:
+        """One of the running plan's; of a new one with the next sizes."""
+        known = _like(group, self._htasks)
+        if known is None:
+            return _htask([self._specs[name] for name in group], self._sizes_left.pop(0))
+        slot_of = {name: slot for slot, name in enumerate(group) if name != _EMPTY}
+        share = max(self._htasks[known].quota.values())
+        return self._htasks[known]._replace(slot_of=slot_of, quota=dict.fromkeys(slot_of, share))
+
+    def _count_numbers(self, names: Iterable[str]) -> None:
         for name in names:
             state = self.executor.tasks[name].state
             assert state is not None

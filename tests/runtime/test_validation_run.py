@@ -84,7 +84,8 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
     points = [
         {**dict(zip(TAKEOVER, sizes, strict=True)), "median_s": s, "p05_s": s, "p95_s": s}
         for sizes, s in (
-            ((0.0, 0.0, 0.0, 0.0), 0.1), ((1.0, 8.0, 0.0, 0.0), 0.4), ((0.0, 0.0, 2.0, 9.0), 0.5),
+            ((0, 0, 0, 0, 0), 0.1), ((1, 8, 0, 0, 0), 0.4), ((0, 0, 2, 9, 0), 0.5),
+            ((0, 0, 0, 0, 1), 0.3),
         )
     ]  # fmt: skip
     op = {"unit": "s", "axes": list(TAKEOVER), "points": points}
@@ -92,14 +93,16 @@ def test_tasks_that_change_pools_are_charged_for_it(profile_path: Path) -> None:
     leave_s, move_s = model.leave_s().value, model.move_s(slot).value
     assert leave_s == pytest.approx(0.1) and move_s > 0
     more_s = model.transition_s(apart, together).value
-    assert more_s == pytest.approx(leave_s + 2 * move_s)
+    assert more_s == pytest.approx(leave_s + 0.2 + 2 * move_s)
     assert model.transition_s(apart, apart._replace(epoch=2)).value == 0
     small, large = (model.finish_s(AdapterSlot("lora", rank, ALL)).value for rank in (16, 64))
     assert 0 < small <= large, "each is written to the disk"
     one_less_s = model.transition_s(apart, plan_of([htask("a")], 3)).value
-    assert one_less_s == pytest.approx(leave_s)
+    assert one_less_s == pytest.approx(leave_s + 0.2)
+    stays = [together.htasks[0]._replace(slot_of={"b": 1}, quota={"b": 1})]
+    assert model.transition_s(together, plan_of(stays, 3)).value == pytest.approx(leave_s)
     alone_s = model.transition_s(None, plan_of([htask("a")])).value
-    assert alone_s == pytest.approx(leave_s + model.adapter_load_s(slot).value)
+    assert alone_s == pytest.approx(leave_s + 0.2 + model.adapter_load_s(slot).value)
 
 
 def test_captures_are_charged_by_their_rows(profile_path: Path) -> None:

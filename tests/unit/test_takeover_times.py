@@ -7,7 +7,7 @@ import pytest
 
 from muxtune.cost.takeovers import CAPTURE, TAKEOVER, CaptureTimes, TakeoverTimes
 
-JOIN, MOVE, PLAN_S = (0.1, 2e-9), (0.05, 1e-9), 0.08
+JOIN, MOVE, REBUILD_S, PLAN_S = (0.1, 2e-9), (0.05, 1e-9), 0.2, 0.08
 SIZES = {"a": 4e7, "b": 1.6e8, "c": 8e7}
 PLANS = [("a", ""), ("b", ""), ("", "ab"), ("c", "b"), ("a", "bc"), ("", "c"), ("", ""), ("b", "c")]
 
@@ -24,7 +24,8 @@ def takeovers(noise: float = 0.0) -> dict[str, Any]:
         join, move = (sum(SIZES[name] for name in names) for names in (joined, moved))
         seconds = PLAN_S + JOIN[0] * len(joined) + JOIN[1] * join
         seconds += MOVE[0] * len(moved) + MOVE[1] * move
-        sizes = float(len(joined)), join, float(len(moved)), move
+        seconds += REBUILD_S * bool(moved)
+        sizes = float(len(joined)), join, float(len(moved)), move, float(bool(moved))
         points.append(point(TAKEOVER, sizes, seconds + noise * random.standard_normal()))
     return {"unit": "s", "axes": list(TAKEOVER), "points": points}
 
@@ -32,6 +33,7 @@ def takeovers(noise: float = 0.0) -> dict[str, Any]:
 def test_terms_are_told_apart() -> None:
     times = TakeoverTimes(takeovers())
     assert times.plan().value == pytest.approx(PLAN_S)
+    assert times.rebuild().value == pytest.approx(REBUILD_S)
     for size in SIZES.values():
         assert times.join(size).value == pytest.approx(JOIN[0] + JOIN[1] * size)
         assert times.move(size).value == pytest.approx(MOVE[0] + MOVE[1] * size)
@@ -40,7 +42,13 @@ def test_terms_are_told_apart() -> None:
 
 def test_noise_makes_no_term_negative_and_the_interval_wider() -> None:
     exact, noisy = TakeoverTimes(takeovers()), TakeoverTimes(takeovers(noise=0.2))
-    for estimate in (noisy.plan(), noisy.join(0.0), noisy.move(0.0), noisy.join(1e8)):
+    for estimate in (
+        noisy.plan(),
+        noisy.rebuild(),
+        noisy.join(0.0),
+        noisy.move(0.0),
+        noisy.join(1e8),
+    ):
         assert 0.0 <= estimate.low <= estimate.value <= estimate.high
     width = noisy.join(1e8).high - noisy.join(1e8).low
     assert width > 10 * (exact.join(1e8).high - exact.join(1e8).low)
