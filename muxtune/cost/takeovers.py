@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from muxtune.cost.curves import AffineFit, Leaf, fit_affine
+from muxtune.errors import ProfileError
 from muxtune.types import Estimate
 
 # How many tasks are new to the instance, how many go to other slots, and what they train; 1 where
@@ -24,9 +25,15 @@ CAPTURE = ("rows", "first")  # of a size; 1 of an hTask's first, which is tried 
 
 
 class TakeoverTimes:
-    """Of an operation with the axes ``TAKEOVER``; each point is a plan."""
+    """Of an operation with the axes ``TAKEOVER``; each point is a plan. Raises ProfileError where
+    an axis is missing."""
 
     def __init__(self, op: Mapping[str, Any]) -> None:
+        if missing := set(TAKEOVER) - set(op["axes"]):
+            raise ProfileError(
+                f"profile op 'takeover' does not tell {', '.join(sorted(missing))}."
+                " Run `muxtune profile` again"
+            )
         points = op["points"]
         rows = np.array([[*(point[axis] for axis in TAKEOVER), 1.0] for point in points])
         times = np.array([point["median_s"] for point in points])

@@ -200,7 +200,7 @@ def _draw(
         steps = max(3, int((0.5 + 0.5 * share) * share_s / step_s))
         # One at a time: what arrives together is read one by one by the real executor only. Soon
         # enough for the first task not to end just as the second comes, which would be a tie.
-        arrival_s = (0.035 * index + random.uniform(0.0, 0.01)) * duration_s if index else 0.0
+        arrival_s = (0.05 * index + random.uniform(0.0, 0.01)) * duration_s if index else 0.0
         tasks.append(spec._replace(num_steps=steps, arrival_ns=int(arrival_s * NS_PER_S)))
     if max_tasks >= count:
         cancel_ns = int(0.45 * duration_s * NS_PER_S)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from muxtune.cost.takeovers import CAPTURE, TAKEOVER, CaptureTimes, TakeoverTimes
+from muxtune.errors import ProfileError
 
 JOIN, MOVE, REBUILD_S, PLAN_S = (0.1, 2e-9), (0.05, 1e-9), 0.2, 0.08
 SIZES = {"a": 4e7, "b": 1.6e8, "c": 8e7}
@@ -85,3 +86,10 @@ def test_older_profiles_know_of_no_first_capture() -> None:
     times = CaptureTimes(captures(with_first=False))
     assert times.each(1000.0).value == pytest.approx(0.06)
     assert times.first_more(1000.0).value == 0.0
+
+
+def test_an_axis_that_is_missing_is_named() -> None:
+    op = takeovers()
+    op["axes"].remove("rebuilds")
+    with pytest.raises(ProfileError, match="rebuilds"):
+        TakeoverTimes(op)
