@@ -52,6 +52,7 @@ from muxtune.cost.causes import ADAPTED, FACTOR, MANY_ROWS_LOSS, SITE, by_cause,
 from muxtune.cost.composition import PassParts, Rates, Tally, nominal_load
 from muxtune.cost.curves import Grid, Table, Time, smoothed
 from muxtune.cost.extra_methods import EXTRA, ExtraMethods
+from muxtune.cost.factor_gradients import FACTOR_GRADIENT
 from muxtune.cost.low_rank import BACKWARD, FORWARD
 from muxtune.cost.memory import STATIC_LOSS_ROWS, MemoryModel, MemoryOptions, stage_layers
 from muxtune.cost.ops import Op
@@ -144,6 +145,14 @@ class CapturedCostModel(ProfiledCostModel):
         return SiteProducts(self.model, self.profile, self._tiling) if self._tiling else None
 
     @cached_property
+    def _counted_kinds(self) -> tuple[str, ...]:
+        """The deterministic form of A's gradients only: the other cuts a slot's rows up."""
+        if self._products is None:
+            return ()
+        exact = self.profile.program.get("deterministic", False)
+        return (*_PRODUCTS, FACTOR_GRADIENT) if exact else _PRODUCTS
+
+    @cached_property
     def _attention_times(self) -> AttentionTimes:
         return AttentionTimes(self.profile.ops, self._tiling, self._measured)
 
@@ -172,14 +181,15 @@ class CapturedCostModel(ProfiledCostModel):
             return partial(self._extras.measured_time, name)
         if kind == "full_loss":
             return partial(self._loss_time, name, super()._timing(name))
-        if kind == "site_factor" or (kind in _FROZEN and name in self.profile.ops):
+        if kind in self._counted_kinds:
+            assert self._products is not None
+            product = self._products.of(kind, size)
+            return product.at if product.like == size else partial(of_another, product.at, 1.0)
+        if kind == FACTOR_GRADIENT or (kind in _FROZEN and name in self.profile.ops):
             measured, ratio, outside = self._measured(name)
             known = self._grid(measured), self._table(measured)
             return partial(_as_measured, *known, ratio, outside)
-        if kind not in _PRODUCTS or self._products is None:
-            return super()._timing(name)
-        product = self._products.of(kind, size)
-        return product.at if product.like == size else partial(of_another, product.at, 1.0)
+        return super()._timing(name)
 
     def _loss_time(self, name: str, timing: Timing, sizes: tuple[float, ...]) -> Time:
         """The loss takes whole chunks."""

@@ -20,7 +20,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,7 +34,7 @@ FORWARD, BACKWARD = "site_forward", "site_backward"
 _RANKS = (16.0, 32.0, 64.0)  # those that kernels pad to, of which the first factor's reads depend
 _PASS_WIDTH = 4096.0  # of the inputs that a pass over a tile's rows is counted by
 _SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
-_UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
+UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
 _FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
 FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
@@ -92,7 +92,7 @@ class Met(NamedTuple):
 def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int, int]:
     """By tile in which a slot ends before the tile does: after how many of its slots another
     begins. Of two slots the first has fewer rows, but for the last of an odd number."""
-    used, uneven = slots * share, min(_UNEVEN_ROWS, share // 4)
+    used, uneven = slots * share, min(UNEVEN_ROWS, share // 4)
     ends = [*range(share - uneven, used - uneven, 2 * share), *range(2 * share, used, 2 * share)]
     found = Counter([end // tile_rows for end in ends if end % tile_rows and end < rows])
     if used % tile_rows and used < rows:
@@ -441,16 +441,28 @@ class _Ratios:
         return known
 
 
+class Counted(Protocol):
+    """What a product takes as it is counted."""
+
+    def seconds(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> float:
+        """``used_rows``: 0 where they are as a step's passes mostly have them."""
+        ...
+
+
 class Products:
     """One direction's products with adapters: what is counted of them, times what the points
     around say that it is off by."""
 
     def __init__(
-        self, name: str, counted: Forward | Backward, points: Mapping[str, Sequence[Point]]
+        self,
+        name: str,
+        counted: Counted,
+        points: Mapping[str, Sequence[Point]],
+        kept: float = 1.0,
     ) -> None:
-        """``points``: by the size of the linear that was measured. Raises ProfileError when
-        they leave holes."""
-        self.counted = counted
+        """``points``: by the size of the linear that was measured; ``kept``: what is left of the
+        logarithms of their ratios between them. Raises ProfileError when they leave holes."""
+        self.counted, self._kept = counted, kept
         self._ratios = {
             size: _Ratios(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})
             for size, own in points.items()
@@ -458,7 +470,8 @@ class Products:
 
     def _ratio(self, point: Point) -> Leaf:
         counted_s = self.counted.seconds(*point[:4], point.rows)
-        return Leaf(point.measured.value_s / counted_s, point.measured.half_width_s / counted_s)
+        ratio = (point.measured.value_s / counted_s) ** self._kept
+        return Leaf(ratio, point.measured.half_width_s / counted_s)
 
     def at(self, like: str, site: Sizes, sizes: Sequence[float]) -> Time:
         """``like``: the measured linear whose ratios hold. ``sizes``: slots, rank, rows, and rows
@@ -470,7 +483,8 @@ class Products:
         return Time(counted_s * ratio, counted_s * width, outside)
 
     def of_layout(self, like: str, site: Sizes, use: Use, rows: int) -> float:
-        """Seconds in one certain micro-batch."""
+        """Seconds in one certain micro-batch; not of A's gradients."""
+        assert isinstance(self.counted, Forward | Backward)
         ratio, _, _ = self._ratios[like].at((use.slots, float(max(use.ranks)), rows))
         return ratio * self.counted.seconds_of(site, use, rows)
 
