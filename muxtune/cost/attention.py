@@ -5,7 +5,8 @@ rows, however full the last one is. Forward, a program of a head and a tile look
 its sequence up to its own, and several programs share a multiprocessor. Backward, a sequence of
 one tile is one program of a small kernel; one of two tiles is one wide program where every head
 has keys of its own; and each tile of a longer one is a program that looks at all tiles of its
-sequence. The last two fill a multiprocessor, so they take whole waves.
+sequence. The last two fill a multiprocessor, so they take whole waves, of which each is as long as
+its first program: those of the longest sequences come first.
 
 So a mix of lengths counts by how many sequences of how many tiles it has, of which a number of
 query-key pairs tells little. Sizes are in programs of a multiprocessor. Times are in seconds.
@@ -13,12 +14,12 @@ query-key pairs tells little. Sizes are in programs of a multiprocessor. Times a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import NamedTuple
 
 from muxtune.cost.low_rank import fit_speeds
+from muxtune.cost.tiles import waves_begun
 
 TILE_ROWS = 64
 MOST_TILES = 16  # of a sequence for which these kernels are meant
@@ -26,7 +27,7 @@ MOST_TILES = 16  # of a sequence for which these kernels are meant
 SEQUENCES = tuple(f"sequences_{tiles}" for tiles in range(1, MOST_TILES + 1))
 # Usual speeds, in seconds of what they are counted by; the fit leaves them only for evidence.
 _FORWARD_S = (1.5e-6, 1.3e-6, 1.0e-6, 0.9e-6, 1.1e-6)
-_BACKWARD_S = (9e-6, 9e-6, 3e-6, 4e-6, 16e-6, 7e-6, 1.6e-6)
+_BACKWARD_S = (9e-6, 8e-6, 4e-6, 4e-6, 4e-6, 8e-6)
 
 
 def sequence_counts(lengths: Sequence[int]) -> dict[str, float]:
@@ -49,30 +50,31 @@ class Device(NamedTuple):
     num_multiprocessors: int
 
     def forward_terms(self, rows: float, sequences: Sequence[float]) -> list[float]:
-        """Of a call: programs, tiles they look at, full tiles that are read, the longest row of
-        tiles. ``sequences``: by their tiles, as ``SEQUENCES``."""
+        """Of a call: programs (one at least), tiles they look at, full tiles that are read, the
+        longest row of tiles. ``sequences``: by their tiles, as ``SEQUENCES``."""
         per = self.num_heads / self.num_multiprocessors
         counted = list(enumerate(sequences, 1))
         programs = sum(tiles * count for tiles, count in counted)
         looks = sum(tiles * (tiles + 1) / 2 * count for tiles, count in counted)
-        longest = max(tiles for tiles, count in counted if count)
-        return [1.0, per * programs, per * looks, per * rows / TILE_ROWS, float(longest)]
+        full = max(tiles for tiles, count in counted if count) - 1
+        filled = (rows / TILE_ROWS - sum((t - 1) * n for t, n in counted)) / sum(sequences)
+        return [1.0, max(1.0, per * programs), per * looks, per * rows / TILE_ROWS, full + filled]
 
     def backward_terms(self, rows: float, sequences: Sequence[float]) -> list[float]:
-        """Of a call: wide programs, others of long sequences, tiles these look at, programs of
-        short sequences, full tiles that are read, what the longest program looks at."""
+        """Of a call: of each wave the program that takes longest, if it is a wide one, or another
+        of long sequences, and the tiles it looks at; programs of short sequences (one at least);
+        full tiles that are read."""
         members = self.num_heads // self.num_kv_heads
         per = self.num_kv_heads / self.num_multiprocessors
         wide = sequences[1] if members == 1 else 0.0
-        long = [(t, n) for t, n in enumerate(sequences, 1) if n and t > (2 if wide else 1)]
-        programs = sum(tiles * count for tiles, count in long)
-        looks = members * sum(tiles * (tiles + 1) * count for tiles, count in long)
-        waves = per * (wide + programs)
-        whole = per * math.ceil(waves) / waves if waves else 0.0
-        longest = members * max((tiles + 1 for tiles, _ in long), default=0)
+        long = [(t, n) for t, n in enumerate(sequences, 1) if n and t > (2 if wide else 1)][::-1]
+        programs = [int(self.num_kv_heads * count) for count in (*(t * n for t, n in long), wide)]
+        *begun, begun_wide = waves_begun(programs, self.num_multiprocessors)
+        looks = sum(waves * (t + 1) for waves, (t, _) in zip(begun, long, strict=True))
+        short = max(1.0, per * sequences[0]) if sequences[0] else 0.0
         of_rows = self.num_heads / self.num_multiprocessors * rows / TILE_ROWS
-        return [1.0, whole * wide, whole * programs, whole * looks,
-                per * members * sequences[0], of_rows, float(longest)]  # fmt: skip
+        return [1.0, float(begun_wide), float(sum(begun)), float(members * looks),
+                members * short, of_rows]  # fmt: skip
 
 
 class Point(NamedTuple):

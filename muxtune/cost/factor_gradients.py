@@ -11,11 +11,11 @@ This is of the deterministic form, which does not cut a slot's rows up.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from muxtune.cost.low_rank import FILL, UNEVEN_ROWS, Point, Sizes, fit_speeds
+from muxtune.cost.tiles import waves_begun
 
 FACTOR_GRADIENT = "site_factor"
 COLUMNS = 32  # of one program
@@ -99,7 +99,7 @@ class FactorGradient:
         )
         each, numbers = blocks / self._num_multiprocessors, program.numbers
         at_once = program.sharing * self._num_multiprocessors
-        waves = _waves([blocks * alike.slots for alike in of_slots], at_once)
+        waves = waves_begun([blocks * alike.slots for alike in of_slots], at_once)
         slots = rows = steps = num_waves = longest = 0
         for alike, begun in zip(of_slots, waves, strict=True):
             of_one = -(-alike.rows // program.step_rows)
@@ -120,12 +120,3 @@ class FactorGradient:
         if ranks not in self._programs:
             self._programs[ranks] = Program.of(ranks)
         return self._programs[ranks]
-
-
-def _waves(programs: Sequence[int], at_once: int) -> Iterator[int]:
-    """How many waves begin in each of these groups of programs, which follow each other."""
-    before = 0
-    for count in programs:
-        after = before + count
-        yield math.ceil(after / at_once) - math.ceil(before / at_once)
-        before = after

@@ -8,7 +8,7 @@ this arithmetic against the kernels' own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Of a wave's time, by the share of multiprocessors that are idle in it. Judged by whole steps of 96
@@ -99,3 +99,12 @@ class Tiling(NamedTuple):
         if tile.halves and full and 0 < 2 * rest <= self.num_multiprocessors:
             waves -= 1 - self.half_cost
         return waves * tile.rows * tile.columns / tile.efficiency
+
+
+def waves_begun(programs: Sequence[int], at_once: int) -> Iterator[int]:
+    """How many waves begin in each of these groups of programs, which follow each other."""
+    before = 0
+    for count in programs:
+        after = before + count
+        yield -(-after // at_once) - -(-before // at_once)
+        before = after

@@ -28,7 +28,7 @@ from muxtune_kernels.packed_attention import tiles as packed_tiles
 LLAMA_7B = model_shape("llama-2-7b")
 DEVICE = Device(32, 32, 132)
 FORWARD_S = (2e-6, 1.4e-6, 1.1e-6, 0.8e-6, 1.2e-6)
-BACKWARD_S = (8e-6, 10e-6, 2.5e-6, 4.5e-6, 15e-6, 6e-6, 1.4e-6)
+BACKWARD_S = (8e-6, 10e-6, 2.5e-6, 4.5e-6, 4e-6, 6e-6)
 
 
 def _counts(lengths: list[int]) -> tuple[float, ...]:
@@ -49,34 +49,50 @@ def test_tiles_are_those_of_the_kernels() -> None:
 
 
 def test_forward_counts_programs_and_what_they_look_at() -> None:
-    # 1 + 3 tiles of 32 heads; the first looks at itself, the others at 1, 2 and 3 tiles.
-    one, programs, looks, rows, longest = DEVICE.forward_terms(192.0, _counts([40, 152]))
+    # 4 + 3 tiles of 32 heads; the first look at themselves, the others at 1, 2 and 3 tiles.
+    lengths = [16, 16, 16, 16, 128 + 16]
+    one, programs, looks, rows, longest = DEVICE.forward_terms(208.0, _counts(lengths))
     per = 32 / 132
-    assert (one, longest) == (1.0, 3.0)
-    assert (programs, looks, rows) == pytest.approx((4 * per, 7 * per, 3 * per))
+    assert (one, longest) == (1.0, 2.25), "two full tiles, and a quarter"
+    assert (programs, looks, rows) == pytest.approx((7 * per, 10 * per, 208 / 64 * per))
+
+
+def test_few_programs_take_as_long_as_one_and_full_tiles_longer() -> None:
+    """32 to 96 programs on 132 multiprocessors."""
+    few = [DEVICE.forward_terms(128.0, _counts(lengths)) for lengths in ([128], [40, 88])]
+    assert [terms[1] for terms in few] == [1.0, 1.0]
+    assert [terms[4] for terms in few] == [2.0, 1.5]
+    assert DEVICE.backward_terms(90.0, _counts([30, 30, 30]))[4] == 1.0
+    assert DEVICE.backward_terms(240.0, _counts([30] * 8))[4] == pytest.approx(8 * 32 / 132)
 
 
 def test_backward_takes_whole_waves_of_large_programs_and_shares_of_small_ones() -> None:
     # Four wide programs of 32 heads are 128, and one wave of 132; five of them are two.
     for count, waves in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3)):
-        _, wide, programs, looks, short, _, longest = DEVICE.backward_terms(
+        _, wide, programs, looks, short, _ = DEVICE.backward_terms(
             100.0 * count, _counts([100] * count)
         )
-        assert (wide, programs, looks, short, longest) == (pytest.approx(waves), 0, 0, 0, 0)
+        assert (wide, programs, looks, short) == (waves, 0, 0, 0)
     # Three tiles: three programs a head, each with four looks; a short sequence is apart.
     terms = DEVICE.backward_terms(192.0, _counts([152, 40]))
-    expected = (1.0, 0.0, 1.0, 4.0, 32 / 132, 32 / 132 * 3, 4.0)
-    assert terms == pytest.approx(expected)
+    assert terms == pytest.approx((1.0, 0.0, 1.0, 4.0, 1.0, 32 / 132 * 3))
+
+
+def test_a_wave_is_as_long_as_its_first_program() -> None:
+    # 160 programs of five tiles, then 96 of three, then 96 wide ones: the second wave begins with
+    # six looks, too, and the third with a wide one.
+    _, wide, programs, looks, _, _ = DEVICE.backward_terms(756.0, _counts([300, 160, 100, 100, 96]))
+    assert (wide, programs, looks) == (1.0, 2.0, 12.0)
+    # As wide ones alone, two sequences are half a wave; behind 96 longer programs they are none.
+    assert DEVICE.backward_terms(260.0, _counts([160, 100]))[1:4] == [0.0, 1.0, 4.0]
 
 
 def test_heads_that_share_keys_have_no_wide_programs() -> None:
     grouped = Device(32, 8, 132)
-    _, wide, programs, looks, short, rows, longest = grouped.backward_terms(
-        168.0, _counts([128, 40])
-    )
-    assert wide == 0.0 and programs == pytest.approx(1.0), "two tiles of eight heads: one wave"
-    assert looks == pytest.approx(4 * 3), "of four members each"
-    assert (short, longest) == (pytest.approx(4 * 8 / 132), 12.0)
+    _, wide, programs, looks, short, rows = grouped.backward_terms(168.0, _counts([128, 40]))
+    assert wide == 0.0 and programs == 1.0, "two tiles of eight heads: one wave"
+    assert looks == 4 * 3, "of four members each"
+    assert short == 4.0
     assert rows == pytest.approx(32 / 132 * 168 / 64)
 
 
