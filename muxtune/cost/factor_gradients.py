@@ -11,10 +11,11 @@ This is of the deterministic form, which does not cut a slot's rows up.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from muxtune.cost.low_rank import FILL, UNEVEN_ROWS, Point, Sizes, fit_speeds
+from muxtune.cost.low_rank import FILL, Point, Sizes, even_rows, fit_speeds
 from muxtune.cost.tiles import waves_begun
 
 FACTOR_GRADIENT = "site_factor"
@@ -60,11 +61,9 @@ class Alike(NamedTuple):
 
 
 def even_slots(slots: int, used_rows: int) -> list[Alike]:
-    """Most rows first; slots have nearly even shares, as a profile's points have them."""
-    share = max(1, used_rows // slots)
-    off, pairs = min(UNEVEN_ROWS, share // 4), slots // 2
-    found = [Alike(pairs, share + off), Alike(slots % 2, share), Alike(pairs, share - off)]
-    return [alike for alike in found if alike.slots]
+    """Most rows first; as ``even_rows``."""
+    counted = Counter(even_rows(slots, used_rows))
+    return [Alike(counted[rows], rows) for rows in sorted(counted, reverse=True)]
 
 
 class FactorGradient:

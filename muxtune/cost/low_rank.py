@@ -34,7 +34,7 @@ FORWARD, BACKWARD = "site_forward", "site_backward"
 _RANKS = (16.0, 32.0, 64.0)  # those that kernels pad to, of which the first factor's reads depend
 _PASS_WIDTH = 4096.0  # of the inputs that a pass over a tile's rows is counted by
 _SUM_BLOCK = 128  # outputs of one program of the backward's first kernel
-UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
+_UNEVEN_ROWS = 21  # slots differ by; none begins where a tile does
 _FILLS = 0.35, 0.65, 0.95  # shares of rows in use of a step's passes
 FILL = 0.65  # their mean
 # Of the only wave's time, by the share of multiprocessors that are idle. Judged by single products
@@ -92,7 +92,7 @@ class Met(NamedTuple):
 def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int, int]:
     """By tile in which a slot ends before the tile does: after how many of its slots another
     begins. Of two slots the first has fewer rows, but for the last of an odd number."""
-    used, uneven = slots * share, min(UNEVEN_ROWS, share // 4)
+    used, uneven = slots * share, min(_UNEVEN_ROWS, share // 4)
     ends = [*range(share - uneven, used - uneven, 2 * share), *range(2 * share, used, 2 * share)]
     found = Counter([end // tile_rows for end in ends if end % tile_rows and end < rows])
     if used % tile_rows and used < rows:
@@ -100,12 +100,19 @@ def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int
     return found
 
 
+def even_rows(slots: int, used_rows: int) -> tuple[int, ...]:
+    """Of each slot, whose shares are nearly even, as a profile's points have them."""
+    share = max(used_rows, slots) // slots
+    off, pairs = min(_UNEVEN_ROWS, share // 4), slots // 2
+    return (share - off, share + off) * pairs + (share,) * (slots % 2)
+
+
 class Use(NamedTuple):
     """Of a linear by one certain micro-batch. ``slot_rows``: rows in use of every slot; ``ranks``:
     as padded, 0 of slots that do not adapt the linear."""
 
     slot_rows: tuple[int, ...]
-    ranks: tuple[int, ...]
+    ranks: tuple[float, ...]
 
     @property
     def slots(self) -> int:
@@ -113,7 +120,7 @@ class Use(NamedTuple):
         return sum(rank > 0 for rank in self.ranks)
 
     @property
-    def active_ranks(self) -> list[int]:
+    def active_ranks(self) -> list[float]:
         """Of slots with rows."""
         both = zip(self.slot_rows, self.ranks, strict=True)
         return [rank for rows, rank in both if rows and rank]
@@ -156,9 +163,12 @@ class Counts:
         return _Tiles(waves, math.ceil(waves), launch.free, tile.rows, across, kind, height, work)
 
     def forward(self, site: Sizes, slots: int, rank: float, rows: int, used_rows: int) -> _Forward:
+        if used_rows:
+            use = Use(even_rows(slots, used_rows), (rank,) * slots)
+            return self.forward_of(site, use, rows)
         tiles = self.tiles(rows, site.out_features, site.in_features)
-        met, members = self.met(slots, rows, used_rows, tiles.tile_rows), len(site.out_features)
-        fills = [used_rows] if used_rows else [int(fill * rows) for fill in _FILLS]
+        met, members = self.met(slots, rows, 0, tiles.tile_rows), len(site.out_features)
+        fills = [int(fill * rows) for fill in _FILLS]
         in_turn = [-(-used // tiles.tile_rows) * members > tiles.free for used in fills]
         return _Forward(
             tiles,

@@ -41,7 +41,7 @@ class Meeting(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def meet(
-    slot_rows: tuple[int, ...], ranks: tuple[int, ...], num_rows: int, tile_rows: int
+    slot_rows: tuple[int, ...], ranks: tuple[float, ...], num_rows: int, tile_rows: int
 ) -> Meeting:
     """``ranks``: as padded, of every slot; 0 where it does not adapt the linear."""
     ends = list(accumulate(slot_rows))
@@ -61,7 +61,7 @@ def meet(
 
 
 def _of_several(
-    slot_rows: tuple[int, ...], ranks: tuple[int, ...], ends: list[int], first: int, stop: int
+    slot_rows: tuple[int, ...], ranks: tuple[float, ...], ends: list[int], first: int, stop: int
 ) -> tuple[float, float]:
     """(pairs of slots that are read, steps of one rank) of a tile that begins in ``first``."""
     last = first

@@ -17,7 +17,7 @@ from muxtune.cost.factor_gradients import (
     even_slots,
 )
 from muxtune.cost.fused_sites import fused_sites
-from muxtune.cost.low_rank import Point, Products, Sizes
+from muxtune.cost.low_rank import Point, Products, Sizes, even_rows
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash
 from muxtune.cost.shapes import ModelShape, model_shape
@@ -46,8 +46,10 @@ def test_programs_are_those_that_the_kernels_choose(shape: ModelShape) -> None:
 
 @pytest.mark.parametrize(("slots", "rows"), [(1, 96), (4, 1024), (7, 1344), (32, 130)])
 def test_slots_have_the_rows_of_a_profile_s_points(slots: int, rows: int) -> None:
-    measured = sorted((sum(lengths) for lengths in uneven_lengths(rows, slots)), reverse=True)
-    assert [alike.rows for alike in even_slots(slots, rows) for _ in range(alike.slots)] == measured
+    measured = [sum(lengths) for lengths in uneven_lengths(rows, slots)]
+    assert list(even_rows(slots, rows)) == measured
+    most_first = [alike.rows for alike in even_slots(slots, rows) for _ in range(alike.slots)]
+    assert most_first == sorted(measured, reverse=True)
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64])

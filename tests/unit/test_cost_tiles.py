@@ -441,6 +441,15 @@ def test_tiles_of_waves_with_idle_multiprocessors_take_less(tiling: Tiling) -> N
     assert 0.85 * of_all < begun.tiles.work < 0.95 * of_all < 0.98 * of_all < two.tiles.work
 
 
+def test_measured_products_end_with_the_multiprocessor_that_has_most_steps(tiling: Tiling) -> None:
+    # Four slots of 491, 533, 491 and 533 rows: of 16 tiles of rows, which are two waves, two hold
+    # two slots, and no multiprocessor has both. One slot's tile takes 0.4 of such a one's steps.
+    site, counts = Sizes(4096, (4096,)), Counts(tiling)
+    assert counts.forward(site, 4, 64, 2048, 2048).steps == pytest.approx(4 * (1 + 0.4) / 2)
+    assert counts.forward(site, 1, 64, 2048, 2048).steps == pytest.approx(4 * 0.4)
+    assert counts.forward(site, 32, 64, 2048, 2048).steps == pytest.approx(4.0), "all hold two"
+
+
 def test_a_single_wave_waits_for_its_fullest_tile() -> None:
     # 288 rows of 15 slots: two tiles of 128 rows hold seven or eight of them, a third the rest.
     met = Met.of(15, 288, (288,), 128)
