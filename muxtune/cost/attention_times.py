@@ -26,7 +26,7 @@ from muxtune.types import PassLayout
 _KINDS = ("attention_forward", "attention_backward")
 # Of calls of other mixes, 90% of them (a suite's: what lengths there are, pairs do not tell).
 _ERROR = 0.18
-_COUNTED_ERROR = 0.11  # where they do
+_COUNTED_ERROR = 0.09  # where they do
 _FEW_ROWS_POWER = 0.8  # of a call's time, by rows fewer than were measured
 
 

@@ -87,10 +87,10 @@ _MANY_LOG_ROWS = 9.0, 10.0  # from none of a loss's time to all of it
 _NORMAL_90 = 1.645
 _POWER_LIMITED_LOG_ROWS = 8.0, 9.5  # from none of a product's time to all of it
 _SOLO = ReplicaShape()
-# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of five
+# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of seven
 # profiles, of two devices.
 _BETWEEN: Mapping[str, float] = {
-    "site_forward": 0.09, "site_backward": 0.07, "site_factor": 0.1, "frozen_forward": 0.1,
+    "site_forward": 0.09, "site_backward": 0.06, "site_factor": 0.07, "frozen_forward": 0.1,
     "frozen_backward": 0.1, "full_loss": 0.12,
 }  # fmt: skip
 _BETWEEN_OTHERS = 0.06
