@@ -76,8 +76,9 @@ MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
-# Products draw so much power that a device lowers its clock; a step is nearly all products.
-_HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss")
+# Products draw so much power that a device lowers its clock; a step is nearly all products. An
+# attention that follows products has the clock of these for a while, which is not its own.
+_HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss", "attention")
 _HEAT_S, _MOST_HEATS, _HEATED_ROWS = 0.03, 24, 1024
 LARGE_VOCABULARY = 4  # times the model's; of Llama 3 over Llama 2
 _UNEVEN_ROWS = 21  # no slot begins where a tile does
