@@ -26,7 +26,9 @@ _MOST_ROWS, _SHARED_BYTES, _BUFFERS, _NUMBER_BYTES = 256, 100_000, 3, 2
 _SHARING = {(256, 16): 3, (256, 32): 3, (128, 64): 4, (128, 128): 2, (64, 128): 4, (64, 256): 2}
 _FEWEST_SHARING = 2
 # Usual speeds, in seconds of what ``_terms`` says; the fit leaves them only for evidence.
-_USUAL_S = (1.1e-6, 0.6e-6, 0.22e-6, 0.24e-6, 0.3e-6, 0.32e-6, 0.22e-6)
+_USUAL_S = (1.3e-6, 0.5e-6, 0.24e-6, 0.22e-6, 0.3e-6, 0.31e-6, 0.24e-6, 0.1e-6)
+# Of an H100 or H200, whose multiprocessors have half of the second-level cache near them.
+_CACHE_BYTES = 25e6
 _UNIT_NUMBERS, _UNIT_RANKS, _UNIT_ROWS = 1e4, 64.0, 128.0
 
 
@@ -91,11 +93,10 @@ class FactorGradient:
 
     def _terms(self, site: Sizes, of_slots: Sequence[Alike], rank: int) -> list[float]:
         """The launch; waves; and of a multiprocessor: what its programs load first, what they
-        write, the steps' loads, rows; then the steps' loads of the waves' longest programs."""
-        program, blocks = (
-            self._program(rank * len(site.out_features)),
-            -(-site.in_features // COLUMNS),
-        )
+        write, the steps' loads, rows; then the steps' loads of the waves' longest programs; and
+        megabytes of inputs that the cache does not hold."""
+        program = self._program(rank * len(site.out_features))
+        blocks = -(-site.in_features // COLUMNS)
         each, numbers = blocks / self._num_multiprocessors, program.numbers
         at_once = program.sharing * self._num_multiprocessors
         waves = waves_begun([blocks * alike.slots for alike in of_slots], at_once)
@@ -113,6 +114,7 @@ class FactorGradient:
             each * steps * numbers,
             each * rows / _UNIT_ROWS,
             longest * numbers,
+            max(0.0, rows * site.in_features * _NUMBER_BYTES - _CACHE_BYTES) / 1e6,
         ]
 
     def _program(self, ranks: int) -> Program:

@@ -74,16 +74,24 @@ def test_a_slot_more_costs_a_wave_where_programs_no_longer_fit() -> None:
     usual = FactorGradient(SMS, [])
 
     def seconds(slots: int) -> float:
-        rows = 128 * slots
+        rows = 64 * slots
         return usual.seconds(O_PROJ, slots, 64, rows, rows)
 
     more = [seconds(slots + 1) - seconds(slots) for slots in (2, 3, 4, 5)]
     assert more[2] > 1.3 * max(more[0], more[1], more[3])
 
 
+def test_inputs_that_the_cache_does_not_hold_take_longer() -> None:
+    """Of 25 MB: 3051 rows of 4096 numbers."""
+    usual, down = FactorGradient(SMS, []), Sizes(11008, (4096,))
+    of_none = usual._terms(O_PROJ, [Alike(1, 3051)], 16)
+    assert (of_none[-1], usual._terms(down, [Alike(2, 500)], 16)[-1]) == (0.0, 0.0)
+    assert usual._terms(down, [Alike(2, 1024)], 16)[-1] == pytest.approx(2048 * 22016e-6 - 25)
+
+
 def test_speeds_are_told_from_points_and_hold_between_them() -> None:
     known = FactorGradient(SMS, [])
-    factors = 1.5, 0.7, 1.3, 0.8, 1.2, 0.9, 1.1
+    factors = 1.5, 0.7, 1.3, 0.8, 1.2, 0.9, 1.1, 0.6
     known.speeds = [factor * s for factor, s in zip(factors, known.speeds, strict=True)]
     points = [
         Point(O_PROJ, slots, rank, rows, Leaf(known.seconds(O_PROJ, slots, rank, rows, rows), 0.0))
