@@ -62,8 +62,9 @@ class Device(NamedTuple):
 
     def backward_terms(self, rows: float, sequences: Sequence[float]) -> list[float]:
         """Of a call: of each wave the program that takes longest, if it is a wide one, or another
-        of long sequences, and the tiles it looks at; programs of short sequences (one at least);
-        full tiles that are read."""
+        of long sequences (half as keys, and half as the queries of each head that shares them), and
+        the tiles it looks at; programs of short sequences (one at least); full tiles that are
+        read."""
         members = self.num_heads // self.num_kv_heads
         per = self.num_kv_heads / self.num_multiprocessors
         wide = sequences[1] if members == 1 else 0.0
@@ -73,7 +74,8 @@ class Device(NamedTuple):
         looks = sum(waves * (t + 1) for waves, (t, _) in zip(begun, long, strict=True))
         short = max(1.0, per * sequences[0]) if sequences[0] else 0.0
         of_rows = self.num_heads / self.num_multiprocessors * rows / TILE_ROWS
-        return [1.0, float(begun_wide), float(sum(begun)), float(members * looks),
+        others = (1 + members) / 2 * sum(begun)
+        return [1.0, float(begun_wide), others, float(members * looks),
                 members * short, of_rows]  # fmt: skip
 
 

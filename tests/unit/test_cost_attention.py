@@ -90,7 +90,8 @@ def test_a_wave_is_as_long_as_its_first_program() -> None:
 def test_heads_that_share_keys_have_no_wide_programs() -> None:
     grouped = Device(32, 8, 132)
     _, wide, programs, looks, short, rows = grouped.backward_terms(168.0, _counts([128, 40]))
-    assert wide == 0.0 and programs == 1.0, "two tiles of eight heads: one wave"
+    assert wide == 0.0, "two tiles of eight heads: one wave"
+    assert programs == 2.5, "keys of one head, then queries of four, over keys and queries of one"
     assert looks == 4 * 3, "of four members each"
     assert short == 4.0
     assert rows == pytest.approx(32 / 132 * 168 / 64)
