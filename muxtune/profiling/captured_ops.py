@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,10 +76,13 @@ MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
-# Products draw so much power that a device lowers its clock; a step is nearly all products. An
-# attention that follows products has the clock of these for a while, which is not its own.
-_HEATED = ("frozen", "site_forward", "site_backward", "mixed", "part", "full_loss", "attention")
-_HEAT_S, _MOST_HEATS, _HEATED_ROWS = 0.03, 24, 1024
+# Products draw so much power that a device lowers its clock; a step is nearly all products. For a
+# while the clock is what it was for the operation before: of few rows, too, and of an attention.
+_HEATED_FROM = {
+    "frozen": 512, "full_loss": 512, "site_forward": 1024, "site_backward": 1024, "mixed": 1024,
+    "part": 1024, "attention": 1024,
+}  # fmt: skip
+_HEAT_S, _MOST_HEATS = 0.03, 24
 LARGE_VOCABULARY = 4  # times the model's; of Llama 3 over Llama 2
 _UNEVEN_ROWS = 21  # no slot begins where a tile does
 Work = Callable[[], Any]
@@ -449,9 +452,7 @@ class CapturedOps:
         )
 
     def _add(self, name: str, sizes: dict[str, float], work: BlockWork, blocks: int = 0) -> None:
-        heats = name.startswith(_HEATED) and sizes.get("rows", 0) >= _HEATED_ROWS
-        heat_s = _HEAT_S if heats else 0.0
-        seconds = self._time(work, blocks or len(self.model.blocks), heat_s)
+        seconds = self._time(work, blocks or len(self.model.blocks), heating_s(name, sizes))
         self.points.append(Point(name, {k: float(v) for k, v in sizes.items()}, seconds))
 
     def _time(self, work: BlockWork, blocks: int, heat_s: float = 0.0) -> list[float]:
@@ -524,6 +525,12 @@ class CapturedOps:
             if not name.startswith("attention"):
                 op["points"] = full_grid(op["axes"], op["points"])
         return dict(sorted(found.items()))
+
+
+def heating_s(name: str, sizes: Mapping[str, float]) -> float:
+    """For how many seconds an operation runs before it is timed."""
+    heated = (name.startswith(kind) and sizes["rows"] >= n for kind, n in _HEATED_FROM.items())
+    return _HEAT_S if any(heated) else 0.0
 
 
 def _random_blocks(small: ModelShape, device: torch.device, dtype: torch.dtype) -> StaticModel:

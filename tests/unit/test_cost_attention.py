@@ -19,7 +19,7 @@ from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash
 from muxtune.cost.shapes import model_shape
 from muxtune.profiling import captured_ops
-from muxtune.profiling.captured_ops import CapturedOps, mixed_lengths
+from muxtune.profiling.captured_ops import CapturedOps, heating_s, mixed_lengths
 from muxtune.profiling.captured_profile import MIXES
 from muxtune.validation import single_ops
 from muxtune_kernels.packed_attention import op as packed_op
@@ -189,3 +189,18 @@ def test_a_profile_s_points_tell_their_sequences_beside_their_sizes() -> None:
     ops.points = [captured_ops.Point("attention_forward.2x2x16", sizes, [1e-5])]
     (op,) = ops.ops().values()
     assert op["axes"] == ["rows", "pairs"] and op["points"][0]["sequences_1"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "heats"),
+    [
+        ("attention_forward.32x32x128", 1024, True), ("attention_backward.32x32x128", 960, False),
+        ("frozen_forward.4096x4096", 512, True), ("full_loss.4096x32000", 480, False),
+        ("site_forward.4096x4096", 1024, True), ("site_factor.4096x4096", 4096, False),
+    ],
+)  # fmt: skip
+def test_what_takes_much_power_or_follows_it_runs_before_it_is_timed(
+    name: str, rows: int, heats: bool
+) -> None:
+    assert (heating_s(name, {"rows": rows}) > 0) == heats
+    assert heating_s("adamw_idle", {"elements": 1e6}) == 0.0
