@@ -4,7 +4,8 @@ A program takes ``COLUMNS`` of the inputs and all of one slot's rows, in steps o
 fit its shared memory, so each slot is as many programs as there are blocks of columns, and those of
 the slots with most rows come first. A few share a multiprocessor, so they run in waves, each as
 long as its slot's steps; more work a multiprocessor takes longer also where waves are as many.
-What all of it takes is a sum of few things, each of a speed that the profile's own points tell.
+Inputs come from the cache, as far as it holds them. What all of it takes is a sum of few things,
+each of a speed that the profile's own points tell.
 
 This is of the deterministic form, which does not cut a slot's rows up.
 """

@@ -470,8 +470,9 @@ class Products:
         points: Mapping[str, Sequence[Point]],
         kept: float = 1.0,
     ) -> None:
-        """``points``: by the size of the linear that was measured; ``kept``: what is left of the
-        logarithms of their ratios between them. Raises ProfileError when they leave holes."""
+        """``points``: by the size of the linear that was measured; ``kept``: of the
+        logarithms of their ratios, the share that holds between them, too. Raises ProfileError
+        when they leave holes."""
         self.counted, self._kept = counted, kept
         self._ratios = {
             size: _Ratios(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})

@@ -26,8 +26,8 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
 
 _TP_DEGREES = (1, 2, 4, 8)
-# Of what points differ by from what is counted. Where it is as much their own as their neighbours',
-# half of it comes nearest; judged by seven suites of single products, on two devices.
+# Of the logarithm of what a point differs by from its count, the share that holds around it, too.
+# Of A's gradients the other half is the point's own; judged by seven suites, of two devices.
 _KEPT = {FORWARD: 1.0, BACKWARD: 1.0, FACTOR_GRADIENT: 0.5}
 
 
