@@ -169,16 +169,20 @@ class SlotUses:
         return interpolated(rank, ranks, seconds) if ranks else 0.0
 
     def _measured_rows(self, name: str) -> tuple[list[float], list[float]]:
-        """Nothing where it was not measured."""
-        side = name.partition(".")[0]
+        """Nothing where it was not measured; of another linear it is the same share of its own
+        time."""
+        side, _, size = name.partition(".")
         found = WorkRatio.of(f"part_{side}", self._ops).nearest(f"part_{name}")
         if found is None:
             return [], []
-        whole = f"site_{side}.{found.name.partition('.')[2]}"
+        measured = found.name.partition(".")[2]
         spared: dict[float, list[float]] = {}
         for point in self._ops[found.name]["points"]:
             sizes = (point["slots"], point["rank"], point["rows"])
-            more_s = self._time_of(whole, sizes).value_s - point["median_s"]
-            spared.setdefault(point["rank"], []).append(max(0.0, more_s) / (point["rows"] / 2))
+            whole_s, own_s = (
+                self._time_of(f"site_{side}.{of}", sizes).value_s for of in (measured, size)
+            )
+            share = max(0.0, 1.0 - point["median_s"] / whole_s)
+            spared.setdefault(point["rank"], []).append(share * own_s / (point["rows"] / 2))
         ranks = sorted(spared)
-        return ranks, [found.ratio * float(np.mean(spared[rank])) for rank in ranks]
+        return ranks, [float(np.mean(spared[rank])) for rank in ranks]

@@ -252,10 +252,11 @@ def test_rows_of_filler_spare_what_was_measured_of_them(tiling: Tiling) -> None:
     assert model._slots.row_s(name, 16) == pytest.approx(0.1 * seconds / 1024)
     wider = CapturedCostModel(LLAMA_8B, {**raw, "content_hash": content_hash(raw)})
     other = fused_sites(LLAMA_8B)[0]
-    ratio = (other.in_features + sum(other.out_features)) / (4096 + 3 * 4096)
-    assert wider._slots.row_s(f"forward.{other.size}", 16) == pytest.approx(
-        ratio * 0.1 * seconds / 1024
-    )
+    op = Op(f"site_forward.{other.size}", BACKBONE, False, 1, (1, 16, 2048), 0, 0, 0, 1)
+    own_s = wider.op_time(op).value_s
+    assert own_s != pytest.approx(seconds)
+    spared_s = wider._slots.row_s(f"forward.{other.size}", 16)
+    assert spared_s == pytest.approx(0.1 * own_s / 1024), "the same share of its own time"
 
 
 def test_eager_baselines_are_not_those_of_captured_steps(tiling: Tiling) -> None:
