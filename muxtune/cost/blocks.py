@@ -178,9 +178,9 @@ class Blocks:
         return self._attention.of_layout(self._heads, rows, layout)
 
     def _ranks(self, slots: tuple[AdapterSlot, ...], number: int) -> tuple[int, ...]:
-        """As padded; 0 of slots that do not adapt the linear."""
+        """In whole low-rank steps; 0 of slots that do not adapt the linear."""
         kinds = [self._slots.kind(slot) for slot in slots]
-        return tuple([kind.rank if kind.adapts[number] else 0 for kind in kinds])
+        return tuple([kind.stepped if kind.adapts[number] else 0 for kind in kinds])
 
     def _add_product(
         self, block: Tally, use_of: Use, use: SiteUse, paid: Paid, of_rows: RowsTimes

@@ -44,6 +44,12 @@ def padded_rank(ranks: Sequence[int]) -> int:
     return max(MIN_RANK, 1 << (max(ranks) - 1).bit_length())
 
 
+def stepped_rank(rank: int) -> int:
+    """In whole steps of the kernels' low-rank products, which leave out what no rank of a slot
+    is in, and read and write its own ranks only."""
+    return -(-rank // MIN_RANK) * MIN_RANK
+
+
 def extra_size(model: ModelShape, slots: Sequence[AdapterSlot], method: str) -> float:
     """What a method's time grows with besides rows: adapted widths of IA3, the largest rank times
     the adapted widths of bottlenecks, virtual tokens of prefixes."""

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from muxtune.cost.curves import Grid, Leaf, Time
+from muxtune.cost.fused_sites import padded_rank
 from muxtune.cost.meeting import ALONE as _ALONE
 from muxtune.cost.meeting import ALONE_STEP as _ALONE_STEP
 from muxtune.cost.meeting import meet
@@ -102,7 +103,7 @@ def _slots_met(slots: int, share: int, rows: int, tile_rows: int) -> Mapping[int
 
 class Use(NamedTuple):
     """Of a linear by one certain micro-batch. ``slot_rows``: rows in use of every slot; ``ranks``:
-    as padded, 0 of slots that do not adapt the linear."""
+    in whole low-rank steps, 0 of slots that do not adapt the linear."""
 
     slot_rows: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -111,6 +112,11 @@ class Use(NamedTuple):
     def slots(self) -> int:
         """That adapt it."""
         return sum(rank > 0 for rank in self.ranks)
+
+    @property
+    def padded_rank(self) -> int:
+        """To which the kernels pad the largest."""
+        return padded_rank(self.ranks)
 
     @property
     def active_ranks(self) -> list[int]:
@@ -192,7 +198,7 @@ class Counts:
             members * steps / tiles.begun,
             each * len(active),
             each * sum(active) / _RANKS[0],
-            rows * members * max(use.ranks) * blocks / 1e6,
+            rows * members * use.padded_rank * blocks / 1e6,
         )
 
     def backward(
@@ -324,7 +330,7 @@ class Forward:
         return self._seconds(self.counts.forward(site, slots, rank, rows, used_rows), rank)
 
     def seconds_of(self, site: Sizes, use: Use, rows: int) -> float:
-        return self._seconds(self.counts.forward_of(site, use, rows), float(max(use.ranks)))
+        return self._seconds(self.counts.forward_of(site, use, rows), float(use.padded_rank))
 
     def _seconds(self, item: _Forward, rank: float) -> float:
         made_s, tile_s = self._parts(item, rank)
@@ -471,7 +477,7 @@ class Products:
 
     def of_layout(self, like: str, site: Sizes, use: Use, rows: int) -> float:
         """Seconds in one certain micro-batch."""
-        ratio, _, _ = self._ratios[like].at((use.slots, float(max(use.ranks)), rows))
+        ratio, _, _ = self._ratios[like].at((use.slots, float(use.padded_rank), rows))
         return ratio * self.counted.seconds_of(site, use, rows)
 
 
