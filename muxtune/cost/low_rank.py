@@ -190,15 +190,15 @@ class Counts:
         members = len(site.out_features)
         tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
         met = meet(use.slot_rows, use.ranks, rows, tiles.tile_rows)
-        blocks, active = -(-max(site.out_features) // _SUM_BLOCK), use.active_ranks
-        each = blocks * members / self.tiling.num_multiprocessors
+        blocks, active = _sum_blocks(site), use.active_ranks
+        each = blocks / self.tiling.num_multiprocessors
         steps = met.most_steps(tiles.across, self.tiling.num_multiprocessors)
         return _Backward(
             tiles,
             members * steps / tiles.begun,
             each * len(active),
             each * sum(active) / _RANKS[0],
-            rows * members * use.padded_rank * blocks / 1e6,
+            rows * use.padded_rank * blocks / 1e6,
         )
 
     def backward(
@@ -207,16 +207,21 @@ class Counts:
         members = len(site.out_features)
         tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
         met = self.met(slots, rows, used_rows, tiles.tile_rows)
-        blocks = -(-max(site.out_features) // _SUM_BLOCK)
-        programs = blocks * members * slots / self.tiling.num_multiprocessors
+        blocks = _sum_blocks(site)
+        programs = blocks * slots / self.tiling.num_multiprocessors
         steps = rank / _RANKS[0]
         return _Backward(
             tiles,
             steps * members * met.steps(tiles.waves),
             programs,
             programs * steps,
-            rows * members * rank * blocks / 1e6,
+            rows * rank * blocks / 1e6,
         )
+
+
+def _sum_blocks(site: Sizes) -> int:
+    """Of outputs, of all members: narrower ones have fewer."""
+    return sum([-(-width // _SUM_BLOCK) for width in site.out_features])
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
@@ -477,7 +482,9 @@ class Products:
 
     def of_layout(self, like: str, site: Sizes, use: Use, rows: int) -> float:
         """Seconds in one certain micro-batch."""
-        ratio, _, _ = self._ratios[like].at((use.slots, float(use.padded_rank), rows))
+        ratio, _, _ = self._ratios[like].at(
+            (max(1, len(use.active_ranks)), float(use.padded_rank), rows)
+        )
         return ratio * self.counted.seconds_of(site, use, rows)
 
 

@@ -13,7 +13,14 @@ from muxtune.cost import ops
 from muxtune.cost.causes import EXTRA_METHODS, FACTOR, SITE
 from muxtune.cost.composition import kept
 from muxtune.cost.curves import interpolated
-from muxtune.cost.fused_sites import MEMBERS, MIN_RANK, extra_size, padded_rank, slot_elements, stepped_rank
+from muxtune.cost.fused_sites import (
+    MEMBERS,
+    MIN_RANK,
+    extra_size,
+    padded_rank,
+    slot_elements,
+    stepped_rank,
+)
 from muxtune.cost.profiled import TimeOf, WorkRatio
 from muxtune.cost.shapes import ModelShape
 from muxtune.types import AdapterSlot

@@ -12,7 +12,7 @@ from muxtune.cost.book import CostBook
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.curves import Grid, Leaf, smoothed
 from muxtune.cost.fused_sites import fused_sites
-from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes
+from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes, Use
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
@@ -449,3 +449,17 @@ def test_a_single_wave_waits_for_its_fullest_tile() -> None:
     # A slot that has all tiles to itself takes a part of what two take.
     alone = Met.of(1, 256, (256,), 128)
     assert alone.steps(1.0) == alone.steps(3.0) < 0.5
+
+
+def test_narrower_members_leave_fewer_parts_of_their_gradients(tiling: Tiling) -> None:
+    """Keys and values that heads share: 8 blocks of outputs each, beside 32 of the queries."""
+    counts, equal, shared = (
+        Counts(tiling), Sizes(4096, (4096, 4096, 4096)), Sizes(4096, (4096, 1024, 1024)),
+    )  # fmt: skip
+    use = Use((512, 512), (16, 16))
+    for wide, narrow in (
+        (counts.backward(equal, 2, 16.0, 1024, 0), counts.backward(shared, 2, 16.0, 1024, 0)),
+        (counts.backward_of(equal, use, 1024), counts.backward_of(shared, use, 1024)),
+    ):
+        for name in ("programs", "ranked", "parts"):
+            assert getattr(narrow, name) == pytest.approx(getattr(wide, name) / 2), name
