@@ -10,7 +10,7 @@ them away: a Gaussian process with linear terms (Rasmussen and Williams 2006, se
 covariance). All of it holds for a device and a program; no configuration has a number of its own,
 and steps that were used here take no part in any validation.
 
-The 90% interval is the process's own, widened until it covers the steps that it is fitted to, each
+The 90% interval is the process's own, as wide as covers 90% of the steps that it is fitted to, each
 predicted from the others.
 """
 
@@ -44,7 +44,7 @@ _STRETCHES, _NOISES = (0.7, 1.0, 1.6, 2.5), (0.006, 0.012, 0.02)
 # Over what distance of each coordinate of a place they change, times a stretch.
 _DISTANCES = np.array([1.0, 1.5, 2.0, 0.5])
 _ROOT_3 = float(np.sqrt(3.0))
-_WIDEN = 1.0, 3.0
+_WIDEN = 0.7, 3.0
 _LEAST = 0.3  # a fit to noise may not make operations vanish
 _NORMAL_90 = 1.645
 MIN_RELATIVE_ERROR = 0.01

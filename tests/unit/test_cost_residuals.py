@@ -100,3 +100,12 @@ def test_few_steps_hardly_change_anything():
     assert one.factors["backbone"] == pytest.approx(1.0, abs=0.1)
     with pytest.raises(ValueError):
         fit_adding([])
+
+
+def test_intervals_are_as_narrow_as_the_steps_predicted_from_each_other() -> None:
+    """Also where the process by itself expects more of noise than there is."""
+    fit = fit_adding(steps(0.002))
+    assert fit.widening < 1.0
+    deviations = np.sqrt(1.0 / np.diag(fit.inverse))
+    inside = np.abs(fit.errors) <= 1.645 * fit.widening * deviations + 1e-12
+    assert np.mean(inside) >= 0.9
