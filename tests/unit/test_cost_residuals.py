@@ -109,3 +109,13 @@ def test_intervals_are_as_narrow_as_the_steps_predicted_from_each_other() -> Non
     deviations = np.sqrt(1.0 / np.diag(fit.inverse))
     inside = np.abs(fit.errors) <= 1.645 * fit.widening * deviations + 1e-12
     assert np.mean(inside) >= 0.9
+
+
+def test_what_is_held_at_nothing_leaves_no_bias() -> None:
+    """Passes that take less than their operations by a constant: no constant is negative, so the
+    other terms have to say it."""
+    quicker = [s._replace(measured_s=s.measured_s - 3 * (PASS_S + 2e-4)) for s in steps(0.0)]
+    fit = fit_adding(quicker)
+    assert fit.pass_s == 0.0
+    off = [sum(predicted_s(fit, p) for p in s.passes) / s.measured_s - 1.0 for s in quicker]
+    assert abs(np.mean(off)) < 1e-3
