@@ -106,8 +106,8 @@ class Added(NamedTuple):
 
 class Adding(NamedTuple):
     """See the module's text. ``factors``: of causes; others have 1. ``weights``: of g and h at the
-    places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``free``: 0 of linear
-    terms that are held at nothing; ``errors``: of each step, predicted from the others."""
+    places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``free``: 0 of
+    linear terms that are held at nothing; ``errors``: of each step, predicted from the others."""
 
     factors: Mapping[str, float]
     filler: float
