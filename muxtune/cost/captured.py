@@ -67,7 +67,7 @@ from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.site_products import SiteProducts
 from muxtune.cost.slot_uses import SlotsUse, SlotUses
-from muxtune.cost.tiles import Tiling
+from muxtune.cost.tiles import Tiling, library_waste
 from muxtune.types import (
     AdapterSlot,
     Estimate,
@@ -182,10 +182,23 @@ class CapturedCostModel(ProfiledCostModel):
             measured, ratio, outside = self._measured(name)
             known = self._grid(measured), self._table(measured)
             return partial(_as_measured, *known, ratio, outside)
+        if kind in _FROZEN and self._tiling is not None:
+            return partial(self._other_frozen_time, name, super()._timing(name), self._tiling)
         if kind not in _PRODUCTS or self._products is None:
             return super()._timing(name)
         product = self._products.of(kind, size)
         return product.at if product.like == size else partial(of_another, product.at, 1.0)
+
+    def _other_frozen_time(
+        self, name: str, timing: Timing, tiling: Tiling, sizes: tuple[float, ...]
+    ) -> Time:
+        """Of a linear that was not measured: its tiles leave another share of the last wave idle
+        than those of the linear that it is taken from."""
+        rows, own, like = max(1, int(sizes[0])), _columns(name), _columns(self._measured(name)[0])
+        own_waste, like_waste = (
+            library_waste(rows, columns, tiling.num_multiprocessors) for columns in (own, like)
+        )
+        return _scaled(timing(sizes), own_waste / like_waste)
 
     def _loss_time(self, name: str, timing: Timing, sizes: tuple[float, ...]) -> Time:
         """The loss takes whole chunks."""
@@ -581,6 +594,13 @@ class CapturedCostModel(ProfiledCostModel):
 def _with_between(timing: Timing, share: float, sizes: tuple[float, ...]) -> Time:
     value, width, outside = timing(sizes)
     return Time(value, math.hypot(width, share * value), outside)
+
+
+def _columns(name: str) -> int:
+    """Of what a frozen product gives, by its name."""
+    kind, _, size = name.partition(".")
+    inputs, _, outputs = size.partition("x")
+    return int(outputs if kind == "frozen_forward" else inputs)
 
 
 def _scaled(time: Time, ratio: float) -> Time:

@@ -178,9 +178,10 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     weights = alpha[near.owner] * np.stack([near.blocks, near.adapters])
     weights *= np.square(tried[:2])[:, None]
     factors = (max(_LEAST, 1.0 + more) for more in moved.tolist())
+    filler, pass_s, block_s = moved[-3:].tolist()
     return Adding(
-        dict(zip(causes, factors, strict=False)), *moved[-3:].tolist(), near, weights, distances,
-        tried, causes, linear * free, free, inverse,
+        dict(zip(causes, factors, strict=False)), filler, pass_s, block_s,
+        near, weights, distances, tried, causes, linear * free, free, inverse,
         float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
     )  # fmt: skip
 
