@@ -106,7 +106,8 @@ _MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
 # Of passes with a layout, those of base models that were not measured too, for they are counted:
-# over seven suites of two devices, 1,406 steps, 90% of errors were within so much.
+# over seven suites of two devices, 1,406 steps, 90% of errors were within so much (by the newest
+# profile of each, `experiments/gpu_validation/rescore.py --by`).
 _COUNTED_WIDENING = 1.3
 
 
