@@ -51,6 +51,7 @@ class Blocks:
         self._model, self._time_of, self._slots = model, time_of, slots
         self._extras, self._attention, self._products = extras, attention, products
         self._heads = f"{model.num_heads}x{model.num_kv_heads}x{model.head_dim}"
+        self._own_keys = f"{model.num_heads}x{model.num_heads}x{model.head_dim}"
         self._sizes: dict[int, tuple[str, ...]] = {}
         self._of_rows: dict[tuple[float, int], RowsTimes] = {}
 
@@ -160,7 +161,7 @@ class Blocks:
                 if paid.side.cause == SITE:
                     self._add_product(block, Use(layout.slot_rows, ranks), use, paid, of_rows)
                 else:
-                    self._add_factor(block, layout, use, paid, used.num_slots, rows)
+                    self._add_factor(block, Use(layout.slot_rows, ranks), paid, rows)
         block.merge(of_rows.elementwise, 1)
         for method, size, _ in used.extras:
             own = zip(layout.slot_rows, slots, strict=True)
@@ -173,14 +174,19 @@ class Blocks:
             block.put(ops.ATTENTION, True, attended_s)
         return block
 
-    def attention_s(self, rows: float, layout: PassLayout) -> float | None:
-        """Of one block, both ways; see ``AttentionTimes.of_layout``."""
-        return self._attention.of_layout(self._heads, rows, layout)
+    def attention_s(
+        self, slots: tuple[AdapterSlot, ...], rows: float, layout: PassLayout
+    ) -> float | None:
+        """Of one block, both ways; see ``AttentionTimes.of_layout``. With prefixes it is a
+        library's, which takes no longer where heads share keys."""
+        prefixed = any(slot.method == "prefix" for slot in slots)
+        heads = self._own_keys if prefixed else self._heads
+        return self._attention.of_layout(heads, rows, layout)
 
     def _ranks(self, slots: tuple[AdapterSlot, ...], number: int) -> tuple[int, ...]:
-        """As padded; 0 of slots that do not adapt the linear."""
+        """In whole low-rank steps; 0 of slots that do not adapt the linear."""
         kinds = [self._slots.kind(slot) for slot in slots]
-        return tuple([kind.rank if kind.adapts[number] else 0 for kind in kinds])
+        return tuple([kind.stepped if kind.adapts[number] else 0 for kind in kinds])
 
     def _add_product(
         self, block: Tally, use_of: Use, use: SiteUse, paid: Paid, of_rows: RowsTimes
@@ -193,17 +199,11 @@ class Blocks:
         block.put(ADAPTED, backward, alone_s)
         block.put(SITE, backward, whole_s - alone_s)
 
-    def _add_factor(
-        self,
-        block: Tally,
-        layout: PassLayout,
-        use: SiteUse,
-        paid: Paid,
-        num_slots: int,
-        rows: float,
-    ) -> None:
-        whole_s = self._time_of(paid.op, (float(use.count), paid.rank, rows)).value_s
-        unused = (rows - sum(layout.slot_rows)) * use.count / num_slots
+    def _add_factor(self, block: Tally, use_of: Use, paid: Paid, rows: float) -> None:
+        """Slots without rows have nothing to add to what they keep."""
+        active = len(use_of.active_ranks)
+        whole_s = self._time_of(paid.op, (float(max(1, active)), paid.rank, rows)).value_s
+        unused = (rows - sum(use_of.slot_rows)) * use_of.slots / len(use_of.ranks)
         spared_s = paid.spared_s(whole_s, rows) * unused
         block.put(paid.side.cause, paid.side.backward, whole_s - spared_s)
 

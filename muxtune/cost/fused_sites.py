@@ -39,9 +39,15 @@ def fused_sites(model: ModelShape, tp: int = 1) -> tuple[FusedSite, ...]:
     )
 
 
-def padded_rank(ranks: Sequence[int]) -> int:
+def padded_rank(ranks: Sequence[float]) -> int:
     """To which the kernels pad the largest."""
     return max(MIN_RANK, 1 << (max(ranks) - 1).bit_length())
+
+
+def stepped_rank(rank: int) -> int:
+    """In whole steps of the kernels' low-rank products, which leave out what no rank of a slot
+    is in, and read and write its own ranks only."""
+    return -(-rank // MIN_RANK) * MIN_RANK
 
 
 def extra_size(model: ModelShape, slots: Sequence[AdapterSlot], method: str) -> float:

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from muxtune.cost.curves import Grid, Leaf, Time
+from muxtune.cost.fused_sites import padded_rank
 from muxtune.cost.meeting import ALONE as _ALONE
 from muxtune.cost.meeting import ALONE_STEP as _ALONE_STEP
 from muxtune.cost.meeting import meet
@@ -109,7 +110,7 @@ def even_rows(slots: int, used_rows: int) -> tuple[int, ...]:
 
 class Use(NamedTuple):
     """Of a linear by one certain micro-batch. ``slot_rows``: rows in use of every slot; ``ranks``:
-    as padded, 0 of slots that do not adapt the linear."""
+    in whole low-rank steps, 0 of slots that do not adapt the linear."""
 
     slot_rows: tuple[int, ...]
     ranks: tuple[float, ...]
@@ -118,6 +119,11 @@ class Use(NamedTuple):
     def slots(self) -> int:
         """That adapt it."""
         return sum(rank > 0 for rank in self.ranks)
+
+    @property
+    def padded_rank(self) -> int:
+        """To which the kernels pad the largest."""
+        return padded_rank(self.ranks)
 
     @property
     def active_ranks(self) -> list[float]:
@@ -194,15 +200,15 @@ class Counts:
         members = len(site.out_features)
         tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
         met = meet(use.slot_rows, use.ranks, rows, tiles.tile_rows)
-        blocks, active = -(-max(site.out_features) // _SUM_BLOCK), use.active_ranks
-        each = blocks * members / self.tiling.num_multiprocessors
+        blocks, active = _sum_blocks(site), use.active_ranks
+        each = blocks / self.tiling.num_multiprocessors
         steps = met.most_steps(tiles.across, self.tiling.num_multiprocessors)
         return _Backward(
             tiles,
             members * steps / tiles.begun,
             each * len(active),
             each * sum(active) / _RANKS[0],
-            rows * members * max(use.ranks) * blocks / 1e6,
+            rows * use.padded_rank * blocks / 1e6,
         )
 
     def backward(
@@ -211,16 +217,21 @@ class Counts:
         members = len(site.out_features)
         tiles = self.tiles(rows, (site.in_features,), sum(site.out_features))
         met = self.met(slots, rows, used_rows, tiles.tile_rows)
-        blocks = -(-max(site.out_features) // _SUM_BLOCK)
-        programs = blocks * members * slots / self.tiling.num_multiprocessors
+        blocks = _sum_blocks(site)
+        programs = blocks * slots / self.tiling.num_multiprocessors
         steps = rank / _RANKS[0]
         return _Backward(
             tiles,
             steps * members * met.steps(tiles.waves),
             programs,
             programs * steps,
-            rows * members * rank * blocks / 1e6,
+            rows * rank * blocks / 1e6,
         )
+
+
+def _sum_blocks(site: Sizes) -> int:
+    """Of outputs, of all members: narrower ones have fewer."""
+    return sum([-(-width // _SUM_BLOCK) for width in site.out_features])
 
 
 def _tile_work(launch: Launch, inner: int) -> float:
@@ -334,7 +345,7 @@ class Forward:
         return self._seconds(self.counts.forward(site, slots, rank, rows, used_rows), rank)
 
     def seconds_of(self, site: Sizes, use: Use, rows: int) -> float:
-        return self._seconds(self.counts.forward_of(site, use, rows), float(max(use.ranks)))
+        return self._seconds(self.counts.forward_of(site, use, rows), float(use.padded_rank))
 
     def _seconds(self, item: _Forward, rank: float) -> float:
         made_s, tile_s = self._parts(item, rank)
@@ -496,7 +507,9 @@ class Products:
     def of_layout(self, like: str, site: Sizes, use: Use, rows: int) -> float:
         """Seconds in one certain micro-batch; not of A's gradients."""
         assert isinstance(self.counted, Forward | Backward)
-        ratio, _, _ = self._ratios[like].at((use.slots, float(max(use.ranks)), rows))
+        ratio, _, _ = self._ratios[like].at(
+            (max(1, len(use.active_ranks)), float(use.padded_rank), rows)
+        )
         return ratio * self.counted.seconds_of(site, use, rows)
 
 

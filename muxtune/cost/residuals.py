@@ -10,7 +10,7 @@ them away: a Gaussian process with linear terms (Rasmussen and Williams 2006, se
 covariance). All of it holds for a device and a program; no configuration has a number of its own,
 and steps that were used here take no part in any validation.
 
-The 90% interval is the process's own, widened until it covers the steps that it is fitted to, each
+The 90% interval is the process's own, as wide as covers 90% of the steps that it is fitted to, each
 predicted from the others.
 """
 
@@ -44,7 +44,7 @@ _STRETCHES, _NOISES = (0.7, 1.0, 1.6, 2.5), (0.006, 0.012, 0.02)
 # Over what distance of each coordinate of a place they change, times a stretch.
 _DISTANCES = np.array([1.0, 1.5, 2.0, 0.5])
 _ROOT_3 = float(np.sqrt(3.0))
-_WIDEN = 1.0, 3.0
+_WIDEN = 0.7, 3.0
 _LEAST = 0.3  # a fit to noise may not make operations vanish
 _NORMAL_90 = 1.645
 MIN_RELATIVE_ERROR = 0.01
@@ -106,8 +106,8 @@ class Added(NamedTuple):
 
 class Adding(NamedTuple):
     """See the module's text. ``factors``: of causes; others have 1. ``weights``: of g and h at the
-    places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``errors``: of each
-    step, predicted from the others."""
+    places in ``near``. ``linear``, ``inverse``: of the steps, for the interval; ``free``: 0 of
+    linear terms that are held at nothing; ``errors``: of each step, predicted from the others."""
 
     factors: Mapping[str, float]
     filler: float
@@ -119,6 +119,7 @@ class Adding(NamedTuple):
     spreads: tuple[float, float, float]  # of g, of h, noise
     causes: tuple[str, ...]
     linear: np.ndarray
+    free: np.ndarray
     inverse: np.ndarray
     widening: float
     errors: np.ndarray
@@ -145,7 +146,7 @@ class Adding(NamedTuple):
 
     def _relative_error(self, item: PassSums, nearness: np.ndarray) -> float:
         total_s, near = sum(item.seconds.values()), self.near
-        own = _linear([item], self.causes, total_s)
+        own = self.free * _linear([item], self.causes, total_s)
         blocks, adapters = item.blocks_s / total_s, item.adapters_s / total_s
         g_spread, h_spread, noise = self.spreads
         shared = g_spread**2 * blocks * near.blocks + h_spread**2 * adapters * near.adapters
@@ -163,34 +164,60 @@ def fit_adding(steps: Sequence[StepSums]) -> Adding:
     causes = tuple(sorted({cause for step in steps for p in step.passes for cause in p.seconds}))
     wanted = np.array([_missing(step) for step in steps])
     linear = np.array([_linear(step.passes, causes, step.measured_s) for step in steps])
-    spreads = np.array([step.spread for step in steps])
-    known, near = linear @ linear.T + np.diag((spreads / 2) ** 2), _Near.of(steps)
-    best, chosen = np.inf, None
+    spreads, near = np.array([step.spread for step in steps]), _Near.of(steps)
+    free = np.ones(linear.shape[1])
+    while True:
+        likeliest = _likeliest(wanted, linear * free, spreads, near)
+        moved = free * _spreads(causes) * (linear.T @ likeliest.alpha)
+        negative = np.append(np.zeros(len(moved) - 2, bool), moved[-2:] < 0.0)
+        if not negative.any():
+            break
+        free[negative] = 0.0  # nothing takes less than no time: the rest has to say it
+    distances, tried, inverse, alpha, errors = likeliest
+    off = np.abs(errors) / (_NORMAL_90 * np.sqrt(1.0 / np.diag(inverse)))
+    weights = alpha[near.owner] * np.stack([near.blocks, near.adapters])
+    weights *= np.square(tried[:2])[:, None]
+    factors = (max(_LEAST, 1.0 + more) for more in moved.tolist())
+    filler, pass_s, block_s = moved[-3:].tolist()
+    return Adding(
+        dict(zip(causes, factors, strict=False)), filler, pass_s, block_s,
+        near, weights, distances, tried, causes, linear * free, free, inverse,
+        float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
+    )  # fmt: skip
+
+
+class _Likeliest(NamedTuple):
+    """``tried``: spreads of g and h, and noise; ``inverse``: of the steps' covariance; ``errors``:
+    of each, leaving it out."""
+
+    distances: np.ndarray
+    tried: tuple[float, float, float]
+    inverse: np.ndarray
+    alpha: np.ndarray
+    errors: np.ndarray
+
+
+def _likeliest(
+    wanted: np.ndarray, linear: np.ndarray, spreads: np.ndarray, near: _Near
+) -> _Likeliest:
+    """``spreads``: of the steps' repeats."""
+    known = linear @ linear.T + np.diag((spreads / 2) ** 2)
+    least, found = np.inf, None
     for stretch in _STRETCHES:
         distances = _DISTANCES[: near.places.shape[1]] * stretch
-        blocks, adapters = _between_steps(near, distances, len(steps))
+        blocks, adapters = _between_steps(near, distances, len(wanted))
         for tried in product(_G_SPREADS, _H_SPREADS, _NOISES):
             covariance = known + tried[0] ** 2 * blocks + tried[1] ** 2 * adapters
-            covariance += tried[2] ** 2 * np.eye(len(steps))
+            covariance += tried[2] ** 2 * np.eye(len(wanted))
             inverse = np.linalg.inv(covariance)
             alpha = inverse @ wanted
             variances = 1.0 / np.diag(inverse)
-            errors = alpha * variances  # leaving each one out
+            errors = alpha * variances
             unlikely = float(np.sum(np.log(variances) + errors**2 / variances))
-            if unlikely < best:
-                best, chosen = unlikely, (distances, tried, inverse, alpha, errors)
-    assert chosen is not None
-    distances, tried, inverse, alpha, errors = chosen
-    off = np.abs(errors) / (_NORMAL_90 * np.sqrt(1.0 / np.diag(inverse)))
-    moved = [float(value) for value in _spreads(causes) * (linear.T @ alpha)]
-    weights = alpha[near.owner] * np.stack([near.blocks, near.adapters])
-    weights *= np.square(tried[:2])[:, None]
-    return Adding(
-        {cause: max(_LEAST, 1.0 + more) for cause, more in zip(causes, moved, strict=False)},
-        moved[-3], max(0.0, moved[-2]), max(0.0, moved[-1]),
-        near, weights, distances, tried, causes, linear, inverse,
-        float(np.clip(np.quantile(off, 0.9), *_WIDEN)), errors,
-    )  # fmt: skip
+            if unlikely < least:
+                least, found = unlikely, _Likeliest(distances, tried, inverse, alpha, errors)
+    assert found is not None
+    return found
 
 
 def _missing(step: StepSums) -> float:

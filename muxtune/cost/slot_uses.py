@@ -13,7 +13,14 @@ from muxtune.cost import ops
 from muxtune.cost.causes import EXTRA_METHODS, FACTOR, SITE
 from muxtune.cost.composition import kept
 from muxtune.cost.curves import interpolated
-from muxtune.cost.fused_sites import MEMBERS, MIN_RANK, extra_size, padded_rank, slot_elements
+from muxtune.cost.fused_sites import (
+    MEMBERS,
+    MIN_RANK,
+    extra_size,
+    padded_rank,
+    slot_elements,
+    stepped_rank,
+)
 from muxtune.cost.profiled import TimeOf, WorkRatio
 from muxtune.cost.shapes import ModelShape
 from muxtune.types import AdapterSlot
@@ -34,10 +41,12 @@ _SIDES = (Side("forward", SITE, False), Side("backward", SITE, True), Side("fact
 
 
 class SlotKind(NamedTuple):
-    """What slots that are alike share. ``rank``: as padded; ``adapts``: of each fused linear,
-    whether they have factors there; ``elements``: see ``slot_elements``."""
+    """What slots that are alike share. ``rank``: as padded; ``stepped``: see ``stepped_rank``;
+    ``adapts``: of each fused linear, whether they have factors there; ``elements``: see
+    ``slot_elements``."""
 
     rank: int
+    stepped: int
     adapts: tuple[bool, ...]
     elements: float
 
@@ -105,7 +114,8 @@ class SlotUses:
             linears = ops.target_linears(self._model, slot)
             adapted.update(item.name.rsplit(".", 1)[-1] for item in linears)
         adapts = tuple(not adapted.isdisjoint(members) for members in MEMBERS)
-        return SlotKind(padded_rank([slot.rank]), adapts, float(slot_elements(self._model, slot)))
+        elements = float(slot_elements(self._model, slot))
+        return SlotKind(padded_rank([slot.rank]), stepped_rank(slot.rank), adapts, elements)
 
     def place(self, kinds: Counter[AdapterSlot]) -> tuple[float, float, float]:
         """Slots, ranks, and how much of the linears is adapted."""

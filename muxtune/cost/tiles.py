@@ -8,7 +8,9 @@ this arithmetic against the kernels' own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 # Of a wave's time, by the share of multiprocessors that are idle in it. Judged by whole steps of 96
@@ -18,6 +20,13 @@ IDLE_SPARES, IDLE_LATER_SPARES, LEAST_OF_WAVE = 0.85, 0.4, 0.6
 # What a last wave of half tiles takes, over a whole one: more than the kernels count on when they
 # choose. Judged as the above.
 HALF_WAVE = 0.7
+
+# Rows and columns of a library's tiles, either way round, as a trace of steps shows them on an
+# H100, and their speeds, as the kernels' own have them by size.
+_LIBRARY_TILES = (
+    (64, 128, 0.7), (64, 256, 0.8), (128, 128, 0.87), (128, 160, 0.91), (128, 192, 0.94),
+    (128, 224, 0.97), (128, 256, 1.0), (192, 192, 1.0), (128, 320, 1.02),
+)  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -108,3 +117,15 @@ def waves_begun(programs: Sequence[int], at_once: int) -> Iterator[int]:
         after = before + count
         yield -(-after // at_once) - -(-before // at_once)
         before = after
+
+
+@lru_cache(maxsize=4096)
+def library_waste(num_rows: int, num_columns: int, num_multiprocessors: int) -> float:
+    """What whole waves of a library's tiles take, of those that finish first, over a device that is
+    full of large ones to the end."""
+    units = []
+    for rows, columns, speed in _LIBRARY_TILES:
+        for down, across in ((rows, columns), (columns, rows)):
+            tiles = math.ceil(num_rows / down) * math.ceil(num_columns / across)
+            units.append(math.ceil(tiles / num_multiprocessors) * rows * columns / speed)
+    return min(units) * num_multiprocessors / (num_rows * num_columns)

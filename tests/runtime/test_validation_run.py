@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.gpu_validation.rescore import rescore
+from experiments.gpu_validation.rescore import rescore, rescore_by
 from muxtune.commands.validate import show
 from muxtune.cost.book import profiled_model
 from muxtune.cost.captured import CapturedCostModel
@@ -252,3 +253,22 @@ def test_the_steps_that_were_measured_first_are_scored_by_themselves(report: dic
     assert every["as_recorded"]["step"] == report["step"]
     assert every["step"]["mean"] == pytest.approx(report["step"]["mean"])  # the code is the same
     assert first["op"] == every["op"]
+
+
+def test_steps_are_scored_by_another_profile_apart_from_the_machine_s_speed(
+    report: dict[str, Any], tmp_path: Path
+):
+    folder = report["folder"]
+    raw = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    own, slower = rescore_by(folder, folder), copy.deepcopy(raw)
+    for step in slower["steps"]:
+        step["repeats_s"] = [2.0 * seconds for seconds in step["repeats_s"]]
+    (tmp_path / "profile.json").write_text(
+        json.dumps({**slower, "content_hash": content_hash(slower)}), encoding="utf-8"
+    )
+    other = rescore_by(folder, tmp_path)
+    assert other["by"] != own["by"] == raw["content_hash"]
+    assert other["speed"] > 1.2 * own["speed"], "its steps took twice as long"
+    for found in (own, other):
+        assert found["step"]["count"] == report["step"]["count"]
+        assert abs(found["step"]["bias"]) < 0.3, "the median is taken out"

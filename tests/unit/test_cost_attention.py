@@ -28,7 +28,7 @@ from muxtune_kernels.packed_attention import tiles as packed_tiles
 LLAMA_7B = model_shape("llama-2-7b")
 DEVICE = Device(32, 32, 132)
 FORWARD_S = (2e-6, 1.4e-6, 1.1e-6, 0.8e-6, 1.2e-6)
-BACKWARD_S = (8e-6, 10e-6, 2.5e-6, 4.5e-6, 4e-6, 6e-6)
+BACKWARD_S = (8e-6, 10e-6, 2.5e-6, 4.5e-6, 4e-6, 6e-6, 15e-6)
 
 
 def _counts(lengths: list[int]) -> tuple[float, ...]:
@@ -69,19 +69,20 @@ def test_few_programs_take_as_long_as_one_and_full_tiles_longer() -> None:
 def test_backward_takes_whole_waves_of_large_programs_and_shares_of_small_ones() -> None:
     # Four wide programs of 32 heads are 128, and one wave of 132; five of them are two.
     for count, waves in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3)):
-        _, wide, programs, looks, short, _ = DEVICE.backward_terms(
+        _, wide, programs, looks, short, _, _ = DEVICE.backward_terms(
             100.0 * count, _counts([100] * count)
         )
         assert (wide, programs, looks, short) == (waves, 0, 0, 0)
     # Three tiles: three programs a head, each with four looks; a short sequence is apart.
     terms = DEVICE.backward_terms(192.0, _counts([152, 40]))
-    assert terms == pytest.approx((1.0, 0.0, 1.0, 4.0, 1.0, 32 / 132 * 3))
+    assert terms == pytest.approx((1.0, 0.0, 1.0, 4.0, 1.0, 32 / 132 * 3, 0.0))
 
 
 def test_a_wave_is_as_long_as_its_first_program() -> None:
     # 160 programs of five tiles, then 96 of three, then 96 wide ones: the second wave begins with
     # six looks, too, and the third with a wide one.
-    _, wide, programs, looks, _, _ = DEVICE.backward_terms(756.0, _counts([300, 160, 100, 100, 96]))
+    lengths = [300, 160, 100, 100, 96]
+    _, wide, programs, looks, *_ = DEVICE.backward_terms(756.0, _counts(lengths))
     assert (wide, programs, looks) == (1.0, 2.0, 12.0)
     # As wide ones alone, two sequences are half a wave; behind 96 longer programs they are none.
     assert DEVICE.backward_terms(260.0, _counts([160, 100]))[1:4] == [0.0, 1.0, 4.0]
@@ -89,12 +90,14 @@ def test_a_wave_is_as_long_as_its_first_program() -> None:
 
 def test_heads_that_share_keys_have_no_wide_programs() -> None:
     grouped = Device(32, 8, 132)
-    _, wide, programs, looks, short, rows = grouped.backward_terms(168.0, _counts([128, 40]))
+    _, wide, programs, looks, short, rows, more = grouped.backward_terms(168.0, _counts([128, 40]))
     assert wide == 0.0, "two tiles of eight heads: one wave"
     assert programs == 2.5, "keys of one head, then queries of four, over keys and queries of one"
     assert looks == 4 * 3, "of four members each"
     assert short == 4.0
     assert rows == pytest.approx(32 / 132 * 168 / 64)
+    assert more == 3.0, "heads but one that the short one's program goes through"
+    assert grouped.backward_terms(128.0, _counts([128]))[-1] == 0.0, "none is short"
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -14,7 +14,9 @@ from muxtune.cost import ops
 from muxtune.cost.attention import SEQUENCES
 from muxtune.cost.calibration import WholeStep
 from muxtune.cost.captured import CapturedCostModel
+from muxtune.cost.causes import ADAPTED, FACTOR, MANY_ROWS_LOSS, SITE
 from muxtune.cost.composition import pass_time_s
+from muxtune.cost.residuals import PassSums
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.planning.step_builder import StepBuilder, pass_load
@@ -153,6 +155,61 @@ def test_heads_that_share_keys_take_longer_in_passes_of_few_rows(
     assert attention_s(LLAMA_8B, bare(load)) > 1.1 * attention_s(own_keys, bare(load))
 
 
+def test_prefixes_attention_takes_no_longer_where_heads_share_keys(with_layouts: Profile) -> None:
+    own_keys = LLAMA_8B._replace(num_kv_heads=LLAMA_8B.num_heads)
+    slots, layout = (AdapterSlot("prefix", 16, ()),), PassLayout((512,), (64,) * 8)
+    shared, own = (CapturedCostModel(shape, with_layouts) for shape in (LLAMA_8B, own_keys))
+    prefixed_s = shared._blocks.attention_s(slots, 512.0, layout)
+    assert prefixed_s == own._blocks.attention_s(slots, 512.0, layout)
+    assert prefixed_s < shared._blocks.attention_s((lora(),), 512.0, layout)  # type: ignore
+
+
+def test_ranks_are_paid_in_the_steps_that_they_fill(knowing: CapturedCostModel) -> None:
+    """48 and 64 are padded alike, but have three and four steps."""
+    layout = PassLayout((240,) * 4, (60,) * 16)
+
+    def site_s(rank: int) -> float:
+        return knowing._laid_out_sums(load_of([lora(rank)] * 4, 1024, layout))[0].seconds[SITE]
+
+    assert site_s(32) < 0.95 * site_s(48) < 0.95 * 0.97 * site_s(64)
+    assert site_s(40) == site_s(48)
+
+
+def test_slots_without_rows_make_no_gradients(knowing: CapturedCostModel) -> None:
+    def factor_s(*slot_rows: int) -> float:
+        layout, slots = PassLayout(slot_rows, (50,) * 12), [lora()] * len(slot_rows)
+        return knowing._laid_out_sums(load_of(slots, 1024, layout))[0].seconds[FACTOR]
+
+    assert factor_s(300, 300, *[0] * 10) == pytest.approx(factor_s(300, 300), rel=1e-9)
+    assert factor_s(300, 300, *[0] * 10) < 0.7 * factor_s(*[50] * 12)
+
+
+def test_filler_spares_of_products_and_the_loss_until_clocks_are_highest(
+    knowing: CapturedCostModel,
+) -> None:
+    def sums(rows: int) -> PassSums:
+        layout = PassLayout((rows // 2,) * 2, (64,) * (rows // 64))
+        return knowing._laid_out_sums(load_of([lora()] * 2, 3072, layout))[0]
+
+    full, half, third, tenth = (sums(rows) for rows in (3072, 1536, 1024, 320))
+    seconds = knowing.pass_sums(load_of([lora()] * 2, 3072, PassLayout((), ()))).seconds
+    causes = (ops.BACKBONE, ADAPTED, ops.LOSS, MANY_ROWS_LOSS)
+    limited_s = sum(seconds.get(cause, 0.0) for cause in causes)
+    assert full.filler_s == 0.0
+    assert half.filler_s == pytest.approx(0.5 * limited_s)
+    assert tenth.filler_s == pytest.approx(third.filler_s) == pytest.approx(2 / 3 * limited_s)
+
+
+def test_a_wide_vocabulary_s_loss_of_many_rows_has_the_profiled_one_s_clock(
+    with_layouts: Profile,
+) -> None:
+    wide = CapturedCostModel(LLAMA_8B, with_layouts)
+    own = CapturedCostModel(with_layouts.model_shape, with_layouts)
+    load = load_of([lora()], 2048, PassLayout((2048,), (64,) * 32))
+    times = [m._laid_out_sums(load)[0].seconds[MANY_ROWS_LOSS] for m in (wide, own)]
+    assert times[0] / times[1] == pytest.approx(LLAMA_8B.vocab / own.model.vocab)
+
+
 def test_measured_heads_keep_their_measured_rates(with_layouts: Profile) -> None:
     def untold(op: Mapping[str, Any]) -> dict[str, Any]:
         points = [{k: v for k, v in p.items() if k not in SEQUENCES} for p in op["points"]]
@@ -217,8 +274,8 @@ def test_sequences_beyond_the_packed_kernels_take_the_affine_attention(
     knowing: CapturedCostModel,
 ) -> None:
     short, long = (PassLayout((2048,), rows) for rows in ((1024, 1024), (1023, 1025)))
-    assert knowing._blocks.attention_s(2048.0, short) is not None
-    assert knowing._blocks.attention_s(2048.0, long) is None
+    assert knowing._blocks.attention_s((lora(),), 2048.0, short) is not None
+    assert knowing._blocks.attention_s((lora(),), 2048.0, long) is None
     load = load_of([lora()], 2048, long)
     sums, _ = knowing._laid_out_sums(load)
     affine = knowing.pass_sums(load)

@@ -100,3 +100,22 @@ def test_few_steps_hardly_change_anything():
     assert one.factors["backbone"] == pytest.approx(1.0, abs=0.1)
     with pytest.raises(ValueError):
         fit_adding([])
+
+
+def test_intervals_are_as_narrow_as_the_steps_predicted_from_each_other() -> None:
+    """Also where the process by itself expects more of noise than there is."""
+    fit = fit_adding(steps(0.002))
+    assert fit.widening < 1.0
+    deviations = np.sqrt(1.0 / np.diag(fit.inverse))
+    inside = np.abs(fit.errors) <= 1.645 * fit.widening * deviations + 1e-12
+    assert np.mean(inside) >= 0.9
+
+
+def test_what_is_held_at_nothing_leaves_no_bias() -> None:
+    """Passes that take less than their operations by a constant: no constant is negative, so the
+    other terms have to say it."""
+    quicker = [s._replace(measured_s=s.measured_s - 3 * (PASS_S + 2e-4)) for s in steps(0.0)]
+    fit = fit_adding(quicker)
+    assert fit.pass_s == 0.0
+    off = [sum(predicted_s(fit, p) for p in s.passes) / s.measured_s - 1.0 for s in quicker]
+    assert abs(np.mean(off)) < 1e-3

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
+from muxtune import build
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.curves import Grid, Leaf, smoothed
 from muxtune.cost.fused_sites import fused_sites
-from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes
+from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes, Use
 from muxtune.cost.ops import BACKBONE, Op
-from muxtune.cost.schema import SCHEMA_VERSION, content_hash, parse_profile
+from muxtune.cost.schema import SCHEMA_VERSION, content_hash, load_profile, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
-from muxtune.cost.tiles import HALF_WAVE, Tiling
+from muxtune.cost.tiles import HALF_WAVE, Tiling, library_waste
 from muxtune.errors import ProfileError
 from muxtune.profiling.captured_ops import tiling_here
 from muxtune.profiling.step_cases import StepCase, StepTask, plan_of
@@ -374,10 +375,14 @@ def test_what_was_measured_of_a_linear_may_fall_with_rows_but_not_of_another(
     assert [seconds(name, rows) for rows in (192.0, 256.0, 320.0, 384.0)] == pytest.approx(
         [250, 400, 350, 300]
     )
-    # Monotone: the mean of the last two, of a quarter of the work.
+    # Monotone but for its own waves: the mean of the last two, of a quarter of the work.
     narrow = _seconds_of(raw, LLAMA_7B._replace(hidden=2048, num_heads=16, num_kv_heads=16))
-    assert narrow("frozen_forward.2048x2048", 320.0) == pytest.approx(350 / 4)
-    assert narrow("frozen_forward.2048x2048", 256.0) == pytest.approx(350 / 4)
+    for rows in (256, 320):
+        own, like = (
+            library_waste(rows, columns, tiling.num_multiprocessors) for columns in (2048, 4096)
+        )
+        found = narrow("frozen_forward.2048x2048", float(rows))
+        assert found == pytest.approx(350 / 4 * own / like)
 
 
 def test_products_of_many_rows_are_drawn_to_their_neighbours(tiling: Tiling) -> None:
@@ -459,3 +464,40 @@ def test_a_single_wave_waits_for_its_fullest_tile() -> None:
     # A slot that has all tiles to itself takes a part of what two take.
     alone = Met.of(1, 256, (256,), 128)
     assert alone.steps(1.0) == alone.steps(3.0) < 0.5
+
+
+def test_narrower_members_leave_fewer_parts_of_their_gradients(tiling: Tiling) -> None:
+    """Keys and values that heads share: 8 blocks of outputs each, beside 32 of the queries."""
+    counts, equal, shared = (
+        Counts(tiling), Sizes(4096, (4096, 4096, 4096)), Sizes(4096, (4096, 1024, 1024)),
+    )  # fmt: skip
+    use = Use((512, 512), (16, 16))
+    for wide, narrow in (
+        (counts.backward(equal, 2, 16.0, 1024, 0), counts.backward(shared, 2, 16.0, 1024, 0)),
+        (counts.backward_of(equal, use, 1024), counts.backward_of(shared, use, 1024)),
+    ):
+        for name in ("programs", "ranked", "parts"):
+            assert getattr(narrow, name) == pytest.approx(getattr(wide, name) / 2), name
+
+
+def test_a_library_s_product_takes_whole_waves_of_the_tiles_that_finish_first() -> None:
+    # 8 x 16 tiles of 128 x 256 are nearly a wave of 132; 10 x 20 leave half of the second idle.
+    assert library_waste(1024, 4096, 132) == pytest.approx(132 / 128)
+    assert 1.15 < library_waste(1280, 5120, 132) < 2 * 132 / 200, "others finish first"
+    assert 0.97 < library_waste(65536, 5120, 132) < 1.02
+    # 3 x 16 and 3 x 20 of 128 x 256 leave most of a wave idle: the narrower one more of it.
+    assert library_waste(384, 4096, 132) > 1.2 * library_waste(384, 5120, 132) > 1.2
+
+
+def test_other_linears_products_are_scaled_by_what_their_waves_waste() -> None:
+    profile = load_profile(build.profile_path("h100-sxm_llama-2-7b", shipped_only=True))
+    wider = CapturedCostModel(model_shape("llama-2-13b"), profile)
+    own = CapturedCostModel(LLAMA_7B, profile)
+    work = (5120 / 4096) ** 2
+    for kind in ("frozen_forward", "frozen_backward"):
+        for rows in (512.0, 1280.0):
+            found = wider._time(f"{kind}.5120x5120", (rows,))
+            like = own._table(f"{kind}.4096x4096").at((rows,))
+            waste = [library_waste(int(rows), columns, 132) for columns in (5120, 4096)]
+            assert found.value_s / like.value_s == pytest.approx(work * waste[0] / waste[1])
+            assert found.extrapolated
