@@ -41,7 +41,7 @@ def fused_sites(model: ModelShape, tp: int = 1) -> tuple[FusedSite, ...]:
 
 def padded_rank(ranks: Sequence[float]) -> int:
     """To which the kernels pad the largest."""
-    return max(MIN_RANK, 1 << (max(ranks) - 1).bit_length())
+    return max(MIN_RANK, 1 << (int(max(ranks)) - 1).bit_length())
 
 
 def stepped_rank(rank: int) -> int:
