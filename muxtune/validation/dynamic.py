@@ -91,7 +91,7 @@ def nearby(steps: float, takeovers: float, planning_s: float) -> tuple[Assumed, 
 
 # A draw whose decisions these change is a tie. Takeovers are predicted less well than steps.
 NEAR, NEARER = nearby(0.05, 0.2, 0.03), nearby(0.03, 0.1, 0.02)
-MOST_DRAWS = 40
+MOST_DRAWS = 300
 
 
 def draw_dynamic(
