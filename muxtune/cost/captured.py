@@ -108,11 +108,9 @@ _MANY_ROWS, _ROWS_LOG_WIDTH = 512.0, 0.15
 # from each other. Over 200 drawn steps of an earlier profile, 90% of errors were within so much.
 _DRAWN_WIDENING = 1.35
 # Of passes with a layout, those of base models that were not measured too, for they are counted.
-# Over four earlier suites of H100s 90% of errors were within 1.3 to 1.6, over three of H200s within
-# 1.0 to 1.15 (by the newest profile of each, `experiments/gpu_validation/rescore.py --by`): power
-# limits the one more. Other devices have no suites that could tell.
-_COUNTED_WIDENING = {"H100-SXM": 1.4, "H200-SXM": 1.15}
-_MOST_COUNTED_WIDENING = max(_COUNTED_WIDENING.values())
+# Over nine suites of H100s and H200s 90% of errors were within 1.0 to 1.6, 1.4 for the newest of
+# both (`experiments/gpu_validation/rescore.py --by`).
+_COUNTED_WIDENING = 1.35
 
 
 class StageSums(NamedTuple):
@@ -373,14 +371,13 @@ class CapturedCostModel(ProfiledCostModel):
     def pass_times_s(self, loads: Sequence[PassLoad], replica: ReplicaShape = _SOLO) -> Estimates:
         """Of loads with a layout by that, of others as ``pass_coefficients`` say."""
         found = super().pass_times_s(loads, replica)
-        widening = _COUNTED_WIDENING.get(self.profile.device_name, _MOST_COUNTED_WIDENING)
         for index, load in enumerate(loads):
             adding = self._adding_of(load, replica)
             if adding is None:
                 continue
             sums, _ = self._laid_out_sums(load)
             added = adding.at(sums)
-            error = added.relative_error * widening
+            error = added.relative_error * _COUNTED_WIDENING
             value = adding.seconds(sums, added)
             found.value[index] = value
             found.low[index], found.high[index] = value * max(0.0, 1 - error), value * (1 + error)

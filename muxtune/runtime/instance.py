@@ -109,6 +109,7 @@ class _Started(NamedTuple):
     pending: PendingPass
     start_ns: int
     is_timed: bool
+    round: _Round
 
 
 @dataclass
@@ -124,10 +125,16 @@ class _Progress:
 
 @dataclass
 class _Round:
+    """``duration_ns``: of passes whose results are read later, the device's time until then; of
+    others the host's. ``num_unread``: passes that were started and not read. ``is_ended``: all of
+    its passes were started, and it counts as soon as they are read."""
+
     micro_batches: deque[MicroBatch] = field(default_factory=deque)
     cursors: Mapping[str, Cursor] = field(default_factory=dict)
     start_ns: int = 0
     duration_ns: int = 0
+    num_unread: int = 0
+    is_ended: bool = False
     num_micro_batches: int = 0
     effective_tokens: int = 0
     padded_tokens: int = 0
@@ -355,15 +362,14 @@ class RunningInstance:
     def _end_round(self, round_: _Round) -> None:
         assert self.plan is not None
         if any(self._may_end(task_id, cursor) for task_id, cursor in round_.cursors.items()):
-            start_ns = self.host.now_ns
             self.settle_all()
-            round_.duration_ns += self.host.now_ns - start_ns
         self._round = None
         for task_id, cursor in round_.cursors.items():
             task = self.host.tasks[task_id]
             if task.phase is not Phase.GONE:
                 task.cursor = cursor
-        if round_.num_micro_batches:
+        round_.is_ended = True
+        if not round_.num_unread:
             self._count(round_)
         tasks = [self.host.tasks[task_id] for task_id in self.plan.task_ids]
         for task in tasks:
@@ -398,6 +404,9 @@ class RunningInstance:
             self._emit(EventKind.TASK_RELEASED, task_id, task.steps_done)
 
     def _count(self, round_: _Round) -> None:
+        """All of its results were read: what was started and still runs is no progress yet."""
+        if not round_.num_micro_batches:
+            return
         progress = self._progress
         progress.rounds += 1
         progress.duration_ns += round_.duration_ns
@@ -449,8 +458,9 @@ class RunningInstance:
             round_.padded_tokens += micro_batch.shape.padded_tokens
             round_.num_micro_batches += 1
         if placed or work.closing:
-            self._train(work, runner)
-        round_.duration_ns += self.host.now_ns - start_ns
+            self._train(work, runner, round_)
+        if runner.phases:
+            round_.duration_ns += self.host.now_ns - start_ns
 
     def _place(self, micro_batch: MicroBatch, pool: AdapterPool) -> dict[str, list[Placed]]:
         """Each live task's sequences. A task whose data raises fails here, before any work."""
@@ -496,17 +506,19 @@ class RunningInstance:
             closes_step=micro_batch.closes_step & live,
         )
 
-    def _train(self, work: PassWork, runner: PassRunner) -> None:
+    def _train(self, work: PassWork, runner: PassRunner, round_: _Round) -> None:
         try:
-            started = self._start(work, runner)
+            started = self._start(work, runner, round_)
         except Exception as error:
-            self._train_apart(work, runner, error)
+            self._train_apart(work, runner, round_, error)
         else:
             self._await(started)
         while len(self._started) > runner.depth:
             self._settle(self._started.popleft())
 
-    def _train_apart(self, work: PassWork, runner: PassRunner, error: Exception) -> None:
+    def _train_apart(
+        self, work: PassWork, runner: PassRunner, round_: _Round, error: Exception
+    ) -> None:
         """A pass has failed without leaving a trace. Whose fault was it? Each task is computed
         again on its own, and only those that fail alone end."""
         if len(work.task_ids) == 1:
@@ -518,17 +530,17 @@ class RunningInstance:
             try:
                 items = place_task(part, task_id, self.host.library, slot_of)
                 own = {task_id: items} if items else {}
-                started = self._start(self._work(part, own, runner.pool), runner)
+                started = self._start(self._work(part, own, runner.pool), runner, round_)
             except Exception as own_error:
                 self._fail(task_id, _describe(own_error))
             else:
                 self._await(started)
 
-    def _start(self, work: PassWork, runner: PassRunner) -> _Started:
+    def _start(self, work: PassWork, runner: PassRunner, round_: _Round) -> _Started:
         start_ns = self.host.now_ns
         with self._phases(work.micro_batch.htask, work.task_ids) as mark:
             pending = runner.start(work, mark)
-        return _Started(work, pending, start_ns, not runner.phases)
+        return _Started(work, pending, start_ns, not runner.phases, round_)
 
     def _await(self, started: _Started) -> None:
         """Tasks to be checkpointed are copied now, before anything else runs."""
@@ -537,6 +549,7 @@ class RunningInstance:
             if self.host.wants_checkpoint(task, step):
                 assert task.state is not None
                 self._copies[task_id, step] = copy_to_host(task.state)
+        started.round.num_unread += 1
         self._started.append(started)
 
     def settle_all(self) -> None:
@@ -545,12 +558,15 @@ class RunningInstance:
             self._settle(self._started.popleft())
 
     def _settle(self, started: _Started) -> None:
-        work = started.work
+        work, round_ = started.work, started.round
         result = started.pending.result()
         if started.is_timed:  # the device computes one pass after another
             begin_ns = max(started.start_ns, self._settled_ns)
             self._settled_ns = self.host.now_ns
             self.span("step", begin_ns, self._settled_ns, work.task_ids, work.micro_batch.htask)
+            if not round_.duration_ns:
+                round_.start_ns = begin_ns
+            round_.duration_ns += self._settled_ns - begin_ns
         for task_id, items in work.placed.items():
             if self.host.tasks[task_id].phase is Phase.LIVE:
                 tokens = sum(len(item.sequence.tokens) for item in items)
@@ -559,6 +575,9 @@ class RunningInstance:
             if self.host.tasks[task_id].phase is Phase.LIVE:
                 self._take_outcome(task_id, result.outcomes[task_id], work.micro_batch)
             self._copies.pop((task_id, work.micro_batch.steps[task_id] + 1), None)
+        round_.num_unread -= 1
+        if round_.is_ended and not round_.num_unread:
+            self._count(round_)
 
     def _take_loss(self, task_id: str, loss: float, tokens: int) -> None:
         task = self.host.tasks[task_id]

@@ -91,7 +91,7 @@ def nearby(steps: float, takeovers: float, planning_s: float) -> tuple[Assumed, 
 
 # A draw whose decisions these change is a tie. Takeovers are predicted less well than steps.
 NEAR, NEARER = nearby(0.05, 0.2, 0.03), nearby(0.03, 0.1, 0.02)
-MOST_DRAWS = 300
+MOST_DRAWS = 60
 
 
 def draw_dynamic(
@@ -107,7 +107,7 @@ def draw_dynamic(
     """
     random = np.random.default_rng(seed_of(models.profile.content_hash) + 2)
     kinds = (
-        ("arrivals and departures", 6, 16),
+        ("arrivals and departures", 5, 16),
         ("with a queue", 5, 2),
         ("with a shorter queue", 6, 3),
     )

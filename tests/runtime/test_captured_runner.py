@@ -18,6 +18,7 @@ from muxtune.runtime.captured_runner import (
     CapturedRunner,
     close_sizes,
 )
+from muxtune.runtime.static_step.captured import HostResult, Pending
 from muxtune.runtime.static_step.pool import StaticPool
 from muxtune.types import AdapterSlot, EventKind, PackRule, TaskSpec
 from tests.runtime.runtime_helpers import (
@@ -131,6 +132,34 @@ def _sorted(bench: Bench) -> list[tuple]:
     )
 
 
+def test_a_round_counts_when_it_was_read_and_lasts_as_long_as_the_device_computes(
+    store: BackboneStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To start the first passes of a plan takes nothing, and those that still run when somebody
+    asks are no progress yet: a few rounds would look far too fast."""
+    read, num_read = Pending.result, 0
+
+    def counted(self: Pending) -> HostResult:
+        nonlocal num_read
+        num_read += 1
+        return read(self)
+
+    monkeypatch.setattr(Pending, "result", counted)
+    task = make_task("r", num_steps=8)
+    bench = Bench(tmp_path, store, **CAPTURED)
+    bench.prepare(task)
+    bench.executor.apply(make_plan([make_htask([task])], counts=[1]))  # a pass each round
+    rounds = bench.recorder.rounds
+    while len(bench.recorder.steps) < 8:
+        assert len(rounds) == num_read
+        bench.tick()
+    assert len(rounds) >= 8
+    ends = [record.start_ns + record.duration_ns for record in rounds]
+    assert all(end <= after.start_ns for end, after in zip(ends, rounds[1:], strict=False))
+    taken_ns = sum(record.duration_ns for record in rounds)
+    assert taken_ns > 0.8 * (ends[-1] - rounds[0].start_ns)
+
+
 def test_the_first_gradients_are_those_of_the_eager_pass(
     store: BackboneStore, tmp_path: Path
 ) -> None:
@@ -141,8 +170,10 @@ def test_the_first_gradients_are_those_of_the_eager_pass(
         bench = Bench(tmp_path / mode["step"], store, **mode)
         bench.prepare(task)
         bench.executor.apply(make_plan([make_htask([task])], counts=[1]))
-        while len(bench.recorder.rounds) < 2:
+        places = {bench.executor.tasks["g"].cursor}
+        while len(places) < 3:  # two rounds were started
             bench.tick()
+            places.add(bench.executor.tasks["g"].cursor)
         grads.append({key: t.grad.clone().float() for key, t in bench.state(task).tensors.items()})
         assert bench.state(task).is_open
     assert worst_gap(
