@@ -23,7 +23,7 @@ from muxtune.validation.dynamic import (
 )
 from muxtune.validation.models import Models
 
-DURATION_S, MOST_ROWS = 16.0, 2048
+DURATION_S, MOST_ROWS = 24.0, 2048
 
 
 @pytest.fixture(scope="module")
