@@ -36,6 +36,7 @@ from muxtune.runtime.records import Recorder
 from muxtune.types import (
     NS_PER_S,
     Drain,
+    DriftData,
     Event,
     EventKind,
     InstanceSpec,
@@ -262,7 +263,6 @@ class Log(QuietObserver):
         refusals: Sequence[Any] = (),
     ) -> None:
         for event in events:
-            self.drifts += event.kind is EventKind.DRIFT
             if event.kind not in (EventKind.PROGRESS, EventKind.PLAN_APPLIED, EventKind.WAKE):
                 self._news.append(f"{event.kind.name} {event.task_id}".strip())
         self.plans += plans
@@ -270,6 +270,13 @@ class Log(QuietObserver):
             if text := described(decision):
                 self.lines.append(text)
                 self.told.append(", ".join(self._news[-3:]))
+
+    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
+        """Drifts are raised while a batch is decided, behind what is written of it."""
+        for event in events:
+            if isinstance(event.data, DriftData):
+                self.drifts += 1
+                self._news.append(f"DRIFT to {event.data.time_percent}%")
 
     def on_task_end(self, outcome: TaskOutcome) -> None:
         self.ended[outcome.task_id] = End(

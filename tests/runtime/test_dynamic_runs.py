@@ -16,8 +16,10 @@ from muxtune.validation.dynamic import (
     NEARER,
     NOMINAL,
     DynamicCase,
+    Log,
     Rehearsal,
     draw_dynamic,
+    first_difference,
     planning_here_s,
     with_prediction,
 )
@@ -65,6 +67,19 @@ def test_drawn_runs_are_no_ties_and_have_what_runs_are_for(
         ended = rehearsal.run(case, NOMINAL).ended
         waits = [(ended[t.task_id].placed_ns or 0) - t.arrival_ns for t in case.tasks]
         assert sum(wait_ns > 2 * NS_PER_S for wait_ns in waits) >= 2
+
+
+def test_a_drift_is_heard(profile: Profile, cases: list[DynamicCase]) -> None:
+    """It changes plans, and is raised by the engine, not told by an executor."""
+    rehearsal = Rehearsal(profile)
+    usual = rehearsal.run(cases[1], NOMINAL)
+    slow = rehearsal.run(cases[1], NOMINAL._replace(steps=1.7))
+    assert usual.drifts == 0 < slow.drifts
+    again = Log.of_json(slow.to_json())
+    again.lines = ["another plan", *again.lines[1:]]
+    found = first_difference(usual, again)
+    wanted = "ended in another order" if slow.order != usual.order else "drift was told"
+    assert found is not None and wanted in found["why"]
 
 
 def test_a_task_that_comes_just_as_another_ends_is_a_tie(
