@@ -126,9 +126,13 @@ def test_what_is_asked_for_is_what_is_compiled(
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 4])
-@pytest.mark.parametrize("methods", [{"lora": ALL}, METHODS], ids=["lora", "mixed"])
+@pytest.mark.parametrize(
+    ("methods", "windows"),
+    [({"lora": ALL}, False), (METHODS, False), ({"lora": ALL}, True)],
+    ids=["lora", "mixed", "windows"],
+)
 def test_a_few_blocks_ask_for_what_all_do(
-    methods: Mapping[str, tuple[str, ...]], recompute: int
+    methods: Mapping[str, tuple[str, ...]], windows: bool, recompute: int
 ) -> None:
     """By which a size is tried out before it is captured: nothing may be compiled in a capture."""
     from muxtune.profiling.ahead import _steps, blank_static_model
@@ -141,7 +145,7 @@ def test_a_few_blocks_ask_for_what_all_do(
             model = blank_static_model(tiny()._replace(num_layers=4))
             capacity = capacity_of(plan.htasks[0], tasks.values(), 512)
             capacity = capacity._replace(blocks=dict.fromkeys(capacity.blocks, recompute))
-            steps = _steps(model, plan.htasks[0], capacity, True)
+            steps = _steps(model, plan.htasks[0], capacity, not windows, windows)
             getattr(steps, form)(max(capacity.blocks))
         asked.append(wanted)
     assert asked[0] == asked[1] and len(asked[0]) > 10
