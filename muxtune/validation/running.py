@@ -128,7 +128,7 @@ def validate(
         "provenance": provenance(),
     }
     (folder / REPORT).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw_all(folder, *rows)
+    draw_all(folder, profile.device_name, *rows)
     return summary
 
 
