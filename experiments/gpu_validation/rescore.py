@@ -36,8 +36,8 @@ from muxtune.validation.steps import again
 def rescore(folder: Path, checked: bool = True, first: int | None = None) -> dict[str, Any]:
     """What ``summarise`` says of it, plain JSON. ``first``: of so many steps; None: of all."""
     attempt = Attempt(folder, folder / PROFILE)
-    steps, ops, dynamic = (attempt.records[name].rows for name in ("steps", "ops", "dynamic"))
-    steps = usable(steps[:first])
+    ops, dynamic = attempt.records["ops"].rows, attempt.records["dynamic"].rows
+    steps = usable(attempt.steps[:first])
     profile, models = attempt.here, attempt.models_here
     if not checked:
         profile, models = attempt.profile, attempt.models
@@ -59,7 +59,7 @@ def rescore_by(folder: Path, source: Path) -> dict[str, Any]:
     """Of the steps in ``folder`` by the profile in ``source``, as ``summarise`` says of them;
     ``speed``: of all predictions over the measurements, in the median, which is taken out."""
     attempt, models = Attempt(folder, folder / PROFILE), Models(load_profile(source / PROFILE))
-    rows = again(usable(attempt.records["steps"].rows), models)
+    rows = again(usable(attempt.steps), models)
     speed = 1.0 + float(np.median([relative_error(row) for row in rows]))
     keys = ("predicted_s", "low_s", "high_s")
     found = summarise([{**row, **{key: row[key] / speed for key in keys}} for row in rows], (), ())

@@ -102,7 +102,14 @@ def show(summary: dict[str, Any], path: Path) -> None:
         console.print(
             f"workload {item['workload']}: Kendall's tau {_tau(item['tau'])} of {item['plans']} "
             f"plans (goal {GOAL_TAU}: {_met((item['tau'] or 0.0) >= GOAL_TAU)}); "
-            f"{item['excluded']} pairs within the repeats' spread left out",
+            f"{item['excluded']} of {item['pairs'] + item['excluded']} pairs within the repeats' "
+            f"spread left out (with them {_tau(item['tau_of_all'])})",
+            soft_wrap=True,
+        )
+    if twice := summary["run_to_run"]:
+        console.print(
+            f"{twice['count']} of these plans were run anew later: {twice['mean']:.1%} apart, "
+            f"p95 {twice['p95']:.1%}",
             soft_wrap=True,
         )
     low, high = GOAL_COVERAGE

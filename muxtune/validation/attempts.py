@@ -2,6 +2,7 @@
 
     profile.json   the profile that is scored
     steps.jsonl, ops.jsonl, dynamic.jsonl   one record a line
+    again.jsonl    steps of the rankings, run once more when all the others were over
     report.json, predicted_measured.png, errors.png   of the last attempt
     attempts.jsonl one line an attempt, appended, never rewritten
     machine.json   how the machine that measured differs from the profiled one; may be missing
@@ -25,10 +26,11 @@ from muxtune.cost.sharing import worst
 from muxtune.errors import ProfileError
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records, append_line, read_lines
+from muxtune.validation.scoring import with_second_runs
 
 PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
 MACHINE = "machine.json"
-RECORDS = ("steps", "ops", "dynamic")
+RECORDS = ("steps", "again", "ops", "dynamic")
 
 
 class Attempt:
@@ -49,6 +51,11 @@ class Attempt:
         if (folder / MACHINE).exists():
             self.carry_to(json.loads((folder / MACHINE).read_text(encoding="utf-8")))
         self.records = {name: Records(folder / f"{name}.jsonl", stamp) for name in RECORDS}
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Records of steps, with what was measured of some of them once more."""
+        return with_second_runs(self.records["steps"].rows, self.records["again"].rows)
 
     @property
     def is_checked(self) -> bool:

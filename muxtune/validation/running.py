@@ -39,7 +39,7 @@ from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
 from muxtune.validation.scoring import summarise, usable
 from muxtune.validation.single_ops import op_jobs, run_ops
-from muxtune.validation.steps import Report, fits, run_steps
+from muxtune.validation.steps import Report, fits, run_again, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
 
 WALL = "wall"
@@ -106,8 +106,7 @@ def validate(
         ):
             left = _run(attempt, device, options, report, helpers)
             signs = worst([signs, signs_now(device)])
-    rows = [attempt.records[name].rows for name in ("steps", "ops")]
-    rows.append(_with_predictions(attempt))
+    rows = [attempt.steps, attempt.records["ops"].rows, _with_predictions(attempt)]
     summary = summarise(*rows)
     if options.budget_s:
         summary["attempt"] = attempt.conclude(summary, left, signs)
@@ -201,6 +200,10 @@ def _run(
             attempt, runs, device, options.dynamic_s, end_s, of("dynamic runs")
         )
     left["steps"] = steps_until(end_s)
+    left["again"] = run_again(
+        cases, records["steps"].rows, here, device, records["again"], end_s=end_s,
+        case_s=options.case_s, min_repeats=options.min_repeats, clock=now, report=of("again"),
+    )  # fmt: skip
     return left
 
 

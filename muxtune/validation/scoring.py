@@ -62,15 +62,49 @@ def usable(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if not row.get("error")]
 
 
+def with_second_runs(steps: Iterable[Row], again: Iterable[Row]) -> list[dict[str, Any]]:
+    """``again``: the same steps, prepared and run anew later. A step's time is the mean of both
+    runs'; its repeats are those of both, so that what a device does otherwise a minute later counts
+    as spread. ``runs_s``: each run's."""
+    later = {row["name"]: row for row in usable(again)}
+    return [
+        _with_second_run(row, later[row["name"]])
+        if row["name"] in later and not row.get("error")
+        else dict(row)
+        for row in steps
+    ]
+
+
+def _with_second_run(row: Row, later: Row) -> dict[str, Any]:
+    runs = [row["measured_s"], later["measured_s"]]
+    repeats = [*row["repeats_s"], *later["repeats_s"]]
+    return {**row, "measured_s": sum(runs) / 2, "repeats_s": repeats, "runs_s": runs}
+
+
+def run_to_run(rows: Iterable[Row]) -> dict[str, Any]:
+    """How far two runs of a step lie apart, over their mean; empty where none was run twice."""
+    pairs = [row["runs_s"] for row in usable(rows) if "runs_s" in row]
+    if not pairs:
+        return {}
+    apart = [2 * abs(first - second) / (first + second) for first, second in pairs]
+    return {
+        "count": len(apart),
+        "mean": float(np.mean(apart)),
+        "p95": float(np.quantile(apart, 0.95)),
+    }
+
+
 class Ranking(NamedTuple):
     """Kendall's tau of predicted and measured seconds per token over a workload's plans.
-    ``excluded``: pairs that the repeats' spread does not tell apart."""
+    ``excluded``: pairs that the repeats' spread does not tell apart, ``tau`` without them;
+    ``tau_of_all``: with them."""
 
     workload: int
     plans: int
     pairs: int
     excluded: int
     tau: float | None
+    tau_of_all: float | None
 
 
 def rankings(rows: Sequence[Row]) -> list[Ranking]:
@@ -83,7 +117,7 @@ def rankings(rows: Sequence[Row]) -> list[Ranking]:
 
 
 def _ranking(workload: int, rows: Sequence[Row]) -> Ranking:
-    score = excluded = pairs = 0
+    told, untold = [], []
     for left, right in combinations(rows, 2):
         measured = [row["measured_s"] / row["effective_tokens"] for row in (left, right)]
         predicted = [row["predicted_s"] / row["effective_tokens"] for row in (left, right)]
@@ -91,13 +125,16 @@ def _ranking(workload: int, rows: Sequence[Row]) -> Ranking:
             value * spread_of(row["repeats_s"])
             for value, row in zip(measured, (left, right), strict=True)
         )
-        if abs(measured[0] - measured[1]) <= noise:
-            excluded += 1
-            continue
-        pairs += 1
         agree = (measured[0] - measured[1]) * (predicted[0] - predicted[1])
-        score += (agree > 0) - (agree < 0)
-    return Ranking(workload, len(rows), pairs, excluded, score / pairs if pairs else None)
+        pairs = told if abs(measured[0] - measured[1]) > noise else untold
+        pairs.append((agree > 0) - (agree < 0))
+    return Ranking(
+        workload, len(rows), len(told), len(untold), _mean(told), _mean([*told, *untold])
+    )
+
+
+def _mean(signs: Sequence[int]) -> float | None:
+    return sum(signs) / len(signs) if signs else None
 
 
 GOALS: Mapping[str, tuple[float, float]] = {
@@ -147,6 +184,7 @@ def summarise(
         },
         "op_by_kind": _by(op_rows, lambda row: row["op"].partition(".")[0]),
         "rankings": [item._asdict() for item in rankings(steps)],
+        "run_to_run": run_to_run(steps),
         "failed_steps": [
             {"name": row["name"], "error": row["error"], "fit": row["predicted_bytes"]}
             for row in steps

@@ -83,24 +83,85 @@ def run_steps(
     """Runs what is not in ``records`` yet until ``end_s`` (``time.perf_counter``); how many are
     left. Cases that fail are recorded with their error."""
     _check_same_suite(cases, records)
-    bench, left = None, 0
-    todo = [case for case in cases if not records.has(case.name)]
+
+    def predicted(case: StepCase) -> dict[str, Any]:
+        return {"case": case_to_json(case), **predict(case, models(case.shape))}
+
+    def measured(case: StepCase, bench: StepBench) -> dict[str, Any]:
+        return _measured(case, bench, case_s, min_repeats)
+
+    benches = _Benches(profile, device, clock)
+    return _run_each(cases, benches, records, end_s, predicted, measured, report)
+
+
+def run_again(
+    cases: Sequence[StepCase],
+    first_runs: Sequence[Mapping[str, Any]],
+    profile: Profile,
+    device: torch.device,
+    records: Records,
+    *,
+    end_s: float,
+    case_s: float = 1.0,
+    min_repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    report: Report = lambda _share, _text: None,
+) -> int:
+    """Prepares and runs the plans of the rankings anew, in the order of before: what a run differs
+    by from the same one a minute later, its own repeats do not show. As ``run_steps``."""
+    good = {row["name"] for row in first_runs if not row.get("error")}
+    ranked = [case for case in cases if "workload" in case.labels and case.name in good]
+
+    def measured(case: StepCase, bench: StepBench) -> dict[str, Any]:
+        found = _measured(case, bench, case_s, min_repeats)
+        return {key: found[key] for key in ("measured_s", "repeats_s", "error") if key in found}
+
+    benches = _Benches(profile, device, clock)
+    return _run_each(ranked, benches, records, end_s, lambda _: {}, measured, report)
+
+
+def _run_each(
+    cases: Sequence[StepCase],
+    benches: _Benches,
+    records: Records,
+    end_s: float,
+    known: Callable[[StepCase], dict[str, Any]],
+    measured: Callable[[StepCase, StepBench], dict[str, Any]],
+    report: Report,
+) -> int:
+    """Those without a record, until ``end_s``; how many are left."""
+    todo, left = [case for case in cases if not records.has(case.name)], 0
     for number, case in enumerate(todo):
         if time.perf_counter() >= end_s:
             left = len(todo) - number
             break
         done = 1.0 - (len(todo) - number) / len(cases)
         report(done, f"{case.name} ({case.shape.name}, {len(case.tasks)} tasks)")
-        if bench is None or bench.shape != case.shape:
-            if bench is not None:
-                bench.close()
-            bench = bench_of(profile, case.shape, device, clock)
-        known = {"name": case.name, "case": case_to_json(case), **predict(case, models(case.shape))}
-        records.begin(known)
-        records.add(known | _measured(case, bench, case_s, min_repeats))
-    if bench is not None:
-        bench.close()
+        bench = benches.of(case.shape)
+        row = {"name": case.name, **known(case)}
+        records.begin(row)
+        records.add(row | measured(case, bench))
+    benches.close()
     return left
+
+
+class _Benches:
+    """One at a time: the last one's model goes when another is asked for."""
+
+    def __init__(self, profile: Profile, device: torch.device, clock: Callable[[], float]) -> None:
+        self._profile, self._device, self._clock = profile, device, clock
+        self._bench: StepBench | None = None
+
+    def of(self, shape: ModelShape) -> StepBench:
+        if self._bench is None or self._bench.shape != shape:
+            self.close()
+            self._bench = bench_of(self._profile, shape, self._device, self._clock)
+        return self._bench
+
+    def close(self) -> None:
+        if self._bench is not None:
+            self._bench.close()
+            self._bench = None
 
 
 def again(

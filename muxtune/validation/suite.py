@@ -8,6 +8,7 @@ profiled. What is predicted not to fit is drawn again: the planner would refuse 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ import numpy as np
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
+from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask, mean_tokens
+from muxtune.profiling.steps import whole_rounds
+from muxtune.workload.synthetic import SyntheticLibrary
 
-PLANS_PER_WORKLOAD = 12
+PLANS_PER_WORKLOAD = 18  # as far as there are so many that run differently
 NUM_WORKLOADS = 3
 NUM_SWEEPS = 2
 MAX_LENGTH_TOKENS = 1024  # longer ones take another form of attention, which profiles do not hold
@@ -164,12 +168,14 @@ def _split(count: int, groups: int) -> tuple[tuple[int, ...], ...]:
 def _plans(
     random: np.random.Generator, options: SuiteOptions, fits: Fits, workload: int
 ) -> list[StepCase]:
-    """The same tasks, run by plans that differ in grouping, chunk length and micro-batch."""
+    """The same tasks, run by plans that differ in grouping, chunk length and micro-batch, and so in
+    their passes."""
     count = min(options.max_tasks, (4, 6, 8)[workload % 3])
     shape, rows = options.workload_shape(workload), options.grid_rows[-1]
     longest = max(32, min(256, rows // count))
     tasks = tuple(_task(random, longest, (), False, rows // count) for _ in range(count))
     found: list[StepCase] = []
+    known: set[object] = set()
     variants = [
         (groups, chunk, part)
         for part in (1, 2, 4, 8)
@@ -184,14 +190,25 @@ def _plans(
             f"workload {workload} plan {len(found):02d}", shape, tasks,
             _split(count, groups), chunk, rows // part, "chunk", labels,
         )  # fmt: skip
-        if fits(case) and all(_key(case) != _key(other) for other in found):
+        passes = _passes(case)
+        if fits(case) and passes not in known:
             found.append(case)
+            known.add(passes)
         if len(found) == PLANS_PER_WORKLOAD:
             break
     return found
 
 
-def _key(case: StepCase) -> object:
-    """Plans that come out the same are one."""
-    plan = case.plan()
-    return tuple((htask.shapes, tuple(htask.quota.items())) for htask in plan.htasks)
+def _passes(case: StepCase) -> object:
+    """What the device is to do: plans that differ in words only, as in a quota that their steps do
+    not fill, are one."""
+    plan, library = case.plan(), SyntheticLibrary(0)
+    for spec in case.specs().values():
+        library.add(spec)
+    _, batches = whole_rounds(plan, library, StepBuilder())
+    loads = (pass_load(batch, library) for batch in batches)
+    return frozenset(
+        Counter(
+            (x.shape.padded_tokens, x.shape.slots, x.layout, x.optimizer_slots) for x in loads
+        ).items()
+    )

@@ -21,7 +21,7 @@ from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
 from muxtune.profiling.step_cases import plan_of
 from muxtune.types import AdapterSlot, HTask, PassLoad, ReplicaShape, ShapeKey
-from muxtune.validation import running
+from muxtune.validation import running, suite
 from muxtune.validation.dynamic import Log, first_difference
 from muxtune.validation.records import Records
 from muxtune.validation.running import ValidationOptions, validate
@@ -41,10 +41,12 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(profile_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("validation")
     options = ValidationOptions(9.0, 3, (), 64, 2, 0.0, dynamic_s=0.3, checks_machine=True)
-    for _ in range(10):  # a busy host takes more than one call, each goes on
-        first = validate(folder, profile_path, options)
-        if not any(first["left"].values()):
-            break
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "PLANS_PER_WORKLOAD", 1)
+        for _ in range(10):  # a busy host takes more than one call, each goes on
+            first = validate(folder, profile_path, options)
+            if not any(first["left"].values()):
+                break
     again = validate(folder, profile_path, options._replace(budget_s=0.0))
     assert {**again, "left": 0, "attempt": 0, "warnings": 0} == {
         **first, "left": 0, "attempt": 0, "warnings": 0,
@@ -135,7 +137,8 @@ def test_a_validation_writes_what_it_measured(
     assert report["checked_machine"] and check["failed"] == [] and "finish" in check["ops"]
     assert check["profile"] == report["profile"]
     assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
-    assert len(names) <= 9
+    assert len(names) <= 10
+    assert report["run_to_run"]["count"] == 1, "the plan of the only workload, once more"
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["attempt"] for line in attempts]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers
@@ -168,7 +171,7 @@ def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) 
     row = {"name": "case 000", "profile": first, "error": "the process was ended", "case": {}}
     (tmp_path / "steps.jsonl").write_text(json.dumps(row) + "\n")
     attempts = validate(tmp_path, other, options)["attempts"]
-    cut_off = {"steps": 1, "ops": 0, "dynamic": 0}
+    cut_off = {"steps": 1, "again": 0, "ops": 0, "dynamic": 0}
     assert attempts == [{"attempt": 1, "profile": first, "cut_off": cut_off}], "kept and told"
     kept = load_profile(tmp_path / "attempt-1" / "profile.json")
     assert kept.content_hash == first

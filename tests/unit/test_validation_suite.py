@@ -12,11 +12,11 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
 from muxtune.profiling.step_cases import case_from_json, case_to_json
 from muxtune.validation.records import Records
-from muxtune.validation.scoring import rankings, relative_error, summarise
-from muxtune.validation.suite import PLANS_PER_WORKLOAD, SuiteOptions, draw_suite
+from muxtune.validation.scoring import rankings, relative_error, summarise, with_second_runs
+from muxtune.validation.suite import PLANS_PER_WORKLOAD, SuiteOptions, _passes, draw_suite
 
 SHAPE = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256)
-OPTIONS = SuiteOptions(120, (SHAPE, SHAPE._replace(name="other")), (128, 512, 2048))
+OPTIONS = SuiteOptions(201, (SHAPE, SHAPE._replace(name="other")), (128, 512, 2048))
 HASH = "0123456789abcdef" * 4
 
 
@@ -31,7 +31,7 @@ def test_the_hash_alone_decides(suite):
 
 
 def test_the_suite_is_as_wide_as_it_claims(suite):
-    assert len(suite) == 120 and len({case.name for case in suite}) == 120
+    assert len(suite) == 201 and len({case.name for case in suite}) == 201
     single = [case for case in suite if "workload" not in case.labels]
     off = [case for case in single if not case.labels["grid"]]
     assert len(off) >= len(single) // 2
@@ -52,7 +52,10 @@ def test_a_workload_has_different_plans_of_the_same_tasks(suite):
     plans = [case for case in suite if case.labels.get("workload") == 0]
     assert len(plans) == PLANS_PER_WORKLOAD
     assert len({case.tasks for case in plans}) == 1
-    assert len({(case.htasks, case.chunk_tokens, case.micro_batch_tokens) for case in plans}) == 12
+    assert len({_passes(case) for case in plans}) == PLANS_PER_WORKLOAD
+    plan = plans[0]._replace(micro_batch_tokens=1)  # longer sequences ask for more
+    assert _passes(plan) == _passes(plan._replace(micro_batch_tokens=2))
+    assert _passes(plan) != _passes(plan._replace(htasks=((0,), (1, 2, 3))))
 
 
 def test_what_does_not_fit_is_drawn_again():
@@ -98,6 +101,24 @@ def test_ranking_leaves_out_what_the_repeats_do_not_tell_apart():
     assert (found.pairs, found.excluded, found.tau) == (2, 1, 1.0)
     (wrong,) = rankings([row("a", 2.0, 1.0, 0), row("b", 1.0, 2.0, 0)])
     assert wrong.tau == -1.0
+
+
+def test_a_second_run_is_part_of_the_measurement_and_of_its_spread():
+    rows = [row("a", 1.0, 1.0, 0), row("b", 1.05, 1.03, 0), row("c", 2.0, 2.0, 0)]
+    later = [row("a", 0.0, 1.04), row("b", 0.0, 1.01), row("c", 0.0, 2.0) | {"error": "lost"}]
+    both = with_second_runs(rows, later)
+    assert [item["measured_s"] for item in both] == pytest.approx([1.02, 1.02, 2.0])
+    assert both[0]["predicted_s"] == 1.0 and len(both[0]["repeats_s"]) == 6
+    assert "runs_s" not in both[2] and "runs_s" not in rows[0]
+    found = summarise(both, [], [])
+    assert found["run_to_run"]["count"] == 2
+    assert found["run_to_run"]["mean"] == pytest.approx((0.04 + 0.02) / 1.02 / 2)
+    # What the first runs' repeats alone seemed to tell apart, and all pairs beside.
+    assert rankings(rows)[0].excluded == 0
+    (ranking,) = rankings(both)
+    assert (ranking.pairs, ranking.excluded, ranking.tau) == (2, 1, 1.0)
+    assert ranking.tau_of_all == pytest.approx(2 / 3)
+    assert summarise(rows, [], [])["run_to_run"] == {}
 
 
 def test_a_run_that_was_cut_off_keeps_its_whole_lines(tmp_path: Path):
