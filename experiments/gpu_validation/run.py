@@ -4,13 +4,13 @@
 
 Needs one CUDA device (``--device cpu --model tiny`` tries the script out). Everything is written as
 it comes, so that a run that is cut off leaves what it has; run again with the same folder, it goes
-on. Eight files at most. What it leaves is a validation's folder: see README.md.
+on. What it leaves is a validation's folder: see README.md.
 
 Profile and suite have a process each: the second one finds the device as it was. ``--only profile``
 and ``--only suite`` part them for good; they may then run on two machines of a kind, which
 ``--check`` looks at first. ``--ahead``: kernels were compiled before (``compile_ahead.py``), and no
-processes compile them here but those of the dynamic runs' plans, without the GPU, once the profile
-has told them.
+processes compile them here but those of the dynamic runs' plans, without the GPU, while
+operations and steps are timed.
 
 ``--rehearse``: every part once, on few layers and sizes, beside other work; its times mean nothing.
 Its first process is killed where the suite's steps begin, so that the next one goes on. It then
@@ -29,7 +29,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ PARTS, COMPILED, KILLED = "profile.parts.jsonl", "compiled.txt", "killed.txt"
 SHORT_S = 10.0
 MAX_STARTS, LEAST_S, REHEARSAL_S, PARTS_FAILED = 8, 20.0, 170.0, 3
 START_S, REPORT_S = 8.0, 15.0  # of a process; of what a suite writes when its time is up
+RUNS_COMPILED_S = 120.0
 COMPILE_AHEAD = Path(__file__).resolve().parents[1] / "gpu_runtime" / "compile_ahead.py"
 TINY_GRID = {"rows": (64, 128, 256), "slots": (1, 4), "ranks": (16, 64)}
 REHEARSAL_GRID = {"rows": (256, 1024), "slots": (1, 4), "ranks": (16, 64)}
@@ -125,24 +127,29 @@ def supervise_parts(args: argparse.Namespace, end_s: float) -> int:
     if args.only == "both" and not args.rehearse:
         parts = ["profile", "suite"]
     for part in parts:
-        if part == "suite" and args.ahead and args.device == "cuda":
-            compile_runs(args.out / "profile.json")
         status = supervise(part, end_s, args.out)
         if status:
             return status
     return 0
 
 
-def compile_runs(profile: Path) -> None:
-    """Kernels of its dynamic runs' plans: others are compiled before anything is timed by whoever
-    needs them, but a run's takeovers are timed."""
+@contextmanager
+def compiling_runs(profile: Path) -> Iterator[Callable[[], None]]:
+    """Kernels of its dynamic runs' plans, by two of the processors while operations and steps are
+    timed on the GPU: others are compiled before anything is timed by whoever needs them, but a
+    run's takeovers are timed. Gives what waits for them."""
     folder = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    workers = str(max(1, (os.cpu_count() or 2) - 2))
-    options = ["--cases", "runs", "--profile", str(profile), "--out", folder, "--workers", workers]
-    no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(
-        [sys.executable, str(COMPILE_AHEAD), *options, "--limit-s", "60"], env=no_gpu, check=False
+    options = ["--cases", "runs", "--profile", str(profile), "--out", folder, "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, str(COMPILE_AHEAD), *options, "--limit-s", str(RUNS_COMPILED_S)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: os.nice(10),
     )
+    try:
+        yield lambda: None if process.wait() == 0 else _say("compiling", 1.0, "runs: not all")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def supervise(part: str, end_s: float, out: Path) -> int:
@@ -198,7 +205,10 @@ def run(args: argparse.Namespace, compilers: Compilers) -> dict[str, Any]:
     left_s = args.budget - (time.perf_counter() - start_s)
     spared_s = min(START_S + REPORT_S, 0.3 * left_s)
     options = options_of(args, max(1.0, left_s - spared_s))
-    report = validate(args.out, path, options, _say_and_die if args.rehearse else _say, compilers)
+    ahead = args.ahead and args.device == "cuda"
+    with compiling_runs(path) if ahead else nullcontext(_nothing) as before_runs:
+        say = _say_and_die if args.rehearse else _say
+        report = validate(args.out, path, options, say, compilers, before_runs=before_runs)
     if not args.rehearse and not any(report["left"].values()):
         (args.out / COMPILED).unlink(missing_ok=True)
     shown = {key: report[key] for key in ("op", "step", "memory", "completion", "left", "warnings")}
@@ -310,6 +320,10 @@ def _refusals(folder: Path, path: Path, options: ValidationOptions) -> list[str]
     if len(warnings) < 2:
         raise AssertionError(f"no warnings of another device: {warnings}")
     return [*said, *warnings]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _say(what: str, share: float, text: str) -> None:

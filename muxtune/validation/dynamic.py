@@ -131,7 +131,7 @@ class Rehearsal:
     def run(self, case: DynamicCase, assumed: Assumed) -> Log:
         """The planner plans with the profile's times, whatever is assumed."""
         from muxtune_sim.executor import SimExecutor  # a machine with a GPU may lack simpy
-        from muxtune_sim.options import SimOptions, make_builder
+        from muxtune_sim.options import LAYOUTS, SimOptions, make_builder
 
         factors = (assumed.steps, assumed.takeovers)
         times = self.book if factors == (1.0, 1.0) else ScaledCostBook(self.book, *factors)
@@ -139,6 +139,7 @@ class Rehearsal:
         options = SimOptions(
             planning_base_s=assumed.planning_s,
             one_thread=True,
+            times=LAYOUTS,
             passes_ahead=DEPTH if self.profile.style == CAPTURED else 0,
         )
         executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)

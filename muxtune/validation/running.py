@@ -76,9 +76,11 @@ def validate(
     options: ValidationOptions,
     report: Callable[[str, float, str], None] = lambda _what, _share, _text: None,
     compilers: Compilers | None = None,
+    before_runs: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs what is left of the suite within the budget and writes report.json and plots.
-    ``compilers``: who compiles kernels ahead (default: its own)."""
+    ``compilers``: who compiles kernels ahead (default: its own); ``before_runs``: what the dynamic
+    runs wait for."""
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
@@ -104,7 +106,7 @@ def validate(
             nullcontext(compilers) if compilers else Compilers(device, exact) as helpers,
             short_collections(),
         ):
-            left = _run(attempt, device, options, report, helpers)
+            left = _run(attempt, device, options, report, helpers, before_runs)
             signs = worst([signs, signs_now(device)])
     rows = [attempt.steps, attempt.records["ops"].rows, _with_predictions(attempt)]
     summary = summarise(*rows)
@@ -158,6 +160,7 @@ def _run(
     options: ValidationOptions,
     report: Callable[[str, float, str], None],
     compilers: Compilers,
+    before_runs: Callable[[], None],
 ) -> dict[str, int]:
     profile, records = attempt.profile, attempt.records
     clock = options.clock or profile_clock(profile)
@@ -196,6 +199,7 @@ def _run(
     if runs:
         # A run that is cut off later has something of everything.
         steps_until(start_s + options.steps_first * (end_s - start_s))
+        before_runs()
         left["dynamic"] = _run_dynamic(
             attempt, runs, device, options.dynamic_s, end_s, of("dynamic runs")
         )

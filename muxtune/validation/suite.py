@@ -22,7 +22,7 @@ from muxtune.profiling.step_cases import TARGETS, StepCase, StepTask, mean_token
 from muxtune.profiling.steps import whole_rounds
 from muxtune.workload.synthetic import SyntheticLibrary
 
-PLANS_PER_WORKLOAD = 18  # as far as there are so many that run differently
+PLANS_PER_WORKLOAD = 15  # as far as there are so many that run differently
 NUM_WORKLOADS = 3
 NUM_SWEEPS = 2
 MAX_LENGTH_TOKENS = 1024  # longer ones take another form of attention, which profiles do not hold

@@ -28,7 +28,7 @@ from muxtune.types import (
     ProgressData,
     new_tuple,
 )
-from muxtune_sim.options import InstanceTotals, SimOptions, to_ns
+from muxtune_sim.options import LAYOUTS, InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 
 FIRST_CURSOR = Cursor()
@@ -157,8 +157,9 @@ class InstanceActor:
         self._charges_checkpoints = options.charge_checkpoints
         # Most know nothing of it, and segments are many.
         self._charges_ends = options.charge_transitions and cost.charges_ends
-        # On one GPU passes follow each other, and nothing else sets their pace.
-        self._is_paced = sum(replica.num_gpus for replica in spec.replicas) > 1
+        # On one GPU passes follow each other; only their layouts may set another pace.
+        num_gpus = sum(replica.num_gpus for replica in spec.replicas)
+        self._is_paced = num_gpus > 1 or options.times == LAYOUTS
         self._pass_cost = cost  # of the running plan's passes, as its rounds take them
         self.plan: Plan | None = None
         self.cursors: dict[str, Cursor] = {}  # at the start of the segment

@@ -35,7 +35,7 @@ from muxtune.types import (
 )
 from muxtune_sim.actor import FIRST_CURSOR, InstanceActor, departure
 from muxtune_sim.hardware import Hardware, Unit
-from muxtune_sim.options import DEFAULT_SIM_OPTIONS, InstanceTotals, SimOptions, to_ns
+from muxtune_sim.options import DEFAULT_SIM_OPTIONS, LAYOUTS, InstanceTotals, SimOptions, to_ns
 from muxtune_sim.pacing import Pacer
 from muxtune_sim.tokens import TokenTables
 
@@ -71,7 +71,7 @@ class SimExecutor:
         options: SimOptions = DEFAULT_SIM_OPTIONS,
     ) -> None:
         self.builder, self.library, self.options = builder, library, options
-        self.pacer = Pacer(builder, library)
+        self.pacer = Pacer(builder, library, options.times == LAYOUTS)
         self.now_ns = 0
         self._costs, self._one_thread = costs, options.one_thread
         self._env = Environment(0)

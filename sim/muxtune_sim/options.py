@@ -11,7 +11,7 @@ from muxtune.planning.rates import MeanStepBuilder
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.types import NS_PER_S
 
-EXACT, MEAN = "exact", "mean"
+EXACT, MEAN, LAYOUTS = "exact", "mean", "layouts"
 
 
 class SimOptions(NamedTuple):
@@ -65,10 +65,14 @@ DEFAULT_SIM_OPTIONS = SimOptions()
 
 def make_builder(options: SimOptions) -> StepBuilder:
     """Raises ConfigError for ``times`` that do not exist."""
-    builders: dict[str, type[StepBuilder]] = {EXACT: StepBuilder, MEAN: MeanStepBuilder}
+    builders: dict[str, type[StepBuilder]] = {
+        EXACT: StepBuilder, MEAN: MeanStepBuilder, LAYOUTS: StepBuilder,
+    }  # fmt: skip
     if options.times not in builders:
         raise ConfigError(
-            "backend.times", f"'{options.times}' does not exist", f"Choose {EXACT} or {MEAN}"
+            "backend.times",
+            f"'{options.times}' does not exist",
+            f"Choose {', '.join(builders)}",
         )
     return builders[options.times]()
 

@@ -1,9 +1,11 @@
-"""Times of passes on instances of several GPUs, as their rounds take them.
+"""Times of passes, as a plan's rounds take them.
 
-A step builder adds up passes one after the other. On several GPUs they overlap, or wait for each
-other; ``muxtune.planning.orchestration.pace`` tells by which factor that changes a round. Here the
-factor becomes a cost model whose passes take that much longer, so that forecasts of a plan agree
-with the iteration-level player of its order.
+A step builder adds up passes one after the other, each by the sums of its shape. On several GPUs
+they overlap, or wait for each other; ``muxtune.planning.orchestration.pace`` tells by which factor
+that changes a round. On one GPU the layouts of a plan's micro-batches tell more than their sums: a
+slot that a task has left, between others of the same tile, makes products longer that a mean over
+full shapes does not. Either way the factor becomes a cost model whose passes take that much
+longer.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from muxtune.planning.orchestration import Pace, pace_of
-from muxtune.planning.step_builder import ShapeTotals, StepBuilder
+from muxtune.planning.step_builder import ShapeTotals, StepBuilder, pass_load
 from muxtune.protocols import CostModel, LengthSource
 from muxtune.types import Cursor, PassCoefficients, Plan, ReplicaShape, ShapeKey
 
 SAMPLED_ROUNDS = 8
+LAYOUT_ROUNDS = 4
 _MAX_KNOWN = 4_096
 
 
@@ -51,8 +54,11 @@ class Pacer:
     """Times plans; what it was asked it remembers, because plans of one arrangement share their
     order and their shapes."""
 
-    def __init__(self, builder: StepBuilder, lengths: LengthSource) -> None:
-        self._builder, self._lengths = builder, lengths
+    def __init__(
+        self, builder: StepBuilder, lengths: LengthSource, by_layouts: bool = False
+    ) -> None:
+        """``by_layouts``: on one GPU, too, where the cost model tells more by a layout."""
+        self._builder, self._lengths, self._by_layouts = builder, lengths, by_layouts
         self._paces: dict[tuple[Any, ...], tuple[Plan, Pace]] = {}
         self._costs: dict[tuple[int, float], PacedCost] = {}
         self._unpaced: dict[int, TimedPlan] = {}  # by the identity of the cost, which they hold
@@ -61,17 +67,36 @@ class Pacer:
         """From these cursors on. Raises ConfigError for an order that is not valid."""
         if not plan.htasks or len(plan.replicas) != 1 or plan.replicas[0].num_gpus == 1:
             # Several replicas meet after every micro-batch: nothing interleaves.
+            if self._by_layouts and plan.htasks and len(plan.replicas) == 1:
+                return TimedPlan(self._paced(cost, self._by_layout(plan, cursors, cost)), 0.0)
             found = self._unpaced.get(id(cost))
             return found or self._unpaced.setdefault(id(cost), TimedPlan(cost, 0.0))
         passes, times_s = self._mean_passes(plan, cursors, cost)
         pace = self._ordered(plan, cost) if plan.order else pace_of(plan, cost, passes, times_s)
-        key = (id(cost), round(pace.factor, 9))
+        serial_s = sum(n * t for n, t in zip(passes, times_s, strict=True))
+        return TimedPlan(self._paced(cost, pace.factor), pace.once * pace.factor * serial_s)
+
+    def _paced(self, cost: CostModel, factor: float) -> CostModel:
+        key = (id(cost), round(factor, 9))
         if key not in self._costs:
             if len(self._costs) >= _MAX_KNOWN:
                 self._costs.clear()
-            self._costs[key] = PacedCost(cost, pace.factor)
-        serial_s = sum(n * t for n, t in zip(passes, times_s, strict=True))
-        return TimedPlan(cast(CostModel, self._costs[key]), pace.once * pace.factor * serial_s)
+            self._costs[key] = PacedCost(cost, factor)
+        return cast(CostModel, self._costs[key])
+
+    def _by_layout(self, plan: Plan, cursors: Mapping[str, Cursor], cost: CostModel) -> float:
+        """What the next rounds' passes take by their layouts, over what their sums say."""
+        loads, at = [], {task_id: cursors[task_id] for task_id in plan.task_ids}
+        for _ in range(LAYOUT_ROUNDS):
+            batches, after = self._builder.next_round(plan, at, self._lengths)
+            loads += [pass_load(batch, self._lengths) for batch in batches]
+            at = dict(after)
+        replica = plan.replicas[0]
+        by_layout_s, by_sums_s = (
+            float(cost.pass_times_s(of, replica).value.sum())
+            for of in (loads, [load._replace(layout=None) for load in loads])
+        )
+        return by_layout_s / by_sums_s if by_sums_s else 1.0
 
     def _ordered(self, plan: Plan, cost: CostModel) -> Pace:
         shapes = tuple(id(htask.shapes) for htask in plan.htasks)

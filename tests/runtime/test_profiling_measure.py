@@ -16,6 +16,7 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError, OutputError, ProfileError
 from muxtune.profiling import profile_machine, profile_warnings_here, write_profile
 from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
+from muxtune.profiling.captured_ops import steadiest
 from muxtune.profiling.exchanges import measure_exchanges
 from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
 
@@ -164,3 +165,13 @@ def test_pool_hands_out_other_memory_each_time() -> None:
 def _nothing(bench: Bench):
     bench.time("nothing", lambda: None)
     yield
+
+
+def test_a_point_whose_repeats_lie_apart_is_measured_again() -> None:
+    disturbed, quiet, better = [20.2, 17.5, 21.9], [2.31, 2.3, 2.29], [1.0, 1.2, 1.0]
+    told = iter([disturbed, quiet])
+    assert steadiest(lambda: next(told)) == quiet
+    told = iter([quiet, disturbed])
+    assert steadiest(lambda: next(told)) == quiet and next(told) == disturbed, "once is enough"
+    told = iter([disturbed, better, disturbed, quiet])
+    assert steadiest(lambda: next(told)) == better and next(told) == quiet, "three times at most"

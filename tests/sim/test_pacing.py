@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from muxtune.build import profile_path
 from muxtune.cost import CostBook
+from muxtune.cost.book import profiled_model
+from muxtune.cost.schema import load_profile
 from muxtune.planners.base import PlannerBase
 from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.planning.orchestration import played, round_time_s
 from muxtune.planning.rates import MeanStepBuilder
-from muxtune.planning.step_builder import StepBuilder
+from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.types import (
     AdapterSlot,
     Cursor,
@@ -26,17 +29,19 @@ from muxtune_sim.pacing import Pacer
 
 COSTS = CostBook()
 SLOT = AdapterSlot("lora", 16, ("q_proj", "v_proj"))
+WIDE = AdapterSlot("lora", 64, ("all-linear",))
 ROUNDS = 40
 
 
 class EqualLengths:
-    """Every sequence has 128 tokens, all with a loss, so that a full chunk is what a step holds."""
+    """Every sequence has as many tokens, all with a loss; with 128 a full chunk is what a step
+    holds."""
 
-    def __init__(self, sequences: int) -> None:
-        self.sequences = sequences
+    def __init__(self, sequences: int, tokens: int = 128) -> None:
+        self.sequences, self.tokens = sequences, tokens
 
     def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
-        return tuple(Sample(index, 128, 128) for index in range(self.sequences))
+        return tuple(Sample(index, self.tokens, self.tokens) for index in range(self.sequences))
 
     def num_steps(self, task_id: str) -> int:
         return ROUNDS
@@ -130,6 +135,34 @@ def test_without_interleaving_every_turn_drains():
     assert off.predicted.round_time_s.value > 2 * on.predicted.round_time_s.value
     simulated, _ = round_s(off, 8, StepBuilder())
     assert simulated == pytest.approx(off.predicted.round_time_s.value, rel=0.05)
+
+
+def test_layouts_set_the_pace_where_a_task_has_left_its_slot():
+    """Between two that are left in a tile, an empty slot takes longer than a mean over slots."""
+    profile = load_profile(profile_path("h100-sxm_llama-2-7b", shipped_only=True))
+    cost = profiled_model(profile.model_shape, profile)
+    full = planned(ReplicaShape(), 3, 3, fusion="all_spatial", chunk_tokens=64, max_shapes=1)
+    (htask,) = full.htasks
+    gone = next(name for name, slot in htask.slot_of.items() if slot == 1)
+    kept = {name: slot for name, slot in htask.slot_of.items() if name != gone}
+    quota = {name: htask.quota[name] for name in kept}
+    shapes = tuple([x._replace(slots=(WIDE,) * len(x.slots)) for x in htask.shapes])
+    plan = full._replace(htasks=(htask._replace(shapes=shapes, slot_of=kept, quota=quota),))
+    lengths, builder = EqualLengths(3, 100), StepBuilder()  # slots meet within tiles
+    cursors = {name: Cursor() for name in full.task_ids}  # of the one that has left, too
+    batches, _ = builder.next_round(plan, {name: Cursor() for name in kept}, lengths)
+    loads = [pass_load(batch, lengths) for batch in batches]
+    by_layouts_s = float(cost.pass_times_s(loads, ReplicaShape()).value.sum())
+
+    def simulated_s(of: Plan, by_layouts: bool) -> float:
+        paced = Pacer(builder, lengths, by_layouts).timed(of, cursors, cost).cost
+        forecast = builder.forecast(of, {n: cursors[n] for n in of.task_ids}, lengths, paced)
+        return forecast.duration_ns / forecast.rounds / 1e9
+
+    assert simulated_s(plan, True) == pytest.approx(by_layouts_s, rel=1e-6)
+    assert simulated_s(plan, True) > 1.01 * simulated_s(plan, False)
+    nothing = plan._replace(htasks=())
+    assert Pacer(builder, lengths, True).timed(nothing, {}, cost).cost is cost
 
 
 def test_closed_forms():
