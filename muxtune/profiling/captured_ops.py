@@ -75,8 +75,8 @@ MAX_POSITIONS = 4096
 MAX_SEQLEN = 1024
 MIN_SEQLEN = 512  # what a runner's buffer is made for at least; it decides on the attention's form
 _REPEATS = 5
-# Of repeats over their median, beyond which something else was in the way, as where a small operation
-# took nine times as long as with more rows: 15 of 1,800 points of a quiet device.
+# Of repeats over their median, beyond which something else was in the way: of 15 of 1,800 points of
+# a quiet device, one of which took nine times as long as with more rows.
 _WIDE, _MOST_SERIES = 0.08, 3
 _SAMPLE_S = 4e-3  # of one replay; shorter work is repeated inside the graph
 # Products draw so much power that a device lowers its clock; a step is nearly all products. For a
@@ -502,7 +502,6 @@ class CapturedOps:
             seconds = steadiest(
                 lambda: [_event_s(graph.replay) / (times * blocks) for _ in range(_REPEATS)]
             )
-        del graph
         return seconds
 
     @contextlib.contextmanager
