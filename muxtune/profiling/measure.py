@@ -181,7 +181,7 @@ def profile_machine(
             if captures:
                 ops["capture"] = _capture_op(shape, captures)
             if is_captured:
-                left_out += _add_takeovers(ops, bench, most, kept)
+                left_out += _add_takeovers(ops, bench, most, end_s, kept)
             bench.close()
         ops |= exchanges
         signs.append(signs_now(target))
@@ -322,7 +322,11 @@ def _whole_steps(
 
 
 def _add_takeovers(
-    ops: dict[str, Any], bench: StepBench, max_rows: int, kept: captured_profile.Kept | None
+    ops: dict[str, Any],
+    bench: StepBench,
+    max_rows: int,
+    end_s: float,
+    kept: captured_profile.Kept | None,
 ) -> list[str]:
     """What plans and ends of tasks cost on the executor that trains. What went wrong."""
     if kept is not None and kept.has("takeovers"):
@@ -334,7 +338,7 @@ def _add_takeovers(
     try:
         found = measure_takeovers(
             bench.shape, bench.store, step=bench.options.step,
-            deterministic=bench.options.deterministic, max_rows=max_rows,
+            deterministic=bench.options.deterministic, max_rows=max_rows, end_s=end_s,
         )  # fmt: skip
     except Exception as error:
         if is_lost(bench.device):

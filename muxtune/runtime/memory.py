@@ -47,13 +47,18 @@ def free_bytes(device: torch.device) -> int:
 @contextlib.contextmanager
 def quick_collections() -> Iterator[None]:
     """Within, garbage is looked for in what is new only: a look through all that was imported
-    would stop training for half a second."""
+    would stop training for half a second. Where one is within another, that holds behind it,
+    too."""
+    is_inner = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        if is_inner:
+            gc.collect()
+            gc.freeze()
 
 
 class MemoryMeter:

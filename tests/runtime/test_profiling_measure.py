@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from muxtune.profiling import profile_machine, profile_warnings_here, write_prof
 from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
 from muxtune.profiling.captured_ops import steadiest
 from muxtune.profiling.exchanges import measure_exchanges
+from muxtune.runtime.memory import quick_collections
 from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
@@ -175,3 +178,16 @@ def test_a_point_whose_repeats_lie_apart_is_measured_again() -> None:
     assert steadiest(lambda: next(told)) == quiet and next(told) == disturbed, "once is enough"
     told = iter([disturbed, better, disturbed, quiet])
     assert steadiest(lambda: next(told)) == better and next(told) == quiet, "three times at most"
+
+
+def test_collections_stay_quick_behind_inner_ones() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+    with quick_collections():
+        with quick_collections():
+            known = weakref.ref(Ring())  # garbage that only a collection finds
+        assert gc.get_freeze_count() > 0, "a look through all imports takes half a second"
+        assert known() is None, "what the inner one froze may be garbage by its end"
+    assert gc.get_freeze_count() == 0
