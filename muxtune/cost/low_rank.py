@@ -44,6 +44,13 @@ _IDLE_SPARES = 0.4
 _IDLE_LATER_SPARES = 0.25  # of several waves; judged by five suites of single products
 _PRIOR = 0.02  # of a point's time: what a term's usual speed weighs
 _ROUNDS = 6  # of finding which of two things a product waits for, and the speeds
+# A product of many rows differs by 2% from one measurement to the next, with the device's clock:
+# ratios are means over those around, by distances of (slots, rank, rows), in octaves. Judged by the
+# single products, and the steps, of six suites of two devices.
+_SMOOTH_FROM_ROWS, _SMOOTH = 1000.0, np.array([1.2, 1.0, 0.5])
+
+
+_Place = tuple[float, float, float]  # binary logarithms of slots, rank and rows
 
 
 class Sizes(NamedTuple):
@@ -425,7 +432,7 @@ class _Ratios:
     """Of one linear, over logarithms of slots, rank and rows: multilinear between the points, and
     the nearest beyond them. As ``Grid``, but asked thousands of times a second."""
 
-    def __init__(self, name: str, points: Mapping[tuple[float, float, float], Leaf]) -> None:
+    def __init__(self, name: str, points: Mapping[_Place, Leaf]) -> None:
         """Raises ProfileError when there are holes."""
         grid = Grid.of(name, points)
         self._axes, self._strides = grid.axes, grid.strides
@@ -486,9 +493,13 @@ class Products:
         when they leave holes."""
         self.counted, self._kept = counted, kept
         self._ratios = {
-            size: _Ratios(f"{name}.{size}", {_place(p): self._ratio(p) for p in own})
-            for size, own in points.items()
+            size: _Ratios(f"{name}.{size}", self._ratios_of(own)) for size, own in points.items()
         }
+
+    def _ratios_of(self, points: Sequence[Point]) -> dict[_Place, Leaf]:
+        """A's gradients' stay as they are: smoothing changed nothing."""
+        found = {_place(point): self._ratio(point) for point in points}
+        return _smoothed(found) if isinstance(self.counted, Forward | Backward) else found
 
     def _ratio(self, point: Point) -> Leaf:
         counted_s = self.counted.seconds(*point[:4], point.rows)
@@ -513,5 +524,20 @@ class Products:
         return ratio * self.counted.seconds_of(site, use, rows)
 
 
-def _place(point: Point) -> tuple[float, float, float]:
+def _place(point: Point) -> _Place:
     return math.log2(point.slots), math.log2(point.rank), math.log2(point.rows)
+
+
+def _smoothed(ratios: Mapping[_Place, Leaf]) -> dict[_Place, Leaf]:
+    """Weighted by a Gaussian of the distances; half-widths stay."""
+    found, least = dict(ratios), math.log2(_SMOOTH_FROM_ROWS)
+    places = [place for place in ratios if place[2] >= least]
+    if not places:
+        return found
+    apart = (np.array(places)[:, None] - np.array(places)[None, :]) / _SMOOTH
+    weights = np.exp(-0.5 * (apart**2).sum(axis=2))
+    logs = np.log([ratios[place].value_s for place in places])
+    means = np.exp(weights @ logs / weights.sum(axis=1))
+    for place, mean in zip(places, means.tolist(), strict=True):
+        found[place] = ratios[place]._replace(value_s=mean)
+    return found

@@ -4,8 +4,8 @@ A slot's rows follow those of the slot before; filler comes last. A tile that is
 its factors alone. One that several share, or that ends in filler, goes through its slots two by
 two, from the first to the last that has rows there: a read of the rows for every two of which one
 is present, and low-rank steps for every two whether present or not. Where there are filler and
-few slots, a few such tiles take far longer than the others, and a product ends with the
-multiprocessor that has most of them.
+few slots, a few such tiles take far longer than the others, and hold these up in part; a product
+ends with the multiprocessor that has most of them.
 
 Shape suffixes: N tiles of rows, W waves, P multiprocessors.
 """
@@ -21,6 +21,9 @@ import numpy as np
 # Of what two slots take in a tile, one that has it to itself: in making h, and in low-rank steps.
 ALONE, ALONE_STEP = 0.6, 0.4
 _GROUP_TILES = 8  # tiles of rows that the kernels go through side by side
+# How far a wave's slowest tile holds up the others, which share its memory: neither not at all nor
+# wholly, as six suites of two devices have it.
+HELD_UP = 0.5
 STEP_RANK = 16.0
 
 
@@ -34,9 +37,12 @@ class Meeting(NamedTuple):
     used: int
 
     def most_steps(self, tiles_across: int, num_multiprocessors: int) -> float:
-        """Of the multiprocessor with most. ``tiles_across``: tiles of columns."""
+        """Between those of the multiprocessor with most, and of the slowest tile of every wave.
+        ``tiles_across``: tiles of columns."""
         places = _places(len(self.steps_N), tiles_across, num_multiprocessors)
-        return float(np.append(self.steps_N, 0.0)[places].sum(axis=0).max())
+        steps_WP = np.append(self.steps_N, 0.0)[places]
+        alone, held_up = steps_WP.sum(axis=0).max(), steps_WP.max(axis=1).sum()
+        return float(alone + HELD_UP * (held_up - alone))
 
 
 @lru_cache(maxsize=4096)

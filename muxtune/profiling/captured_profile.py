@@ -18,8 +18,9 @@ from muxtune.profiling.steps import is_lost
 ROWS = (128, 256, 512, 1024, 2048, 3072, 4096, 8192)
 SLOTS = (1, 4, 12, 32)
 RANKS = (16, 32, 64)  # kernels pad the largest of a linear to one of these
-# Besides, of products with adapters: five tiles of rows leave two of five multiprocessors idle.
-IDLE_ROWS = 640
+# Besides, of products with adapters: five tiles of rows leave two of five multiprocessors idle; and
+# between 1,024 and 2,048 lie those of many micro-batches.
+SITE_ROWS = (640, 1536)
 MAX_BENT_ROWS = 3
 COMPILING_SHARE = 0.7  # of the operations' budget at most
 REFINE_ERROR = 0.04
@@ -165,9 +166,9 @@ def _works(rows: Sequence[int], slots: Sequence[int], ranks: Sequence[int]) -> I
                 yield Work(False, name, "extra", (method, 2, rank, count))
             name, arguments = f"{method} of rank {rank}, half filler", (method, 2, rank, rows[-1])
             yield Work(False, name, "extra", (*arguments, rows[-1] // 2))
-    idle = [IDLE_ROWS] if rows[0] < IDLE_ROWS < rows[-1] else []
-    between = [x for x in rows[1:-1] if x not in (many, *idle)]
-    yield from _sites([*idle, *between[::-1]], slots, ranks, False)
+    besides = [count for count in SITE_ROWS if rows[0] < count < rows[-1]]
+    between = [x for x in rows[1:-1] if x not in (many, *besides)]
+    yield from _sites([*besides, *between[::-1]], slots, ranks, False)
     # Of what runs without adapters: another library's tiles, whose waves nobody tells.
     halfway = {(low + high) // 2 for low, high in pairwise(rows)}
     for count in product_rows(rows):

@@ -14,6 +14,7 @@ from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.curves import Grid, Leaf, smoothed
 from muxtune.cost.fused_sites import fused_sites
 from muxtune.cost.low_rank import Backward, Counts, Forward, Met, Point, Products, Sizes, Use
+from muxtune.cost.meeting import HELD_UP
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, load_profile, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
@@ -134,6 +135,28 @@ def test_speeds_are_told_from_points_and_hold_between_them(tiling: Tiling) -> No
     # 28 slots of 11 rows: a tile of 128 rows, of which there are three, holds twelve of them.
     few, many = (products.at("4096x4096", site, (slots, 16, 320)).value_s for slots in (2, 28))
     assert many > 3 * few
+
+
+def test_ratios_of_many_rows_are_means_of_those_around(tiling: Tiling) -> None:
+    """One point of 48 was measured at a lower clock: of few rows it is believed."""
+    site, counts = Sizes(4096, (4096,)), Counts(tiling)
+    known = Forward(counts, [])
+
+    def off_by(slow_rows: int) -> float:
+        points = []
+        for slots in (1, 4, 12, 32):
+            for rank in (16, 32, 64):
+                for rows in (256, 512, 2048, 3072):
+                    seconds = known.seconds(site, slots, rank, rows, rows)
+                    slow = (slots, rank, rows) == (4, 32, slow_rows)
+                    leaf = Leaf(seconds * (1.06 if slow else 1.0), 0.0)
+                    points.append(Point(site, slots, rank, rows, leaf))
+        products = Products("x", Forward(counts, points), {"4096x4096": points})
+        found_s = products.at("4096x4096", site, (4, 32, slow_rows)).value_s
+        return found_s / known.seconds(site, 4, 32, slow_rows, slow_rows) - 1.0
+
+    assert off_by(512) == pytest.approx(0.06)
+    assert 0.01 < off_by(2048) < 0.03
 
 
 def _profile(tiling: Tiling) -> dict[str, Any]:
@@ -449,9 +472,12 @@ def test_tiles_of_waves_with_idle_multiprocessors_take_less(tiling: Tiling) -> N
 
 def test_measured_products_end_with_the_multiprocessor_that_has_most_steps(tiling: Tiling) -> None:
     # Four slots of 491, 533, 491 and 533 rows: of 16 tiles of rows, which are two waves, two hold
-    # two slots, and no multiprocessor has both. One slot's tile takes 0.4 of such a one's steps.
+    # two slots, and no multiprocessor has both. One slot's tile takes 0.4 of such a one's steps,
+    # and is held up by the others in part.
     site, counts = Sizes(4096, (4096,)), Counts(tiling)
-    assert counts.forward(site, 4, 64, 2048, 2048).steps == pytest.approx(4 * (1 + 0.4) / 2)
+    most, slowest = 4 * (1 + 0.4) / 2, 4.0
+    wanted = most + HELD_UP * (slowest - most)
+    assert counts.forward(site, 4, 64, 2048, 2048).steps == pytest.approx(wanted)
     assert counts.forward(site, 1, 64, 2048, 2048).steps == pytest.approx(4 * 0.4)
     assert counts.forward(site, 32, 64, 2048, 2048).steps == pytest.approx(4.0), "all hold two"
 
