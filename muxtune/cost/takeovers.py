@@ -3,7 +3,7 @@
 A takeover is a sum: of each task that joins, of each that moves to other slots, both by the numbers
 that they train, of letting pools go and making others, and of the plan itself. No term is measured
 alone; least squares with coefficients that are not negative tell them apart. Captures are timed one
-by one.
+by one, and told by their rows in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from muxtune.cost.curves import AffineFit, Leaf, fit_affine
 from muxtune.errors import ProfileError
 from muxtune.types import Estimate
 
@@ -35,14 +34,10 @@ class TakeoverTimes:
                 " Run `muxtune profile` again"
             )
         points = op["points"]
-        rows = np.array([[*(point[axis] for axis in TAKEOVER), 1.0] for point in points])
-        times = np.array([point["median_s"] for point in points])
-        scales = np.maximum(rows.max(axis=0), 1e-9)
-        solved, _ = nnls(rows / scales, times)  # of seconds: their sum matters, not ratios
-        self._join, self._move = solved[:2] / scales[:2], solved[2:4] / scales[2:4]
-        self._rebuild_s, self._plan_s = (float(each) for each in solved[4:] / scales[4:])
-        left = np.abs(rows @ (solved / scales) - times)
-        self._error = float(np.quantile(left, 0.9) / times.mean())
+        rows = [[*(point[axis] for axis in TAKEOVER), 1.0] for point in points]
+        each_s, self._error = _fitted(rows, [point["median_s"] for point in points])
+        self._join, self._move = each_s[:2], each_s[2:4]
+        self._rebuild_s, self._plan_s = each_s[4:].tolist()
         self._most = max(
             point[f"{kind}_parameters"] / max(1.0, point[f"{kind}s"])
             for point in points
@@ -77,9 +72,7 @@ class CaptureTimes:
         points = op["points"]
         tells_first = "first" in op["axes"]
         rows = [_features(p["rows"], tells_first and bool(p["first"])) for p in points]
-        leaves = [Leaf(p["median_s"], (p["p95_s"] - p["p05_s"]) / 2) for p in points]
-        most = max(p["rows"] for p in points)
-        self._fit: AffineFit = fit_affine(np.array(rows), leaves, most)
+        self._each_s, self._error = _fitted(rows, [p["median_s"] for p in points])
         self._tells_first = tells_first
 
     def each(self, rows: float) -> Estimate:
@@ -92,9 +85,17 @@ class CaptureTimes:
         return self._of([0.0, 0.0, 1.0, rows])
 
     def _of(self, features: Sequence[float]) -> Estimate:
-        coefficients, error, _ = self._fit
-        value = sum(c * f for c, f in zip(coefficients, features, strict=True))
-        return estimate(value, error)
+        return estimate(float(self._each_s @ features), self._error)
+
+
+def _fitted(rows: Sequence[Sequence[float]], times_s: Sequence[float]) -> tuple[np.ndarray, float]:
+    """(what one of each column takes, the error that 90% stay below over the mean). Of seconds:
+    their sum matters, which ratios would make too small where times vary."""
+    table, wanted = np.array(rows), np.array(times_s)
+    scales = np.maximum(table.max(axis=0), 1e-9)
+    each_s = nnls(table / scales, wanted)[0] / scales
+    left = np.abs(table @ each_s - wanted)
+    return each_s, float(np.quantile(left, 0.9) / wanted.mean())
 
 
 def _features(rows: float, is_first: bool) -> list[float]:

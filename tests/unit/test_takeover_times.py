@@ -82,6 +82,19 @@ def test_the_first_capture_takes_more() -> None:
     assert times.first_more(1000.0).value == pytest.approx(0.15)
 
 
+def test_captures_add_up_to_what_was_measured_though_some_take_twice_as_long() -> None:
+    """A host is now and then busy with others; who fits ratios makes the sum too small."""
+    op = captures(with_first=True)
+    for place, busy in enumerate(op["points"]):
+        op["points"][place] = busy | {"median_s": busy["median_s"] * (2.0 if place % 3 else 1.0)}
+    times = CaptureTimes(op)
+    told = sum(
+        times.each(p["rows"]).value + p["first"] * times.first_more(p["rows"]).value
+        for p in op["points"]
+    )
+    assert told == pytest.approx(sum(p["median_s"] for p in op["points"]), rel=1e-6)
+
+
 def test_older_profiles_know_of_no_first_capture() -> None:
     times = CaptureTimes(captures(with_first=False))
     assert times.each(1000.0).value == pytest.approx(0.06)
