@@ -45,7 +45,7 @@ from muxtune.types import (
 from muxtune.workload.random_texts import RandomTexts
 
 ROWS = (256, 512, 1024, 2560)  # sizes of each hTask, all of which are captured
-STEPS = 8  # under each plan
+STEPS = 6  # under each plan
 _LED_BY = 2  # steps that are started before the first is read
 _MORE = 4  # so that nobody ends while a takeover is timed
 _RANKS = {"a": 16, "b": 64, "c": 32, "d": 16, "e": 64, "f": 32}
