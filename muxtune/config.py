@@ -301,7 +301,7 @@ class ValidateConfig(CommonConfig):
     for all of it; what is left then is done by the next run in the same folder; 0 scores and draws
     what is there. ``num_cases``: step configurations. ``models``: base models beside the profiled
     one, NAME or NAME:LAYERS; empty: two variants of it. ``max_rows``: of a micro-batch, 0: as
-    profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the two
+    profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the three
     dynamic runs takes, 0: none. ``clock``: empty: as the profile was taken. ``min_rows``: of a
     micro-batch. ``own_every``: every so many single cases are of the profiled base model, where
     that has many more blocks than ``models``; 0: two of three."""

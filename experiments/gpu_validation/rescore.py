@@ -29,7 +29,7 @@ from muxtune.validation import single_ops
 from muxtune.validation.attempts import PROFILE, Attempt
 from muxtune.validation.dynamic import with_prediction
 from muxtune.validation.models import Models
-from muxtune.validation.scoring import relative_error, summarise, usable
+from muxtune.validation.scoring import relative_error, summarise, usable, with_second_ends
 from muxtune.validation.steps import again
 
 
@@ -43,7 +43,9 @@ def rescore(folder: Path, checked: bool = True, first: int | None = None) -> dic
         profile, models = attempt.profile, attempt.models
     rows = again(steps, models)
     of_ops = single_ops.again(usable(ops), profile, lambda of: Models(of)(of.model_shape))
-    found = summarise(rows, of_ops, [with_prediction(row, profile) for row in dynamic])
+    runs = [with_prediction(row, profile) for row in dynamic]
+    runs = with_second_ends(runs, attempt.records["runs_again"].rows)
+    found = summarise(rows, of_ops, runs)
     kept = ("step", "memory", "op", "completion", "step_by", "op_by_kind", "rankings", "dynamic")
     note = "predicted by later code, when the measurements were known"
     then = summarise(steps, (), ())

@@ -33,7 +33,7 @@ from muxtune.validation.models import Models
 from muxtune.validation.running import ValidationOptions, grid_rows
 
 ERRORS = (0.03, 0.06)
-DURATION_S = 24.0
+DURATION_S = 50.0
 
 
 def profiles(path: Path, count: int) -> Iterator[Profile]:

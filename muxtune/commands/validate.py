@@ -123,7 +123,9 @@ def show(summary: dict[str, Any], path: Path) -> None:
     _show_failures(console, summary)
     for run_ in summary["dynamic"]:
         why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
-        console.print(f"dynamic run {run_['name']}: {why}", soft_wrap=True)
+        twice = {None: "", True: "; so did a second run", False: "; a second run decided otherwise"}
+        later = twice[run_.get("decides_the_same_again")]
+        console.print(f"dynamic run {run_['name']}: {why}{later}", soft_wrap=True)
     for line in summary["warnings"]:
         console.print(f"warning: {line}", soft_wrap=True)
     for what, count in summary["left"].items():

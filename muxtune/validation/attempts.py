@@ -3,6 +3,7 @@
     profile.json   the profile that is scored
     steps.jsonl, ops.jsonl, dynamic.jsonl   one record a line
     again.jsonl    steps of the rankings, run once more when all the others were over
+    runs_again.jsonl   the dynamic runs, once more at the very end
     report.json, predicted_measured.png, errors.png   of the last attempt
     attempts.jsonl one line an attempt, appended, never rewritten
     machine.json   how the machine that measured differs from the profiled one; may be missing
@@ -30,7 +31,7 @@ from muxtune.validation.scoring import with_second_runs
 
 PROFILE, ATTEMPTS, REPORT = "profile.json", "attempts.jsonl", "report.json"
 MACHINE = "machine.json"
-RECORDS = ("steps", "again", "ops", "dynamic")
+RECORDS = ("steps", "again", "ops", "dynamic", "runs_again")
 
 
 class Attempt:

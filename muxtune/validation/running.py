@@ -37,7 +37,7 @@ from muxtune.validation.dynamic import (
 )
 from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
-from muxtune.validation.scoring import summarise, usable
+from muxtune.validation.scoring import summarise, usable, with_second_ends
 from muxtune.validation.single_ops import op_jobs, run_ops
 from muxtune.validation.steps import Report, fits, run_again, run_steps
 from muxtune.validation.suite import SuiteOptions, draw_suite
@@ -151,7 +151,7 @@ def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
             found.append(with_prediction(row, attempt.here))
         except Exception as error:  # what was measured of others is to be scored all the same
             found.append({**row, "error": f"no prediction: {error}"})
-    return found
+    return with_second_ends(found, attempt.records["runs_again"].rows)
 
 
 def _run(
@@ -201,19 +201,25 @@ def _run(
         steps_until(start_s + options.steps_first * (end_s - start_s))
         before_runs()
         left["dynamic"] = _run_dynamic(
-            attempt, runs, device, options.dynamic_s, end_s, of("dynamic runs")
+            attempt, "dynamic", runs, device, options.dynamic_s, end_s, of("dynamic runs")
         )
     left["steps"] = steps_until(end_s)
     left["again"] = run_again(
         cases, records["steps"].rows, here, device, records["again"], end_s=end_s,
         case_s=options.case_s, min_repeats=options.min_repeats, clock=now, report=of("again"),
     )  # fmt: skip
+    if runs:
+        first = {row["name"] for row in usable(records["dynamic"].rows)}
+        left["runs_again"] = _run_dynamic(
+            attempt, "runs_again", [run for run in runs if run.name in first], device,
+            options.dynamic_s, end_s, of("dynamic runs again"),
+        )  # fmt: skip
     return left
 
 
 class Drawn(NamedTuple):
-    """A suite: all step cases, the dynamic runs that are left and their plans' steps; why there are
-    no runs."""
+    """A suite: all step cases; the dynamic runs where some are left, and their plans' steps; why
+    there are no runs."""
 
     cases: list[StepCase]
     runs: list[DynamicCase]
@@ -261,12 +267,13 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def _dynamic_cases(attempt: Attempt, options: ValidationOptions) -> list[DynamicCase]:
-    """What is left of the dynamic runs."""
-    profile = attempt.profile
+    """None where all were run twice: drawing them takes a while."""
+    profile, records = attempt.profile, attempt.records
     if not options.dynamic_s or (options.clock or profile_clock(profile)) != WALL:
         return []
-    cases = draw_dynamic(attempt.models, options.dynamic_s, grid_rows(profile, options)[-1])
-    return [case for case in cases if not attempt.records["dynamic"].has(case.name)]
+    if min(len(records[name].rows) for name in ("dynamic", "runs_again")) >= NUM_DYNAMIC:
+        return []
+    return draw_dynamic(attempt.models, options.dynamic_s, grid_rows(profile, options)[-1])
 
 
 def _jobs_of(cases: Sequence[StepCase]) -> list[StepJob]:
@@ -287,13 +294,16 @@ def _jobs_of_runs(runs: Sequence[DynamicCase], profile: Profile) -> list[StepJob
 
 def _run_dynamic(
     attempt: Attempt,
-    todo: Sequence[DynamicCase],
+    name: str,
+    cases: Sequence[DynamicCase],
     device: torch.device,
     duration_s: float,
     end_s: float,
     report: Report,
 ) -> int:
-    records, profile = attempt.records["dynamic"], attempt.here
+    """``name``: of the records; those that are in them are over. How many are left."""
+    records, profile = attempt.records[name], attempt.here
+    todo = [case for case in cases if not records.has(case.name)]
     for number, case in enumerate(todo):
         if time.perf_counter() + duration_s > end_s:
             return len(todo) - number

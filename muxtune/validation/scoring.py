@@ -94,6 +94,30 @@ def run_to_run(rows: Iterable[Row]) -> dict[str, Any]:
     }
 
 
+def with_second_ends(runs: Iterable[Row], again: Iterable[Row]) -> list[dict[str, Any]]:
+    """``again``: the same dynamic runs, later. A task's completion time is the mean of both, where
+    it was done in both; its repeats are the two. Whether both runs decided the same is told."""
+    later = {row["name"]: row["measured"] for row in usable(again)}
+    return [
+        _with_second_ends(run, later[run["name"]])
+        if run["name"] in later and "tasks" in run and not run.get("error")
+        else dict(run)
+        for run in runs
+    ]
+
+
+def _with_second_ends(run: Row, later: Row) -> dict[str, Any]:
+    tasks = []
+    for task in run["tasks"]:
+        both = [log["ended"][task["task_id"]] for log in (run["measured"], later)]
+        seconds = [end["ended_ns"] / 1e9 - task["arrival_s"] for end in both]
+        if {end["state"] for end in both} == {"done"}:
+            task = {**task, "measured_s": sum(seconds) / 2, "repeats_s": seconds}
+        tasks.append(task)
+    same = run["measured"]["lines"] == later["lines"]
+    return {**run, "tasks": tasks, "decides_the_same_again": same}
+
+
 class Ranking(NamedTuple):
     """Kendall's tau of predicted and measured seconds per token over a workload's plans.
     ``excluded``: pairs that the repeats' spread does not tell apart, ``tau`` without them;
@@ -224,5 +248,5 @@ def _by(rows: Sequence[Row], key: Any) -> dict[str, dict[str, Any]]:
 def _dynamic(run: Row) -> dict[str, Any]:
     if run.get("error"):
         return {"name": run["name"], "error": run["error"]}
-    keys = ("name", "same_completion_order", "first_difference", "drifts")
-    return {key: run[key] for key in keys}
+    keys = ("name", "same_completion_order", "first_difference", "drifts", "decides_the_same_again")
+    return {key: run[key] for key in keys if key in run}

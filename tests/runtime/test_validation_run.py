@@ -131,13 +131,14 @@ def test_a_validation_writes_what_it_measured(
     assert report["op"]["count"] > 0 and report["failed_ops"] == []
     runs = ["arrivals and departures", "with a queue", "with a shorter queue"]
     assert [run["name"] for run in report["dynamic"]] == runs
+    assert all("decides_the_same_again" in run for run in report["dynamic"])
     assert report["completion"]["count"] >= 15, "all but the task that was withdrawn"
     names = {path.name for path in report["folder"].iterdir()}
     check = json.loads((report["folder"] / "machine.json").read_text())
     assert report["checked_machine"] and check["failed"] == [] and "finish" in check["ops"]
     assert check["profile"] == report["profile"]
     assert {"report.json", "steps.jsonl", "predicted_measured.png", "errors.png"} <= names
-    assert len(names) <= 10
+    assert len(names) <= 11
     assert report["run_to_run"]["count"] == 1, "the plan of the only workload, once more"
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["attempt"] for line in attempts]
@@ -171,7 +172,7 @@ def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) 
     row = {"name": "case 000", "profile": first, "error": "the process was ended", "case": {}}
     (tmp_path / "steps.jsonl").write_text(json.dumps(row) + "\n")
     attempts = validate(tmp_path, other, options)["attempts"]
-    cut_off = {"steps": 1, "again": 0, "ops": 0, "dynamic": 0}
+    cut_off = {"steps": 1, "again": 0, "ops": 0, "dynamic": 0, "runs_again": 0}
     assert attempts == [{"attempt": 1, "profile": first, "cut_off": cut_off}], "kept and told"
     kept = load_profile(tmp_path / "attempt-1" / "profile.json")
     assert kept.content_hash == first

@@ -12,7 +12,13 @@ from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
 from muxtune.profiling.step_cases import case_from_json, case_to_json
 from muxtune.validation.records import Records
-from muxtune.validation.scoring import rankings, relative_error, summarise, with_second_runs
+from muxtune.validation.scoring import (
+    rankings,
+    relative_error,
+    summarise,
+    with_second_ends,
+    with_second_runs,
+)
 from muxtune.validation.suite import PLANS_PER_WORKLOAD, SuiteOptions, _passes, draw_suite
 
 SHAPE = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256)
@@ -119,6 +125,40 @@ def test_a_second_run_is_part_of_the_measurement_and_of_its_spread():
     assert (ranking.pairs, ranking.excluded, ranking.tau) == (2, 1, 1.0)
     assert ranking.tau_of_all == pytest.approx(2 / 3)
     assert summarise(rows, [], [])["run_to_run"] == {}
+
+
+def test_a_second_dynamic_run_is_part_of_completion_times_and_of_their_spread():
+    def log(ends: dict[str, tuple[float, str]], lines: list[str]) -> dict:
+        ended = {name: {"ended_ns": int(s * 1e9), "state": how} for name, (s, how) in ends.items()}
+        return {"ended": ended, "lines": lines}
+
+    def task(name: str, measured_s: float, state: str) -> dict:
+        return {
+            "task_id": name, "arrival_s": 1.0, "predicted_s": 10.0, "measured_s": measured_s,
+            "predicted_state": "done", "measured_state": state, "low_s": 9.0, "high_s": 11.0,
+        }  # fmt: skip
+
+    first = log({"a": (11.0, "done"), "b": (7.0, "cancelled")}, ["place a"])
+    run = {
+        "name": "queue", "error": "", "measured": first, "same_completion_order": True,
+        "first_difference": None, "drifts": {},
+        "tasks": [task("a", 10.0, "done"), task("b", 6.0, "cancelled")],
+    }  # fmt: skip
+    later = log({"a": (13.0, "done"), "b": (8.0, "cancelled")}, ["place a"])
+    again = [{"name": "queue", "measured": later, "error": ""}]
+    (both,) = with_second_ends([run], again)
+    assert [item["measured_s"] for item in both["tasks"]] == pytest.approx([11.0, 6.0])
+    assert both["tasks"][0]["repeats_s"] == pytest.approx([10.0, 12.0])
+    assert with_second_ends([both], again) == [both], "a folder is scored as often as one likes"
+    found = summarise([], [], [both])
+    assert found["completion"]["mean"] == pytest.approx(1 / 11)
+    assert found["completion"]["spread"] == pytest.approx(0.9 / 11)
+    assert found["dynamic"][0]["decides_the_same_again"]
+    other = [{**again[0], "measured": {**later, "lines": ["place b"]}}]
+    assert not with_second_ends([run], other)[0]["decides_the_same_again"]
+    lost = [{"name": "queue", "error": "lost"}]
+    assert with_second_ends([run], lost) == [run]
+    assert "decides_the_same_again" not in summarise([], [], [run])["dynamic"][0]
 
 
 def test_a_run_that_was_cut_off_keeps_its_whole_lines(tmp_path: Path):
