@@ -35,7 +35,7 @@ from muxtune.validation.running import ValidationOptions, grid_rows
 
 ALL, TAKEOVERS = "all times", "takeovers"
 ERRORS = ((ALL, 0.03), (ALL, 0.06), (TAKEOVERS, 0.15))
-DURATION_S = 50.0
+DURATION_S = 45.0
 
 
 def profiles(path: Path, count: int) -> Iterator[Profile]:

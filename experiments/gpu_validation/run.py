@@ -84,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=int, default=201)
     parser.add_argument("--case-s", type=float, default=0.25, help="until power has settled")
     parser.add_argument("--repeats", type=int, default=2, help="of each step, at least")
-    parser.add_argument("--dynamic-s", type=float, default=50.0, help="of each; 0: none")
+    parser.add_argument("--dynamic-s", type=float, default=45.0, help="of each; 0: none")
     parser.add_argument("--max-rows", type=int, default=4096, help="0: as profiled")
     parser.add_argument("--clock", default="wall")
     parser.add_argument("--only", default="both", choices=("both", "profile", "suite"))

@@ -93,6 +93,7 @@ def nearby(steps: float, takeovers: float, planning_s: float) -> tuple[Assumed, 
 # A draw whose decisions these change is a tie. Takeovers are predicted less well than steps.
 NEAR, NEARER = nearby(0.05, 0.2, 0.03), nearby(0.03, 0.1, 0.02)
 MOST_DRAWS = 60
+_SCALINGS = 3  # of a draw's steps, to the time that it is to take
 
 
 def draw_dynamic(
@@ -211,11 +212,15 @@ def _draw(
 
 
 def _as_long_as(case: DynamicCase, rehearsal: Rehearsal, duration_s: float) -> DynamicCase:
-    """With more or fewer steps, by what the planner makes of it."""
-    ends = rehearsal.run(case, NOMINAL).ended.values()
-    factor = duration_s * NS_PER_S / max(end.ended_ns for end in ends)
-    tasks = (t._replace(num_steps=max(3, round(factor * (t.num_steps or 1)))) for t in case.tasks)
-    return case._replace(tasks=tuple(tasks))
+    """With more or fewer steps, by what the planner makes of it; takeovers stay what they are, so
+    that once is not enough."""
+    for _ in range(_SCALINGS):
+        ends = rehearsal.run(case, NOMINAL).ended.values()
+        factor = duration_s * NS_PER_S / max(end.ended_ns for end in ends)
+        steps = (max(3, round(factor * (task.num_steps or 1))) for task in case.tasks)
+        tasks = zip(case.tasks, steps, strict=True)
+        case = case._replace(tasks=tuple(t._replace(num_steps=count) for t, count in tasks))
+    return case
 
 
 class TimedPlanner(MuxTunePlanner):

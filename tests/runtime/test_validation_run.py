@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.gpu_validation.rescore import rescore, rescore_by
@@ -265,8 +266,8 @@ def test_steps_are_scored_by_another_profile_apart_from_the_machine_s_speed(
     folder = report["folder"]
     raw = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
     own, slower = rescore_by(folder, folder), copy.deepcopy(raw)
-    for step in slower["steps"]:
-        step["repeats_s"] = [2.0 * seconds for seconds in step["repeats_s"]]
+    for step in slower["steps"]:  # a busy host's repeats lie apart, and say little to a fit
+        step["repeats_s"] = [2.0 * float(np.median(step["repeats_s"]))] * len(step["repeats_s"])
     (tmp_path / "profile.json").write_text(
         json.dumps({**slower, "content_hash": content_hash(slower)}), encoding="utf-8"
     )
