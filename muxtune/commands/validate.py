@@ -123,9 +123,10 @@ def show(summary: dict[str, Any], path: Path) -> None:
     _show_failures(console, summary)
     for run_ in summary["dynamic"]:
         why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
-        twice = {None: "", True: "; so did a second run", False: "; a second run decided otherwise"}
-        later = twice[run_.get("decides_the_same_again")]
-        console.print(f"dynamic run {run_['name']}: {why}{later}", soft_wrap=True)
+        same = run_.get("decides_the_same_again")
+        later = "the same" if same else "otherwise"
+        why += "" if same is None else f"; a second run decided {later}"
+        console.print(f"dynamic run {run_['name']}: {why}", soft_wrap=True)
     for line in summary["warnings"]:
         console.print(f"warning: {line}", soft_wrap=True)
     for what, count in summary["left"].items():
