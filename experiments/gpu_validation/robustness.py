@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=DURATION_S)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.seconds <= 0:
+        parser.error(f"--seconds is {args.seconds:g}: give seconds of a run, more than 0")
     rows = [
         row
         for item in profiles(args.profile, args.hashes)

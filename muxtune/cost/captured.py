@@ -91,7 +91,7 @@ _POWER_LIMITED = ops.BACKBONE, ADAPTED, ops.LOSS, MANY_ROWS_LOSS
 # suites of two devices show: 16% are spared there, and where more rows are filler.
 _MOST_SPARING = 2 / 3
 _SOLO = ReplicaShape()
-# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of seven
+# 90% of errors between measured sizes, and of a quiet device's clock: those of the suites of eight
 # profiles, of two devices.
 _BETWEEN: Mapping[str, float] = {
     "site_forward": 0.07, "site_backward": 0.06, "site_factor": 0.07, "frozen_forward": 0.09,

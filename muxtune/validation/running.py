@@ -267,11 +267,12 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def _dynamic_cases(attempt: Attempt, options: ValidationOptions) -> list[DynamicCase]:
-    """None where all were run twice: drawing them takes a while."""
+    """None where all were run, and those that did not fail once more: drawing takes a while."""
     profile, records = attempt.profile, attempt.records
     if not options.dynamic_s or (options.clock or profile_clock(profile)) != WALL:
         return []
-    if min(len(records[name].rows) for name in ("dynamic", "runs_again")) >= NUM_DYNAMIC:
+    first = records["dynamic"].rows
+    if len(first) >= NUM_DYNAMIC and len(records["runs_again"].rows) >= len(usable(first)):
         return []
     return draw_dynamic(attempt.models, options.dynamic_s, grid_rows(profile, options)[-1])
 

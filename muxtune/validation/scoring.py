@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muxtune.cost.calibration import spread_of
+from muxtune.types import NS_PER_S
 
 Row = Mapping[str, Any]
 
@@ -110,7 +111,7 @@ def _with_second_ends(run: Row, later: Row) -> dict[str, Any]:
     tasks = []
     for task in run["tasks"]:
         both = [log["ended"][task["task_id"]] for log in (run["measured"], later)]
-        seconds = [end["ended_ns"] / 1e9 - task["arrival_s"] for end in both]
+        seconds = [end["ended_ns"] / NS_PER_S - task["arrival_s"] for end in both]
         if {end["state"] for end in both} == {"done"}:
             task = {**task, "measured_s": sum(seconds) / 2, "repeats_s": seconds}
         tasks.append(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from muxtune.profiling.captured_ops import full_grid
 from muxtune.profiling.step_cases import plan_of
 from muxtune.types import AdapterSlot, HTask, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation import running, suite
-from muxtune.validation.dynamic import Log, first_difference
+from muxtune.validation.dynamic import NUM_DYNAMIC, Log, first_difference
+from muxtune.validation.models import Models
 from muxtune.validation.records import Records
-from muxtune.validation.running import ValidationOptions, validate
+from muxtune.validation.running import ValidationOptions, _dynamic_cases, validate
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
 ALL = ("all-linear",)
@@ -160,6 +162,20 @@ def test_what_was_predicted_of_a_run_stays(
     monkeypatch.setattr(running, "with_prediction", later_code)
     again = validate(report["folder"], profile_path, ValidationOptions(0.0))
     assert again["completion"] == report["completion"] and again["dynamic"] == report["dynamic"]
+
+
+def test_a_run_that_failed_is_neither_run_again_nor_drawn_for_ever(profile_path: Path) -> None:
+    good, failed = {"error": ""}, {"error": "lost"}
+    options = ValidationOptions(1.0, dynamic_s=1.0)
+
+    def drawn(dynamic: list[dict[str, str]], again: list[dict[str, str]]) -> int:
+        rows, profile = {"dynamic": dynamic, "runs_again": again}, load_profile(profile_path)
+        records = {name: SimpleNamespace(rows=own) for name, own in rows.items()}
+        attempt: Any = SimpleNamespace(profile=profile, models=Models(profile), records=records)
+        return len(_dynamic_cases(attempt, options))
+
+    assert drawn([good, good, failed], [good, good]) == 0
+    assert drawn([good, good, good], [good, good]) == drawn([good, good], []) == NUM_DYNAMIC
 
 
 def test_another_profile_is_another_attempt(profile_path: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from experiments.gpu_validation.host_times import in_profile, in_runs
+from muxtune.errors import ConfigError
 
 
 def test_captures_are_added_up_by_htask() -> None:
@@ -24,3 +25,10 @@ def test_plans_of_several_htasks_are_left_out_of_runs() -> None:
         ],
     }  # fmt: skip
     assert in_runs([{"measured": log}]) == pytest.approx((0.5, 0.4, 0.6))
+
+
+def test_folders_without_captures_are_told_what_they_lack() -> None:
+    with pytest.raises(ConfigError, match=r"profile\.json lacks ops\.capture.*Profile a GPU"):
+        in_profile({"ops": {}})
+    with pytest.raises(ConfigError, match=r"dynamic\.jsonl lacks a plan.*Validate on a GPU"):
+        in_runs([])
