@@ -14,11 +14,12 @@ import torch
 
 from muxtune.cost import ProfiledCostModel, load_profile, nominal_load, ops
 from muxtune.cost.schema import content_hash
-from muxtune.cost.shapes import ModelShape
+from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.errors import ConfigError, OutputError, ProfileError
 from muxtune.profiling import profile_machine, profile_warnings_here, write_profile
 from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
 from muxtune.profiling.captured_ops import steadiest
+from muxtune.profiling.captured_profile import op_jobs
 from muxtune.profiling.exchanges import measure_exchanges
 from muxtune.runtime.memory import quick_collections
 from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
@@ -191,3 +192,11 @@ def test_collections_stay_quick_behind_inner_ones() -> None:
         assert gc.get_freeze_count() > 0, "a look through all imports takes half a second"
         assert known() is None, "what the inner one froze may be garbage by its end"
     assert gc.get_freeze_count() == 0
+
+
+def test_products_with_adapters_are_measured_between_powers_of_two_too() -> None:
+    jobs = op_jobs(model_shape("llama-2-7b"))
+    rows = {job.arguments[2] for job in jobs if job.method == "sites"}
+    assert {512, 640, 1024, 1536, 2048, 3072, 4096} <= rows
+    tiny = op_jobs(model_shape("llama-2-7b"), rows=(32, 64))
+    assert {job.arguments[2] for job in tiny if job.method == "sites"} == {32, 64}
