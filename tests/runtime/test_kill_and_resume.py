@@ -383,6 +383,8 @@ def test_a_run_that_is_asked_to_stop_can_be_gone_on_with(
     program = ["muxtune", "train", "model=tiny", *words, f"output_dir={folder}"]
 
     def work() -> None:
+        # Where the tests run in the background of a script, Ctrl-C was ignored from the first.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv, sys.stderr = program, sys.__stderr__  # pytest's own has another file
         assert main() == {"SIGTERM": 143, "SIGINT": 130}[name]
 
