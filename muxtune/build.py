@@ -320,8 +320,7 @@ def fleet_policy(
     instances to begin with."""
     cluster = config.cluster
     policy, elastic = cluster_policy(config.cluster_policy), cluster.elastic
-    fails = failure_rules(cluster) != NO_FAILURES
-    if not (elastic.enabled or cluster.preempt or fails):
+    if not fleet_changes(cluster):
         return policy, slots
     options = LifecycleOptions(
         elastic.enabled,
@@ -332,6 +331,23 @@ def fleet_policy(
     )
     around = Lifecycle(policy, slots, options)
     return around, around.first_instances()
+
+
+def fleet_changes(cluster: ClusterConfig) -> list[str]:
+    """The settings by which the fleet's size or state changes during a run; none by default."""
+    changes = {
+        "cluster.elastic": cluster.elastic.enabled,
+        "cluster.preempt": cluster.preempt,
+        "cluster.failures": failure_rules(cluster) != NO_FAILURES,
+    }
+    return [field for field, is_on in changes.items() if is_on]
+
+
+def check_fleet_stays(cluster: ClusterConfig) -> None:
+    """Raises ConfigError for what only a simulated fleet does."""
+    for field in fleet_changes(cluster):
+        problem = "is for simulated fleets: real instances neither come, go, fail nor preempt"
+        raise ConfigError(field, problem, "Leave it off, or play it with `muxtune simulate`")
 
 
 def engine_options(config: CommonConfig, tell_waits: bool = True) -> EngineOptions:

@@ -69,9 +69,7 @@ def check(config: CapacityConfig) -> None:
         remedy = "Give a trace with the arrivals, workload=trace workload.trace=FILE"
         raise ConfigError("workload", "real data says nothing of arrivals to come", remedy)
     cluster = config.cluster
-    fails = build.failure_rules(cluster) != build.NO_FAILURES
-    changes = cluster.elastic.enabled or cluster.preempt or fails
-    if cluster.pools or cluster.replicas or changes:
+    if cluster.pools or cluster.replicas or build.fleet_changes(cluster):
         remedy = "Name kinds with devices=[...]; `muxtune simulate` plays the rest"
         problem = "a capacity answer is a fleet of one kind that neither fails, grows nor preempts"
         raise ConfigError("cluster", problem, remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,6 @@ from muxtune.types import NS_PER_S, InstanceSpec, Plan, TaskSpec
 
 # A planner that takes one task an instance needs a policy that places them so.
 POLICY_OF_PLANNER = {"exclusive": "fifo_exclusive"}
-# What is measured must not correct what it is compared with.
-UNCORRECTED = EngineOptions(drift_tolerance=float("inf"))
 
 
 class StepTime(NamedTuple):
@@ -65,6 +64,7 @@ def run(
     ``loaded``: backbones that a caller has in memory already.
     """
     build.need_torch()
+    build.check_fleet_stays(config.cluster)
     costs = build.cost_book(config)
     tasks = _shortened(real_tasks(config, costs), config.steps)
     instances = build.instances(config, costs, tasks)
@@ -103,12 +103,14 @@ def _compare(
     options = config.planner if config.planner["name"] == name else {"name": name}
     policy = {"name": POLICY_OF_PLANNER.get(name, config.cluster_policy["name"])}
     instances = build.instances(config, costs, tasks)
+    # What is measured must not correct what it is compared with.
+    uncorrected = build.engine_options(config)._replace(drift_tolerance=math.inf)
     simulated = build.sim_executor(
         config.backend,
         build.simulator_book(config, config.simulator_cost, costs),
         build.library(config, store),
     )
-    predicted, _ = _run(options, policy, costs, simulated, tasks, instances)
+    predicted, _ = _run(options, policy, costs, simulated, tasks, instances, uncorrected)
     with TaskProgress() as display:
         listener = RoundsAndSteps(display)
         real = build.torch_executor(
@@ -121,7 +123,7 @@ def _compare(
         )
         display.line(f"planner {name}")
         try:
-            _, plans = _run(options, policy, costs, real, tasks, instances, (display,))
+            _, plans = _run(options, policy, costs, real, tasks, instances, uncorrected, (display,))
         finally:
             real.close()
     training_s = sum(item.duration_ns for item in listener.rounds) / NS_PER_S
@@ -144,6 +146,7 @@ def _run(
     executor: Any,
     tasks: list[TaskSpec],
     instances: Sequence[InstanceSpec],
+    rules: EngineOptions,
     displays: Sequence[Observer] = (),
 ) -> tuple[RunTotals, dict[tuple[str, int], Plan]]:
     outcomes, troubles = Outcomes(), Troubles()
@@ -154,7 +157,7 @@ def _run(
         tasks,
         instances,
         observers=(outcomes, troubles, *displays),
-        options=UNCORRECTED,
+        options=rules,
     )
     totals = engine.run()
     if troubles.num_tasks:

@@ -132,7 +132,7 @@ def run(
     planner = RecordingPlanner(
         build.planner(ranks.planner_options(config), costs), seed=config.seed
     )
-    policy = build.cluster_policy(config.cluster_policy)
+    policy, options = build.cluster_policy(config.cluster_policy), build.engine_options(config)
     instances = build.instances(config, costs, tasks)
     warn_of_costs(costs, instances)
     outcomes, troubles = Outcomes(), Troubles()
@@ -177,6 +177,7 @@ def run(
             instances,
             journal,
             (rows, drifts, outcomes, troubles),
+            options,
         )
         if past is not None:
             engine.resume(past)
@@ -246,10 +247,11 @@ def _launch(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | None = None) -> None:
-    """Raises ConfigError when a new run would destroy one that was killed, or when the run to
-    resume is not there or has other settings. Changes nothing."""
+    """Raises ConfigError when a new run would destroy one that was killed, when the run to resume
+    is not there or has other settings, or for what only simulated fleets do. Changes nothing."""
     if "resume" in config.backend:
         raise ConfigError("backend.resume", "is not for runs", "Use resume=true")
+    build.check_fleet_stays(config.cluster)
     if config.resume:
         if tasks is None:
             tasks = real_tasks(config, build.cost_book(config))

@@ -154,6 +154,10 @@ def test_train_refuses_a_model_that_is_not_there(
         ("backend.nothing=1", "backend.nothing: is no option"),
         ("planner.nothing=1", "planner.nothing: is no option"),
         ("cost=analytic", "cost.path: is given, but cost=analytic reads no profile"),
+        ("cluster.preempt=true", "cluster.preempt: is for simulated fleets"),
+        ("cluster.elastic.enabled=true", "cluster.elastic: is for simulated fleets"),
+        ("cluster.failures.gpu_mtbf_h=1", "cluster.failures: is for simulated fleets"),
+        ("+cluster.tenants.a.max_tasks=0", "cluster.tenants.a.max_tasks: is 0. Give at least 1"),
     ],
 )
 def test_what_no_run_could_mean_is_refused_and_the_run_before_stays(
@@ -167,6 +171,20 @@ def test_what_no_run_could_mean_is_refused_and_the_run_before_stays(
     told = capsys.readouterr().err
     assert expected in " ".join(told.split()) and "Traceback" not in told
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_tenants_keep_to_their_quotas_in_a_real_run(folder: Path, tmp_path: Path):
+    rows = "  - {id: %s, rank: 2, tenant: %s, arrival_s: 0}\n"
+    tasks = TASKS.format(data="data.jsonl").split("tasks:")[0] + "tasks:\n"
+    tasks += "".join(rows % pair for pair in (("a1", "a"), ("a2", "a"), ("b1", "b")))
+    (folder / "tenants.yaml").write_text(tasks)
+    line = words(folder, "train", tmp_path, "backend.evaluate_tokens=0")
+    line = [*line[:4], f"workload.tasks_file={folder / 'tenants.yaml'}", *line[5:]]
+    assert main([*line, "+cluster.tenants.a.max_tasks=1"]) == 0
+    with (tmp_path / "tasks.csv").open() as file:
+        found = {row["task_id"]: row for row in csv.DictReader(file)}
+    began = {name: float(row["first_start_s"]) for name, row in found.items()}
+    assert began["a2"] >= float(found["a1"]["ended_s"]) > began["b1"]
 
 
 def test_compare_shows_predicted_beside_measured(
