@@ -39,7 +39,6 @@ __all__ = [
     "QuietObserver",
     "RunTotals",
     "TaskOutcome",
-    "fold",
     "replay",
 ]
 
@@ -59,7 +58,6 @@ class RunTotals(NamedTuple):
     end_ns: int
     effective_tokens: int
     num_batches: int
-    num_events: int
     num_plans: int
     num_placements_refused: int
     num_drifts: int
@@ -204,7 +202,7 @@ class Engine:
         self._num_idle_batches = 0
         self._answers: list[Event] = []  # to what a resumed engine told the executor again
         self._ended = dict.fromkeys(TaskState, 0)
-        self._num_events = self._num_plans = self._num_refused = self._num_drifts = 0
+        self._num_plans = self._num_refused = self._num_drifts = 0
         self._num_tokens = 0
 
     @property
@@ -289,7 +287,6 @@ class Engine:
             self.fleet.now_ns,
             self._num_tokens,
             self._decider.num_batches,
-            self._num_events,
             self._num_plans,
             self._num_refused,
             self._num_drifts,
@@ -332,7 +329,6 @@ class Engine:
         (_, now_ns, events, _, plans, _), raised, _, outcomes, wakes = decision
         for time_ns, task_id in wakes:
             self._timetable.wake_at(time_ns, task_id)
-        self._num_events += len(events)
         for event in raised:
             if event.kind is EventKind.DRIFT:
                 self._num_drifts += 1
@@ -401,19 +397,6 @@ def replay(
             return [*differences, Difference(record.index, "error", None, str(error))]
         differences.extend(compare(record, decision.batch))
     return differences
-
-
-def fold(
-    records: Iterable[JournalBatch],
-    policy: ClusterPolicy,
-    planner: InstancePlanner,
-    options: EngineOptions = DEFAULT_OPTIONS,
-) -> Fleet:
-    """The fleet's state at the end of a journal."""
-    decider = Decider(policy, planner, options)
-    for record in records:
-        redecide(decider, record)
-    return decider.fleet
 
 
 def redecide(decider: Decider, record: JournalBatch) -> Decision:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from philly import ONE_CORE, planned_again
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMPILED = Path(tempfile.gettempdir()) / "muxtune-sim-speed-compiled"
 MIX = (
     "workload.mix=[{histogram:sst2,weight:3,max_length_tokens:64,batch_size:8,rank:16},"

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LOADS = {"exclusive": 0.8, "batched": 4.0, "muxtune": 12.0}
 # Capped so that a busy instance has 8 to 10 tasks, whatever the backlog.
 SHARED = ("cluster_policy.max_tasks_per_instance=10",)

@@ -34,7 +34,6 @@ from muxtune.config import CapacityConfig
 from muxtune.cost.devices import DeviceFigures
 from muxtune.report.statistics import CONFIDENCE, bootstrap_interval, paired_saving
 
-ALL_MODELS = "all"
 RELAXED_MEMORY, RELAXED_TIMES = 2.0, 0.8
 LIMITS = {
     "memory": Variant(memory=RELAXED_MEMORY),

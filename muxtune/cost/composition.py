@@ -439,10 +439,6 @@ class ComposedCostModel(ABC):
         """See ``muxtune.cost.memory``; always flagged as extrapolated: arithmetic, not measured."""
         return self.memory.ledgers(plan)
 
-    def task_bytes(self, slot: AdapterSlot, replica: ReplicaShape = _SOLO) -> int:
-        """Bytes that one more task of this slot takes on the fullest stage."""
-        return self.memory.task_bytes(slot, replica, 0)
-
     def pass_bytes(self, shape: ShapeKey, replica: ReplicaShape = _SOLO) -> int:
         """Bytes of one pass in flight, loss included, on a single stage or on the first and last
         stage together (an upper bound)."""

@@ -62,12 +62,6 @@ class IterationReport(NamedTuple):
     def round_time_s(self) -> float:
         return self.bubbles.period_ns / NS_PER_S
 
-    @property
-    def bound_ratio(self) -> float:
-        """Whole timeline, fill and drain included, over as many trivial bounds of a round."""
-        rounds = self.timeline.rounds
-        return self.timeline.makespan_ns / max(rounds * self.bounds.trivial_ns, 1)
-
     def spans(self, names: Sequence[str] = ()) -> Iterator[ScheduleSpan]:
         """For ``muxtune.report.gantt``."""
         return schedule_spans(self.timeline, names)

@@ -137,7 +137,7 @@ def test_eager_ledger_agrees_with_measured_hf_peft_peaks() -> None:
     measured = {(4, 64): 16.6, (8, 64): 18.9, (8, 128): 23.7, (8, 256): 33.0, (16, 256): 51.8}
     for (batch, length), gigabytes in measured.items():
         shape = ShapeKey(length, batch, (SLOT,))
-        total = model.backbone_bytes() + model.task_bytes(SLOT) + model.pass_bytes(shape)
+        total = model.backbone_bytes() + model.memory.task_bytes(SLOT) + model.pass_bytes(shape)
         assert total / 1e9 == pytest.approx(gigabytes, rel=0.05)
 
 

@@ -637,7 +637,7 @@ def test_virtual_tokens_cost_pairs_rows_and_memory_but_no_effective_token() -> N
         assert found.per_pair_s == bare.per_pair_s and found.per_loss_row_s == bare.per_loss_row_s
     rows = cost.pass_coefficients(ShapeKey(2068, 1, ())).base_s
     assert cost.pass_coefficients(ShapeKey(2048, 1, (prompt,))).base_s > rows
-    trained = {slot: cost.task_bytes(slot) for slot in (prefix, prompt)}
+    trained = {slot: cost.memory.task_bytes(slot) for slot in (prefix, prompt)}
     assert trained == {prefix: 16 * 32 * 2 * 20 * 4096, prompt: 16 * 20 * 4096}
     assert ops.adapter_parameters(model, prefix) == 32 * 2 * 20 * 4096
     assert ops.adapter_parameters(model, prompt) == 20 * 4096

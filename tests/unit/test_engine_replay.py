@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from muxtune.engine import fold, replay
+from muxtune.deciding import Decider
+from muxtune.engine import DEFAULT_OPTIONS, redecide, replay
 from muxtune.errors import MuxTuneError
 from muxtune.planning.journal import Journal, read_journal
 from muxtune.registry import CLUSTER_POLICIES
@@ -83,12 +84,15 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert replay(read_journal(tmp_path / "first").batches, policy(), planner()) == []
 
 
-def test_fold_gives_the_state():
+def test_a_part_of_the_journal_gives_the_state():
     run = busy_run()
     run.run()
     batches = run.journal.batches
     middle = next(i for i, b in enumerate(batches) if b.time_ns >= seconds(6))
-    fleet = fold(batches[:middle], policy(), planner())
+    decider = Decider(policy(), planner(), DEFAULT_OPTIONS)
+    for record in batches[:middle]:
+        redecide(decider, record)
+    fleet = decider.fleet
     told = {e.task_id for b in batches[:middle] for e in b.events if e.kind == EventKind.TASK_DONE}
     assert told and not told & fleet.tasks.keys()
     assert any(record.state is TaskState.PLACED for record in fleet.tasks.values())

@@ -14,7 +14,6 @@ from muxtune.planning.orchestration import (
     RoundProblem,
     bubble_account,
     checked_sequences,
-    contention_of,
     lorapp,
     one_f_one_b,
     play,
@@ -264,20 +263,7 @@ def test_contention_slows_both_sides_while_both_run():
     assert contended_makespan(300, Contention(2.0, 1.25)) == 50 + 200 + 140
 
 
-def test_contention_from_three_measured_times():
-    slow = contention_of(0.377, 0.180, 0.520, comm_slowdown=1.25)
-    # Played back, the measured case comes out: 0.377 of compute beside 0.180 of all-reduce.
-    graph = RoundGraph(beside(180_000)._replace(durations_ns=((0, 180_000, 377_000, 0),)))
-    order = {
-        RankStream(0, 0, 0, "compute"): tuple(SubgraphRef(0, 0, i, 0) for i in (0, 2, 3)),
-        RankStream(0, 0, 0, "comm"): (SubgraphRef(0, 0, 1, 0),),
-    }
-    played = play_contended(graph, checked_sequences(graph, order), 1, slow)
-    assert played.makespan_ns == pytest.approx(520_000, abs=2)
-    with pytest.raises(ConfigError, match="less than one alone"):
-        contention_of(1.0, 1.0, 0.5, 1.1)
-    with pytest.raises(ConfigError, match="comm_slowdown"):
-        contention_of(1.0, 1.0, 1.5, 0.5)
+def test_contention_makes_nothing_faster():
     with pytest.raises(ConfigError, match="factors >= 1"):
         contended_makespan(40, Contention(0.5, 1.0))
 

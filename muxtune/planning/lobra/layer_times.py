@@ -19,8 +19,6 @@ from scipy.optimize import nnls
 
 from muxtune.errors import ConfigError
 
-NUM_COEFFICIENTS = 6
-
 
 class LayerSample(NamedTuple):
     """One measurement: a layer's forward and backward of ``batch`` sequences."""

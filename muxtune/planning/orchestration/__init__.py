@@ -19,10 +19,7 @@ from muxtune.planning.orchestration.accounting import (
 from muxtune.planning.orchestration.baselines import lorapp, one_f_one_b
 from muxtune.planning.orchestration.contention import (
     NO_CONTENTION,
-    NVLINK_H200,
-    SLOW_LINK_H200,
     Contention,
-    contention_of,
     play_contended,
 )
 from muxtune.planning.orchestration.dispatch import DispatchOptions, dispatch
@@ -35,9 +32,7 @@ from muxtune.planning.orchestration.template import Template, TemplateOptions, p
 
 __all__ = [
     "NO_CONTENTION",
-    "NVLINK_H200",
     "ONE_GPU",
-    "SLOW_LINK_H200",
     "BubbleAccount",
     "Contention",
     "DispatchOptions",
@@ -56,7 +51,6 @@ __all__ = [
     "communication_shares",
     "compute_work_ns",
     "contended_bound_ns",
-    "contention_of",
     "dispatch",
     "lorapp",
     "one_f_one_b",

@@ -35,49 +35,6 @@ class Contention(NamedTuple):
 NO_CONTENTION = Contention()
 
 
-def contention_of(
-    compute_s: float, comm_s: float, together_s: float, comm_slowdown: float
-) -> Contention:
-    """From the measured times of a compute kernel, a communication kernel, and both at once.
-
-    Three times give one equation for two factors, so ``comm_slowdown`` (b) must be given. Where
-    communication ends first, it lasts b * comm while compute does b * comm / a of its work:
-    together = compute + b * comm * (1 - 1/a). Otherwise compute lasts a * compute and
-    together = comm + a * compute * (1 - 1/b). Raises ConfigError when no factor >= 1 fits.
-    """
-    _check_measured(compute_s, comm_s, together_s, comm_slowdown)
-    ends_first = 1.0 - (together_s - compute_s) / (comm_slowdown * comm_s)
-    if 0.0 < ends_first <= 1.0 and comm_slowdown * comm_s <= together_s:
-        return Contention(1.0 / ends_first, comm_slowdown)
-    if comm_slowdown > 1.0:
-        slowdown = (together_s - comm_s) / (compute_s * (1.0 - 1.0 / comm_slowdown))
-        if slowdown >= 1.0 and slowdown * compute_s <= together_s * (1.0 + 1e-9):
-            return Contention(slowdown, comm_slowdown)
-    raise ConfigError(
-        "contention",
-        f"compute {compute_s}, communication {comm_s} and both {together_s} s fit no slowdown of "
-        f"compute beside comm_slowdown={comm_slowdown}",
-        "measure again, or give another comm_slowdown",
-    )
-
-
-def _check_measured(compute_s: float, comm_s: float, together_s: float, slowdown: float) -> None:
-    if min(compute_s, comm_s) <= 0.0 or together_s < max(compute_s, comm_s):
-        raise ConfigError(
-            "contention", "both at once took less than one alone", "measure again with more repeats"
-        )
-    if slowdown < 1.0:
-        raise ConfigError("comm_slowdown", f"is {slowdown}", "give at least 1")
-
-
-# Two H200 over 18 NVLinks: a 4096 x 5120 x 6912 linear, an all-reduce of 4096 x 5120 bf16 and both
-# at once, 0.377, 0.180 and 0.520 ms; the same over a slow link (peer access off), 0.377, 1.542
-# and 1.568 ms. How the slowdown splits between the two sides was not measured: 1.25 and 1.05 are
-# assumed for communication.
-NVLINK_H200 = contention_of(0.377e-3, 0.180e-3, 0.520e-3, 1.25)
-SLOW_LINK_H200 = contention_of(0.377e-3, 1.542e-3, 1.568e-3, 1.05)
-
-
 def play_contended(
     graph: RoundGraph, sequences: Sequence[StreamSequence], rounds: int, contention: Contention
 ) -> Timeline:

@@ -118,7 +118,6 @@ class VisitProgram:
         self._x_TD: Tensor | None = None
         self._added_TD: Tensor | None = None
         self._dx_TD: Tensor | None = None
-        self._dnormed_TD: Tensor | None = None
         self._unsettled: _Unsettled | None = None
         self._halves: dict[Part, Any] = {}
         on_cuda = model.device.type == "cuda"
