@@ -204,7 +204,14 @@ def shape_of(model: ModelConfig) -> ModelShape:
     if model.path and file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
         return from_hf_config(SimpleNamespace(**content), model.name)
-    return model_shape(model.name)
+    try:
+        return model_shape(model.name)
+    except ConfigError:
+        if not model.path:
+            raise
+        problem = "is not there" if not Path(model.path).exists() else "holds no config.json"
+        remedy = f"Give a folder with config.json and weights; no shape is known as '{model.name}'"
+        raise ConfigError("model.path", f"'{model.path}' {problem}", remedy) from None
 
 
 def figures_of(cluster: ClusterConfig) -> DeviceFigures:
@@ -850,9 +857,7 @@ def where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
 
     chosen = getattr(config, "torch", None) or getattr(config, "backend", None) or {}
     device, dtype = str(chosen.get("device", AUTO)), str(chosen.get("dtype", AUTO))
-    # Asked of the driver's library, because ranks that are forked could not use CUDA otherwise.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch_sees_cuda()
     if device == AUTO:
         wants_gpu = figures_of(config.cluster).kind == "gpu"
         device = "cuda" if wants_gpu and has_cuda else "cpu"
@@ -865,6 +870,14 @@ def where_to_compute(config: CommonConfig) -> tuple[Any, Any]:
         remedy = "Choose float32, bfloat16 or auto"
         raise ConfigError("backend.dtype", f"'{dtype}' is no type to train with", remedy)
     return torch.device(device), getattr(torch, dtype)
+
+
+def torch_sees_cuda() -> bool:
+    import torch
+
+    # Asked of the driver's library, because ranks that are forked could not use CUDA otherwise.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.cuda.is_available()
 
 
 def check_adapter(task: TaskSpec) -> None:
@@ -885,5 +898,5 @@ def need_torch() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        remedy = "Install torch, then `pip install muxtune[train]`"
+        remedy = 'Install torch, then `pip install -e ".[train]"` in a clone'
         raise ConfigError("backend", f"{error.name} is not installed", remedy) from None

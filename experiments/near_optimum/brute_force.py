@@ -1,5 +1,5 @@
 """The best plan by looking at all of them: every partition of the tasks into hTasks, every chunk
-length and every number of micro-batches a step, in the closed-form model of DESIGN section 4.
+length and every number of micro-batches a step, in the closed-form model of docs/architecture.md.
 
 It shares the cost of one hTask with the planner and nothing of its search: no sorting, no
 dynamic program, no tables, no levels, no small whole numbers of turns.

@@ -105,7 +105,7 @@ def main() -> None:
     for seed in range(arguments.instances):
         rows.append(examine(seed, costs))
     content = {
-        "model": "closed form of DESIGN section 4, analytic costs of llama-2-7b",
+        "model": "closed form of docs/architecture.md, analytic costs of llama-2-7b",
         "summary": summary(rows),
         "process_time_s": time.process_time() - began_s,
         "instances": rows,

@@ -9,6 +9,7 @@ first task comes, and its cost is told apart ("new_class_s").
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -34,6 +35,9 @@ FLEET_TASKS, FLEET_EVENTS, FEWER_EVENTS = 16, 20_000, 3_000
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
+    output = parser.parse_args().output
     library, costs = SyntheticLibrary(0), CostBook()
     pool = [a_task(library, index) for index in range(1000)]
     planner = MuxTunePlanner(costs)
@@ -50,7 +54,7 @@ def main() -> None:
             for keeps in (False, True)
         ],
     }
-    OUTPUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(content, indent=1))
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from muxtune import build
 from muxtune.commands.plan import view_of
-from muxtune.commands.train import JOURNAL_FILE, Outcomes
+from muxtune.commands.real_runs import Outcomes
+from muxtune.commands.resuming import JOURNAL_FILE
 from muxtune.config import conf_dir, register_schemas
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.engine import Engine

@@ -7,7 +7,7 @@ task at a time and one padded batch of all tasks, in one process.
 ``--list`` shows the parts with their seconds; ``--only`` chooses among them and gives their order;
 ``--seconds`` leaves out what would not end in time. Each part is caught on its own and written as
 it comes. ``verdict.reportable`` is true only when the correctness check passed and the bound and
-HF PEFT reached 90% of DESIGN section 6; HF PEFT, which waits for the host, in the better one of its
+HF PEFT reached 90% of ``KNOWN``; HF PEFT, which waits for the host, in the better one of its
 measurements. Steps are whole: fresh data from the host, forward, backward, optimizer, metrics read.
 
 ``--rehearse``: one layer and two rounds of everything, to compile kernels ahead and to see that
@@ -43,7 +43,7 @@ from muxtune.runtime.random_models import random_model
 from muxtune.runtime.static_step import StaticModel
 from muxtune_kernels import multi_task_adamw_
 
-# DESIGN section 6, one H100, Llama-2-7B shape: effective tokens/s.
+# Reference values, one H100, Llama-2-7B shape: effective tokens/s.
 KNOWN = {"bound": 21_329.0, "hf_peft": 1_943.0, "sl_peft": 2_709.0}
 LEAST_SHARE = 0.9  # that the bound and HF PEFT must reach of it
 LEAST_STEPS = 50  # of a baseline that is compared with
@@ -160,7 +160,7 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
     }
     for name in ("bound", "hf_peft"):
         if reached[name] < LEAST_SHARE:
-            reasons.append(f"{name} is at {reached[name]:.0%} of DESIGN section 6")
+            reasons.append(f"{name} is at {reached[name]:.0%} of its reference value")
         reasons += _too_few_steps(data, name)
     reasons += _too_few_steps(data, "sl_peft")
     if not data.get("lora_8"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune import build
-from muxtune.commands.train import Outcomes, real_tasks, warn_of_costs
+from muxtune.commands.real_runs import Outcomes, device_notice, real_tasks, warn_of_costs
 from muxtune.config import CompareConfig
 from muxtune.cost.book import CostBook
 from muxtune.deciding import EngineOptions
@@ -71,6 +71,8 @@ def run(
     warn_of_costs(costs, instances)
     figures = {"figures": build.origin_of_times(costs, instances)}
     store = loaded or build.backbone_store(config)
+    if notice := device_notice(config, store.device.type):
+        make_console().print(f"note: {notice}", soft_wrap=True)
     names = config.planners or [config.planner["name"]]
     rows = [_compare(config, name, costs, tasks, store, folder.path) for name in names]
     folder.write_json("compare.json", [_as_json(row) | figures for row in rows])

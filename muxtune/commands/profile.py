@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from muxtune import build
+from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import load_profile
 from muxtune.errors import ConfigError
@@ -21,6 +22,8 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
 
     device = "cpu" if config.cluster.device == build.LOCAL else config.cluster.device
+    if device == "cpu" and (notice := idle_gpu_notice()):
+        make_console().print(f"note: {notice}", soft_wrap=True)
     num_ranks, exchanges = build.instance_gpus(config.cluster), {}
     if num_ranks > 1:  # first, because ranks are forked, and no fork may use a GPU that we use
         from muxtune.profiling.exchanges import measure_exchanges

@@ -11,6 +11,7 @@ from typing import Any
 
 from muxtune import build
 from muxtune.commands import ranks
+from muxtune.commands.real_runs import Outcomes, device_notice, real_tasks, warn_of_costs
 from muxtune.commands.resuming import (
     JOURNAL_FILE,
     check_same_run,
@@ -24,7 +25,7 @@ from muxtune.commands.resuming import (
     saved_overrides,
     tasks_that_ended,
 )
-from muxtune.config import CommonConfig, TrainConfig
+from muxtune.config import TrainConfig
 from muxtune.engine import Engine, RunTotals, TaskOutcome
 from muxtune.errors import ConfigError
 from muxtune.planning.journal import Journal, JournalBatch, read_journal
@@ -38,7 +39,7 @@ from muxtune.report.progress import TaskProgress
 from muxtune.report.recording import DriftRows, RecordingPlanner, TaskRows, Troubles, slowdown
 from muxtune.report.run_folder import SUMMARY, RunFolder, provenance
 from muxtune.report.tables import format_bytes, format_seconds, make_console, make_table
-from muxtune.types import NS_PER_S, Event, InstanceSpec, Plan, TaskSpec
+from muxtune.types import NS_PER_S, Plan, TaskSpec
 
 TASKS_FILE, TRACE_FILE, DRIFTS_FILE = "tasks.csv", "trace.json", "drifts.csv"
 PLAN_TRACE_FILE, PREDICTED_ROUNDS = "plan_trace.json", 12
@@ -93,23 +94,6 @@ def as_span(record: Any) -> Span:
     return Span(process, thread, name, record.start_ns, record.duration_ns, args)
 
 
-class Outcomes:
-    """Observer that keeps every task's outcome and every plan; for runs of a few tasks."""
-
-    def __init__(self) -> None:
-        self.tasks: list[TaskOutcome] = []
-        self.plans: dict[tuple[str, int], Plan] = {}
-
-    def on_plan(self, plan: Plan) -> None:
-        self.plans[plan.instance_id, plan.epoch] = plan
-
-    def on_task_end(self, outcome: TaskOutcome) -> None:
-        self.tasks.append(outcome)
-
-    def on_batch(self, time_ns: int, events: Sequence[Event]) -> None:
-        pass
-
-
 def run(
     config: TrainConfig, folder: RunFolder, loaded: build.BackboneStore | None = None
 ) -> dict[str, Any]:
@@ -155,8 +139,8 @@ def run(
         rows = stack.enter_context(TaskRows(file))
         drifts = DriftRows(stack.enter_context(folder.stream(DRIFTS_FILE)))
         listener = TorchListener(display, trace)
-        if warning := device_warning(config, store.device):
-            listener.on_notice(warning)
+        if notice := device_notice(config, store.device.type):
+            listener.on_notice(notice)
         stack.enter_context(quick_collections())  # before the executor's clock begins
         executor = build.torch_executor(
             backend, folder.path, store, build.text_library(config, store), (listener,),
@@ -295,44 +279,6 @@ def _journal(
         return journal, record.batches
     origin = run_origin(config, tasks) | {"overrides": saved_overrides(path)}
     return Journal(path / JOURNAL_FILE, origin, dict(provenance(config.seed)["packages"])), None
-
-
-def warn_of_costs(costs: build.CostBook, instances: Sequence[InstanceSpec]) -> None:
-    """Names in which respects a profile is of another machine than this one, and what nothing was
-    measured of."""
-    from muxtune.profiling.measure import profile_warnings_here
-
-    lines = [line for profile in costs.profiles for line in profile_warnings_here(profile)]
-    told = [f"warning: {line}" for line in lines] + [
-        f"note: {note}" for note in build.analytic_notes(costs, instances)
-    ]
-    for line in told:
-        make_console().print(line, soft_wrap=True)
-
-
-def device_warning(config: CommonConfig, device: Any) -> str:
-    """Where a GPU computes what is planned for another kind of device; else empty."""
-    if device.type != "cuda" or build.figures_of(config.cluster).kind == "gpu":
-        return ""
-    return (
-        f"cluster.device={config.cluster.device} is planned for as a CPU, with the host's memory, "
-        "but this run computes on cuda. Say which GPU it is, such as cluster.device=H100-SXM"
-    )
-
-
-def real_tasks(config: CommonConfig, costs: build.CostBook) -> list[TaskSpec]:
-    """Raises ConfigError for a task whose method does not take its settings, or that has no text
-    to train on. A random base model may be given random tokens, as many as a histogram says."""
-    tasks = list(build.tasks(config, costs))
-    for task in tasks:
-        build.check_adapter(task)
-        if not task.data.path and not (config.model.random and task.data.histogram):
-            raise ConfigError(
-                f"task '{task.task_id}': data",
-                "has drawn lengths only, and there is nothing to train on",
-                "Give it a data file, or use `muxtune simulate`",
-            )
-    return tasks
 
 
 def _summary(

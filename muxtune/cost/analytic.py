@@ -1,8 +1,8 @@
 """Roofline cost model from a device's and a model's published figures.
 
 Everything it says is extrapolated: nothing was measured on the device in question. Its efficiency
-constants come from the measurements in the project's design notes (one H100 SXM, bf16, Llama-2-7B
-shape) and are carried over to other devices by ratios of their figures.
+constants come from early measurements on one H100 SXM (bf16, the shape of Llama-2-7B) and are
+carried over to other devices by ratios of their figures.
 """
 
 from __future__ import annotations

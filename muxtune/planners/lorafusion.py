@@ -12,10 +12,10 @@ pass joins groups where that saves a micro-batch and the distance allows it.
 
 Assumptions. The published packing solves a small integer program over single sequences at run
 time; here a task's share of a micro-batch is a fixed quota of chunks (packing is separable,
-DESIGN section 3), the smallest that needs no more micro-batches. Chunks of ``tile_tokens`` stand
-for its padding to the kernels' blocks. The capacity is not published as a number but profiled: 0
-takes the power of two of least predicted time by the cost model, within memory. Its adapters'
-kernels are grouped and fused; the host still launches: the cost's ``style=eager``,
+docs/architecture.md), the smallest that needs no more micro-batches. Chunks of ``tile_tokens``
+stand for its padding to the kernels' blocks. The capacity is not published as a number but
+profiled: 0 takes the power of two of least predicted time by the cost model, within memory. Its
+adapters' kernels are grouped and fused; the host still launches: the cost's ``style=eager``,
 ``adapters=grouped``.
 """
 

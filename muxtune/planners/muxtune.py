@@ -5,8 +5,8 @@ groups, F(i) = min over j < i of F(j) + time of tasks j+1..i as one hTask, choos
 for each group the number of micro-batches per optimizer step. The objective is the time in which
 every task takes one optimizer step. All candidates of one chunk length are costed at once from
 tables that sample the cost model (``muxtune.planners.tables``); what they choose is then costed,
-and checked against the memory limit, by the cost model itself. (DESIGN: of the paper's task level
-only "dynamic programming over latency and memory models" is known; this recurrence is our own.)
+and checked against the memory limit, by the cost model itself. (Of the paper's task level only
+"dynamic programming over latency and memory models" is known; this recurrence is our own.)
 """
 
 from __future__ import annotations

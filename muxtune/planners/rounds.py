@@ -1,9 +1,9 @@
 """Rounds: how often each hTask gets a turn, and how long a round takes.
 
 On one stage a round is the sum of its passes. In a pipeline of S stages that stays fed it is the
-sum of what its micro-batches occupy the busiest stage (DESIGN section 4), but never shorter than
-the latency of an hTask's own step: its n micro-batches follow each other through S stages, and
-only after its optimizer may its next step enter: (n + S - 1) passes.
+sum of what its micro-batches occupy the busiest stage (docs/architecture.md), but never shorter
+than the latency of an hTask's own step: its n micro-batches follow each other through S stages,
+and only after its optimizer may its next step enter: (n + S - 1) passes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rounds of an instance with several replicas, which may have different shapes.
 
 Each micro-batch is dealt out to all replicas (``muxtune.planning.replica_dispatch``), and takes as
-long as the slowest of them. That is not separable (DESIGN section 3, rule 2): how much each
+long as the slowest of them. That is not separable (docs/architecture.md, rule 2): how much each
 replica gets depends on all lengths of the micro-batch together. So rounds are of whole steps, which
 makes their number exact, and what one takes is the mean over some rounds that are packed and
 dealt: ``Forecast.exact`` is False. Not contained: the exchange of the adapters' gradients between

@@ -83,6 +83,7 @@ def test_an_error_of_a_worker_process_reaches_its_parent_as_it_is(error: MuxTune
         (["cluster.instances_per_gpu=0"], ["cluster.instances_per_gpu"]),
         (["cluster.device=H101"], ["H101", "H100-SXM"]),
         (["model.name=llama-9"], ["llama-9", "llama-2-7b"]),
+        (["model.name=mine", "model.path=nowhere"], ["model.path", "'nowhere' is not there"]),
         (["+model.shape.hidden=3"], ["model.shape", "num_layers"]),
         (["+model.quantization=nf4"], ["model.quantization", "does not exist"]),
         (["+quantise=true"], ["quantise", "does not exist"]),

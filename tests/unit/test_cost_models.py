@@ -321,7 +321,7 @@ def test_optimizer_covers_every_trained_number() -> None:
     assert total == ops.adapter_parameters(model, slot(16, ALL))
 
 
-# ------------------------------------------- against the measurements in the design notes
+# --------------------------------------------------- against early measurements on one H100
 
 
 def test_analytic_h100_agrees_with_the_measured_bound() -> None:

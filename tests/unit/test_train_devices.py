@@ -7,17 +7,25 @@ from typing import Any
 
 import pytest
 
-from muxtune.commands.train import device_warning
+from muxtune import build
+from muxtune.commands.real_runs import device_notice
 from muxtune.config import ClusterConfig
 
 
 @pytest.mark.parametrize(
-    ("device", "computes_on", "warns"),
-    [("local", "cuda", True), ("local", "cpu", False), ("H100-SXM", "cuda", False)],
+    ("device", "computes_on", "has_gpu", "expected"),
+    [
+        ("local", "cuda", True, "Say which GPU it is, such as cluster.device=H100-SXM"),
+        ("local", "cpu", True, "a GPU, which cluster=local_cpu leaves idle"),
+        ("local", "cpu", False, ""),
+        ("H100-SXM", "cuda", True, ""),
+        ("H100-SXM", "cpu", False, "is planned for, but this run computes on the CPU"),
+    ],
 )
-def test_a_gpu_that_is_planned_for_as_a_cpu_is_told(
-    device: str, computes_on: str, warns: bool
+def test_devices_that_do_not_fit_what_is_planned_for_are_told(
+    device: str, computes_on: str, has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(build, "torch_sees_cuda", lambda: has_gpu)
     config: Any = SimpleNamespace(cluster=ClusterConfig(device=device))
-    said = device_warning(config, SimpleNamespace(type=computes_on))
-    assert bool(said) is warns and ("cluster.device=H100-SXM" in said) is warns
+    said = device_notice(config, computes_on)
+    assert expected in said and bool(said) is bool(expected)

@@ -1,6 +1,6 @@
 """Time of one transformer layer as LobRA models it, fitted to measurements.
 
-For one tensor-parallel degree and micro-batches of b sequences of s tokens (section 4 of DESIGN):
+For one tensor-parallel degree and micro-batches of b sequences of s tokens:
 
     t(b, s) = (c1 b + c2) s^2 + (c3 b + c4) s + (c5 b + c6)
 

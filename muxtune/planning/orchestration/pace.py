@@ -6,7 +6,7 @@ such passes take is a matter of how they overlap:
 - a plan with an order takes what the player of orders says, contention included;
 - without an order micro-batches enter in the order of the round as soon as they may: with n
   micro-batches of t seconds of each hTask a round takes max(sum n t, longest (n + S - 1) t) on S
-  stages, because an hTask's next step waits for its optimizer (DESIGN section 4);
+  stages, because an hTask's next step waits for its optimizer (docs/architecture.md);
 - a plan that does not interleave (``Plan.interleaves``) drains the pipeline after every turn, as
   1F1B with a flush does: sum of (n + S - 1) t.
 

@@ -11,7 +11,7 @@ relaxing nodes in topological order (Kahn 1962). Transfers between stages are ru
 communication stream; the receiver's side needs no entry in an order (it posts the receives of a
 sender in the sender's order).
 
-Planner and simulator play orders by this code, so they agree (DESIGN section 3, rule 7).
+Planner and simulator play orders by this code, so they agree (docs/architecture.md, rule 7).
 """
 
 from __future__ import annotations

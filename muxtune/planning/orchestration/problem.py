@@ -6,7 +6,7 @@ same op of round r is a *node*, numbered ``r * num_ops + op``.
 
 Dependencies between micro-batches of one hTask: the forward pass of a micro-batch may enter a
 stage only after the optimizer of the last closed step has run there. A plan must hold when every
-micro-batch closes a step (DESIGN section 3, rule 7), so that is the default; a larger
+micro-batch closes a step (docs/architecture.md, rule 7), so that is the default; a larger
 ``micro_batches_per_step`` describes baselines that accumulate.
 
 Both ranks of a tensor-parallel group run the same subgraphs at the same time, so one rank stands
