@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import muxtune
+from muxtune.alone import Alone, hf_peft_alone, kind_of
 from muxtune.cluster_policies.lifecycle import Lifecycle, LifecycleOptions
 from muxtune.config import (
     BurstyWorkload,
@@ -36,12 +37,11 @@ from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.shapes import ModelShape, checked_shape, from_hf_config, model_shape
 from muxtune.deciding import EngineOptions
 from muxtune.errors import ConfigError
-from muxtune.fleet import task_view
 from muxtune.hardware import NO_FAILURES, FailureRules, NodeSpec, TenantRules
 from muxtune.protocols import ClusterPolicy, InstancePlanner, TaskLibrary
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.report.metrics import PowerDraw
-from muxtune.types import NS_PER_S, InstanceSpec, InstanceView, Plan, ReplicaShape, Sample, TaskSpec
+from muxtune.types import NS_PER_S, InstanceSpec, ReplicaShape, Sample, TaskSpec
 from muxtune.types import TaskReadyData as ReadyData
 from muxtune.workload.arrivals import Bursts, People
 from muxtune.workload.encoding import EncodedSequence
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 GB = 1_000_000_000
 S_PER_HOUR = 3_600.0
 LOCAL, AUTO = "local", "auto"
-SOLO_PLANNER = "exclusive"  # what "alone under HF PEFT" means for offered load and durations
 Tasks = Sequence[TaskSpec] | Any  # a list, or a TaskStream
 
 
@@ -496,59 +495,19 @@ def _instances_per_gpu(config: CommonConfig, costs: CostBook, tasks: Tasks) -> i
 
 def _colocated(config: CommonConfig, costs: CostBook, tasks: Tasks) -> int:
     """As many instances a GPU as fit when each runs the most demanding task."""
-    solo = Solo(config, costs)
+    alone = _alone(config, costs)
     kinds = {kind_of(task): task for task in tasks}
-    needed = max((solo.peak_bytes(task) for task in kinds.values()), default=0)
+    needed = max((alone.peak_bytes(task) for task in kinds.values()), default=0)
     return max(1, int(gpu_memory_limit_bytes(config.cluster) // needed)) if needed else 1
-
-
-def kind_of(task: TaskSpec) -> tuple[object, ...]:
-    """Tasks of one kind differ in id, tenant, times and steps only."""
-    data = task.data
-    return (
-        *(task.model, task.adapter.method, task.adapter.rank, task.adapter.targets),
-        *(task.batch_size, task.accumulation, data.max_length_tokens, data.histogram, data.path),
-    )
 
 
 # ------------------------------------------------------------------------------------------- tasks
 
 
-class Solo:
-    """A drawn task alone on one instance under HF PEFT: the ``exclusive`` planner, and, where no
-    profile says otherwise, the costs of an eager program."""
-
-    def __init__(self, config: CommonConfig, costs: CostBook) -> None:
-        self._library = SyntheticLibrary(config.seed)
-        self._planner = PLANNERS.get(SOLO_PLANNER)(
-            costs=costs.with_options(AnalyticOptions.eager())
-        )
-        self._site = InstanceView(
-            instance_id="solo",
-            now_ns=0,
-            tasks=(),
-            running_plan=None,
-            memory_limit_bytes=1 << 60,
-            model=config.model.name,
-            device=device_name(config.cluster, config.cost),
-        )
-
-    def tokens_per_s(self, task: TaskSpec) -> float:
-        """Effective tokens a second."""
-        view = task_view(task, self._library.add(task))
-        seconds = self._plan(task).predicted.step_time_s[task.task_id]
-        return view.lengths.mean_tokens * view.sequences_per_step / seconds
-
-    def peak_bytes(self, task: TaskSpec) -> float:
-        return self._plan(task).predicted.peak_memory_bytes.value
-
-    def _plan(self, task: TaskSpec) -> Plan:
-        view = task_view(task, self._library.add(task))
-        site = self._site._replace(tasks=(view,), model=task.model)
-        answer = self._planner.plan(site, None)
-        if not isinstance(answer, Plan):
-            raise ConfigError("workload", answer.reason, answer.remedy)
-        return answer
+def _alone(config: CommonConfig, costs: CostBook) -> Alone:
+    """Drawn tasks alone on one instance of the cluster's device under HF PEFT."""
+    device = device_name(config.cluster, config.cost)
+    return hf_peft_alone(costs, SyntheticLibrary(config.seed), config.model.name, device)
 
 
 def tasks(config: CommonConfig, costs: CostBook) -> Tasks:
@@ -622,7 +581,7 @@ def _trace(config: CommonConfig, costs: CostBook) -> Any:
     return trace_tasks(
         read_trace(workload.trace),
         _mix(workload.mix, config),
-        Solo(config, costs).tokens_per_s,
+        _alone(config, costs).tokens_per_s,
         load=workload.load,
         num_gpus=num_gpus(config.cluster),
         seed=workload.seed,
@@ -637,7 +596,7 @@ def _poisson(config: CommonConfig, costs: CostBook) -> Any:
     assert isinstance(workload, PoissonWorkload)
     return poisson_tasks(
         _mix(workload.mix, config),
-        Solo(config, costs).tokens_per_s,
+        _alone(config, costs).tokens_per_s,
         num_tasks=100 if workload.limit is None else workload.limit,
         load=workload.load,
         tasks_per_hour=workload.tasks_per_hour,

@@ -585,6 +585,21 @@ def task_view(spec: TaskSpec, data: TaskReadyData, slot: AdapterSlot | None = No
     return new_tuple(TaskView, parts)
 
 
+def instance_view(spec: InstanceSpec, tasks: Iterable[TaskView]) -> InstanceView:
+    """An instance as a planner sees it when these tasks have just been placed and nothing runs."""
+    return InstanceView(
+        instance_id=spec.instance_id,
+        now_ns=0,
+        tasks=tuple(tasks),
+        running_plan=None,
+        memory_limit_bytes=spec.memory_limit_bytes,
+        model=spec.model,
+        device=spec.device,
+        replicas=spec.replicas,
+        gpu_ids=spec.gpu_ids,
+    )
+
+
 def duplicate_ids(specs: Iterable[TaskSpec]) -> list[str]:
     """Task ids that occur twice, in order of their second occurrence."""
     seen: set[str] = set()

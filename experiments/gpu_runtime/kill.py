@@ -22,10 +22,9 @@ import yaml
 from safetensors.torch import load_file
 
 from muxtune import build
-from muxtune.commands.plan import view_of
 from muxtune.config import conf_dir, register_schemas
 from muxtune.cost.shapes import ModelShape
-from muxtune.fleet import task_view
+from muxtune.fleet import instance_view, task_view
 from muxtune.types import Plan, TaskSpec
 from muxtune.workload.synthetic import SyntheticLibrary
 
@@ -74,7 +73,7 @@ def plans() -> Iterator[tuple[ModelShape, Plan, list[TaskSpec]]]:
     for count in range(1, len(tasks) + 1):
         for chosen in combinations(tasks, count):
             views = [task_view(task, library.add(task)) for task in chosen]
-            plan = planner.plan(view_of(instance, views), None)
+            plan = planner.plan(instance_view(instance, views), None)
             assert isinstance(plan, Plan)
             yield shape, plan, list(chosen)
 

@@ -22,13 +22,13 @@ from bench import ENDS, INSTANCE, MODEL, Bench, store_of
 from experiments.step_throughput import baselines
 from experiments.step_throughput.product import MIX
 from muxtune import build
-from muxtune.commands.plan import view_of
+from muxtune.alone import SOLO_PLANNER
 from muxtune.config import conf_dir, register_schemas
 from muxtune.cost.analytic import AnalyticOptions
 from muxtune.cost.book import CostBook
 from muxtune.cost.memory import memory_options
 from muxtune.cost.shapes import ModelShape
-from muxtune.fleet import task_view
+from muxtune.fleet import instance_view, task_view
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.profiling.steps import blank_state
 from muxtune.registry import PLANNERS
@@ -138,7 +138,7 @@ def tasks_of(number: int) -> list[TaskSpec]:
 def _plan(planner: Any, tasks: list[TaskSpec], limit_bytes: int) -> Plan | Refusal:
     library = SyntheticLibrary(0)
     spec = InstanceSpec(INSTANCE, MODEL, DEVICE, limit_bytes)
-    return planner.plan(view_of(spec, [task_view(t, library.add(t)) for t in tasks]), None)
+    return planner.plan(instance_view(spec, [task_view(t, library.add(t)) for t in tasks]), None)
 
 
 def _largest(planner: MuxTunePlanner, shape: ModelShape, limit_bytes: int) -> int:
@@ -229,7 +229,7 @@ def _marginal(curve: list[dict[str, Any]]) -> float | None:
 def _colocated(shape: ModelShape, limit_bytes: int) -> dict[str, Any]:
     """How many separate instances of one task the simulator takes a GPU to hold."""
     costs = CostBook(models={MODEL: shape}).with_options(AnalyticOptions.eager())
-    exclusive = PLANNERS.get(build.SOLO_PLANNER)(costs=costs)
+    exclusive = PLANNERS.get(SOLO_PLANNER)(costs=costs)
     plans = [_plan(exclusive, [task], limit_bytes) for task in tasks_of(len(MIX))]
     each = [p.predicted.peak_memory_bytes.value for p in plans if isinstance(p, Plan)]
     return {"predicted_bytes_each": each, "instances": int(limit_bytes // max(each))}

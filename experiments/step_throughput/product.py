@@ -15,13 +15,12 @@ import torch
 import yaml
 
 from muxtune import build
-from muxtune.commands.plan import view_of
 from muxtune.commands.real_runs import Outcomes
 from muxtune.commands.resuming import JOURNAL_FILE
 from muxtune.config import conf_dir, register_schemas
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.engine import Engine
-from muxtune.fleet import task_view
+from muxtune.fleet import instance_view, task_view
 from muxtune.planning.journal import Journal
 from muxtune.report.recording import Troubles
 from muxtune.runtime import random_models
@@ -217,7 +216,7 @@ def planned(
     tasks = list(build.tasks(config, costs))
     library = RandomTexts(model_shape(case.model).vocab, config.seed)
     views = [task_view(task, library.add(task)) for task in tasks]
-    instance = view_of(build.instances(config, costs, tasks)[0], views)
+    instance = instance_view(build.instances(config, costs, tasks)[0], views)
     plan = build.planner(config.planner, costs).plan(instance, None)
     if not isinstance(plan, Plan):
         raise RuntimeError(f"no plan for all tasks: {plan.reason}")

@@ -12,11 +12,10 @@ from experiments.two_gpus.grouping import ROW_STEP
 from experiments.two_gpus.layouts import Weights
 from experiments.two_gpus.run import known_rounds, make_programs, spare, visit_layouts
 from muxtune import build
-from muxtune.commands.plan import view_of
 from muxtune.commands.ranks import planner_options
 from muxtune.config import conf_dir, register_schemas
 from muxtune.cost.shapes import ModelShape, model_shape
-from muxtune.fleet import task_view
+from muxtune.fleet import instance_view, task_view
 from muxtune.planning.step_builder import StepBuilder
 from muxtune.profiling.ahead import launch_plan
 from muxtune.runtime.captured_runner import capacity_of, rows_ahead
@@ -86,7 +85,7 @@ def planned(words: Sequence[str]) -> Planned:
     shape = build.shape_of(config.model)
     lengths = RandomTexts(shape.vocab, config.seed)
     views = [task_view(task, lengths.add(task)) for task in tasks]
-    instance = view_of(build.instances(config, costs, tasks)[0], views)
+    instance = instance_view(build.instances(config, costs, tasks)[0], views)
     plan = build.planner(planner_options(config), costs).plan(instance, None)
     if not isinstance(plan, Plan):
         raise RuntimeError(f"no plan for all tasks: {plan.reason}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from muxtune import build
-from muxtune.capacity.alone import Alone, checked_reference_s, hf_peft_alone
+from muxtune.alone import Alone, checked_reference_s, hf_peft_alone
 from muxtune.capacity.choices import PolicyChoice
 from muxtune.capacity.service import (
     ServiceLevel,

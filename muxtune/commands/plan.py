@@ -11,7 +11,7 @@ from muxtune import build, codec
 from muxtune.config import PlanConfig
 from muxtune.cost.book import CostBook
 from muxtune.errors import ConfigError, MuxTuneError
-from muxtune.fleet import task_view
+from muxtune.fleet import instance_view, task_view
 from muxtune.planners.explanation import (
     Alternative,
     Fusion,
@@ -123,35 +123,20 @@ def _plan_all(
 ) -> tuple[Plan | None, list[TaskView], list[Refused]]:
     """All tasks at once; if that is refused, one by one in order, leaving out who is refused."""
     planner = build.planner(config.planner, costs)
-    answer = planner.plan(view_of(spec, views), None)
+    answer = planner.plan(instance_view(spec, views), None)
     if isinstance(answer, Plan):
         return answer, views, []
     taken: list[TaskView] = []
     refused: list[Refused] = []
     plan: Plan | None = None
     for view in views:
-        answer = planner.plan(view_of(spec, [*taken, view]), None)
+        answer = planner.plan(instance_view(spec, [*taken, view]), None)
         if isinstance(answer, Plan):
             plan = answer
             taken.append(view)
         else:
             refused.append(Refused(view.task_id, answer))
     return plan, taken, refused
-
-
-def view_of(spec: InstanceSpec, views: list[TaskView]) -> InstanceView:
-    """An instance as the engine would show it when these tasks have just been placed."""
-    return InstanceView(
-        instance_id=spec.instance_id,
-        now_ns=0,
-        tasks=tuple(views),
-        running_plan=None,
-        memory_limit_bytes=spec.memory_limit_bytes,
-        model=spec.model,
-        device=spec.device,
-        replicas=spec.replicas,
-        gpu_ids=spec.gpu_ids,
-    )
 
 
 def _plan_state(config: PlanConfig, costs: CostBook, folder: RunFolder) -> dict[str, Any]:
@@ -282,7 +267,7 @@ def _present(
     library: TaskLibrary,
 ) -> dict[str, Any]:
     cost = costs(spec.model, spec.device)
-    asked = view_of(spec, taken)
+    asked = instance_view(spec, taken)
     explanation = explain(config, costs, asked, plan) if config.explain else NOT_EXPLAINED
     sample = sample_rounds(plan, library, cost)
     ledgers = cost.memory_ledger_bytes(plan)

@@ -426,7 +426,7 @@ class PlannerBase:
         """What rounds of several GPUs really take, and where the time of a round goes."""
         answer, pace = self.orchestrate(site, answer_of(costed, solo)), ONE_GPU
         if site.replica.num_gpus > 1:
-            plan = bind(_nameless(site), answer.names, answer, None)
+            plan = bind(nameless(site), answer.names, answer, None)
             times_s = [group.pass_time_s for group in costed.group_costs]
             pace = pace_of(plan, self.cost(site), costed.passes, times_s)
             answer = paced(answer, pace)
@@ -471,7 +471,8 @@ def paced(answer: Answer, pace: Pace) -> Answer:
     )
 
 
-def _nameless(site: Site) -> InstanceView:
+def nameless(site: Site) -> InstanceView:
+    """For plans of a shape alone, whose instance and tasks do not matter."""
     return InstanceView("", 0, (), None, 0, replicas=(site.replica,))
 
 

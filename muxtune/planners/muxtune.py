@@ -29,6 +29,7 @@ from muxtune.planners.base import (
     answer_of,
     bind,
     group_cost,
+    nameless,
     of_each,
     planned_slowdown,
     refuse_slow,
@@ -449,8 +450,7 @@ class MuxTunePlanner(PlannerBase):
         counts = answer.costed.arrangement.counts
         if site.replica.num_gpus == 1 or None in counts:
             return answer
-        nameless = InstanceView("", 0, (), None, 0, replicas=(site.replica,))
-        plan = bind(nameless, answer.names, answer, None)
+        plan = bind(nameless(site), answer.names, answer, None)
         model = self.cost(site)
         limits, answer = _in_flight(model, site, plan, answer)
         if limits is None:
