@@ -18,7 +18,7 @@ from muxtune.cost.schema import load_profile
 from muxtune.cost.transfer import carried_over, carried_over_model
 from muxtune.validation.models import Models
 from muxtune.validation.records import read_lines
-from muxtune.validation.scoring import errors_of, rankings, usable
+from muxtune.validation.scoring import errors_of, rankings, usable, with_second_runs
 from muxtune.validation.steps import again
 
 
@@ -28,7 +28,8 @@ def transfer(source: Path, target: Path) -> dict[str, Any]:
     figures = [device_figures(item.device_name) for item in (profile, here)]
     carried = carried_over(profile, *figures)
     models = Models(profile)
-    measured = usable(read_lines(target / "steps.jsonl"))
+    runs = (read_lines(target / name) for name in ("steps.jsonl", "again.jsonl"))
+    measured = usable(with_second_runs(*runs))
     rows = again(measured, lambda shape: carried_over_model(models(shape), carried))
     errors = errors_of(rows)
     return {

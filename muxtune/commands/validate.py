@@ -17,9 +17,10 @@ from muxtune.cost.shapes import model_shape
 from muxtune.errors import ConfigError
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
-from muxtune.validation.scoring import GOAL_COVERAGE, GOAL_TAU, GOALS
+from muxtune.validation.scoring import GOAL_COVERAGE, GOAL_PLANS, GOAL_TAU, GOALS
 
 Report = Callable[[str, float, str], None]
+LEAST_MAX_ROWS = 64  # two chunks of the shortest
 COLUMNS = ("what", "cases", "mean", "p95", "bias", "in 90% interval", "repeats' spread", "goal")
 
 
@@ -53,8 +54,14 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
         config.min_rows,
         config.own_every,
     )
-    with _progress() as report:
-        summary = validate(folder.path, path, options, report)
+    try:
+        with _progress() as report:
+            summary = validate(folder.path, path, options, report)
+    except (KeyboardInterrupt, SystemExit):
+        folder.keep()
+        text = f"{folder.path}: stopped; the same command goes on with what is left"
+        make_console(stderr=True).print(text, soft_wrap=True)
+        raise
     show(summary, folder.path)
     return {
         "profile": summary["profile"],
@@ -78,8 +85,9 @@ def _check(config: ValidateConfig) -> None:
     for name in ("num_cases", "max_tasks"):
         if getattr(config, name) < 1:
             raise ConfigError(name, f"is {getattr(config, name)}", "give at least 1")
-    if config.max_rows < 0:
-        raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (as profiled) or more")
+    if config.max_rows < 0 or 0 < config.max_rows < LEAST_MAX_ROWS:
+        remedy = f"give 0 (as profiled), or {LEAST_MAX_ROWS} or more"
+        raise ConfigError("max_rows", f"is {config.max_rows}", remedy)
     for name in ("min_rows", "own_every"):
         if getattr(config, name) < 0:
             raise ConfigError(name, f"is {getattr(config, name)}", "give 0 or more")
@@ -92,16 +100,22 @@ def show(summary: dict[str, Any], path: Path) -> None:
         for name in ("op", "step", "memory", "completion")
         if summary[name]
     ]
+    if summary["step_of_shapes"]:
+        item = summary["step_of_shapes"]
+        rows.append(_row("  step, by shapes alone, as planners ask", item, _goal("step", item)))
     rows += [
         _row(f"  step, {label} {value}", item, "")
         for label in ("grid", "mixed", "htasks", "shape")
         for value, item in summary["step_by"][label].items()
     ]
     console.print(make_table("Predicted against measured", COLUMNS, rows))
+    of_shapes = {item["workload"]: item["tau"] for item in summary["rankings_of_shapes"]}
     for item in summary["rankings"]:
+        met = (item["tau"] or 0.0) >= GOAL_TAU and item["plans"] >= GOAL_PLANS
         console.print(
             f"workload {item['workload']}: Kendall's tau {_tau(item['tau'])} of {item['plans']} "
-            f"plans (goal {GOAL_TAU}: {_met((item['tau'] or 0.0) >= GOAL_TAU)}); "
+            f"plans (goal {GOAL_TAU} of {GOAL_PLANS} plans or more: {_met(met)}; by shapes alone "
+            f"{_tau(of_shapes.get(item['workload']))}); "
             f"{item['excluded']} of {item['pairs'] + item['excluded']} pairs within the repeats' "
             f"spread left out (with them {_tau(item['tau_of_all'])})",
             soft_wrap=True,
@@ -121,6 +135,12 @@ def show(summary: dict[str, Any], path: Path) -> None:
                 f"{_met(low <= share <= high)})"
             )
     _show_failures(console, summary)
+    for item in summary["ended_otherwise"]:
+        console.print(
+            f"dynamic run {item['run']}: {item['task_id']} was to be {item['predicted_state']} and "
+            f"was {item['measured_state']}",
+            soft_wrap=True,
+        )
     for run_ in summary["dynamic"]:
         why = run_.get("error") or (run_["first_difference"] or {}).get("why", "the same decisions")
         same = run_.get("decides_the_same_again")

@@ -131,6 +131,17 @@ def writing(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file as it was, or all of the text. Raises OutputError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def provenance(seed: int | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
     """What a result depends on besides its configuration: versions, commit, machine, seed."""
     return {

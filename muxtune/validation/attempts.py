@@ -15,7 +15,8 @@ Another profile in the same folder is another attempt; the same one goes on wher
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -78,19 +79,31 @@ class Attempt:
                     return False
             except ProfileError:
                 return False
-        rows = (row for name in RECORDS for row in read_lines(self.folder / f"{name}.jsonl"))
-        return all(row.get("profile") == self.profile.content_hash for row in rows)
+        return all(
+            row.get("profile") == self.profile.content_hash
+            for name in RECORDS
+            for suffix in ("jsonl", "running")
+            for row in read_lines(self.folder / f"{name}.{suffix}")
+        )
 
     def predicted_runs(self) -> dict[str, Any]:
         """What the last report of this profile said of its dynamic runs, by name."""
-        path = self.folder / REPORT
-        told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            told = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # none yet, or cut off while it was written
+            return {}
         of_this = told.get("profile") == self.profile.content_hash
         return told.get("predicted_runs", {}) if of_this else {}
 
     def _put_away(self) -> None:
+        for name in RECORDS:  # what ran when a process ended belongs to that attempt
+            Records(self.folder / f"{name}.jsonl")
         self._tell_of_cut_off()
-        numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("attempt-*")]
+        numbers = [
+            int(found[1])
+            for path in self.folder.iterdir()
+            if (found := re.fullmatch(r"attempt-(\d+)", path.name))
+        ]
         kept = self.folder / f"attempt-{max(numbers, default=0) + 1}"
         kept.mkdir()
         for name in (PROFILE, MACHINE, REPORT, *(f"{name}.jsonl" for name in RECORDS)):
@@ -99,7 +112,7 @@ class Attempt:
 
     def _tell_of_cut_off(self) -> None:
         """Of records that no line of the list speaks of: their process was ended."""
-        told = {row["profile"] for row in self.concluded()}
+        told = {row.get("profile") for row in self.concluded()}
         counts: dict[str, dict[str, int]] = {}
         for name in RECORDS:
             for row in read_lines(self.folder / f"{name}.jsonl"):
@@ -116,14 +129,28 @@ class Attempt:
 
     def signs(self) -> dict[str, float]:
         """The strongest that the GPU was shared while this profile was scored."""
-        of_this = (row for row in self.concluded() if row["profile"] == self.profile.content_hash)
-        return worst(row.get("signs", {}) for row in of_this)
+        return worst(row.get("signs", {}) for row in self._of_this_profile())
+
+    def warnings(self) -> list[str]:
+        """What was said while this profile was scored, once each."""
+        lines = [line for row in self._of_this_profile() for line in row.get("warnings", ())]
+        return list(dict.fromkeys(lines))
+
+    def left(self) -> dict[str, int]:
+        """How many of each kind the last attempt on this profile left."""
+        rows = self._of_this_profile()
+        return dict(rows[-1].get("left", {})) if rows else {}
+
+    def _of_this_profile(self) -> list[dict[str, Any]]:
+        mine = self.profile.content_hash
+        return [row for row in self.concluded() if row.get("profile") == mine]
 
     def conclude(
         self,
         summary: Mapping[str, Any],
         left: Mapping[str, int],
         signs: Mapping[str, float] = MappingProxyType({}),
+        warnings: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Appends the attempt to the list, with its number. ``signs``: that the GPU was shared."""
         row = {
@@ -132,6 +159,7 @@ class Attempt:
             "profile": self.profile.content_hash,
             "left": dict(left),
             **({"signs": dict(signs)} if signs else {}),
+            **({"warnings": list(warnings)} if warnings else {}),
             **{
                 name: {key: summary[name][key] for key in ("count", "mean", "p95", "coverage")}
                 for name in ("step", "memory", "op", "completion")

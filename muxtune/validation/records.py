@@ -18,7 +18,8 @@ class Records:
     """One file of JSON lines; every record has a ``name``, which is done once.
 
     ``stamp``: fields that all records get. What has begun is noted in a file beside; where the
-    process ended before its record came, the next one records that as its error.
+    process ended before its record came, the next one records that as its error, unless the user
+    stopped it (``forget_running``).
     """
 
     def __init__(self, path: Path, stamp: Mapping[str, Any] | None = None) -> None:
@@ -37,7 +38,11 @@ class Records:
     def begin(self, row: Mapping[str, Any]) -> None:
         """Note what is known of a record before its work is done. Raises OutputError."""
         self._running.unlink(missing_ok=True)
-        append_line(self._running, row)
+        append_line(self._running, {**self.stamp, **row})
+
+    def forget_running(self) -> None:
+        """What has begun was stopped on purpose: it is done another time."""
+        self._running.unlink(missing_ok=True)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Raises OutputError."""
@@ -63,13 +68,13 @@ def append_line(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a last one that was cut off is left out."""
+    """The whole lines of a file; what was cut off, or is no record, is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import threading
@@ -17,18 +18,17 @@ import torch
 from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import LLAMA, ModelShape
 from muxtune.cost.sharing import sharing_warnings, worst
-from muxtune.errors import ConfigError
+from muxtune.errors import ConfigError, OutputError
 from muxtune.profiling.compiling import Compilers, OpJob, StepJob, step_jobs
 from muxtune.profiling.machine_check import check_jobs, check_machine
 from muxtune.profiling.measure import clock_of, profile_warnings_here
 from muxtune.profiling.sharing import signs_at_start, signs_now
 from muxtune.profiling.step_cases import StepCase
 from muxtune.profiling.steps import is_lost, short_collections
-from muxtune.report.run_folder import provenance
+from muxtune.report.run_folder import provenance, write_whole, writing
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import (
     NUM_DYNAMIC,
-    OF_PREDICTION,
     DynamicCase,
     draw_dynamic,
     planned,
@@ -39,10 +39,10 @@ from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
 from muxtune.validation.scoring import summarise, usable, with_second_ends
 from muxtune.validation.single_ops import op_jobs, run_ops
-from muxtune.validation.steps import Report, fits, run_again, run_steps
+from muxtune.validation.steps import Report, fits, run_again, run_steps, with_shapes
 from muxtune.validation.suite import SuiteOptions, draw_suite
 
-WALL = "wall"
+WALL, LOCK = "wall", ".lock"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
 COMPILING_SHARE, OPS_SHARE = 0.33, 0.1
 MOST_TIMES_AS_LONG, MOST_MORE_S = 2.0, 30.0  # a dynamic run takes than it was drawn for
@@ -81,6 +81,18 @@ def validate(
     """Runs what is left of the suite within the budget and writes report.json and plots.
     ``compilers``: who compiles kernels ahead (default: its own); ``before_runs``: what the dynamic
     runs wait for."""
+    with only_one(folder):
+        return _validate(folder, profile_path, options, report, compilers, before_runs)
+
+
+def _validate(
+    folder: Path,
+    profile_path: Path,
+    options: ValidationOptions,
+    report: Callable[[str, float, str], None],
+    compilers: Compilers | None,
+    before_runs: Callable[[], None],
+) -> dict[str, Any]:
     attempt = Attempt(folder, profile_path)
     profile = attempt.profile
     device = torch.device("cpu" if profile.device.get("kind") == "cpu" else "cuda")
@@ -96,7 +108,6 @@ def validate(
             "no dynamic runs: they take wall time, and the profile's is the process's own. Profile"
             " with clock=wall on a quiet machine"
         )
-    left, signs = {}, {}
     if options.budget_s:
         signs = signs_at_start(device)
         for line in sharing_warnings("validation", signs):  # before the time is spent, too
@@ -106,13 +117,19 @@ def validate(
             nullcontext(compilers) if compilers else Compilers(device, exact) as helpers,
             short_collections(),
         ):
-            left = _run(attempt, device, options, report, helpers, before_runs)
+            try:
+                left = _run(attempt, device, options, report, helpers, before_runs)
+            except (KeyboardInterrupt, SystemExit):
+                for records in attempt.records.values():
+                    records.forget_running()
+                raise
             signs = worst([signs, signs_now(device)])
-    rows = [attempt.steps, attempt.records["ops"].rows, _with_predictions(attempt)]
+    steps = with_shapes(attempt.steps, attempt.models_here)
+    rows = [steps, attempt.records["ops"].rows, _with_predictions(attempt)]
     summary = summarise(*rows)
     if options.budget_s:
-        summary["attempt"] = attempt.conclude(summary, left, signs)
-    warnings += sharing_warnings("validation", attempt.signs())
+        summary["attempt"] = attempt.conclude(summary, left, signs, warnings)
+    warnings = attempt.warnings() + sharing_warnings("validation", attempt.signs())
     summary |= {
         "device": dict(profile.device),
         "software": dict(profile.software),
@@ -120,17 +137,35 @@ def validate(
         "profile": profile.content_hash,
         "checked_machine": attempt.is_checked,
         "clock": options.clock or profile_clock(profile),
-        "left": left,
+        "left": attempt.left(),
         "attempts": attempt.concluded(),
-        "predicted_runs": {
-            row["name"]: {key: row[key] for key in OF_PREDICTION} for row in usable(rows[2])
-        },
+        "predicted_runs": {row["name"]: row["predicted"] for row in usable(rows[2])},
         "warnings": warnings,
         "provenance": provenance(),
     }
-    (folder / REPORT).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(summary, indent=1) + "\n")
     draw_all(folder, profile.device_name, *rows)
     return summary
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises OutputError where another process validates into the folder."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"output_dir: another process validates into '{folder}'. Wait for its end, or "
+                "choose another folder with output_dir=PATH"
+            ) from None
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def profile_clock(profile: Profile) -> str:
@@ -142,13 +177,11 @@ def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
     None where there is no simulator: they are added when the folder is scored elsewhere."""
     found, before = [], attempt.predicted_runs()
     for row in attempt.records["dynamic"].rows:
-        if row["name"] in before:
-            found.append({**row, **before[row["name"]]})
-            continue
-        if find_spec("simpy") is None:
+        known = before.get(row["name"])
+        if known is None and find_spec("simpy") is None:
             continue
         try:
-            found.append(with_prediction(row, attempt.here))
+            found.append(with_prediction(row, attempt.here, known))
         except Exception as error:  # what was measured of others is to be scored all the same
             found.append({**row, "error": f"no prediction: {error}"})
     return with_second_ends(found, attempt.records["runs_again"].rows)

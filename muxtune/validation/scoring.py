@@ -10,6 +10,7 @@ import numpy as np
 
 from muxtune.cost.calibration import spread_of
 from muxtune.types import NS_PER_S
+from muxtune.validation.records import ENDED
 
 Row = Mapping[str, Any]
 
@@ -172,7 +173,7 @@ GOALS: Mapping[str, tuple[float, float]] = {
 
 
 GOAL_COVERAGE = (0.85, 0.95)  # of 90% intervals
-GOAL_TAU = 0.95
+GOAL_TAU, GOAL_PLANS = 0.95, 12  # of at least so many plans
 
 
 def summarise(
@@ -181,7 +182,7 @@ def summarise(
     """Everything that a report says, as plain JSON."""
     good = usable(steps)
     op_rows = [op for row in usable(single_ops) for op in row["ops"]]
-    ends = finished(dynamic)
+    ends, of_shapes = finished(dynamic), by_shapes(good)
     # On a CPU a tiny model's memory may hide in what the process had freed before.
     memory = [row for row in good if row.get("measured_bytes", 0) > 0]
     groups = {
@@ -191,10 +192,11 @@ def summarise(
         "completion": errors_of(ends),
     }
     found = {name: _scored(name, errors) for name, errors in groups.items()}
+    found["step_of_shapes"] = _scored("step", errors_of(of_shapes))
     if found["completion"]:
         mean, goal = GOALS["completion"]
         worst = float(np.quantile([abs(relative_error(row)) for row in ends], 0.9))
-        met = found["completion"]["mean"] <= mean and worst <= goal
+        met = found["completion"]["mean"] <= mean and worst <= goal and not ended_otherwise(dynamic)
         found["completion"] |= {"worst_decile": worst, "met": met}
     return {
         **found,
@@ -209,14 +211,19 @@ def summarise(
         },
         "op_by_kind": _by(op_rows, lambda row: row["op"].partition(".")[0]),
         "rankings": [item._asdict() for item in rankings(steps)],
+        "rankings_of_shapes": [item._asdict() for item in rankings(of_shapes)],
         "run_to_run": run_to_run(steps),
         "failed_steps": [
             {"name": row["name"], "error": row["error"], "fit": row["predicted_bytes"]}
             for row in steps
             if row.get("error")
         ],
-        "predicted_to_fit_but_failed": sum(bool(row.get("out_of_memory")) for row in steps),
+        # A process that was ended may have been so for memory.
+        "predicted_to_fit_but_failed": sum(
+            bool(row.get("out_of_memory")) or row.get("error") == ENDED for row in steps
+        ),
         "failed_ops": [row["name"] for row in single_ops if row.get("error")],
+        "ended_otherwise": ended_otherwise(dynamic),
         "dynamic": [_dynamic(run) for run in dynamic],
     }
 
@@ -229,6 +236,23 @@ def finished(dynamic: Sequence[Row]) -> list[Row]:
         for task in run["tasks"]
         if task["predicted_state"] == task["measured_state"] == "done"
     ]
+
+
+def ended_otherwise(dynamic: Sequence[Row]) -> list[dict[str, Any]]:
+    """Tasks that ended in another state than predicted, whose times no mean holds."""
+    keys = ("task_id", "predicted_state", "measured_state")
+    return [
+        {"run": run["name"], **{key: task[key] for key in keys}}
+        for run in usable(dynamic)
+        for task in run["tasks"]
+        if task["predicted_state"] != task["measured_state"]
+    ]
+
+
+def by_shapes(steps: Sequence[Row]) -> list[Row]:
+    """The steps beside what is predicted by their passes' shapes alone, as planners ask; those
+    without such a prediction are left out."""
+    return [{**row, **row["of_shapes"]} for row in steps if "of_shapes" in row]
 
 
 def _scored(name: str, errors: Errors | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from muxtune.errors import ConfigError
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
 from muxtune.profiling.steps import StepBench, is_lost, whole_rounds
-from muxtune.types import ReplicaShape
+from muxtune.types import PassLoad, ReplicaShape
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records
 from muxtune.workload.synthetic import SyntheticLibrary
@@ -47,8 +47,28 @@ def predict(case: StepCase, model: ProfiledCostModel) -> dict[str, Any]:
         "passes": len(loads),
         "rounds": num_rounds,
         "rows": sum(load.shape.padded_tokens for load in loads),
+        "of_shapes": _of_shapes(loads, model),
         **predict_memory(case, model),
     }
+
+
+def _of_shapes(loads: Sequence[PassLoad], model: ProfiledCostModel) -> dict[str, float]:
+    """The same by the passes' shapes and sums alone, which is all that a planner knows of them."""
+    times = model.pass_times_s([load._replace(layout=None) for load in loads], _SOLO)
+    sums = {"predicted_s": times.value, "low_s": times.low, "high_s": times.high}
+    return {name: float(values.sum()) for name, values in sums.items()}
+
+
+def with_shapes(rows: Iterable[Mapping[str, Any]], models: Models) -> list[dict[str, Any]]:
+    """Records of before they held what is predicted by shapes alone, with what is so now."""
+    found = []
+    for row in rows:
+        more = {}
+        if not row.get("error") and "of_shapes" not in row:
+            case = case_from_json(row["case"])
+            more = {"of_shapes": predict(case, models(case.shape))["of_shapes"]}
+        found.append({**row, **more})
+    return found
 
 
 def predict_memory(case: StepCase, model: ProfiledCostModel) -> dict[str, float]:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machi
         (["validate"], "profile: is not given"),
         (["validate", "profile=nowhere.json"], "nowhere.json: there is no such file"),
         (["validate", SHIPPED, "max_rows=-3"], "max_rows: is -3"),
+        (["validate", SHIPPED, "max_rows=1"], "max_rows: is 1. give 0 (as profiled), or 64"),
         (["validate", SHIPPED, "models=[llama-2-7b:99]"], "models: 'llama-2-7b:99'"),
         (["validate", SHIPPED], "of a H100-SXM, and there is no GPU here"),
     ],

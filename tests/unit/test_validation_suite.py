@@ -99,6 +99,11 @@ def test_errors_coverage_and_failures_are_told():
     assert found["predicted_to_fit_but_failed"] == 1
     assert found["failed_steps"][0]["name"] == "c"
     assert relative_error(rows[0]) == pytest.approx(0.05)
+    assert found["step_of_shapes"] == {}
+    of_shapes = [{**item, "of_shapes": {"predicted_s": 1.2}} for item in rows]
+    by_shape = summarise(of_shapes, [], [])
+    assert by_shape["step_of_shapes"]["mean"] == pytest.approx(0.2)
+    assert by_shape["step"] == found["step"]
 
 
 def test_ranking_leaves_out_what_the_repeats_do_not_tell_apart():
@@ -154,6 +159,8 @@ def test_a_second_dynamic_run_is_part_of_completion_times_and_of_their_spread():
     assert found["completion"]["mean"] == pytest.approx(1 / 11)
     assert found["completion"]["spread"] == pytest.approx(0.9 / 11)
     assert found["dynamic"][0]["decides_the_same_again"]
+    assert [item["task_id"] for item in found["ended_otherwise"]] == ["b"]
+    assert not found["completion"]["met"], "a task that was to be done and was not is a miss"
     other = [{**again[0], "measured": {**later, "lines": ["place b"]}}]
     assert not with_second_ends([run], other)[0]["decides_the_same_again"]
     lost = [{"name": "queue", "error": "lost"}]
