@@ -31,9 +31,9 @@ from muxtune.config import (
     WorkloadConfig,
 )
 from muxtune.cost.analytic import AnalyticOptions
-from muxtune.cost.book import CostBook
+from muxtune.cost.book import ANALYTIC, EXTRAPOLATED, MEASURED, CostBook
 from muxtune.cost.devices import GENERIC_CPU, DeviceFigures, checked_figures, device_figures
-from muxtune.cost.schema import Profile, load_profile
+from muxtune.cost.schema import Profile, load_profile, profile_warnings
 from muxtune.cost.shapes import ModelShape, checked_shape, from_hf_config, model_shape
 from muxtune.deciding import EngineOptions
 from muxtune.errors import ConfigError
@@ -130,15 +130,22 @@ def published_costs(config: CommonConfig) -> CostBook:
     return book.with_options(book.options)
 
 
-def analytic_notes(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[str]:
+def notes_on_costs(costs: CostBook, instances: Sequence[InstanceSpec]) -> list[str]:
     """A note for every base model and device that nothing was measured of."""
     pairs = dict.fromkeys((item.model, item.device) for item in instances)
     return [note for pair in pairs if (note := costs.note(*pair))]
 
 
+def notes_on_profiles(costs: CostBook) -> list[str]:
+    """What a profile says of itself: that the device was busy or shared while it was measured."""
+    return [line for profile in costs.profiles for line in profile_warnings(profile)]
+
+
 def origin_of_times(costs: CostBook, instances: Sequence[InstanceSpec]) -> str:
-    """For a run's summary: whether any of its predicted times come from published figures only."""
-    return "analytic" if analytic_notes(costs, instances) else "measured"
+    """For a run's summary: the least that is known of any of its predicted times, see
+    ``CostBook.origin``."""
+    found = {costs.origin(item.model, item.device) for item in instances}
+    return next((kind for kind in (ANALYTIC, EXTRAPOLATED) if kind in found), MEASURED)
 
 
 def simulator_book(config: CommonConfig, simulator_cost: CostConfig, planner_book: CostBook) -> Any:

@@ -14,6 +14,7 @@ from muxtune.capacity.prices import Price, prices_of
 from muxtune.capacity.service import ServiceLevel
 from muxtune.capacity.study import Row, Study, run_study
 from muxtune.config import CapacityConfig, TraceWorkload
+from muxtune.cost.book import ANALYTIC, EXTRAPOLATED
 from muxtune.cost.devices import DeviceFigures
 from muxtune.errors import ConfigError
 from muxtune.report.capacity_figures import draw_all
@@ -22,8 +23,6 @@ from muxtune.report.progress import StageProgress
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
 from muxtune.workload.traces import read_trace
-
-ANALYTIC, MEASURED = "analytic", "measured"
 
 
 def run(config: CapacityConfig, folder: RunFolder) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def _kind_of_figures(config: CapacityConfig, choice: PolicyChoice, device: str) 
     cluster = replace(config.cluster, device=device)
     cost = replace(config.cost, **choice.cost)
     book = build.published_costs(replace(config, cluster=cluster, cost=cost))
-    return MEASURED if book.is_measured(config.model.name, device) else ANALYTIC
+    return book.origin(config.model.name, device)
 
 
 def _study(
@@ -153,6 +152,8 @@ def _show(folder: RunFolder, study: Study, notes: Sequence[str]) -> None:
             console.print(f"note: {what}, with {row['num_gpus']} GPUs", soft_wrap=True)
     if any(row["figures"] == ANALYTIC for row in study.tables["answers"]):
         notes = ["device figures are analytic: nothing was measured on the devices", *notes]
+    if any(row["figures"] == EXTRAPOLATED for row in study.tables["answers"]):
+        notes = ["times are extrapolated from the profile of another base model", *notes]
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"wrote {folder.path / 'report.html'}", soft_wrap=True)

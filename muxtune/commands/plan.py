@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,7 +285,7 @@ def _present(
         "remedies": [item._asdict() for item in explanation.remedies],
         "memory_bytes": [dict(ledger.items) for ledger in ledgers.ledgers],
         "memory_limit_bytes": spec.memory_limit_bytes,
-        "figures": "measured" if costs.is_measured(spec.model, spec.device) else "analytic",
+        "figures": costs.origin(spec.model, spec.device),
     }
     several = plan.replicas[0].num_gpus > 1
     drawn = draw_order(folder.path, spec, plan, cost, sample) if several else Drawn({}, [])
@@ -294,8 +294,8 @@ def _present(
     if config.format == "json":
         print(json.dumps(content, indent=2))
     else:
-        note = costs.note(spec.model, spec.device)
-        _print_plan(spec, plan, taken, late, refused, sample, ledgers, why, note)
+        notes = build.notes_on_costs(costs, [spec]) + build.notes_on_profiles(costs)
+        _print_plan(spec, plan, taken, late, refused, sample, ledgers, why, notes)
         if config.explain:
             _print_explanation(explanation)
         if drawn.utilisation:
@@ -393,7 +393,7 @@ def _print_plan(
     sample: RoundSample,
     ledgers: StageLedgers,
     why: list[str],
-    note: str,
+    notes: Sequence[str],
 ) -> None:
     console = make_console()
     console.print(_htask_table(plan))
@@ -402,10 +402,10 @@ def _print_plan(
     console.print(_memory_table(ledgers, spec.memory_limit_bytes))
     for line in (f"why: {why[0]}", *(f"  {line}" for line in why[1:])):
         console.print(line, soft_wrap=True)
-    if note:
+    if not notes and plan.predicted.round_time_s.extrapolated:
+        notes = ["these times are extrapolated beyond what was measured"]
+    for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
-    elif plan.predicted.round_time_s.extrapolated:
-        console.print("note: these times are extrapolated beyond what was measured")
     for item in late:
         console.print(_late_line(item), style="yellow", soft_wrap=True)
     _print_refused(refused)

@@ -51,7 +51,7 @@ def warn_of_costs(costs: build.CostBook, instances: Sequence[InstanceSpec]) -> N
 
     lines = [line for profile in costs.profiles for line in profile_warnings_here(profile)]
     told = [f"warning: {line}" for line in lines] + [
-        f"note: {note}" for note in build.analytic_notes(costs, instances)
+        f"note: {note}" for note in build.notes_on_costs(costs, instances)
     ]
     for line in told:
         make_console().print(line, soft_wrap=True)

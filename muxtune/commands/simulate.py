@@ -55,7 +55,8 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         file.writelines(f"{sample.dumps()}\n" for sample in planner.samples)
     with folder.stream(TENANTS_FILE) as file:
         metrics.write_tenants(file)
-    down_ns, analytic = executor.down_ns(), build.analytic_notes(costs, instances)
+    down_ns = executor.down_ns()
+    notes = build.notes_on_costs(costs, instances) + build.notes_on_profiles(costs)
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),
@@ -73,7 +74,7 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         from muxtune.report.plots import slowdowns  # a second of imports, for few runs
 
         slowdowns(folder.path / SLOWDOWN_PLOT, promises.rows, summary["figures"])
-    _show(folder, summary, tasks, analytic)
+    _show(folder, summary, tasks, notes)
     # Declared tasks are all wanted; of a trace some may be refused, which is a result.
     if config.workload.kind == "tasks" or not totals.num_done:
         summary["error"] = troubles.error()
@@ -199,7 +200,7 @@ SHOWN = (
 
 
 def _show(
-    folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks, analytic: Sequence[str]
+    folder: RunFolder, summary: dict[str, Any], tasks: build.Tasks, on_costs: Sequence[str]
 ) -> None:
     console = make_console()
     rows = [
@@ -209,7 +210,7 @@ def _show(
     ]
     title = f"{summary['planner']} on {summary['num_gpus']} x {summary['device']}"
     console.print(make_table(title, ("simulated", "value"), rows))
-    notes = [*analytic, *getattr(tasks, "notes", ())]
+    notes = [*on_costs, *getattr(tasks, "notes", ())]
     if getattr(tasks, "overloaded", False):
         notes.append(
             "offered load is 1 or more: the queue grows until arrivals end, so means describe this "

@@ -318,7 +318,7 @@ TASK_COLUMNS = (
 
 
 def task_table(tasks: Sequence[TaskOutcome], figures: str) -> Any:
-    """``figures``: measured or analytic."""
+    """``figures``: measured, extrapolated or analytic."""
     rows = [
         (
             *(item.task_id, str(item.state), item.steps, item.effective_tokens, item.final_loss),

@@ -15,10 +15,14 @@ from muxtune.cost.schema import CAPTURED, Profile
 from muxtune.cost.shapes import ModelShape, model_shape, normalise_model_name
 from muxtune.errors import ConfigError
 
+MEASURED, EXTRAPOLATED, ANALYTIC = "measured", "extrapolated", "analytic"
+_MOST_TIMES_WIDER = 2.0  # or narrower, is a base model that a profile of another one is used for
+
 
 class CostBook:
     """Callable ``book(model, device)``: the profiled model where a profile of that pair is given,
-    else the analytic one. Answers are kept, so that their memos serve every caller.
+    or one of a similar base model on that device, else the analytic one. Answers are kept, so that
+    their memos serve every caller.
 
     ``models`` and ``devices`` add to, or replace, the built-in tables.
     """
@@ -55,17 +59,34 @@ class CostBook:
     def figures(self, device: str) -> DeviceFigures:
         return self.devices[device] if device in self.devices else device_figures(device)
 
+    def origin(self, model: str, device: str) -> str:
+        """Where times come from: ``MEASURED``: of a profile of that base model on that device;
+        ``EXTRAPOLATED``: of one of another base model; ``ANALYTIC``: of published figures."""
+        profile = self._profile(model, device)
+        if profile is None:
+            return ANALYTIC
+        return MEASURED if _same_model(profile, model) else EXTRAPOLATED
+
     def is_measured(self, model: str, device: str) -> bool:
         """Whether a profile of that base model on that device is given."""
-        return any(_same(profile, model, device) for profile in self.profiles)
+        return self.origin(model, device) == MEASURED
 
     def note(self, model: str, device: str) -> str:
-        """What has to be said wherever analytic figures are used; nothing of measured ones."""
-        if self.is_measured(model, device):
+        """What has to be said wherever times were not measured of that base model; else empty."""
+        origin, profile = self.origin(model, device), self._profile(model, device)
+        if origin == EXTRAPOLATED:
+            assert profile is not None
+            return (
+                f"times of {model} on {device} are extrapolated from the profile of "
+                f"{profile.model_name}; `muxtune profile model={model}` measures them"
+            )
+        if origin == MEASURED:
             return ""
+        others = " and ".join(f"{item.model_name} on {item.device_name}" for item in self.profiles)
+        unused = f". The profile that was given is of {others}, and is not used here"
         return (
             f"analytic figures: nothing was measured for {model} on {device}, so that all times are"
-            " extrapolated"
+            f" extrapolated{unused if others else ''}"
         )
 
     def with_options(self, options: AnalyticOptions) -> CostBook:
@@ -75,11 +96,18 @@ class CostBook:
         profiles = [item for item in self.profiles if not (eager and item.style == CAPTURED)]
         return CostBook(self.models, self.devices, profiles, options, self.memory)
 
+    def _profile(self, model: str, device: str) -> Profile | None:
+        """Of that base model, else of a similar one."""
+        name = _full_name(device)
+        here = [item for item in self.profiles if _full_name(item.device_name) == name]
+        own = (item for item in here if _same_model(item, model))
+        similar = (item for item in here if _is_similar(item, self.shape(model)))
+        return next(own, None) or next(similar, None)
+
     def _build(self, model: str, device: str) -> ComposedCostModel:
-        shape = self.shape(model)
-        for profile in self.profiles:
-            if _same(profile, model, device):
-                return profiled_model(shape, profile, self.memory)
+        shape, profile = self.shape(model), self._profile(model, device)
+        if profile is not None:
+            return profiled_model(shape, profile, self.memory)
         return AnalyticCostModel(shape, self.figures(device), self.options, self.memory)
 
 
@@ -91,9 +119,16 @@ def profiled_model(
     return kind(shape, profile, memory)
 
 
-def _same(profile: Profile, model: str, device: str) -> bool:
-    same_model = normalise_model_name(profile.model_name) == normalise_model_name(model)
-    return same_model and _full_name(profile.device_name) == _full_name(device)
+def _same_model(profile: Profile, model: str) -> bool:
+    return normalise_model_name(profile.model_name) == normalise_model_name(model)
+
+
+def _is_similar(profile: Profile, shape: ModelShape) -> bool:
+    """Whether the profile's operations are those of the base model, at widths not far off."""
+    profiled = profile.model_shape
+    wider = shape.hidden / profiled.hidden
+    near = 1.0 / _MOST_TIMES_WIDER <= wider <= _MOST_TIMES_WIDER
+    return near and shape.family == profiled.family
 
 
 def _full_name(device: str) -> str:

@@ -185,6 +185,11 @@ ANALYTIC = (
     "`muxtune profile` and give cost=profile cost.path=FILE."
 )
 
+EXTRAPOLATED = (
+    "EXTRAPOLATED: times come from a profile of the device that was measured with another base "
+    "model. Measure this one with `muxtune profile` and give cost=profile cost.path=FILE."
+)
+
 
 def write_page(
     folder: Path, tables: Tables, drawings: Sequence[Drawing], notes: Sequence[str]
@@ -214,6 +219,8 @@ def _answer(tables: Tables) -> list[list[Piece]]:
             stories.append(_hangs_on(tables["sensitivity"]))
     if any(row["figures"] == "analytic" for row in answers):
         stories.append([ANALYTIC])
+    if any(row["figures"] == "extrapolated" for row in answers):
+        stories.append([EXTRAPOLATED])
     return stories
 
 

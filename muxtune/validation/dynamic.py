@@ -119,6 +119,19 @@ def draw_dynamic(
     return cases
 
 
+def as_trained(style: str, planning_s: float) -> Any:
+    """``SimOptions`` by which the simulator does what the real executor does on one device; users
+    have them as ``backend=as_trained``."""
+    from muxtune_sim.options import LAYOUTS, SimOptions
+
+    return SimOptions(
+        planning_base_s=planning_s,
+        one_thread=True,
+        times=LAYOUTS,
+        passes_ahead=DEPTH if style == CAPTURED else 0,
+    )
+
+
 class Rehearsal:
     """Simulated runs of one profile. What its planner knows by one it knows in the next, which
     saves most of the time and changes no decision."""
@@ -130,17 +143,11 @@ class Rehearsal:
     def run(self, case: DynamicCase, assumed: Assumed) -> Log:
         """The planner plans with the profile's times, whatever is assumed."""
         from muxtune_sim.executor import SimExecutor  # a machine with a GPU may lack simpy
-        from muxtune_sim.options import LAYOUTS, SimOptions, make_builder
+        from muxtune_sim.options import make_builder
 
         factors = (assumed.steps, assumed.takeovers)
         times = self.book if factors == (1.0, 1.0) else ScaledCostBook(self.book, *factors)
-        # As the real executor does it.
-        options = SimOptions(
-            planning_base_s=assumed.planning_s,
-            one_thread=True,
-            times=LAYOUTS,
-            passes_ahead=DEPTH if self.profile.style == CAPTURED else 0,
-        )
+        options = as_trained(self.profile.style, assumed.planning_s)
         executor = SimExecutor(make_builder(options), times, SyntheticLibrary(0), options)
         return _run(case, self.profile, self.planner, executor)
 

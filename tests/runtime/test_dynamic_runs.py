@@ -6,9 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from muxtune import codec
-from muxtune.cost.schema import Profile, load_profile
+from muxtune.config import conf_dir, register_schemas
+from muxtune.cost.schema import CAPTURED, Profile, load_profile
 from muxtune.runtime.bank import adapter_slot
 from muxtune.types import NS_PER_S
 from muxtune.validation.dynamic import (
@@ -18,12 +20,14 @@ from muxtune.validation.dynamic import (
     DynamicCase,
     Log,
     Rehearsal,
+    as_trained,
     draw_dynamic,
     first_difference,
     planning_here_s,
     with_prediction,
 )
 from muxtune.validation.models import Models
+from muxtune_sim import SimOptions
 
 DURATION_S, MOST_ROWS = 24.0, 2048
 
@@ -110,3 +114,11 @@ def test_what_planning_takes_is_charged(profile: Profile, cases: list[DynamicCas
     )
     assert all(task["predicted_s"] == task["measured_s"] for task in exact)
     assert all(task["predicted_s"] > task["measured_s"] for task in late)
+
+
+def test_users_can_simulate_as_validations_predict() -> None:
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        given = compose("simulate", overrides=["backend=as_trained"]).backend
+    assert given.pop("name") == "sim"
+    assert SimOptions(**given) == as_trained(CAPTURED, given.planning_base_s)

@@ -6,6 +6,9 @@ import pytest
 
 from muxtune import build
 from muxtune.config import ClusterConfig, CommonConfig, CostConfig, ModelConfig
+from muxtune.cost.book import ANALYTIC, EXTRAPOLATED, MEASURED
+from muxtune.cost.captured import CapturedCostModel
+from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
 
 PROFILE = "h100-sxm_llama-2-7b"
 
@@ -19,11 +22,39 @@ def config(style: str, model: str = "llama-2-7b") -> CommonConfig:
 
 
 @pytest.mark.parametrize(
-    ("style", "model", "measured"),
-    [("graph", "llama-2-7b", True), ("eager", "llama-2-7b", False), ("graph", "opt-30b", False)],
+    ("style", "model", "origin"),
+    [
+        ("graph", "llama-2-7b", MEASURED),
+        ("eager", "llama-2-7b", ANALYTIC),
+        ("graph", "llama-3.1-8b", EXTRAPOLATED),
+        ("eager", "llama-3.1-8b", ANALYTIC),
+        ("graph", "smollm2-135m", ANALYTIC),  # seven times narrower
+        ("graph", "opt-6.7b", ANALYTIC),  # other operations
+    ],
 )
-def test_a_captured_profile_is_of_captured_steps(style: str, model: str, measured: bool) -> None:
+def test_a_captured_profile_is_of_captured_steps(style: str, model: str, origin: str) -> None:
     """It made HF PEFT, which launches every kernel, six times as fast as it is."""
     book = build.published_costs(config(style, model))
-    assert book.is_measured(model, "H100-SXM") is measured
-    assert ("analytic" in book.note(model, "H100-SXM")) is not measured
+    assert book.origin(model, "H100-SXM") == origin
+    assert book.is_measured(model, "H100-SXM") is (origin == MEASURED)
+    assert ("analytic" in book.note(model, "H100-SXM")) is (origin == ANALYTIC)
+    if origin == EXTRAPOLATED:
+        assert "from the profile of llama-2-7b" in book.note(model, "H100-SXM")
+    if origin == ANALYTIC and style == "graph":
+        assert "is of llama-2-7b on H100-SXM, and is not used" in book.note(model, "H100-SXM")
+
+
+def test_a_similar_base_model_is_predicted_as_validations_score_it() -> None:
+    """By the profile of another one, which 130 steps of a suite were 1.9% off with."""
+    book = build.cost_book(config("graph", "llama-3.1-8b"))
+    model = book("llama-3.1-8b", "H100-SXM")
+    assert isinstance(model, CapturedCostModel) and model.model.name == "llama-3.1-8b"
+    load = PassLoad(ShapeKey(64, 16, (AdapterSlot("lora", 16, ("all-linear",)),)), 32 * 1024, 1000)
+    seconds = model.pass_times_s([load], ReplicaShape())
+    assert 0.03 < seconds.value[0] < 0.2 and seconds.extrapolated[0]
+
+
+def test_a_profile_of_another_device_says_so() -> None:
+    book = build.cost_book(config("graph"))
+    assert book.origin("llama-2-7b", "A100-80GB-SXM") == ANALYTIC
+    assert "is not used here" in book.note("llama-2-7b", "A100-80GB-SXM")

@@ -600,10 +600,14 @@ def test_affine_fit_never_answers_a_negative_coefficient() -> None:
 
 
 def test_book_prefers_a_profile_and_keeps_what_it_answered() -> None:
-    book = CostBook(profiles=[parse_profile(tiny_profile())], models={"other": TINY})
+    wide = TINY._replace(name="wide", hidden=4 * TINY.hidden)
+    models = {"other": TINY._replace(name="other"), "wide": wide}
+    book = CostBook(profiles=[parse_profile(tiny_profile())], models=models)
     assert isinstance(book("tiny", "cpu"), ProfiledCostModel)
     assert book("tiny", "cpu") is book("tiny", "cpu")
-    assert isinstance(book("other", "cpu"), AnalyticCostModel)
+    assert isinstance(book("other", "cpu"), ProfiledCostModel), "extrapolated, and says so"
+    assert "extrapolated from the profile of tiny" in book.note("other", "cpu")
+    assert isinstance(book("wide", "cpu"), AnalyticCostModel)
     assert isinstance(book("llama-2-7b", "H100"), AnalyticCostModel)
 
 
