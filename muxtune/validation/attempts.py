@@ -151,13 +151,16 @@ class Attempt:
         left: Mapping[str, int],
         signs: Mapping[str, float] = MappingProxyType({}),
         warnings: Sequence[str] = (),
+        measured_by: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Appends the attempt to the list, with its number. ``signs``: that the GPU was shared."""
+        """Appends the attempt to the list, with its number. ``signs``: that the GPU was shared.
+        ``measured_by``: the options and the code."""
         row = {
             "attempt": len(self.concluded()) + 1,
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "profile": self.profile.content_hash,
             "left": dict(left),
+            **measured_by,
             **({"signs": dict(signs)} if signs else {}),
             **({"warnings": list(warnings)} if warnings else {}),
             **{

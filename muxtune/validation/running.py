@@ -128,7 +128,8 @@ def _validate(
     rows = [steps, attempt.records["ops"].rows, _with_predictions(attempt)]
     summary = summarise(*rows)
     if options.budget_s:
-        summary["attempt"] = attempt.conclude(summary, left, signs, warnings)
+        measured_by = {"options": told(options), "commit": provenance()["git_commit"]}
+        summary["attempt"] = attempt.conclude(summary, left, signs, warnings, measured_by)
     warnings = attempt.warnings() + sharing_warnings("validation", attempt.signs())
     summary |= {
         "device": dict(profile.device),
@@ -146,6 +147,11 @@ def _validate(
     write_whole(folder / REPORT, json.dumps(summary, indent=1) + "\n")
     draw_all(folder, profile.device_name, *rows)
     return summary
+
+
+def told(options: ValidationOptions) -> dict[str, Any]:
+    """Options as plain JSON, base models by their names."""
+    return options._asdict() | {"other_shapes": [shape.name for shape in options.other_shapes]}
 
 
 @contextmanager

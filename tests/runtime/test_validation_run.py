@@ -147,6 +147,8 @@ def test_a_validation_writes_what_it_measured(
     attempts = (report["folder"] / "attempts.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["attempt"] for line in attempts]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers
+    first = json.loads(attempts[0])
+    assert first["options"]["num_cases"] == 3 and "commit" in first
     assert report["step"]["spread"] > 0 and report["memory"].get("spread", 0) == 0
     show(report, report["folder"])
     said = " ".join(capsys.readouterr().out.split())
