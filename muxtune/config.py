@@ -304,7 +304,8 @@ class ValidateConfig(CommonConfig):
     profiled. ``case_s``: for the repeats of a case. ``dynamic_s``: about how long each of the three
     dynamic runs takes, 0: none. ``clock``: empty: as the profile was taken. ``min_rows``: of a
     micro-batch. ``own_every``: every so many single cases are of the profiled base model, where
-    that has many more blocks than ``models``; 0: two of three."""
+    that has many more blocks than ``models``; 0: two of three. ``near_limit``: on a GPU, how many
+    further cases nearly fill its memory."""
 
     profile: str = ""
     budget_s: float = 300.0
@@ -317,6 +318,7 @@ class ValidateConfig(CommonConfig):
     clock: str = ""
     min_rows: int = 0
     own_every: int = 0
+    near_limit: int = 4
 
 
 @dataclass

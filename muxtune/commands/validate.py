@@ -53,6 +53,7 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
         config.clock,
         config.min_rows,
         config.own_every,
+        near_limit=config.near_limit,
     )
     try:
         with _progress() as report:
@@ -88,7 +89,7 @@ def _check(config: ValidateConfig) -> None:
     if config.max_rows < 0 or 0 < config.max_rows < LEAST_MAX_ROWS:
         remedy = f"give 0 (as profiled), or {LEAST_MAX_ROWS} or more"
         raise ConfigError("max_rows", f"is {config.max_rows}", remedy)
-    for name in ("min_rows", "own_every"):
+    for name in ("min_rows", "own_every", "near_limit"):
         if getattr(config, name) < 0:
             raise ConfigError(name, f"is {getattr(config, name)}", "give 0 or more")
 

@@ -39,11 +39,19 @@ from muxtune.validation.models import Models
 from muxtune.validation.plots import draw_all
 from muxtune.validation.scoring import summarise, usable, with_second_ends
 from muxtune.validation.single_ops import op_jobs, run_ops
-from muxtune.validation.steps import Report, fits, run_again, run_steps, with_shapes
-from muxtune.validation.suite import SuiteOptions, draw_suite
+from muxtune.validation.steps import (
+    Report,
+    fits,
+    predict_memory,
+    run_again,
+    run_steps,
+    with_shapes,
+)
+from muxtune.validation.suite import SuiteOptions, draw_near_limit, draw_suite
 
 WALL, LOCK = "wall", ".lock"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
+PLANNED_SHARE = 0.9  # of the device's, up to which plans are made
 COMPILING_SHARE, OPS_SHARE = 0.33, 0.1
 MOST_TIMES_AS_LONG, MOST_MORE_S = 2.0, 30.0  # a dynamic run takes than it was drawn for
 
@@ -53,7 +61,8 @@ class ValidationOptions(NamedTuple):
     micro-batch; 0: the largest that was profiled. ``dynamic_s``: of each dynamic run, 0: none.
     ``min_rows``, ``own_every``: see ``SuiteOptions``. ``steps_first``: share of the time for steps
     after which the dynamic runs come. ``min_repeats``: of each step. ``checks_machine``: carry the
-    profile to the machine at hand first (``muxtune.cost.machine``)."""
+    profile to the machine at hand first (``muxtune.cost.machine``). ``near_limit``: on a GPU, how
+    many further cases nearly fill its memory."""
 
     budget_s: float
     num_cases: int = 240
@@ -68,6 +77,7 @@ class ValidationOptions(NamedTuple):
     steps_first: float = 0.6
     min_repeats: int = 3
     checks_machine: bool = False
+    near_limit: int = 4
 
 
 def validate(
@@ -373,7 +383,16 @@ def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
         options.min_rows,
         options.own_every,
     )
-    return draw_suite(profile.content_hash, suite, fits(limit, models))
+    cases = draw_suite(profile.content_hash, suite, fits(limit, models))
+    if profile.device.get("kind") != "gpu":  # a CPU's memory is others', too
+        return cases
+    return cases + draw_near_limit(
+        profile.content_hash,
+        suite,
+        lambda case: predict_memory(case, models(case.shape))["predicted_bytes"],
+        PLANNED_SHARE * float(profile.device["memory_bytes"]),
+        options.near_limit,
+    )
 
 
 def _methods(profile: Profile) -> tuple[str, ...]:

@@ -209,6 +209,11 @@ def summarise(
             "extrapolated": _by(good, lambda row: row["extrapolated"]),
             "shape": _by(good, lambda row: row["case"]["shape"]["name"]),
         },
+        "memory_by": {
+            "near_limit": _by(
+                memory, lambda row: bool(row["case"]["labels"].get("near_limit")), "bytes"
+            )
+        },
         "op_by_kind": _by(op_rows, lambda row: row["op"].partition(".")[0]),
         "rankings": [item._asdict() for item in rankings(steps)],
         "rankings_of_shapes": [item._asdict() for item in rankings(of_shapes)],
@@ -262,11 +267,11 @@ def _scored(name: str, errors: Errors | None) -> dict[str, Any]:
     return errors._asdict() | {"goal_mean": mean, "met": errors.mean <= mean and errors.p95 <= p95}
 
 
-def _by(rows: Sequence[Row], key: Any) -> dict[str, dict[str, Any]]:
+def _by(rows: Sequence[Row], key: Any, kind: str = "s") -> dict[str, dict[str, Any]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(key(row)), []).append(row)
-    found = {name: errors_of(group) for name, group in sorted(groups.items())}
+    found = {name: errors_of(group, kind) for name, group in sorted(groups.items())}
     return {name: errors._asdict() for name, errors in found.items() if errors is not None}
 
 

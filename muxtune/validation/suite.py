@@ -3,7 +3,8 @@
 The seed is the content hash of the frozen profile, so what is asked is unknown until the profile
 is fixed, and everybody who has the profile can draw the same suite. Half of the cases lie off the
 profile's grid (row counts and ranks that were not measured); some are of base models that were not
-profiled. What is predicted not to fit is drawn again: the planner would refuse it.
+profiled. What is predicted not to fit is drawn again: the planner would refuse it. A few cases at
+the end are drawn to nearly fill the memory, where a prediction that is too low shows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _HISTOGRAMS = ("sst2", "openbookqa", "rte", "gsm8k", "arc_easy", "arc_challenge"
 _GRID_RANKS, _OTHER_RANKS = (16, 64), (8, 12, 24, 32, 40, 48)
 _FILLED = 0.4, 1.1  # of a task's share of a micro-batch, by the sequences of a step
 _TASKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_NEAR_LIMIT_RANKS, _MOST_NEAR_LIMIT, _LEAST_FULL = (32, 48, 64), 64, 0.85
 Fits = Callable[[StepCase], bool]
 
 
@@ -89,6 +91,44 @@ def draw_suite(content_hash: str, options: SuiteOptions, fits: Fits) -> list[Ste
         return sweep, order[case.shape.name] * (-1 if sweep % 2 else 1)
 
     return [case for _, case in sorted(enumerate(cases), key=place)]
+
+
+def draw_near_limit(
+    content_hash: str,
+    options: SuiteOptions,
+    bytes_of: Callable[[StepCase], float],
+    limit_bytes: float,
+    num_cases: int,
+) -> list[StepCase]:
+    """Steps of the profiled base model with as many large LoRA tasks as ``bytes_of`` says to fit
+    into ``limit_bytes``; fewer than ``num_cases`` where ``_MOST_NEAR_LIMIT`` do not fill it."""
+    random, found = np.random.default_rng(seed_of(content_hash) + 3), []
+    for number in range(num_cases):
+        case = _filling(random, options, lambda case: bytes_of(case) <= limit_bytes, number)
+        if case is not None and bytes_of(case) >= _LEAST_FULL * limit_bytes:
+            found.append(case)
+    return found
+
+
+def _filling(
+    random: np.random.Generator, options: SuiteOptions, fits: Fits, number: int
+) -> StepCase | None:
+    """With the most tasks that fit; None where not even one does."""
+    rows, chunk = int(_pick(random, options.grid_rows[-3:])), 32
+    groups, last = int(_pick(random, (1, 1, 2))), None
+    labels = {"grid": False, "mixed": False, "profiled_shape": True, "near_limit": True}
+    tasks: list[StepTask] = []
+    while len(tasks) < min(_MOST_NEAR_LIMIT, rows // chunk):
+        rank, name = int(_pick(random, _NEAR_LIMIT_RANKS)), str(_pick(random, _HISTOGRAMS))
+        tasks.append(StepTask("lora", rank, name, chunk, int(_pick(random, (1, 2, 4)))))
+        case = StepCase(
+            f"near the limit {number}", options.shapes[0], tuple(tasks),
+            _split(len(tasks), min(groups, len(tasks))), chunk, rows, "chunk", labels,
+        )  # fmt: skip
+        if not fits(case):
+            return last
+        last = case
+    return last
 
 
 def _fitting(fits: Fits, draw: Callable[[], StepCase]) -> StepCase:

@@ -10,7 +10,7 @@ import pytest
 
 from muxtune.cost.shapes import ModelShape
 from muxtune.errors import ConfigError
-from muxtune.profiling.step_cases import case_from_json, case_to_json
+from muxtune.profiling.step_cases import StepCase, case_from_json, case_to_json
 from muxtune.validation.records import Records
 from muxtune.validation.scoring import (
     rankings,
@@ -19,7 +19,13 @@ from muxtune.validation.scoring import (
     with_second_ends,
     with_second_runs,
 )
-from muxtune.validation.suite import PLANS_PER_WORKLOAD, SuiteOptions, _passes, draw_suite
+from muxtune.validation.suite import (
+    PLANS_PER_WORKLOAD,
+    SuiteOptions,
+    _passes,
+    draw_near_limit,
+    draw_suite,
+)
 
 SHAPE = ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256)
 OPTIONS = SuiteOptions(201, (SHAPE, SHAPE._replace(name="other")), (128, 512, 2048))
@@ -69,6 +75,20 @@ def test_what_does_not_fit_is_drawn_again():
     assert max(len(case.tasks) for case in small) <= 8
     with pytest.raises(ConfigError, match=r"max_rows: .*memory.*Lower max_rows"):
         draw_suite(HASH, OPTIONS, lambda case: False)
+
+
+def test_a_few_cases_nearly_fill_the_memory():
+    def bytes_of(case: StepCase) -> float:
+        return 10.0 + sum(task.rank for task in case.tasks)
+
+    cases = draw_near_limit(HASH, OPTIONS, bytes_of, 800.0, 4)
+    assert len(cases) == len({case.name for case in cases}) == 4
+    assert all(0.85 * 800.0 <= bytes_of(case) <= 800.0 for case in cases)
+    assert all(case.labels["near_limit"] and case.shape == OPTIONS.shapes[0] for case in cases)
+    assert len({case.tasks for case in cases}) == 4
+    assert draw_near_limit(HASH, OPTIONS, bytes_of, 800.0, 4) == cases
+    assert draw_near_limit(HASH, OPTIONS, bytes_of, 1e9, 4) == [], "too much to be filled"
+    assert draw_near_limit(HASH, OPTIONS, bytes_of, 1.0, 4) == [], "not one task fits"
 
 
 def test_a_case_survives_its_json(suite):
