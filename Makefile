@@ -49,7 +49,7 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 
 bench: $(INSTALLED)  ## benchmarks that run on a CPU; JSON into outputs/bench
 	@mkdir -p outputs/bench
-	$(BIN)/python experiments/planning_speed/measure.py --output outputs/bench/planning_speed.json
+	$(BIN)/python experiments/packing_speed/measure.py --output outputs/bench/packing_speed.json
 	$(BIN)/python experiments/sim_speed/measure.py --output outputs/bench/sim_speed.json
 
 clean:  ## remove what was built or generated, .venv too

@@ -39,6 +39,16 @@ def test_package_list_equals_the_tree():
     assert declared_packages() == packages_in_tree()
 
 
+@pytest.mark.parametrize("folder", ["experiments", "validation"])
+def test_every_experiment_and_result_is_in_its_index(folder: str):
+    index = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    tracked = subprocess.run(
+        ["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    names = {Path(path).parts[1] for path in tracked if len(Path(path).parts) > 2}
+    assert not [name for name in sorted(names) if name not in index]
+
+
 def test_every_folder_with_python_code_is_a_package():
     for source in SOURCES:
         for file in (ROOT / source).rglob("*.py"):

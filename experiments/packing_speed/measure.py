@@ -1,6 +1,6 @@
 """How long the step builder takes: microseconds per call at 8 and 64 tasks.
 
-    python experiments/planning_speed/measure.py [--output times.json]
+    python experiments/packing_speed/measure.py [--output times.json]
 
 ``fresh`` calls meet a plan that was never seen (tables are warm, as in a fleet simulation where
 tasks repeat); ``again`` calls meet cursors that the same plan was already asked about.
