@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import muxtune
 from muxtune.alone import Alone, hf_peft_alone, kind_of
 from muxtune.cluster_policies.lifecycle import Lifecycle, LifecycleOptions
 from muxtune.config import (
@@ -35,20 +34,21 @@ from muxtune.cost.book import ANALYTIC, EXTRAPOLATED, MEASURED, CostBook
 from muxtune.cost.devices import GENERIC_CPU, DeviceFigures, checked_figures, device_figures
 from muxtune.cost.schema import Profile, load_profile, profile_warnings
 from muxtune.cost.shapes import ModelShape, checked_shape, from_hf_config, model_shape
+from muxtune.cost.shipped import profile_path, shipped_profiles
 from muxtune.deciding import EngineOptions
 from muxtune.errors import ConfigError
 from muxtune.hardware import NO_FAILURES, FailureRules, NodeSpec, TenantRules
 from muxtune.protocols import ClusterPolicy, InstancePlanner, TaskLibrary
 from muxtune.registry import CLUSTER_POLICIES, PLANNERS, Registry
 from muxtune.report.metrics import PowerDraw
-from muxtune.types import NS_PER_S, InstanceSpec, ReplicaShape, Sample, TaskSpec
-from muxtune.types import TaskReadyData as ReadyData
+from muxtune.types import InstanceSpec, ReplicaShape, TaskSpec
 from muxtune.workload.arrivals import Bursts, People
-from muxtune.workload.encoding import EncodedSequence
+from muxtune.workload.libraries import MixedLibrary, MixedTextLibrary
 from muxtune.workload.mix import DEFAULT_MIX, task_mix
 from muxtune.workload.random_texts import RandomTexts
 from muxtune.workload.synthetic import SyntheticLibrary, tokenizer_of
 from muxtune.workload.tasks import load_tasks, tasks_from_mapping, with_model_targets
+from muxtune.workload.tenants import TenantTasks
 from muxtune.workload.traces import poisson_tasks, read_trace, trace_tasks
 
 if TYPE_CHECKING:
@@ -166,23 +166,6 @@ def _profiles(cost: CostConfig) -> list[Profile]:
         problem = f"is given, but cost={cost.kind} reads no profile"
         raise ConfigError("cost.path", problem, "Choose cost=profile, or leave the path out")
     return [load_profile(profile_path(cost.path))] if cost.kind == "profile" else []
-
-
-def _shipped_folder() -> Path:
-    return Path(muxtune.__file__).parent / "cost" / "data" / "profiles"
-
-
-def shipped_profiles() -> list[str]:
-    """Names of the profiles that come with the package."""
-    return sorted(path.stem for path in _shipped_folder().glob("*.json"))
-
-
-def profile_path(path: str, shipped_only: bool = False) -> Path:
-    """A file, or the name of a profile that is shipped: ``h100-sxm_llama-2-7b``."""
-    shipped = _shipped_folder() / f"{path}.json"
-    if shipped_only or (not Path(path).exists() and shipped.exists()):
-        return shipped
-    return Path(path)
 
 
 def _analytic_options(cost: CostConfig) -> AnalyticOptions:
@@ -529,37 +512,6 @@ def tasks(config: CommonConfig, costs: CostBook) -> Tasks:
     return found
 
 
-class TenantTasks:
-    """Tasks with their tenants' priorities and deadlines, where they have none of their own. Looks
-    like what it was made of: a list, or a stream with its notes and its load."""
-
-    def __init__(self, tasks: Tasks, tenants: Mapping[str, TenantConfig]) -> None:
-        self._tasks, self._tenants = tasks, tenants
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __iter__(self) -> Iterator[TaskSpec]:
-        for task in self._tasks:
-            yield self._completed(task)
-
-    @property
-    def unwrapped(self) -> Tasks:
-        return self._tasks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tasks, name)
-
-    def _completed(self, task: TaskSpec) -> TaskSpec:
-        tenant = self._tenants.get(task.tenant)
-        if tenant is None:
-            return task
-        deadline_ns = task.deadline_ns
-        if deadline_ns is None and tenant.deadline_s is not None:
-            deadline_ns = task.arrival_ns + round(tenant.deadline_s * NS_PER_S)
-        return task._replace(priority=task.priority or tenant.priority, deadline_ns=deadline_ns)
-
-
 def _known_kind(workload: WorkloadConfig) -> str:
     if workload.kind not in _TASK_BUILDERS:
         remedy = f"Choose one of: {', '.join(_TASK_BUILDERS)}"
@@ -659,61 +611,9 @@ def _resolver(config: CommonConfig, costs: CostBook) -> Callable[[TaskSpec], Tas
     return resolve
 
 
-class Library:
-    """A TaskLibrary for both kinds of tasks: drawn lengths and real data."""
-
-    def __init__(self, synthetic: SyntheticLibrary, datasets: Callable[[], TaskLibrary]) -> None:
-        self._synthetic, self._make_datasets = synthetic, datasets
-        self._datasets: TaskLibrary | None = None
-        self._home: dict[str, TaskLibrary] = {}
-
-    @property
-    def datasets(self) -> TaskLibrary:
-        """Made when the first task with real data comes: it needs the model's tokenizer."""
-        if self._datasets is None:
-            self._datasets = self._make_datasets()
-        return self._datasets
-
-    def add(self, task: TaskSpec) -> ReadyData:
-        home = self._synthetic if task.data.histogram else self.datasets
-        ready = home.add(task)
-        self._home[task.task_id] = home
-        return ready
-
-    def discard(self, task_id: str) -> None:
-        home = self._home.pop(task_id, None)
-        if home is not None:
-            home.discard(task_id)
-
-    def batch(self, task_id: str, step: int) -> tuple[Sample, ...]:
-        return self._home[task_id].batch(task_id, step)
-
-    def num_steps(self, task_id: str) -> int:
-        return self._home[task_id].num_steps(task_id)
-
-    def period_steps(self, task_id: str) -> int | None:
-        return self._home[task_id].period_steps(task_id)
-
-    def lengths_key(self, task_id: str) -> str:
-        return self._home[task_id].lengths_key(task_id)
-
-
-class TextLibrary(Library):
-    """A Library whose tasks have text to train on."""
-
-    def sequence(self, task_id: str, index: int) -> EncodedSequence:
-        home: Any = self._home[task_id]
-        return home.sequence(task_id, index)
-
-    def validation(self, task_id: str) -> tuple[EncodedSequence, ...]:
-        home: Any = self._home[task_id]
-        return home.validation(task_id)
-
-
-def library(config: CommonConfig, store: BackboneStore | None = None) -> Library:
+def library(config: CommonConfig, store: BackboneStore | None = None) -> MixedLibrary:
     """``store`` is made when it is needed, for its tokenizer."""
-
-    return Library(
+    return MixedLibrary(
         SyntheticLibrary(config.seed), lambda: dataset_library(store or backbone_store(config))
     )
 
@@ -793,7 +693,7 @@ def text_library(config: CommonConfig, store: BackboneStore) -> Any:
     if not config.model.random:
         return dataset_library(store)
     drawn = RandomTexts(shape_of(config.model).vocab, config.seed)
-    return TextLibrary(drawn, lambda: dataset_library(store))
+    return MixedTextLibrary(drawn, lambda: dataset_library(store))
 
 
 def backbone_store(config: CommonConfig) -> BackboneStore:

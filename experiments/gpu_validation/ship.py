@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from muxtune.build import profile_path
 from muxtune.cost.schema import load_profile
+from muxtune.cost.shipped import profile_path
 
 
 def main() -> None:

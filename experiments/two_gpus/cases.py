@@ -10,12 +10,12 @@ import numpy as np
 
 from experiments.step_throughput.workload import BATCH_SIZE, MAX_LENGTH_TOKENS, MIX, Workload
 from experiments.two_gpus.grouping import Groups, tiled_groups
-from muxtune.build import profile_path
 from muxtune.cost.analytic import AnalyticCostModel
 from muxtune.cost.book import CostBook, profiled_model
 from muxtune.cost.composition import ComposedCostModel
 from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import model_shape
+from muxtune.cost.shipped import profile_path
 from muxtune.planners.muxtune import MuxTunePlanner
 from muxtune.types import AdapterSlot, InstanceView, Plan, ReplicaShape, TaskView
 from muxtune.workload.lengths import summarise

@@ -18,9 +18,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from muxtune.build import profile_path, shipped_profiles
 from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.shipped import profile_path, shipped_profiles
 from muxtune.cost.tiles import Tiling
 
 Groups = tuple[tuple[int, ...], ...]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from muxtune import build
 from muxtune.config import CommonConfig, CostConfig, TrainConfig
 from muxtune.cost.schema import load_profile
+from muxtune.cost.shipped import profile_path
 from muxtune.errors import ConfigError, MuxTuneError
 from muxtune.report.run_folder import provenance
 
@@ -239,4 +240,4 @@ def _leaves(name: str, value: Any) -> dict[str, str]:
 def _profile_hash(cost: CostConfig) -> str:
     if cost.kind != "profile":
         return cost.kind
-    return load_profile(build.profile_path(cost.path)).content_hash
+    return load_profile(profile_path(cost.path)).content_hash

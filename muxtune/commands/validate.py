@@ -14,6 +14,7 @@ from muxtune import build
 from muxtune.config import ValidateConfig
 from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import model_shape
+from muxtune.cost.shipped import profile_path
 from muxtune.errors import ConfigError
 from muxtune.report.run_folder import RunFolder
 from muxtune.report.tables import make_console, make_table
@@ -36,7 +37,7 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
     )
 
     _check(config)
-    path = build.profile_path(config.profile)
+    path = profile_path(config.profile)
     profile = load_profile(path)
     if config.budget_s:
         for line in profile_warnings_here(profile):  # before the time is spent, too

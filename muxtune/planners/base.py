@@ -76,6 +76,14 @@ class Site(NamedTuple):
     memory_percent: int
     others: tuple[ReplicaShape, ...] = ()  # replicas beside the first, for planners that use them
 
+    def corrected_bytes(self, predicted: int) -> int:
+        """What the cost model predicts, as pressure has taught to read it."""
+        return predicted * self.memory_percent // 100
+
+    def free_bytes(self, resident: int) -> int:
+        """Of the cost model's bytes, those left beside ``resident`` ones."""
+        return self.memory_limit_bytes * 100 // self.memory_percent - resident
+
 
 class GroupShape(NamedTuple):
     """One hTask over class indexes: its quota by member, and the shapes that hold it."""

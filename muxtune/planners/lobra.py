@@ -138,7 +138,7 @@ class LobraPlanner(PaddedPlanner):
         dealt = tuple(each._replace(num_chunks=rows) for each in shape.shapes)
         cost = self._cost_of(site, chosen, shape._replace(shapes=dealt), share)
         need = self.cost(site).pass_bytes(dealt[-1], site.replica)
-        peak = (resident + need) * site.memory_percent // 100
+        peak = site.corrected_bytes(resident + need)
         fits = peak <= site.memory_limit_bytes
         return PaddedGroup(
             shape._replace(members=tuple(members)), whole_step(cost, share), peak, fits

@@ -80,7 +80,7 @@ class LoraFusionPlanner(PlannerBase):
 
     def arrange(self, site: Site, classes: tuple[TaskClass, ...]) -> CostedArrangement | Refusal:
         resident = self.resident_bytes(site, classes)
-        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        limit = site.free_bytes(resident)
         pairs = head_with_tail([self.lengths[c.lengths_hash].mean_tokens for c in classes])
         singles = [(i,) for i in range(len(classes))]
         partitions = [pairs] if site.replica.pp == 1 else [pairs, singles]
@@ -92,7 +92,7 @@ class LoraFusionPlanner(PlannerBase):
         fitting = [r for r in rounds if max(g.need_bytes for g in r.groups) <= limit]
         if not fitting:
             least = min(max(g.need_bytes for g in r.groups) for r in rounds)
-            needed = (resident + least) * site.memory_percent // 100
+            needed = site.corrected_bytes(resident + least)
             return self.refuse_memory(site, classes, needed)
         best = min(fitting, key=lambda each: each.round_time_s)
         peak = resident + max(group.need_bytes for group in best.groups)
@@ -104,7 +104,7 @@ class LoraFusionPlanner(PlannerBase):
             tuple(g.cost for g in best.groups),
             tuple(g.passes for g in best.groups),
             best.round_time_s,
-            peak * site.memory_percent // 100,
+            site.corrected_bytes(peak),
         )
 
     # -- inside

@@ -181,14 +181,14 @@ class MuxTunePlanner(PlannerBase):
         if self.alignment == "pad":
             return self._padded.arrange(site, classes)
         resident = self.resident_bytes(site, classes)
-        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        limit = site.free_bytes(resident)
         chunks = self.chunk_lengths(classes)
         groups = self._search(site, classes, chunks, limit)
         if groups is None:
             groups = self._smallest(site, classes, chunks)
         needed = max(group.need_bytes for group in groups)
         if needed > limit:
-            needed = (resident + needed) * site.memory_percent // 100
+            needed = site.corrected_bytes(resident + needed)
             return self.refuse_memory(site, classes, needed)
         chooses = self.fusion == "planned" and site.replica.num_gpus > 1
         several = chooses and len(classes) > 1
@@ -258,7 +258,7 @@ class MuxTunePlanner(PlannerBase):
         site, at = site_of(instance), {task.task_id: i for i, task in enumerate(instance.tasks)}
         classes = tuple([self._classes[self._key_of(task)] for task in instance.tasks])
         resident = self.resident_bytes(site, classes)
-        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        limit = site.free_bytes(resident)
         cut = [[at[name] for name in names] for names in partition]
         groups = self._cut(site, classes, self.chunk_lengths(classes), limit, cut)
         if groups is None:
@@ -407,7 +407,7 @@ class MuxTunePlanner(PlannerBase):
         resident: int,
     ) -> list[Group] | None:
         """Each subset of the tasks arranged by itself; None where one does not fit."""
-        limit = site.memory_limit_bytes * 100 // site.memory_percent - resident
+        limit = site.free_bytes(resident)
         groups = []
         for subset in subsets:
             chosen = tuple([unpromised(classes[i]) for i in subset])
@@ -782,7 +782,7 @@ class MuxTunePlanner(PlannerBase):
             tuple(group.cost for group in groups),
             turns.passes,
             turns.round_time_s,
-            peak * site.memory_percent // 100,
+            site.corrected_bytes(peak),
         )
 
 
@@ -800,7 +800,7 @@ def _in_flight(
     if site.replica.pp > 1:
         return pipeline_limits(held, site.replica.pp), answer
     costed = answer.costed
-    peak = costed.peak_bytes + max(row[0] for row in held) * site.memory_percent // 100
+    peak = costed.peak_bytes + site.corrected_bytes(max(row[0] for row in held))
     if peak > site.memory_limit_bytes:
         return None, answer
     estimate = Estimate(float(peak), float(peak), float(peak))

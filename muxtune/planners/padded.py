@@ -122,7 +122,7 @@ class PaddedPlanner(PlannerBase):
             quota = tuple(math.ceil(task.sequences_per_step / split) for task in chosen)
             shape = self._group(chosen, quota, longest, recompute)
             peak = resident + self.cost(site).pass_bytes(shape.shapes[-1], site.replica)
-            peak = peak * site.memory_percent // 100
+            peak = site.corrected_bytes(peak)
             fits = peak <= site.memory_limit_bytes
             if fits or sum(quota) == len(quota):
                 cost = self._cost_of(site, chosen, shape)

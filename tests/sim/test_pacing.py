@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from muxtune.build import profile_path
 from muxtune.cost import CostBook
 from muxtune.cost.book import profiled_model
 from muxtune.cost.schema import load_profile
+from muxtune.cost.shipped import profile_path
 from muxtune.planners.base import PlannerBase
 from muxtune.planners.batched import BatchedPlanner
 from muxtune.planners.muxtune import MuxTunePlanner

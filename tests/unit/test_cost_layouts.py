@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from muxtune import build, codec
+from muxtune import codec
 from muxtune.commands.plan import sample_rounds
 from muxtune.cost import ops
 from muxtune.cost.attention import SEQUENCES
@@ -19,6 +19,7 @@ from muxtune.cost.composition import pass_time_s
 from muxtune.cost.residuals import PassSums
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.shapes import ModelShape, model_shape
+from muxtune.cost.shipped import profile_path
 from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.types import AdapterSlot, PassLayout, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation import single_ops
@@ -53,7 +54,7 @@ def of_steps(profile: Profile, change: Callable[[PassLoad], PassLoad]) -> Profil
 
 @pytest.fixture(scope="module")
 def with_layouts() -> Profile:
-    path = build.profile_path("h100-sxm_llama-2-7b", shipped_only=True)
+    path = profile_path("h100-sxm_llama-2-7b", shipped_only=True)
     return of_steps(single_ops.with_sequences(load_profile(path)), laid_out)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from muxtune import build
 from muxtune.cost.analytic import AnalyticCostModel, AnalyticOptions
 from muxtune.cost.book import CostBook
 from muxtune.cost.captured import CapturedCostModel
@@ -18,6 +17,7 @@ from muxtune.cost.meeting import HELD_UP
 from muxtune.cost.ops import BACKBONE, Op
 from muxtune.cost.schema import SCHEMA_VERSION, content_hash, load_profile, parse_profile
 from muxtune.cost.shapes import ModelShape, model_shape
+from muxtune.cost.shipped import profile_path
 from muxtune.cost.tiles import HALF_WAVE, Tiling, library_waste
 from muxtune.errors import ProfileError
 from muxtune.profiling.captured_ops import tiling_here
@@ -516,7 +516,7 @@ def test_a_library_s_product_takes_whole_waves_of_the_tiles_that_finish_first() 
 
 
 def test_other_linears_products_are_scaled_by_what_their_waves_waste() -> None:
-    profile = load_profile(build.profile_path("h100-sxm_llama-2-7b", shipped_only=True))
+    profile = load_profile(profile_path("h100-sxm_llama-2-7b", shipped_only=True))
     wider = CapturedCostModel(model_shape("llama-2-13b"), profile)
     own = CapturedCostModel(LLAMA_7B, profile)
     work = (5120 / 4096) ** 2

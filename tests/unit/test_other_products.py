@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from experiments.gpu_validation.other_products import errors
-from muxtune.build import profile_path
 from muxtune.cost import ops
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.schema import load_profile
 from muxtune.cost.shapes import model_shape
+from muxtune.cost.shipped import profile_path
 
 PROFILE: Path = profile_path("h100-sxm_llama-2-7b", shipped_only=True)
 
