@@ -217,7 +217,7 @@ class _Student:
             "feasible": outcome.feasible,
             "reason": outcome.reason,
             "num_gpus": outcome.num_gpus,
-            **self._money(option, outcome.num_gpus, runs, price.usd_per_gpu_hour),
+            **self._money(outcome.num_gpus, runs, price.usd_per_gpu_hour),
             "usd_per_month_of_draws": interval.value if interval else None,
             "usd_per_month_low": finite(interval.low) if interval else None,
             "usd_per_month_high": finite(interval.high) if interval else None,
@@ -237,14 +237,12 @@ class _Student:
                 **option._asdict(),
                 "model": model,
                 "num_gpus": num_gpus,
-                **self._money(option, num_gpus, runs, price.usd_per_gpu_hour),
+                **self._money(num_gpus, runs, price.usd_per_gpu_hour),
                 **self._use(option, runs),
                 **pooled_service(runs, self.level),
             }
 
-    def _money(
-        self, option: Option, num_gpus: int, runs: Sequence[Sequence[Run]], usd: float
-    ) -> Row:
+    def _money(self, num_gpus: int, runs: Sequence[Sequence[Run]], usd: float) -> Row:
         """Tokens: those of the tasks that arrive, in the time in which they arrive."""
         tokens_per_s = sum(
             float(np.mean([run.row["effective_tokens"] / run.row["horizon_s"] for run in of_model]))

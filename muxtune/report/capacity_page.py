@@ -208,7 +208,7 @@ def _answer(tables: Tables) -> list[list[Piece]]:
     answers = tables["answers"]
     best = next((row for row in answers if row["recommended"]), None)
     stories: list[list[Piece]] = [_asked(tables)]
-    stories.append(_best(best, tables) if best else ["No fleet asked about will do."])
+    stories.append(_best(best) if best else ["No fleet asked about will do."])
     for row in answers:
         if not row["feasible"]:
             stories.append(_infeasible(row))
@@ -250,7 +250,7 @@ def _is_of(row: Row, answer: Row) -> bool:
     return (row["policy"], row["device"]) == (answer["policy"], answer["device"])
 
 
-def _best(row: Row, tables: Tables) -> list[Piece]:
+def _best(row: Row) -> list[Piece]:
     def at(column: str) -> Piece:
         return cell("answers", row, column)
 
