@@ -1,8 +1,9 @@
 """A profile carried over to another device by the ratio of the devices' figures.
 
 Each point is scaled by its roofline: the time that its operations and bytes would take at the other
-device's peak and bandwidth, over that at its own. How operations add up to a step is taken over
-as it is, for it is dimensionless but for a pass's constant. Everything is extrapolated.
+device's peak and bandwidth, over that at its own. What is sent between GPUs is scaled by their
+links, and what the host does stays as long. How operations add up to a step is taken over as it is,
+for it is dimensionless but for a pass's constant. Everything is extrapolated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ _BY_BYTES = (
     "rotary", "adamw", "adamw_idle", "adamw_active", "extra_ia3", "half_ia3",
     "adapter_load", "adapter_dropout",
 )  # fmt: skip
-_UNCHANGED = ("capture", "join", "move", "layer_overhead", "pass_overhead")
+# The host's: launches, plans, and adapters that come, go and are written.
+_UNCHANGED = (
+    "capture", "join", "move", "takeover", "finish", "leave", "layer_overhead", "pass_overhead",
+)  # fmt: skip
+_BY_LINK = ("all_reduce", "p2p")
 
 
 def carried_over(profile: Profile, source: DeviceFigures, target: DeviceFigures) -> Profile:
@@ -63,6 +68,9 @@ def time_ratio(
         return 1.0
     if plain in _BY_BYTES:
         return source.memory_bytes_per_s / target.memory_bytes_per_s
+    if plain in _BY_LINK:
+        links = source.link_bytes_per_s, target.link_bytes_per_s
+        return links[0] / links[1] if min(links) > 0.0 else 1.0
     if plain == "attention" or "rows" not in point:
         return source.peak_flops / target.peak_flops
     rows = float(point["rows"])
@@ -70,6 +78,10 @@ def time_ratio(
     inputs, outputs = (sides[0], sides[-1]) if sides else (1.0, 1.0)
     flops = 2.0 * rows * inputs * outputs
     moved = dtype_bytes * (inputs * outputs + rows * (inputs + outputs))
+    if plain == "adapter_lora":  # two thin products in place of one
+        rank = float(point["rank"])
+        flops = 2.0 * rows * rank * (inputs + outputs)
+        moved = dtype_bytes * (rows + rank) * (inputs + outputs)
 
     def seconds(device: DeviceFigures) -> float:
         return max(flops / device.peak_flops, moved / device.memory_bytes_per_s)

@@ -109,6 +109,32 @@ def test_a_profile_is_carried_over_by_what_bounds_each_operation():
     assert time_ratio("capture", {"layers": 32}, 2, h100, h200) == 1.0
 
 
+def test_what_the_host_does_takes_as_long_on_another_gpu_and_exchanges_go_by_the_link():
+    """Also where the peaks differ, as those of an A100 and an H100 do by three times."""
+    a100, h100 = device_figures("A100"), device_figures("H100")
+    links = a100.link_bytes_per_s / h100.link_bytes_per_s
+    assert a100.peak_flops < 0.4 * h100.peak_flops and 0.5 < links < 0.9
+
+    def ratio(name: str, **point: float) -> float:
+        return time_ratio(name, point, 2, a100, h100)
+
+    takeover = dict.fromkeys(("joins", "join_parameters", "moves", "move_parameters"), 1.0)
+    assert ratio("takeover", rebuilds=1.0, **takeover) == 1.0
+    assert ratio("finish", parameters=4e7) == ratio("leave", layers=32) == 1.0
+    for name in ("p2p", "all_reduce.tp2"):
+        assert ratio(name, bytes=1 << 20) == pytest.approx(links)
+        without = time_ratio(name, {"bytes": 1.0}, 2, a100._replace(link_bytes_per_s=0.0), h100)
+        assert without == 1.0
+
+
+def test_thin_products_of_adapters_are_bound_by_bytes():
+    a100, h100 = device_figures("A100"), device_figures("H100")
+    faster = a100.memory_bytes_per_s / h100.memory_bytes_per_s
+    point = {"rank": 16.0, "rows": 4096.0}
+    found = time_ratio("adapter_lora_forward.4096x4096", point, 2, a100, h100)
+    assert found == pytest.approx(faster)
+
+
 def test_what_the_fit_cannot_explain_is_in_the_interval():
     """Repeats agree with each other, but not with the operations."""
     odd = [
