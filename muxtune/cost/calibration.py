@@ -29,7 +29,9 @@ MOST_ADAPTERS = 1.5  # nor may the few adapters stand for what others take
 STIFFNESS = 0.03
 MIN_RELATIVE_ERROR = 0.01
 EXTRAPOLATED_WIDENING = 1.5
-_MIN_STEPS = 3
+# Of fewer steps a 90% interval is at least so wide, over the value: nothing tells how far off they
+# are.
+MIN_STEPS, FEW_STEPS_ERROR = 3, 0.2
 # 95% points of Student's t by degrees of freedom.
 _STUDENT = (
     (1, 6.31),
@@ -137,8 +139,8 @@ def _fit_from_least(features: np.ndarray, times: np.ndarray) -> tuple[float, flo
 def _interval(features: np.ndarray, times: np.ndarray) -> float:
     """Half-width that covers 90% of new steps, by leaving each one out."""
     count = len(times)
-    if count < _MIN_STEPS:
-        return 0.2
+    if count < MIN_STEPS:
+        return FEW_STEPS_ERROR
     errors = []
     for index in range(count):
         rest = np.arange(count) != index
@@ -169,7 +171,7 @@ def fit_memory(
 ) -> MemoryFit:
     """``resident(step)``: counted bytes held all the time; ``most(step)``: of its largest pass."""
     steps = [step for step in steps if step.peak_bytes > 0]
-    if len(steps) < _MIN_STEPS:
+    if len(steps) < MIN_STEPS:
         return MemoryFit()
     held = np.array([resident(step) for step in steps], float)
     passes = np.array([most(step) for step in steps], float)

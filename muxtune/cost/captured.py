@@ -63,6 +63,7 @@ from muxtune.cost.residuals import (
     PassSums,
     StepSums,
     fit_adding,
+    least_error,
 )
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape
@@ -146,6 +147,8 @@ class CapturedCostModel(ProfiledCostModel):
         self._tiling = Tiling.of_json(program["tiles"]) if "tiles" in program else None
         self._grids: dict[str, Grid] = {}
         super().__init__(model, profile, memory)
+        if not self.composition.num_steps:
+            self.composition = Composition(relative_error=least_error(None))
 
     @cached_property
     def _products(self) -> SiteProducts | None:
@@ -263,7 +266,7 @@ class CapturedCostModel(ProfiledCostModel):
         error = _NORMAL_90 * self.adding.typical_error
         return Composition(
             pass_s=self.adding.pass_s,
-            relative_error=max(MIN_RELATIVE_ERROR, error),
+            relative_error=max(MIN_RELATIVE_ERROR, error, least_error(self.adding)),
             num_steps=len(steps),
         )
 
@@ -377,7 +380,7 @@ class CapturedCostModel(ProfiledCostModel):
                 continue
             sums, _ = self._laid_out_sums(load)
             added = adding.at(sums)
-            error = added.relative_error * _COUNTED_WIDENING
+            error = max(added.relative_error * _COUNTED_WIDENING, least_error(adding))
             value = adding.seconds(sums, added)
             found.value[index] = value
             found.low[index], found.high[index] = value * max(0.0, 1 - error), value * (1 + error)
@@ -427,9 +430,15 @@ class CapturedCostModel(ProfiledCostModel):
             0.0,
             tally.extrapolated,
         )
+        least = least_error(adding)
         if adding is None:
-            return parts
+            half_width_s = max(parts.half_width_s, least * parts.base_s)
+            pair_error = max(parts.pair_error, least)
+            return parts._replace(
+                half_width_s=half_width_s, pair_error=pair_error, loss_error=least
+            )
         error *= _DRAWN_WIDENING * (EXTRAPOLATED_WIDENING if parts.extrapolated else 1.0)
+        error = max(error, least)
         return parts._replace(half_width_s=error * parts.base_s, pair_error=error, loss_error=error)
 
     def _sums_of(self, shape: ShapeKey, replica: ReplicaShape) -> StageSums:

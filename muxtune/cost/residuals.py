@@ -11,7 +11,8 @@ covariance). All of it holds for a device and a program; no configuration has a 
 and steps that were used here take no part in any validation.
 
 The 90% interval is the process's own, as wide as covers 90% of the steps that it is fitted to, each
-predicted from the others.
+predicted from the others. Of fewer than ``MIN_STEPS`` it is at least ``FEW_STEPS_ERROR``
+(``muxtune.cost.calibration``), see ``least_error``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from muxtune.cost import ops
+from muxtune.cost.calibration import FEW_STEPS_ERROR, MIN_STEPS
 from muxtune.cost.causes import ADAPTED, FACTOR, MANY_ROWS_LOSS, SITE
 
 # Prior standard deviations of the factors: how far a cause is trusted to be as alone.
@@ -155,6 +157,13 @@ class Adding(NamedTuple):
         prior = own @ own + (blocks * g_spread) ** 2 + (adapters * h_spread) ** 2 + noise**2
         variance = max(float(prior - known @ self.inverse @ known), noise**2)
         return max(MIN_RELATIVE_ERROR, _NORMAL_90 * self.widening * math.sqrt(variance))
+
+
+def least_error(adding: Adding | None) -> float:
+    """Of a 90% interval, over the value. Of the suites of two devices 95% of steps were within 0.18
+    to 0.24 where a profile has no step or one (None: it has none)."""
+    is_told = adding is not None and adding.num_steps >= MIN_STEPS
+    return 0.0 if is_told else FEW_STEPS_ERROR
 
 
 def fit_adding(steps: Sequence[StepSums]) -> Adding:

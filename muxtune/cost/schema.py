@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from muxtune.cost.calibration import WholeStep
+from muxtune.cost.calibration import MIN_STEPS, WholeStep
 from muxtune.cost.shapes import ModelShape, checked_shape
 from muxtune.cost.sharing import SIGNS, sharing_warnings
 from muxtune.errors import ConfigError, ProfileError
@@ -213,7 +213,8 @@ def profile_warnings(
     software: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One line for every respect in which the machine in use differs from the profiled one, and
-    one for a profile that was measured while something else used the device."""
+    one each for a profile that was measured while something else used the device, or holds too few
+    whole steps to tell how far off it is."""
     lines = []
     for section, then, now in (
         ("device", profile.device, device or {}),
@@ -233,6 +234,13 @@ def profile_warnings(
             f"profile of a busy device: repeats of an operation typically spread by {spread:.1%}"
             f" (at most {most:.1%} on a device of one's own); stop what else runs on it"
             " and run `muxtune profile` again"
+        )
+    count = len(profile.steps)
+    if count < MIN_STEPS and (count or profile.style == CAPTURED):
+        lines.append(
+            f"profile of {count} whole step{'' if count == 1 else 's'}: how operations add up is"
+            f" told by {MIN_STEPS} or more, so intervals are wide; profile with a larger budget_s"
+            " (and steps=true)"
         )
     return lines + sharing_warnings("profile", profile.quality)
 

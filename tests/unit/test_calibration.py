@@ -83,7 +83,8 @@ def test_a_step_survives_its_json():
 
 
 def test_a_device_that_others_used_is_named():
-    profile = Profile({}, {}, {}, "", {}, "", quality={"spread": 0.4})
+    three = tuple(steps(1.0, 1.0, 0.0)[:3])
+    profile = Profile({}, {}, {}, "", {}, "", steps=three, quality={"spread": 0.4})
     (line,) = profile_warnings(profile)
     assert "40.0%" in line and "muxtune profile" in line
     less = profile._replace(quality={"spread": 0.1})
@@ -92,6 +93,19 @@ def test_a_device_that_others_used_is_named():
     beside = replays._replace(quality={"spread": 0.042})  # as measured beside another process
     assert "4.2%" in profile_warnings(beside)[0], "graphs on a GPU of one's own repeat to 1%"
     assert profile_warnings(replays._replace(quality={"spread": 0.02})) == []
+
+
+@pytest.mark.parametrize("style", ["eager", "captured"])
+def test_too_few_whole_steps_are_told(style: str):
+    some = tuple(steps(1.0, 1.0, 0.0))
+    profile = Profile({"kind": "gpu"}, {}, {}, "", {}, "", {"style": style}, some[:3])
+    assert profile_warnings(profile) == []
+    (line,) = profile_warnings(profile._replace(steps=some[:1]))
+    for part in ("profile of 1 whole step:", "3 or more", "intervals are wide", "budget_s"):
+        assert part in line
+    told = profile_warnings(profile._replace(steps=()))
+    # Of an eager program without steps the interval is what its operations' repeats spread by.
+    assert [line[:26] for line in told] == ["profile of 0 whole steps: "] * (style == "captured")
 
 
 def test_a_profile_is_carried_over_by_what_bounds_each_operation():

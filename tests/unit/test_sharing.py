@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from muxtune.cost.calibration import WholeStep
 from muxtune.cost.schema import Profile, profile_warnings
 from muxtune.cost.sharing import (
     MOST_INTERRUPTED,
@@ -99,9 +100,9 @@ def test_what_is_said_names_the_sign_its_limit_and_the_remedy() -> None:
 
 def test_a_profile_of_a_shared_gpu_is_named_though_its_repeats_agree() -> None:
     """By the figures of an H100 beside a process that multiplies matrices: a spread of 1.8%."""
-    profile = Profile(
-        {"kind": "gpu"}, {}, {}, "", {}, "", {"style": "captured"}, quality={"spread": 0.018}
-    )
+    steps = (WholeStep("x", (), (1.0,), 0),) * 3
+    program = {"style": "captured"}
+    profile = Profile({"kind": "gpu"}, {}, {}, "", {}, "", program, steps, {"spread": 0.018})
     assert profile_warnings(profile) == [], "of an older one nothing is known"
     signs = {"interrupted": 0.5, "taken_bytes": 2**34}
     shared = profile._replace(quality={"spread": 0.018, **signs})
