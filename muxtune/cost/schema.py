@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 from muxtune.cost.calibration import MIN_STEPS, WholeStep
 from muxtune.cost.shapes import ModelShape, checked_shape
 from muxtune.cost.sharing import SIGNS, sharing_warnings
+from muxtune.cost.step_checks import MOST_LAYERS, is_number, problem_of
 from muxtune.errors import ConfigError, ProfileError
 
 SCHEMA_VERSION = 1
@@ -45,6 +45,12 @@ _SECTIONS = ("device", "software", "model", "ops")
 _OPTIONAL = {"program": dict, "steps": list, "clocks": dict, "quality": dict}
 _KNOWN = {*_SECTIONS, *_OPTIONAL, "schema_version", "created", "content_hash"}
 _TIMES = ("median_s", "p05_s", "p95_s")
+# Of these each point is a call, a plan or a capture, of which two may be of one size; all are
+# fitted to. Of others a size has one time.
+_MAY_REPEAT = ("attention_forward", "attention_backward", "capture", "takeover")
+_SAMPLE = ModelShape("model", 1, 1, 1, 1, 1, 1, 1)  # what its fields are made of
+_MOST_OF_OTHERS = 100_000_000  # numbers of a model, but for its layers
+_ODD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)  # of content that is none
 
 
 class Profile(NamedTuple):
@@ -70,6 +76,13 @@ class Profile(NamedTuple):
         return str(self.device.get("name", ""))
 
     @property
+    def memory_bytes(self) -> float:
+        """Of the device. Raises ProfileError where the profile does not say."""
+        if "memory_bytes" not in self.device:
+            raise ProfileError(f"profile of {self.device_name}: no device.memory_bytes. {_REMEDY}")
+        return float(self.device["memory_bytes"])
+
+    @property
     def model_name(self) -> str:
         return str(self.model.get("name", ""))
 
@@ -92,6 +105,14 @@ def content_hash(raw: Mapping[str, Any]) -> str:
 def parse_profile(raw: Mapping[str, Any], source: str = "profile") -> Profile:
     """A checked Profile. Raises ProfileError: another version, altered or incomplete content,
     times that are negative, zero, not finite or out of order."""
+    try:
+        return _parsed(raw, source)
+    except _ODD as error:
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ProfileError(f"{source}: cannot be read as a profile ({told}). {_REMEDY}") from error
+
+
+def _parsed(raw: Mapping[str, Any], source: str) -> Profile:
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ProfileError(
@@ -130,39 +151,61 @@ def _check_sections(source: str, raw: Mapping[str, Any]) -> None:
 
 def _check_fields(source: str, profile: Profile) -> None:
     """What would otherwise be found out far from here, or never."""
-    if not profile.device_name:
+    name, kind = profile.device.get("name"), profile.device.get("kind", "cpu")
+    if not name or not isinstance(name, str):
         raise ProfileError(f"{source}: device.name is missing. {_REMEDY}")
+    if kind not in ("cpu", "gpu"):
+        raise ProfileError(f"{source}: device.kind is {kind!r}, not cpu or gpu. {_REMEDY}")
     for section, field, values in (
         ("device", "memory_bytes", profile.device),
         *(("quality", name, profile.quality) for name in ("spread", *SIGNS)),
     ):
-        if not _is_number(values.get(field, 0.0)):
+        if not is_number(values.get(field, 0.0)):
             problem = f"{section}.{field} is {values[field]!r}, which is no number"
             raise ProfileError(f"{source}: {problem}. {_REMEDY}")
+    if profile.device.get("memory_bytes", 1.0) <= 0:
+        problem = f"device.memory_bytes is {profile.device['memory_bytes']}, not more than 0"
+        raise ProfileError(f"{source}: {problem}. {_REMEDY}")
     if profile.style not in (EAGER, CAPTURED):
         problem = f"program.style is '{profile.style}', not {EAGER} or {CAPTURED}"
         raise ProfileError(f"{source}: {problem}. {_REMEDY}")
     try:
+        _check_model(profile.model)
         _ = profile.model_shape
     except ProfileError as error:
         raise ProfileError(f"{source}: {error}") from error
 
 
-def _is_number(value: Any) -> bool:
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_one and math.isfinite(value)
+def _check_model(model: Mapping[str, Any]) -> None:
+    """The kinds of its numbers, and that they are no larger than any model's."""
+    for field, sample in _SAMPLE._asdict().items():
+        value = model.get(field, sample)
+        if type(value) is not type(sample):
+            kind = type(sample).__name__
+            raise ProfileError(f"profile.model: model.{field} is {value!r}, no {kind}. {_REMEDY}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        least = 0 if field == "position_rows" else 1
+        most = MOST_LAYERS if field == "num_layers" else _MOST_OF_OTHERS
+        if not least <= value <= most:
+            told = str(value) if is_number(value) else "too large"
+            problem = f"model.{field} is {told}, not from {least} to {most:,}"
+            raise ProfileError(f"profile.model: {problem}. {_REMEDY}")
 
 
 def _steps(source: str, raw: Any) -> tuple[WholeStep, ...]:
-    try:
-        steps = tuple(WholeStep.of_json(item) for item in raw)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ProfileError(f"{source}: its steps cannot be read ({error}). {_REMEDY}") from error
-    for step in steps:
-        times = step.repeats_s
-        if not step.loads or not times or not all(_is_number(t) and t > 0 for t in times):
-            raise ProfileError(f"{source}: step '{step.name}' has no times. {_REMEDY}")
-    return steps
+    found = []
+    for index, item in enumerate(raw):
+        where = f"{source}: step {index}"
+        try:
+            step = WholeStep.of_json(item)
+        except _ODD as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ProfileError(f"{where} cannot be read ({told}). {_REMEDY}") from error
+        if problem := problem_of(step):
+            raise ProfileError(f"{where} {problem}. {_REMEDY}")
+        found.append(step)
+    return tuple(found)
 
 
 def _safe_hash(raw: Mapping[str, Any], source: str) -> str:
@@ -179,9 +222,12 @@ def _check_op(source: str, name: str, op: Any) -> None:
     axes, points = op.get("axes"), op.get("points")
     if not isinstance(axes, list) or not isinstance(points, list) or not points:
         raise ProfileError(f"{where} has no axes or no points. {_REMEDY}")
+    if not all(isinstance(axis, str) for axis in axes) or len({*axes, *_TIMES}) < len(axes) + 3:
+        raise ProfileError(f"{where} has axes {axes!r}, not names that all differ. {_REMEDY}")
+    seen: dict[tuple[float, ...], int] = {}
     for index, point in enumerate(points):
         numbers = [point.get(key) for key in (*axes, *_TIMES)] if isinstance(point, Mapping) else []
-        if not numbers or not all(map(_is_number, numbers)):
+        if not numbers or not all(map(is_number, numbers)):
             raise ProfileError(f"{where} point {index} has a missing or odd number. {_REMEDY}")
         if point["median_s"] <= 0 or not 0 <= point["p05_s"] <= point["median_s"] <= point["p95_s"]:
             raise ProfileError(
@@ -189,6 +235,11 @@ def _check_op(source: str, name: str, op: Any) -> None:
             )
         if any(point[axis] < 0 for axis in axes):
             raise ProfileError(f"{where} point {index} has a negative size. {_REMEDY}")
+        sizes = tuple(float(point[axis]) for axis in axes)
+        first = seen.setdefault(sizes, index)
+        if first != index and name.partition(".")[0] not in _MAY_REPEAT:
+            problem = f"point {index} has the sizes of point {first}"
+            raise ProfileError(f"{where} {problem}. {_REMEDY}")
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -200,7 +251,7 @@ def load_profile(path: str | Path) -> Profile:
         raise ProfileError(f"{source}: there is no such file. {_REMEDY}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{source}: cannot be read ({error}). {_REMEDY}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"{source}: is cut or not JSON ({error}). {_REMEDY}") from error
     if not isinstance(raw, dict):
         raise ProfileError(f"{source}: is not a profile. {_REMEDY}")

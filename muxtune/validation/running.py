@@ -373,7 +373,7 @@ def _run_dynamic(
 
 def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
     profile = models.profile
-    limit = MEMORY_SHARE * float(profile.device["memory_bytes"])
+    limit = MEMORY_SHARE * profile.memory_bytes
     suite = SuiteOptions(
         options.num_cases,
         (profile.model_shape, *options.other_shapes),

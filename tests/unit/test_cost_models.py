@@ -25,6 +25,7 @@ from muxtune.cost import (
     parse_profile,
     profile_warnings,
 )
+from muxtune.cost.calibration import WholeStep
 from muxtune.cost.composition import ComposedCostModel
 from muxtune.cost.curves import Leaf, Table, fit_affine, interpolated, isotonic
 from muxtune.cost.schema import content_hash
@@ -36,6 +37,7 @@ from muxtune.types import (
     Estimate,
     HTask,
     HTaskTurn,
+    PassLayout,
     PassLoad,
     Plan,
     Prediction,
@@ -449,7 +451,21 @@ def changed(path: tuple[Any, ...], value: object) -> dict[str, Any]:
     return seal(raw)
 
 
+def with_steps(**changes: Any) -> dict[str, Any]:
+    """One step with its load on one pass of two slots, changed."""
+    layout = PassLayout((40, 20), (40, 20))
+    load = nominal_load(ShapeKey(64, 1, (slot(), slot(16))))._replace(layout=layout)
+    step = WholeStep("one", (load,), (0.1, 0.1, 0.1), 1000, 2).to_json()
+    return changed(("steps",), [{**step, **changes}])
+
+
+def with_load(**changes: Any) -> dict[str, Any]:
+    (load,) = with_steps()["steps"][0]["loads"]
+    return with_steps(loads=[{**load, **changes}])
+
+
 POINT = ("ops", "adamw", "points", 0)
+HUGE = 10**400  # JSON has such integers, floats do not
 
 
 @pytest.mark.parametrize(
@@ -478,12 +494,81 @@ POINT = ("ops", "adamw", "points", 0)
         (changed(("model", "hidden"), "64"), "profile.model"),
         (changed(("model", "hidden"), 0), "profile.model: model.hidden"),
         (changed(("model", "colour"), "red"), "profile.model.*colour"),
+        (changed(("ops", "adamw", "axes"), [["elements"]]), "op 'adamw' has axes"),
+        (changed(("ops", "adamw", "axes"), ["elements", "elements"]), "op 'adamw' has axes"),
+        (changed(("ops", "adamw", "axes"), ["elements", "p05_s"]), "op 'adamw' has axes"),
+        (changed((*POINT, "elements"), HUGE), "op 'adamw' point 0 has a missing or odd number"),
+        (changed((*POINT, "p95_s"), HUGE), "op 'adamw' point 0 has a missing or odd number"),
+        (changed((*POINT, "elements"), 4096), "op 'adamw' point 1 has the sizes of point 0"),
+        (changed(("device", "kind"), "tpu"), "device.kind is 'tpu'"),
+        (changed(("device", "kind"), ["gpu"]), "device.kind"),
+        (changed(("device", "name"), ["cpu"]), "device.name"),
+        (changed(("device", "memory_bytes"), 0), "device.memory_bytes is 0"),
+        (changed(("device", "memory_bytes"), HUGE), "device.memory_bytes"),
+        (changed(("model", "num_layers"), 10**9), "model.num_layers is 1000000000"),
+        (changed(("model", "vocab"), HUGE), "model.vocab is too large"),
+        (changed(("model", "vocab"), 0), "model.vocab is 0"),
+        (changed(("model", "hidden"), 32.5), "model.hidden is 32.5"),
+        (changed(("model", "name"), ["tiny"]), "model.name is .*tiny"),
+        (changed(("steps",), ["one"]), "step 0 cannot be read"),
+        (with_steps(colour="red"), "step 0 cannot be read.*colour"),
+        (with_steps(name=None), "step 0 has no name"),
+        (with_steps(repeats_s=[]), "step 0 'one' has no times"),
+        (with_steps(repeats_s=0.1), "step 0 cannot be read"),
+        (with_steps(peak_bytes=None), "step 0 'one' has peak_bytes None"),
+        (with_steps(peak_bytes="1 GB"), "step 0 'one' has peak_bytes '1 GB'"),
+        (with_steps(num_slots=None), "step 0 'one' has num_slots None"),
+        (with_steps(num_slots=1.5), "step 0 'one' has num_slots 1.5"),
+        (with_steps(num_layers=-1), "step 0 'one' has num_layers -1"),
+        (with_steps(loads={}), "step 0 'one' has no list of loads"),
+        (with_steps(loads=[]), "step 0 'one' has no list of loads"),
+        (with_steps(loads=[3]), "step 0 'one' has a load 0"),
+        (with_steps(loads=[{"_": "NoSuchType"}]), "step 0 cannot be read.*NoSuchType"),
+        (with_load(colour="red"), "step 0 cannot be read.*colour"),
+        (with_load(attention_pairs=None), "step 0 'one' has a load 0"),
+        (with_load(shape=None), "step 0 'one' has a load 0"),
+        (with_load(optimizer_slots=[2]), "step 0 'one' has a load 0"),
+        (with_load(shape={"_": "ShapeKey", "chunk_tokens": 0, "num_chunks": 1, "slots": []}),
+         "step 0 'one' has a load 0"),
+        (with_load(layout={"_": "PassLayout", "slot_rows": [1], "sequence_rows": [1]}),
+         "step 0 'one' has a load 0"),
     ],
-)
+)  # fmt: skip
 def test_wrong_profiles_are_refused_with_the_reason(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError, match=message) as caught:
         parse_profile(raw)
     assert "muxtune profile" in str(caught.value)
+
+
+def test_what_a_profile_may_hold_is_read() -> None:
+    """Two plans, captures or calls may be of one size; of a step whose memory hid in what had been
+    freed before, the peak is less than nothing."""
+    twice = {"unit": "s", "axes": ["rows"], "points": [point(1.0, rows=64.0)] * 2}
+    for name in ("capture", "takeover", "attention_forward.4x2x8"):
+        assert parse_profile(changed(("ops", name), twice)).ops[name] == twice
+    hidden = parse_profile(with_steps(peak_bytes=-4096))
+    assert hidden.steps[0].peak_bytes == -4096
+
+
+def test_memory_that_is_not_told_is_named_where_it_is_needed() -> None:
+    with pytest.raises(ProfileError, match=r"device\.memory_bytes.*muxtune profile"):
+        _ = parse_profile(tiny_profile()).memory_bytes
+    assert parse_profile(changed(("device", "memory_bytes"), 8e9)).memory_bytes == 8e9
+
+
+@pytest.mark.parametrize("raw", [None, 3, [], {"schema_version": 1, "ops": {3: 4}}])
+def test_anything_else_is_no_profile(raw: Any) -> None:
+    with pytest.raises(ProfileError, match="muxtune profile"):
+        parse_profile(raw)
+
+
+def test_every_profile_of_the_repository_is_read() -> None:
+    root = Path(__file__).resolve().parents[2]
+    paths = [*root.glob("muxtune/cost/data/profiles/*.json")]
+    paths += root.glob("validation/**/profile.json")
+    assert len(paths) > 3
+    for path in paths:
+        assert load_profile(path).memory_bytes > 0
 
 
 def test_altered_profile_is_refused() -> None:
@@ -528,10 +613,15 @@ def test_files_that_are_missing_cut_or_odd_are_named(tmp_path: Path) -> None:
     good.write_text(whole)
     assert load_profile(good).model_shape == TINY
     cut, odd = tmp_path / "cut.json", tmp_path / "odd.json"
+    long, deep = tmp_path / "long.json", tmp_path / "deep.json"
     cut.write_text(whole[: len(whole) // 2])
     odd.write_text("[1]")
+    long.write_text(f'{{"schema_version": {"1" * 5000}}}')
+    deep.write_text("[" * 100_000)
     for path, message in (
         (cut, "cut or not JSON"),
+        (long, "cut or not JSON"),
+        (deep, "cut or not JSON"),
         (odd, "not a profile"),
         (tmp_path / "no", "no such"),
     ):
