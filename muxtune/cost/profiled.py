@@ -21,6 +21,7 @@ from muxtune.cost.calibration import (
 from muxtune.cost.composition import ComposedCostModel, PassParts, Rates
 from muxtune.cost.curves import AffineFit, Leaf, Table, Time, fit_affine
 from muxtune.cost.memory import MemoryModel, MemoryOptions, memory_options
+from muxtune.cost.op_sizes import check_ops
 from muxtune.cost.ops import Op
 from muxtune.cost.schema import Profile, parse_profile
 from muxtune.cost.shapes import ModelShape, checked_shape
@@ -54,6 +55,7 @@ class ProfiledCostModel(ComposedCostModel):
         memory: MemoryOptions | None = None,
     ) -> None:  # fmt: skip
         self.profile = profile if isinstance(profile, Profile) else parse_profile(profile)
+        check_ops(self.profile)
         kind = self.profile.device.get("kind", "gpu")
         sizes = memory or memory_options(model, str(kind))
         super().__init__(checked_shape(model), MemoryModel(model, sizes), sizes.dtype_bytes)

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muxtune.cost.calibration import MIN_STEPS, WholeStep
+from muxtune.cost.number_checks import is_number
 from muxtune.cost.shapes import ModelShape, checked_shape
 from muxtune.cost.sharing import SIGNS, sharing_warnings
-from muxtune.cost.step_checks import MOST_LAYERS, is_number, problem_of
+from muxtune.cost.step_checks import MOST_LAYERS, MOST_S, problem_of
 from muxtune.errors import ConfigError, ProfileError
 
 SCHEMA_VERSION = 1
@@ -49,6 +50,7 @@ _TIMES = ("median_s", "p05_s", "p95_s")
 # fitted to. Of others a size has one time.
 _MAY_REPEAT = ("attention_forward", "attention_backward", "capture", "takeover")
 _SAMPLE = ModelShape("model", 1, 1, 1, 1, 1, 1, 1)  # what its fields are made of
+_MOST_SIZE = 1e18  # whose square a float holds with ease
 _MOST_OF_OTHERS = 100_000_000  # numbers of a model, but for its layers
 _ODD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)  # of content that is none
 
@@ -235,6 +237,8 @@ def _check_op(source: str, name: str, op: Any) -> None:
             )
         if any(point[axis] < 0 for axis in axes):
             raise ProfileError(f"{where} point {index} has a negative size. {_REMEDY}")
+        if max(point["p95_s"] / MOST_S, *(point[axis] / _MOST_SIZE for axis in axes), 0.0) > 1.0:
+            raise ProfileError(f"{where} point {index} has a time or size too large. {_REMEDY}")
         sizes = tuple(float(point[axis]) for axis in axes)
         first = seen.setdefault(sizes, index)
         if first != index and name.partition(".")[0] not in _MAY_REPEAT:

@@ -20,12 +20,13 @@ from muxtune.cost.low_rank import (
     Sizes,
     Use,
 )
+from muxtune.cost.op_sizes import TP_DEGREES
 from muxtune.cost.profiled import leaf_of
 from muxtune.cost.schema import Profile
 from muxtune.cost.shapes import ModelShape
 from muxtune.cost.tiles import Tiling
+from muxtune.errors import ProfileError
 
-_TP_DEGREES = (1, 2, 4, 8)
 # Of the logarithm of what a point differs by from its count, the share that holds around it, too.
 # Of A's gradients the other half is the point's own; judged by seven suites, of two devices.
 _KEPT = {FORWARD: 1.0, BACKWARD: 1.0, FACTOR_GRADIENT: 0.5}
@@ -56,13 +57,21 @@ class SiteProducts:
         self._tiling, self._counts = tiling, Counts(tiling)
         self._fitted: dict[str, Products] = {}
         models = (profile.model_shape, model)
-        sites = [s for each in models for tp in _TP_DEGREES for s in fused_sites(each, tp)]
+        sites = [s for each in models for tp in TP_DEGREES for s in fused_sites(each, tp)]
         # Of equal sizes, this model's whole one.
         self._site_of_size = {site.size: site for site in (*sites, *fused_sites(model))}
 
     def of(self, kind: str, size: str) -> SiteProduct:
-        """``kind``: of ``_KEPT``; ``size``: of a ``FusedSite``."""
-        return SiteProduct(self._products(kind), self._measured_like(size), self._sizes(size))
+        """``kind``: of ``_KEPT``; ``size``: of a ``FusedSite``. Raises ProfileError where the
+        profile has nothing like it."""
+        like = self._measured_like(size)
+        if f"{kind}.{like}" not in self._profile.ops:
+            raise ProfileError(
+                f"the profile of {self._profile.device_name} has no op '{kind}.{like}' of"
+                f" {self._profile.model_name}. Measure it with `muxtune profile"
+                f" model={self._profile.model_name}`"
+            )
+        return SiteProduct(self._products(kind), like, self._sizes(size))
 
     def _products(self, kind: str) -> Products:
         if kind not in self._fitted:

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from muxtune.cost.number_checks import is_count, is_number
+from muxtune.errors import ProfileError
+
 # Of a wave's time, by the share of multiprocessors that are idle in it. Judged by whole steps of 96
 # tiles on 132 multiprocessors (the calibration steps of two devices), which no size says alone; of
 # several waves by steps of a suite whose profile is none of those that are shipped.
@@ -21,6 +24,7 @@ IDLE_SPARES, IDLE_LATER_SPARES, LEAST_OF_WAVE = 0.85, 0.4, 0.6
 # choose. Judged as the above.
 HALF_WAVE = 0.7
 
+_MOST = 1 << 20  # multiprocessors, and rows or columns of a tile: far more than there are
 # Rows and columns of a library's tiles, either way round, as a trace of steps shows them on an
 # H100, and their speeds, as the kernels' own have them by size.
 _LIBRARY_TILES = (
@@ -63,8 +67,33 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of_json(cls, raw: Mapping[str, Any]) -> Tiling:
-        tiles = tuple(Tile(*item) for item in raw["tiles"])
-        return cls(int(raw["num_multiprocessors"]), float(raw["half_cost"]), tiles)
+        """Raises ProfileError where it is not as ``program.tiles`` of a profile is."""
+        wrong = "profile: program.tiles are no tiles of a GPU ({}). Run `muxtune profile` again"
+        try:
+            tiles = tuple(Tile(*item) for item in raw["tiles"])
+            found = cls(raw["num_multiprocessors"], raw["half_cost"], tiles)
+        except (KeyError, TypeError) as error:
+            raise ProfileError(wrong.format(f"{type(error).__name__}: {error}")) from error
+        if not found._is_one():
+            raise ProfileError(wrong.format("a missing or odd number"))
+        return found
+
+    def _is_one(self) -> bool:
+        of_tiles = (
+            all(is_count(side, 1) and side <= _MOST for side in tile[:2])
+            and is_number(tile.efficiency)
+            and tile.efficiency > 0
+            and isinstance(tile.halves, bool)
+            for tile in self.tiles
+        )
+        return (
+            is_count(self.num_multiprocessors, 1)
+            and self.num_multiprocessors <= _MOST
+            and is_number(self.half_cost)
+            and 0 < self.half_cost <= 1
+            and bool(self.tiles)
+            and all(of_tiles)
+        )
 
     def units(self, num_rows: int, widths: Sequence[int], inner: int) -> float:
         """What the product's time grows with: numbers of a tile, times waves, times ``inner``
