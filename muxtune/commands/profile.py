@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from muxtune import build
+from muxtune.commands import RUN_FILE
 from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import load_profile
 from muxtune.errors import ConfigError
-from muxtune.report.run_folder import RunFolder
+from muxtune.report.run_folder import SUMMARY, RunFolder
 from muxtune.report.tables import format_seconds, make_console, make_table
+
+MOST_NAME_BYTES = 200  # file systems allow 255, and others are named after it
 
 
 def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     """Writes the profile into the folder and prints what was measured."""
-    if config.max_rows < 0:
-        raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (the default) or more")
+    _check(config, folder.path)
     build.need_torch()
     from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
 
@@ -58,6 +62,28 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         "content_hash": profile["content_hash"],
         "path": str(path),
     }
+
+
+def _check(config: ProfileConfig, path: Path) -> None:
+    """Before anything is measured."""
+    if config.max_rows < 0:
+        raise ConfigError("max_rows", f"is {config.max_rows}", "give 0 (the default) or more")
+    name, problem = config.file, ""
+    if not name:
+        problem = "is empty"
+    elif "/" in name or "\\" in name:
+        problem = f"'{name}' is a path, not a name"
+    elif Path(name).suffix != ".json":
+        problem = f"'{name}' does not end in .json"
+    elif name in (RUN_FILE, SUMMARY):
+        problem = f"'{name}' is what every command writes"
+    elif len(os.fsencode(name)) > MOST_NAME_BYTES:
+        problem = f"is longer than {MOST_NAME_BYTES} bytes"
+    elif (path / name).is_dir():
+        problem = f"'{name}' is a folder in '{path}'"
+    if problem:
+        remedy = "Give a name such as profile.json; output_dir=PATH chooses its folder"
+        raise ConfigError("file", problem, remedy)
 
 
 COLUMNS = ("operation", "points", "smallest size", "time", "largest size", "time", "spread")
