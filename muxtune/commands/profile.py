@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from statistics import median
@@ -12,8 +13,8 @@ from muxtune.commands import RUN_FILE
 from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import load_profile
-from muxtune.errors import ConfigError
-from muxtune.report.run_folder import SUMMARY, RunFolder
+from muxtune.errors import ConfigError, ProfileError
+from muxtune.report.run_folder import PARTIAL, SUMMARY, RunFolder, writing
 from muxtune.report.tables import format_seconds, make_console, make_table
 
 MOST_NAME_BYTES = 200  # file systems allow 255, and others are named after it
@@ -44,13 +45,16 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         clock=config.clock,
         exchanges=exchanges,
     )
-    path = write_profile(profile, folder.path / config.file)
-    console = make_console()
+    path, console = folder.path / config.file, make_console()
+    older = keep_older(path)
+    write_profile(profile, path)
     console.print(make_table(_title(profile), COLUMNS, _rows(profile)))
     for line in profile_warnings_here(load_profile(path)):
         console.print(f"warning: {line}", soft_wrap=True)
     for line in profile["quality"]["left_out"]:
         console.print(f"left out: {line}", soft_wrap=True)
+    if older is not None:
+        console.print(f"kept the profile that was there as {older}", soft_wrap=True)
     console.print(f"wrote {path}; use it with cost=profile cost.path={path}", soft_wrap=True)
     return {
         "model": profile["model"]["name"],
@@ -62,6 +66,35 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         "content_hash": profile["content_hash"],
         "path": str(path),
     }
+
+
+def keep_older(path: Path) -> Path | None:
+    """A copy, beside it, of a profile that is about to be written over: under its content's hash,
+    or a number where it cannot be read. Raises OutputError."""
+    if not path.exists():
+        return None
+    with writing(path):
+        content = path.read_bytes()
+    try:
+        kept = path.with_name(f"{path.stem}-{load_profile(path).content_hash[:8]}.json")
+    except ProfileError:
+        kept = numbered(path)
+    if kept.exists() and kept.read_bytes() != content:
+        kept = numbered(path)
+    partial = kept.with_name(kept.name + PARTIAL)
+    with writing(kept):
+        try:
+            partial.write_bytes(content)
+            partial.replace(kept)
+        finally:
+            partial.unlink(missing_ok=True)
+    return kept
+
+
+def numbered(path: Path) -> Path:
+    """The first name beside it, of those for what is old, that is free."""
+    names = (path.with_name(f"{path.stem}-old-{n}{path.suffix}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _check(config: ProfileConfig, path: Path) -> None:
