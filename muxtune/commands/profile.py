@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,11 +13,12 @@ from muxtune import build
 from muxtune.commands import RUN_FILE
 from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
-from muxtune.cost.schema import load_profile
+from muxtune.cost.schema import CAPTURED, load_profile
 from muxtune.errors import ConfigError, ProfileError
 from muxtune.report.run_folder import PARTIAL, SUMMARY, RunFolder, writing
 from muxtune.report.tables import format_seconds, make_console, make_table
 
+OVERRUN, OVERRUN_S = 1.2, 5.0  # times and seconds over the budget from which it is told
 MOST_NAME_BYTES = 200  # file systems allow 255, and others are named after it
 
 
@@ -53,6 +55,8 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         console.print(f"warning: {line}", soft_wrap=True)
     for line in profile["quality"]["left_out"]:
         console.print(f"left out: {line}", soft_wrap=True)
+    if line := overrun(profile, config.budget_s):
+        console.print(line, soft_wrap=True)
     if older is not None:
         console.print(f"kept the profile that was there as {older}", soft_wrap=True)
     console.print(f"wrote {path}; use it with cost=profile cost.path={path}", soft_wrap=True)
@@ -66,6 +70,20 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
         "content_hash": profile["content_hash"],
         "path": str(path),
     }
+
+
+def overrun(profile: Mapping[str, Any], budget_s: float) -> str:
+    """Why it took much longer than was asked for; nothing where it did not."""
+    seconds = profile["quality"]["seconds"]
+    if seconds <= OVERRUN * budget_s + OVERRUN_S:
+        return ""
+    what = "three repeats of every operation, of which its median and interval are told"
+    if profile["program"]["style"] == CAPTURED:
+        what = "the operations that every prediction needs"
+    if profile["steps"]:
+        what += ", and the first whole steps, which tell how they add up"
+    took, asked = format_seconds(seconds), format_seconds(budget_s)
+    return f"took {took} of the {asked} asked for: however small budget_s is, {what}, are measured"
 
 
 def keep_older(path: Path) -> Path | None:

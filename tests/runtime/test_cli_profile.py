@@ -92,3 +92,23 @@ def test_a_folder_of_the_profile_s_name_is_refused_before_anything_is_measured(
     (tmp_path / "profile.json").mkdir()
     assert main(words(tmp_path)) == EXIT_ERROR
     assert "file: 'profile.json' is a folder in" in said(capsys)
+
+
+def test_a_budget_that_was_overrun_is_told_with_what_for(
+    raw: dict[str, Any],
+    measured: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(seconds: float, **changes: Any) -> str:
+        measured[:] = [{**raw, "quality": {**raw["quality"], "seconds": seconds}, **changes}]
+        assert main(words(tmp_path, "budget_s=0.01")) == 0
+        return said(capsys)
+
+    assert "asked for" not in told(5.0)
+    line = told(15.2)
+    assert "took 15.2 s of the 10 ms asked for: however small budget_s is, three repeats" in line
+    assert "and the first whole steps" in line
+    assert "first whole steps" not in told(15.2, steps=[])
+    captured = {**raw["program"], "style": "captured"}
+    assert "the operations that every prediction needs" in told(15.2, program=captured)
