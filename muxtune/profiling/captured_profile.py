@@ -94,7 +94,7 @@ def measure_captured(
         left_s, name = end_s - time.perf_counter(), _name(work)
         if kept is not None and kept.has(name):
             row = next(row for row in kept.rows if row["name"] == name)
-            bench.points += [Point(*point) for point in row.get("points", ())]
+            bench.points += [Point(op, dict(sizes), s) for op, sizes, s in row.get("points", ())]
             left_out.extend([f"{work.name}: {row['error']}"] if row.get("error") else ())
             return
         if left_s <= 0 and not work.needed:
@@ -112,7 +112,9 @@ def measure_captured(
             text = " ".join(str(error).split())[:200]
             left_out.append(f"{work.name}: {type(error).__name__}: {text}")
         if kept is not None:
-            kept.add({"name": name, "points": bench.points[first:]})
+            # Sizes as pairs: their order is that of an operation's axes, and JSON may sort names.
+            points = [(op, list(sizes.items()), s) for op, sizes, s in bench.points[first:]]
+            kept.add({"name": name, "points": points})
 
     for work in works:
         measure(work)

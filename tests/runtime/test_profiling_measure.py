@@ -16,13 +16,14 @@ from muxtune.cost import ProfiledCostModel, load_profile, nominal_load, ops
 from muxtune.cost.schema import content_hash
 from muxtune.cost.shapes import ModelShape, model_shape
 from muxtune.errors import ConfigError, OutputError, ProfileError
-from muxtune.profiling import profile_machine, profile_warnings_here, write_profile
+from muxtune.profiling import measure, profile_machine, profile_warnings_here, write_profile
 from muxtune.profiling.bench import Bench, Case, copies_of, quiet_sweeps, sample, summarise
 from muxtune.profiling.captured_ops import steadiest
 from muxtune.profiling.captured_profile import op_jobs
 from muxtune.profiling.exchanges import measure_exchanges
 from muxtune.runtime.memory import quick_collections
 from muxtune.types import AdapterSlot, ReplicaShape, ShapeKey
+from muxtune.validation.records import Records
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
 SMALL_GRID: dict[str, Any] = {
@@ -62,6 +63,24 @@ def test_exchanges_between_ranks_make_a_profile_one_of_several_gpus(raw) -> None
     model = ProfiledCostModel(TINY, changed)
     assert model.pass_times_s([load], replica).value[0] > 0
     assert model.breakdown_s(load, replica)["communication"] > 0
+
+
+def test_a_captured_profile_that_goes_on_has_the_axes_of_one_that_was_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"program": "captured", "show_progress": False, "steps": False}
+    options |= {"rows": (32, 64), "slots": (1, 2), "ranks": (16,), "max_rows": 64}
+    whole = profile_machine(TINY, 0.5, **options)
+    monkeypatch.setattr(measure, "_adapter_loads", lambda _: 1 / 0)  # ends the first process
+    with pytest.raises(ZeroDivisionError):
+        profile_machine(TINY, 0.5, kept=Records(tmp_path / "parts.jsonl"), **options)
+    monkeypatch.undo()
+    found = profile_machine(TINY, 0.5, kept=Records(tmp_path / "parts.jsonl"), **options)
+    axes, others = ({name: op["axes"] for name, op in raw["ops"].items()} for raw in (found, whole))
+    assert axes["site_forward.32x32"] == ["slots", "rank", "rows"]
+    assert axes["attention_forward.4x2x8"] == ["rows", "pairs"]
+    both = set(axes) & set(others)  # what a budget is too short for may differ
+    assert len(both) > 30 and {name: axes[name] for name in both} == {n: others[n] for n in both}
 
 
 def test_ranks_need_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
