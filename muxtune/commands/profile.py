@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from muxtune import build
 from muxtune.commands import RUN_FILE
+from muxtune.commands.profile_parts import Parts, numbered
 from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import CAPTURED, load_profile
@@ -18,38 +18,61 @@ from muxtune.errors import ConfigError, ProfileError
 from muxtune.report.run_folder import PARTIAL, SUMMARY, RunFolder, writing
 from muxtune.report.tables import format_seconds, make_console, make_table
 
+SETTINGS = ("deterministic", "steps", "max_rows", "clock", "file")  # that parts depend on
 OVERRUN, OVERRUN_S = 1.2, 5.0  # times and seconds over the budget from which it is told
 MOST_NAME_BYTES = 200  # file systems allow 255, and others are named after it
 
 
 def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
-    """Writes the profile into the folder and prints what was measured."""
+    """Writes the profile into the folder and prints what was measured. One that is stopped goes on
+    when it is run there again."""
     _check(config, folder.path)
     build.need_torch()
-    from muxtune.profiling.measure import profile_machine, profile_warnings_here, write_profile
+    from muxtune.profiling.measure import (
+        SIGNS_AT_START,
+        checked_request,
+        device_description,
+        profile_machine,
+        profile_warnings_here,
+        software_description,
+        write_profile,
+    )
+    from muxtune.profiling.steps import is_lost
 
     device = "cpu" if config.cluster.device == build.LOCAL else config.cluster.device
     if device == "cpu" and (notice := idle_gpu_notice()):
         make_console().print(f"note: {notice}", soft_wrap=True)
+    shape = build.shape_of(config.model)
     num_ranks, exchanges = build.instance_gpus(config.cluster), {}
     if num_ranks > 1:  # first, because ranks are forked, and no fork may use a GPU that we use
         from muxtune.profiling.exchanges import measure_exchanges
 
         exchanges = measure_exchanges(num_ranks, "cpu" if device == "cpu" else "cuda")
-    profile = profile_machine(
-        build.shape_of(config.model),
-        config.budget_s,
-        device=device,
-        program=config.program,
-        deterministic=config.deterministic,
-        steps=config.steps,
-        max_rows=config.max_rows,
-        clock=config.clock,
-        exchanges=exchanges,
-    )
+    asked = checked_request(shape, config.budget_s, device, config.program, config.clock)
+    settings = {
+        "model": shape._asdict(),
+        "device": device_description(asked.device),
+        "software": software_description(),
+        "program": asked.style,
+        **{name: getattr(config, name) for name in SETTINGS},
+    }
     path, console = folder.path / config.file, make_console()
-    older = keep_older(path)
-    write_profile(profile, path)
+    parts = Parts(folder, settings, (SIGNS_AT_START,))
+    with parts.until_written(lambda: is_lost(asked.device)) as kept:
+        profile = profile_machine(
+            shape,
+            config.budget_s,
+            device=device,
+            program=config.program,
+            deterministic=config.deterministic,
+            steps=config.steps,
+            max_rows=config.max_rows,
+            clock=config.clock,
+            exchanges=exchanges,
+            kept=kept,
+        )
+        older = keep_older(path)
+        write_profile(profile, path)
     console.print(make_table(_title(profile), COLUMNS, _rows(profile)))
     for line in profile_warnings_here(load_profile(path)):
         console.print(f"warning: {line}", soft_wrap=True)
@@ -107,12 +130,6 @@ def keep_older(path: Path) -> Path | None:
         finally:
             partial.unlink(missing_ok=True)
     return kept
-
-
-def numbered(path: Path) -> Path:
-    """The first name beside it, of those for what is old, that is free."""
-    names = (path.with_name(f"{path.stem}-old-{n}{path.suffix}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
 
 
 def _check(config: ProfileConfig, path: Path) -> None:

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -63,6 +63,7 @@ LOAD_PARAMETERS = (1 << 14, 1 << 18, 1 << 21)
 REFINE_ERROR = 0.08
 MIN_SWEEPS, MIN_STEPS = 3, 3
 JOIN_RANKS = (8, 32)
+SIGNS_AT_START = "signs at a start"  # a part in which nothing is measured of the model
 SETUP_S = 0.5
 MOST_REPEATS_S = 0.5  # of one whole step
 SHORT_STEP_S = 2.0  # a whole step, its repeats and preparation included
@@ -109,15 +110,7 @@ def profile_machine(
     Raises ConfigError for a budget that is not positive or a device that is not there.
     """
     shape = _shape(model)
-    if not 0 < budget_s < float("inf"):
-        raise ConfigError("profile.budget_s", f"is {budget_s}", "give seconds, more than 0")
-    target = checked_device(device)
-    style = program
-    if program == "auto":
-        style = CAPTURED if target.type == "cuda" and shape.family == LLAMA else EAGER
-    if style not in (CAPTURED, EAGER):
-        raise ConfigError("program", f"is '{program}'", "Choose auto, captured or eager")
-    now = clock_of(clock, target)
+    target, style, now = checked_request(shape, budget_s, device, program, clock)
     exact = True if deterministic is None else deterministic
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     is_captured = style == CAPTURED
@@ -208,15 +201,38 @@ def profile_machine(
     return {**raw, "content_hash": content_hash(raw)}
 
 
+class Request(NamedTuple):
+    """Where, which program's operations, and by which clock."""
+
+    device: torch.device
+    style: str
+    now: Callable[[], float]
+
+
+def checked_request(
+    shape: ModelShape, budget_s: float, device: str, program: str, clock: str
+) -> Request:
+    """Raises ConfigError. As of ``profile_machine``."""
+    if not 0 < budget_s < float("inf"):
+        raise ConfigError("profile.budget_s", f"is {budget_s}", "give seconds, more than 0")
+    target = checked_device(device)
+    style = program
+    if program == "auto":
+        style = CAPTURED if target.type == "cuda" and shape.family == LLAMA else EAGER
+    if style not in (CAPTURED, EAGER):
+        raise ConfigError("program", f"is '{program}'", "Choose auto, captured or eager")
+    return Request(target, style, clock_of(clock, target))
+
+
 def _signs_at_start(
     device: torch.device, kept: captured_profile.Kept | None
 ) -> list[dict[str, float]]:
     """Also of processes that measured parts of the profile before and were ended."""
-    now, name = signs_at_start(device), "signs at a start"
+    now = signs_at_start(device)
     if kept is None or not now:
         return [now]
-    kept.add({"name": name, "signs": now})
-    return [row["signs"] for row in kept.rows if row["name"] == name]
+    kept.add({"name": SIGNS_AT_START, "signs": now})
+    return [row["signs"] for row in kept.rows if row["name"] == SIGNS_AT_START]
 
 
 def _program(style: str, deterministic: bool, clock: str, device: torch.device) -> dict[str, Any]:
