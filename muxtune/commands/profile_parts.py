@@ -28,7 +28,7 @@ class Parts:
         self._folder, self._starts = folder, starts
         self._path = folder.path / PARTS
         stamp = json.loads(json.dumps(dict(settings)))
-        found = _rows(self._path)
+        found = read_lines(self._path)
         if others := _differences(found, stamp):
             self._put_aside(others)
         elif not found:
@@ -102,19 +102,11 @@ def numbered(path: Path) -> Path:
     return aside
 
 
-def _rows(path: Path) -> list[Any]:
-    """Also what is none, where the file is of something else."""
-    try:
-        return read_lines(path)
-    except UnicodeDecodeError:
-        return [None]
-
-
-def _differences(rows: list[Any], stamp: Mapping[str, Any]) -> list[str]:
+def _differences(rows: list[dict[str, Any]], stamp: Mapping[str, Any]) -> list[str]:
     """Names of the settings that are others in some part."""
     found: dict[str, None] = {}
     for row in rows:
-        told = row.get(_SETTINGS) if isinstance(row, dict) and "name" in row else None
+        told = row.get(_SETTINGS) if "name" in row else None
         if not isinstance(told, dict):
             return ["unknown ones"]
         names = [*stamp, *(name for name in told if name not in stamp)]
