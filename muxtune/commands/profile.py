@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,7 +76,7 @@ def run(config: ProfileConfig, folder: RunFolder) -> dict[str, Any]:
     console.print(make_table(_title(profile), COLUMNS, _rows(profile)))
     for line in profile_warnings_here(load_profile(path)):
         console.print(f"warning: {line}", soft_wrap=True)
-    for line in profile["quality"]["left_out"]:
+    for line in _left_out(profile["quality"]["left_out"]):
         console.print(f"left out: {line}", soft_wrap=True)
     if line := overrun(profile, config.budget_s):
         console.print(line, soft_wrap=True)
@@ -155,6 +155,15 @@ def _check(config: ProfileConfig, path: Path) -> None:
 
 
 COLUMNS = ("operation", "points", "smallest size", "time", "largest size", "time", "spread")
+
+
+def _left_out(lines: Sequence[str]) -> list[str]:
+    """One line for all of one reason; ``lines``: what, and behind a colon why."""
+    names: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
 
 
 def _title(profile: dict[str, Any]) -> str:

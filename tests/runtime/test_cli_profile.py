@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from muxtune.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED, main
+from muxtune.commands.profile import _left_out
 from muxtune.commands.profile_parts import PARTS
 from muxtune.cost.book import profiled_model
 from muxtune.cost.schema import content_hash, load_profile
@@ -332,3 +333,11 @@ def test_a_real_process_goes_on_behind_a_termination(
     assert "run the same command again" in " ".join(told.split())
     assert main(words(out, "budget_s=0.5", "max_rows=256")) == 0
     assert "goes on with" in said(capsys)
+
+
+def test_what_was_left_out_for_one_reason_is_one_line() -> None:
+    lines = ["calibration long: no time", "takeovers: RuntimeError: lost", "calibration: no time"]
+    assert _left_out(lines) == [
+        "calibration long, calibration: no time",
+        "takeovers: RuntimeError: lost",
+    ]
