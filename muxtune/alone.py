@@ -74,7 +74,8 @@ def kind_of(task: TaskSpec) -> tuple[object, ...]:
     data = task.data
     return (
         *(task.model, task.adapter.method, task.adapter.rank, task.adapter.targets),
-        *(task.batch_size, task.accumulation, data.max_length_tokens, data.histogram, data.path),
+        *(task.adapter.dropout > 0, task.batch_size, task.accumulation, task.max_slowdown),
+        *(data.max_length_tokens, data.histogram, data.tokenizer, data.path),
     )
 
 

@@ -120,6 +120,7 @@ def cost_book(config: CommonConfig, cost: CostConfig | None = None) -> CostBook:
         devices={device_name(config.cluster, cost): figures_of(config.cluster)},
         profiles=_profiles(cost),
         options=_analytic_options(cost),
+        similar_models=all(instance_gpus(cluster) == 1 for cluster, _, _ in pools(config)),
     )
 
 

@@ -40,9 +40,10 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         build.planner(config.planner, costs), config.plan_samples, config.seed
     )
     backend = fleet_options(config, len(tasks))
+    played = build.simulator_book(config, config.simulator_cost, costs)
     executor = build.sim_executor(
         backend,
-        build.simulator_book(config, config.simulator_cost, costs),
+        played,
         build.sim_library(config, tasks),
         build.hardware_options(config),
     )
@@ -57,6 +58,9 @@ def run(config: SimulateConfig, folder: RunFolder) -> dict[str, Any]:
         metrics.write_tenants(file)
     down_ns = executor.down_ns()
     notes = build.notes_on_costs(costs, instances) + build.notes_on_profiles(costs)
+    if played is not costs:
+        more = build.notes_on_costs(played, instances) + build.notes_on_profiles(played)
+        notes += [f"simulator_cost: {note}" for note in more]
     summary = {
         **_choices(config, tasks, instances),
         **_counts(totals),

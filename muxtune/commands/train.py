@@ -235,7 +235,8 @@ def check_folder(config: TrainConfig, path: Path, tasks: Sequence[TaskSpec] | No
     is not there or has other settings, or for what only simulated fleets do. Changes nothing."""
     if "resume" in config.backend:
         raise ConfigError("backend.resume", "is not for runs", "Use resume=true")
-    build.check_fleet_stays(config.cluster)
+    if not config.resume:  # a run of before may have been started so, and ignored it
+        build.check_fleet_stays(config.cluster)
     if config.resume:
         if tasks is None:
             tasks = real_tasks(config, build.cost_book(config))

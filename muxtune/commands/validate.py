@@ -61,7 +61,10 @@ def run(config: ValidateConfig, folder: RunFolder) -> dict[str, Any]:
             summary = validate(folder.path, path, options, report)
     except (KeyboardInterrupt, SystemExit):
         folder.keep()
-        text = f"{folder.path}: stopped; the same command goes on with what is left"
+        text = (
+            f"{folder.path}: stopped; the same command with output_dir={folder.path} goes on with "
+            "what is left"
+        )
         make_console(stderr=True).print(text, soft_wrap=True)
         raise
     show(summary, folder.path)

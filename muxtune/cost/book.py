@@ -24,7 +24,9 @@ class CostBook:
     or one of a similar base model on that device, else the analytic one. Answers are kept, so that
     their memos serve every caller.
 
-    ``models`` and ``devices`` add to, or replace, the built-in tables.
+    ``models`` and ``devices`` add to, or replace, the built-in tables. ``similar_models``: use a
+    profile for similar base models, too; what ranks exchange is seldom in it, so that this is for
+    instances of one GPU.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class CostBook:
         profiles: Iterable[Profile] = (),
         options: AnalyticOptions | None = None,
         memory: MemoryOptions | None = None,
+        similar_models: bool = False,
     ) -> None:
         self.models, self.devices = dict(models or {}), dict(devices or {})
+        self.similar_models = similar_models
         self.options, self.memory = options or AnalyticOptions(), memory
         self.profiles = tuple(profiles)
         self._known: dict[tuple[str, str], ComposedCostModel] = {}
@@ -94,15 +98,19 @@ class CostBook:
         profile of captured steps says nothing."""
         eager = options.style == ANALYTIC_EAGER
         profiles = [item for item in self.profiles if not (eager and item.style == CAPTURED)]
-        return CostBook(self.models, self.devices, profiles, options, self.memory)
+        return CostBook(
+            self.models, self.devices, profiles, options, self.memory, self.similar_models
+        )
 
     def _profile(self, model: str, device: str) -> Profile | None:
         """Of that base model, else of a similar one."""
         name = _full_name(device)
         here = [item for item in self.profiles if _full_name(item.device_name) == name]
-        own = (item for item in here if _same_model(item, model))
-        similar = (item for item in here if _is_similar(item, self.shape(model)))
-        return next(own, None) or next(similar, None)
+        own = next((item for item in here if _same_model(item, model)), None)
+        if own is not None or not here or not self.similar_models:
+            return own
+        shape = self.shape(model)
+        return next((item for item in here if _is_similar(item, shape)), None)
 
     def _build(self, model: str, device: str) -> ComposedCostModel:
         shape, profile = self.shape(model), self._profile(model, device)
@@ -128,7 +136,15 @@ def _is_similar(profile: Profile, shape: ModelShape) -> bool:
     profiled = profile.model_shape
     wider = shape.hidden / profiled.hidden
     near = 1.0 / _MOST_TIMES_WIDER <= wider <= _MOST_TIMES_WIDER
-    return near and shape.family == profiled.family
+    return near and _operations(shape) == _operations(profiled)
+
+
+def _operations(shape: ModelShape) -> tuple[object, ...]:
+    """What tells which operations a block has, whatever their sizes."""
+    return (
+        *(shape.family, shape.gated_mlp, shape.norm, shape.rotary, shape.weight_bytes),
+        *(shape.qkv_bias, shape.linear_bias),
+    )
 
 
 def _full_name(device: str) -> str:

@@ -83,7 +83,12 @@ class ProfiledCostModel(ComposedCostModel):
         else:  # steps are of the profile's own model
             of_profile = type(self)(self.profile.model_shape, self.profile)
             self._compose_as(of_profile)
-            options = of_profile.memory.options
+            fitted = of_profile.memory.options
+            options = self.memory.options._replace(
+                pass_factor=fitted.pass_factor,
+                fixed_bytes=fitted.fixed_bytes,
+                relative_error=fitted.relative_error,
+            )
         if fits_memory:
             self.memory = MemoryModel(self.model, options)
         self._forget_passes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import threading
 import time
@@ -150,7 +151,8 @@ def _validate(
         "clock": options.clock or profile_clock(profile),
         "left": attempt.left(),
         "attempts": attempt.concluded(),
-        "predicted_runs": {row["name"]: row["predicted"] for row in usable(rows[2])},
+        "predicted_runs": attempt.predicted_runs()
+        | {row["name"]: row["predicted"] for row in usable(rows[2])},
         "warnings": warnings,
         "provenance": provenance(),
     }
@@ -167,21 +169,26 @@ def told(options: ValidationOptions) -> dict[str, Any]:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Raises OutputError where another process validates into the folder."""
+    path = folder / LOCK
+    taken = OutputError(
+        f"output_dir: another process validates into '{folder}'. Wait for its end, or choose "
+        "another folder with output_dir=PATH"
+    )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        lock = path.open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"output_dir: another process validates into '{folder}'. Wait for its end, or "
-                "choose another folder with output_dir=PATH"
-            ) from None
+            raise taken from None
+        # One that has just ended may have removed the file between our opening and locking it.
+        if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            raise taken
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def profile_clock(profile: Profile) -> str:
@@ -386,11 +393,12 @@ def suite_of(models: Models, options: ValidationOptions) -> list[StepCase]:
     cases = draw_suite(profile.content_hash, suite, fits(limit, models))
     if profile.device.get("kind") != "gpu":  # a CPU's memory is others', too
         return cases
+    framework_bytes = models(profile.model_shape).memory.options.framework_bytes
     return cases + draw_near_limit(
         profile.content_hash,
         suite,
-        lambda case: predict_memory(case, models(case.shape))["predicted_bytes"],
-        PLANNED_SHARE * float(profile.device["memory_bytes"]),
+        lambda case: framework_bytes + predict_memory(case, models(case.shape))["predicted_bytes"],
+        PLANNED_SHARE * profile.memory_bytes,
         options.near_limit,
     )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from muxtune import build
+from muxtune.alone import hf_peft_alone
 from muxtune.config import ClusterConfig, CommonConfig, CostConfig, ModelConfig
 from muxtune.cost.book import ANALYTIC, EXTRAPOLATED, MEASURED
 from muxtune.cost.captured import CapturedCostModel
-from muxtune.types import AdapterSlot, PassLoad, ReplicaShape, ShapeKey
+from muxtune.types import AdapterSlot, DataSpec, PassLoad, ReplicaShape, ShapeKey, TaskSpec
+from muxtune.workload.synthetic import SyntheticLibrary
 
 PROFILE = "h100-sxm_llama-2-7b"
 
@@ -58,3 +60,39 @@ def test_a_profile_of_another_device_says_so() -> None:
     book = build.cost_book(config("graph"))
     assert book.origin("llama-2-7b", "A100-80GB-SXM") == ANALYTIC
     assert "is not used here" in book.note("llama-2-7b", "A100-80GB-SXM")
+
+
+def test_memory_of_a_similar_model_is_its_own() -> None:
+    """Of the profile it takes what the fit says, and neither dtype nor sizes."""
+    book = build.cost_book(config("graph", "llama-3.1-8b"))
+    own, other = book("llama-3.1-8b", "H100-SXM"), book("llama-2-7b", "H100-SXM")
+    fields = ("pass_factor", "fixed_bytes", "relative_error")
+    values = [[getattr(model.memory.options, name) for name in fields] for model in (own, other)]
+    assert values[0] == values[1]
+    assert own.memory.resident_bytes([]) > other.memory.resident_bytes([]) + 2e9
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_similar_model_on_several_gpus_is_analytic(tp: int, pp: int) -> None:
+    """The profile of another model seldom holds what ranks exchange."""
+    several = config("graph", "llama-2-13b")
+    several.cluster = ClusterConfig(device="H100", num_gpus=2, tp=tp, pp=pp)
+    assert build.cost_book(several).origin("llama-2-13b", "H100-SXM") == ANALYTIC
+
+
+def test_alone_tells_tasks_of_other_tokenizers_apart() -> None:
+    """Whichever is asked first: their sequences are of other lengths."""
+    costs = build.cost_book(config("graph"))
+    data = [
+        DataSpec(histogram="gsm8k", max_length_tokens=256, tokenizer=name)
+        for name in ("llama2-32k", "gpt2-bpe-50k")
+    ]
+    tasks = [TaskSpec(f"t{i}", "llama-2-7b", data=each, num_steps=5) for i, each in enumerate(data)]
+
+    def rates(order: list[TaskSpec]) -> dict[str, float]:
+        alone = hf_peft_alone(costs, SyntheticLibrary(0), "llama-2-7b", "H100-SXM")
+        return {task.task_id: alone.tokens_per_s(task) for task in order}
+
+    found = rates(tasks)
+    assert rates(tasks[::-1]) == found
+    assert found["t0"] != found["t1"]

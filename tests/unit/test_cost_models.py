@@ -695,7 +695,12 @@ def test_affine_fit_never_answers_a_negative_coefficient() -> None:
 def test_book_prefers_a_profile_and_keeps_what_it_answered() -> None:
     wide = TINY._replace(name="wide", hidden=4 * TINY.hidden)
     models = {"other": TINY._replace(name="other"), "wide": wide}
-    book = CostBook(profiles=[parse_profile(tiny_profile())], models=models)
+    models["plain"] = TINY._replace(name="plain", gated_mlp=not TINY.gated_mlp)
+    profiles = [parse_profile(tiny_profile())]
+    strict = CostBook(profiles=profiles, models=models)
+    assert isinstance(strict("other", "cpu"), AnalyticCostModel), "unless it is asked for"
+    book = CostBook(profiles=profiles, models=models, similar_models=True)
+    assert isinstance(book("plain", "cpu"), AnalyticCostModel), "it has other operations"
     assert isinstance(book("tiny", "cpu"), ProfiledCostModel)
     assert book("tiny", "cpu") is book("tiny", "cpu")
     assert isinstance(book("other", "cpu"), ProfiledCostModel), "extrapolated, and says so"
