@@ -15,7 +15,7 @@ from muxtune.commands.real_runs import idle_gpu_notice
 from muxtune.config import ProfileConfig
 from muxtune.cost.schema import CAPTURED, load_profile
 from muxtune.errors import ConfigError, ProfileError
-from muxtune.report.run_folder import PARTIAL, SUMMARY, RunFolder, writing
+from muxtune.report.run_folder import SUMMARY, RunFolder, write_whole, writing
 from muxtune.report.tables import format_seconds, make_console, make_table
 
 SETTINGS = ("deterministic", "steps", "max_rows", "clock", "file")  # that parts depend on
@@ -122,13 +122,7 @@ def keep_older(path: Path) -> Path | None:
         kept = numbered(path)
     if kept.exists() and kept.read_bytes() != content:
         kept = numbered(path)
-    partial = kept.with_name(kept.name + PARTIAL)
-    with writing(kept):
-        try:
-            partial.write_bytes(content)
-            partial.replace(kept)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_whole(kept, content)
     return kept
 
 

@@ -71,10 +71,6 @@ class CostBook:
             return ANALYTIC
         return MEASURED if _same_model(profile, model) else EXTRAPOLATED
 
-    def is_measured(self, model: str, device: str) -> bool:
-        """Whether a profile of that base model on that device is given."""
-        return self.origin(model, device) == MEASURED
-
     def note(self, model: str, device: str) -> str:
         """What has to be said wherever times were not measured of that base model; else empty."""
         origin, profile = self.origin(model, device), self._profile(model, device)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
+from muxtune.cost.book import ANALYTIC, EXTRAPOLATED
 from muxtune.report.capacity_figures import ASSUMPTIONS, Drawing
 from muxtune.report.html import HtmlTable, Section, Traced, format_cell, write_report
 from muxtune.report.run_folder import RunFolder
@@ -179,13 +180,13 @@ DEFINITIONS = (
     "What limits is found by relaxing one thing at a time for a fleet that is one step too small: "
     "memory doubled, everything a fifth faster, or the same tasks arriving evenly.",
 )
-ANALYTIC = (
+OF_ANALYTIC = (
     "ANALYTIC: times come from a roofline over published figures of the devices. Nothing was "
     "measured on them; the error of the cost model below is what it says of itself. Measure with "
     "`muxtune profile` and give cost=profile cost.path=FILE."
 )
 
-EXTRAPOLATED = (
+OF_EXTRAPOLATED = (
     "EXTRAPOLATED: times come from a profile of the device that was measured with another base "
     "model. Measure this one with `muxtune profile` and give cost=profile cost.path=FILE."
 )
@@ -217,10 +218,9 @@ def _answer(tables: Tables) -> list[list[Piece]]:
         stories += [_limit(row, tables) for row in tables["limits"] if _is_limit(row, best)]
         if tables["sensitivity"]:
             stories.append(_hangs_on(tables["sensitivity"]))
-    if any(row["figures"] == "analytic" for row in answers):
-        stories.append([ANALYTIC])
-    if any(row["figures"] == "extrapolated" for row in answers):
-        stories.append([EXTRAPOLATED])
+    for origin, text in ((ANALYTIC, OF_ANALYTIC), (EXTRAPOLATED, OF_EXTRAPOLATED)):
+        if any(row["figures"] == origin for row in answers):
+            stories.append([text])
     return stories
 
 

@@ -131,12 +131,12 @@ def writing(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file as it was, or all of the text. Raises OutputError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file as it was, or all of the content. Raises OutputError."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with writing(path):
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

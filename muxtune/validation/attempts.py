@@ -26,6 +26,7 @@ from muxtune.cost.machine import carried
 from muxtune.cost.schema import Profile, load_profile
 from muxtune.cost.sharing import worst
 from muxtune.errors import ProfileError
+from muxtune.report.run_folder import write_whole
 from muxtune.validation.models import Models
 from muxtune.validation.records import Records, append_line, read_lines
 from muxtune.validation.scoring import with_second_runs
@@ -68,8 +69,7 @@ class Attempt:
         ProfileError for one of another profile."""
         self.here = carried(self.profile, check)
         self.models_here = Models(self.here)
-        text = json.dumps(check, indent=1) + "\n"
-        (self.folder / MACHINE).write_text(text, encoding="utf-8")
+        write_whole(self.folder / MACHINE, json.dumps(check, indent=1) + "\n")
 
     def _are_of_this_profile(self, here: Path) -> bool:
         """The profile and the records of the folder: the profile may have been replaced."""

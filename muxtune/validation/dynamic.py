@@ -55,6 +55,7 @@ from muxtune.workload.synthetic import SyntheticLibrary
 
 INSTANCE = "gpu0"
 NUM_DYNAMIC = 3
+PLANNED_SHARE = 0.9  # of the device's memory, up to which plans are made
 
 
 class DynamicCase(NamedTuple):
@@ -495,7 +496,7 @@ def _book(profile: Profile) -> CostBook:
 
 def _run(case: DynamicCase, profile: Profile, planner: TimedPlanner, executor: Any) -> Log:
     log, made_before = Log(), len(planner.seconds)
-    limit_bytes = int(0.9 * profile.memory_bytes)
+    limit_bytes = int(PLANNED_SHARE * profile.memory_bytes)
     shape = profile.model_shape
     instance = InstanceSpec(INSTANCE, shape.name, profile.device_name, limit_bytes)
     policy = FifoShared(max_tasks_per_instance=case.max_tasks)

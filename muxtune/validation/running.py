@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from muxtune.report.run_folder import provenance, write_whole, writing
 from muxtune.validation.attempts import REPORT, Attempt
 from muxtune.validation.dynamic import (
     NUM_DYNAMIC,
+    PLANNED_SHARE,
     DynamicCase,
     draw_dynamic,
     planned,
@@ -52,7 +53,6 @@ from muxtune.validation.suite import SuiteOptions, draw_near_limit, draw_suite
 
 WALL, LOCK = "wall", ".lock"
 MEMORY_SHARE = 0.85  # of the device's, above which a case is not drawn
-PLANNED_SHARE = 0.9  # of the device's, up to which plans are made
 COMPILING_SHARE, OPS_SHARE = 0.33, 0.1
 MOST_TIMES_AS_LONG, MOST_MORE_S = 2.0, 30.0  # a dynamic run takes than it was drawn for
 
@@ -136,7 +136,8 @@ def _validate(
                 raise
             signs = worst([signs, signs_now(device)])
     steps = with_shapes(attempt.steps, attempt.models_here)
-    rows = [steps, attempt.records["ops"].rows, _with_predictions(attempt)]
+    predicted = attempt.predicted_runs()
+    rows = [steps, attempt.records["ops"].rows, _with_predictions(attempt, predicted)]
     summary = summarise(*rows)
     if options.budget_s:
         measured_by = {"options": told(options), "commit": provenance()["git_commit"]}
@@ -151,8 +152,7 @@ def _validate(
         "clock": options.clock or profile_clock(profile),
         "left": attempt.left(),
         "attempts": attempt.concluded(),
-        "predicted_runs": attempt.predicted_runs()
-        | {row["name"]: row["predicted"] for row in usable(rows[2])},
+        "predicted_runs": predicted | {row["name"]: row["predicted"] for row in usable(rows[2])},
         "warnings": warnings,
         "provenance": provenance(),
     }
@@ -195,10 +195,10 @@ def profile_clock(profile: Profile) -> str:
     return str(profile.program.get("clock", WALL))
 
 
-def _with_predictions(attempt: Attempt) -> list[dict[str, Any]]:
+def _with_predictions(attempt: Attempt, before: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was predicted first stays, as it does of steps, whatever later code would say.
     None where there is no simulator: they are added when the folder is scored elsewhere."""
-    found, before = [], attempt.predicted_runs()
+    found = []
     for row in attempt.records["dynamic"].rows:
         known = before.get(row["name"])
         if known is None and find_spec("simpy") is None:

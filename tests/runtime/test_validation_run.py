@@ -18,18 +18,28 @@ from muxtune.cost.book import profiled_model
 from muxtune.cost.captured import CapturedCostModel
 from muxtune.cost.schema import content_hash, load_profile
 from muxtune.cost.shapes import ModelShape
+from muxtune.cost.shipped import profile_path as profile_path_of
 from muxtune.cost.takeovers import TAKEOVER
 from muxtune.errors import OutputError, ProfileError
+from muxtune.planning.step_builder import StepBuilder, pass_load
 from muxtune.profiling import profile_machine, write_profile
 from muxtune.profiling.captured_ops import full_grid
-from muxtune.profiling.step_cases import plan_of
-from muxtune.profiling.steps import StepBench
+from muxtune.profiling.step_cases import StepCase, plan_of
+from muxtune.profiling.steps import StepBench, whole_rounds
 from muxtune.types import AdapterSlot, HTask, PassLoad, ReplicaShape, ShapeKey
 from muxtune.validation import dynamic, suite
-from muxtune.validation.dynamic import NUM_DYNAMIC, Log, first_difference
+from muxtune.validation.dynamic import NUM_DYNAMIC, PLANNED_SHARE, Log, first_difference
 from muxtune.validation.models import Models
 from muxtune.validation.records import ENDED, Records, read_lines
-from muxtune.validation.running import ValidationOptions, _dynamic_cases, only_one, validate
+from muxtune.validation.running import (
+    ValidationOptions,
+    _dynamic_cases,
+    only_one,
+    suite_of,
+    validate,
+)
+from muxtune.validation.steps import predict
+from muxtune.workload.synthetic import SyntheticLibrary
 
 TINY = ModelShape("tiny", 2, 32, 4, 2, 8, 64, 96)
 ALL = ("all-linear",)
@@ -358,3 +368,41 @@ def test_steps_are_scored_by_another_profile_apart_from_the_machine_s_speed(
     for found in (own, other):
         assert found["step"]["count"] == report["step"]["count"]
         assert abs(found["step"]["bias"]) < 0.3, "the median is taken out"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Models, list[StepCase]]:
+    """A measured profile's cost models, and a small suite of it."""
+    models = Models(load_profile(profile_path_of("h100-sxm_llama-2-7b", shipped_only=True)))
+    return models, suite_of(models, ValidationOptions(0.0, num_cases=4, max_rows=2048))
+
+
+def test_by_shapes_alone_nothing_is_known_of_a_layout(
+    shipped: tuple[Models, list[StepCase]],
+) -> None:
+    """Whoever asks with sums only, as planners do, is told what ``of_shapes`` scores."""
+    models, cases = shipped
+    differ = 0
+    for case in cases:
+        library, model = SyntheticLibrary(0), models(case.shape)
+        for spec in case.specs().values():
+            library.add(spec)
+        _, batches = whole_rounds(case.plan(), library, StepBuilder())
+        loads = [pass_load(batch, library)._replace(layout=None) for batch in batches]
+        found = predict(case, model)
+        seconds = float(model.pass_times_s(loads, ReplicaShape()).value.sum())
+        assert found["of_shapes"]["predicted_s"] == pytest.approx(seconds)
+        differ += abs(found["predicted_s"] / seconds - 1.0) > 1e-3
+    assert differ > len(cases) / 2
+
+
+def test_cases_near_the_limit_are_plans_that_would_be_made(
+    shipped: tuple[Models, list[StepCase]],
+) -> None:
+    """The whole ledger counts, what the framework takes included, as where plans are made."""
+    models, cases = shipped
+    near = [case for case in cases if case.labels.get("near_limit")]
+    assert len(near) == ValidationOptions(0.0).near_limit
+    for case in near:
+        peak = models(case.shape).memory_ledger_bytes(case.plan()).peak.value
+        assert 0.85 <= peak / (PLANNED_SHARE * models.profile.memory_bytes) <= 1.0

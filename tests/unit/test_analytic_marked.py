@@ -38,7 +38,6 @@ def test_a_captured_profile_is_of_captured_steps(style: str, model: str, origin:
     """It made HF PEFT, which launches every kernel, six times as fast as it is."""
     book = build.published_costs(config(style, model))
     assert book.origin(model, "H100-SXM") == origin
-    assert book.is_measured(model, "H100-SXM") is (origin == MEASURED)
     assert ("analytic" in book.note(model, "H100-SXM")) is (origin == ANALYTIC)
     if origin == EXTRAPOLATED:
         assert "from the profile of llama-2-7b" in book.note(model, "H100-SXM")
