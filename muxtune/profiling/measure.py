@@ -214,7 +214,7 @@ def checked_request(
 ) -> Request:
     """Raises ConfigError. As of ``profile_machine``."""
     if not 0 < budget_s < float("inf"):
-        raise ConfigError("profile.budget_s", f"is {budget_s}", "give seconds, more than 0")
+        raise ConfigError("budget_s", f"is {budget_s}", "give seconds, more than 0")
     target = checked_device(device)
     style = program
     if program == "auto":
